@@ -1,0 +1,148 @@
+"""Channels: hidden states (or gradients) from one pipeline rank to the next, with the control that travels in band.
+
+A message is one flat buffer of fixed size: a header of eight int64, then the tensor. The receiver posts `in_flight`
+receives ahead and posts one again as soon as it has taken a message; a sender keeps one message of its own on the way.
+That bounds how far a pipeline rank can run ahead: `in_flight` + 1 messages. A gloo send finishes only when the
+receiver has posted, so this is all the flow control there is.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lptransformer.errors import TrainingError
+
+HEADER_INTS = 8
+HEADER_BYTES = HEADER_INTS * 8
+
+
+class Kind(enum.IntEnum):
+    """What a message belongs to."""
+
+    TRAIN = 0
+    EVALUATE = 1
+    GRADIENT = 2
+
+
+class Control(enum.IntFlag):
+    """What follows the update: decided by pipeline rank 0, carried by the header of the update's last micro-batch."""
+
+    NOTHING = 0
+    EVALUATE = 1
+    SAVE = 2
+    STOP = 4
+
+
+@dataclass(frozen=True)
+class Header:
+    kind: Kind
+    update: int
+    micro_batch: int
+    control: Control = Control.NOTHING
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Shape, dtype and device of the tensor in every message, and the backend that carries it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    backend: str = "gloo"
+
+    def buffer(self) -> Tensor:
+        """One message. gloo moves host memory (pinned, beside a GPU); NCCL moves device memory."""
+        num_bytes = HEADER_BYTES + torch.Size(self.shape).numel() * self.dtype.itemsize
+        if self.backend == "nccl":
+            return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    def payload(self, buffer: Tensor) -> Tensor:
+        return buffer[HEADER_BYTES:].view(self.dtype).view(self.shape)
+
+    def stream(self) -> torch.cuda.Stream | None:
+        """NCCL: one stream per direction, so that a transfer never waits for the compute of the other direction."""
+        return torch.cuda.Stream(self.device) if self.backend == "nccl" else None
+
+
+class Sender:
+    """The sending end of one direction of a border, for one replica."""
+
+    def __init__(self, group: dist.ProcessGroup, peer: int, frame: Frame, name: str) -> None:
+        self.group, self.peer, self.frame, self.name = group, peer, frame, name
+        self.buffer = frame.buffer()
+        self.work: dist.Work | None = None
+        self.stream = frame.stream()
+        self.waited_seconds = 0.0
+        self.sent_bytes = 0
+
+    def send(self, header: Header, tensor: Tensor) -> None:
+        """Start sending; returns once the message before this one has left."""
+        self.flush()
+        ints = torch.tensor([header.kind, header.update, header.micro_batch, header.control] + [0] * (HEADER_INTS - 4))
+        self.buffer[:HEADER_BYTES].view(torch.int64).copy_(ints)
+        self.frame.payload(self.buffer).copy_(tensor.detach())
+        with torch.cuda.stream(self.stream) if self.stream else _no_stream():
+            if self.stream:
+                self.stream.wait_stream(torch.cuda.current_stream(self.frame.device))
+            self.work = self.group.send([self.buffer], self.peer, 0)
+        self.sent_bytes += self.buffer.numel()
+
+    def flush(self) -> None:
+        """Wait until the message on the way has left; the wait counts as idle time."""
+        if self.work is not None:
+            started = time.perf_counter()
+            _wait(self.work, self.name)
+            if self.stream:
+                self.stream.synchronize()
+            self.waited_seconds += time.perf_counter() - started
+            self.work = None
+
+
+class Receiver:
+    """The receiving end of one direction of a border, for one replica."""
+
+    def __init__(self, group: dist.ProcessGroup, peer: int, frame: Frame, in_flight: int, name: str) -> None:
+        self.group, self.peer, self.frame, self.name = group, peer, frame, name
+        self.stream = frame.stream()
+        self.posted: deque[tuple[Tensor, dist.Work]] = deque()
+        self.waited_seconds = 0.0
+        for _ in range(in_flight):
+            self._post(frame.buffer())
+
+    def _post(self, buffer: Tensor) -> None:
+        with torch.cuda.stream(self.stream) if self.stream else _no_stream():
+            self.posted.append((buffer, self.group.recv([buffer], self.peer, 0)))
+
+    def receive(self) -> tuple[Header, Tensor]:
+        """The next message, in the order of sending; the wait counts as idle time."""
+        buffer, work = self.posted.popleft()
+        started = time.perf_counter()
+        _wait(work, self.name)
+        if self.stream:
+            self.stream.synchronize()
+        self.waited_seconds += time.perf_counter() - started
+        kind, update, micro_batch, control, *_ = buffer[:HEADER_BYTES].cpu().view(torch.int64).tolist()
+        tensor = self.frame.payload(buffer).to(self.frame.device, copy=True)
+        self._post(buffer)
+        return Header(Kind(kind), update, micro_batch, Control(control)), tensor
+
+
+class _no_stream:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+def _wait(work: dist.Work, name: str) -> None:
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise TrainingError(f"the channel {name} broke: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,160 @@
+"""What several keys of the configuration must say together. Every message names the numbers and where they are from."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from lptransformer import deepspeed_keys
+from lptransformer.config_sections import ONLY_WITH, Config
+from lptransformer.errors import ConfigError
+
+FAMILIES = ("gpt2", "llama")
+
+
+def zero_stage(config: Config) -> int:
+    """The ZeRO stage of every engine: deepspeed.zero_optimization.stage, by default 0 in fp32 and 1 in bf16."""
+    stage = config.value("deepspeed.zero_optimization.stage")
+    return int(config.train.dtype == "bf16") if stage is None else int(stage)
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for the first contradiction between keys of a resolved configuration."""
+    for problem in itertools.chain(_lone(config), _model(config), _train(config), _deepspeed(config)):
+        raise ConfigError(problem)
+    check_depth(config, config.model.num_layers, config.model.max_position_embeddings, "")
+
+
+def check_depth(config: Config, num_layers: int, max_position_embeddings: int | None, origin: str) -> None:
+    """Raises ConfigError when a model of this depth and length cannot be cut and fed as the configuration says.
+
+    `max_position_embeddings` is in tokens, None for no limit. `origin` says where the two numbers came from; empty:
+    they are those of the configuration.
+    """
+    layers = f"model.num_layers = {num_layers} ({origin})" if origin else config.at("model.num_layers")
+    limit_key = "model.max_position_embeddings"
+    limit = f"{limit_key} = {max_position_embeddings} ({origin})" if origin else config.at(limit_key)
+    for problem in _depth(config, num_layers, layers):
+        raise ConfigError(problem)
+    if max_position_embeddings is not None and config.data.sequence_length > max_position_embeddings:
+        at = config.at("data.sequence_length")
+        raise ConfigError(f"{at} is more than {limit}: give at most {max_position_embeddings}")
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """Raises ConfigError unless `world_size` (number of processes) is parallel.pipeline x parallel.data."""
+    parallel = config.parallel
+    needed = parallel.pipeline * parallel.data
+    if world_size != needed:
+        raise ConfigError(
+            f"{world_size} processes were started, but {config.at('parallel.pipeline')} x {config.at('parallel.data')} "
+            f"needs {needed}: start `deepspeed --num_gpus {needed} launch/train.py --config CONFIG` (on several nodes: "
+            f"{needed} in all) or `python -m lptransformer train CONFIG`, or change parallel"
+        )
+
+
+def _lone(config: Config) -> Iterator[str]:
+    """Keys that were given although they have no meaning beside the others."""
+    for key, (other, needed) in ONLY_WITH.items():
+        section, name = key.split(".")
+        if name in getattr(config, section).model_fields_set and config.value(other) != needed:
+            yield f"{config.at(key)} has no meaning with {config.at(other)}: remove it (or give null)"
+    for name, source in config.data.valid.items():
+        if source.weight != 1:
+            yield f"{config.at(f'data.valid.{name}.weight')}: validation sets are not mixed; remove the weight"
+
+
+def _model(config: Config) -> Iterator[str]:
+    model, at = config.model, config.at
+    if model.pretrained is not None:  # its sizes are its own business
+        return
+    if model.family not in FAMILIES:
+        yield f"{at('model.family')}: must be one of {', '.join(FAMILIES)}, or give a folder as model.pretrained"
+    heads, groups = model.num_heads, model.num_key_value_heads
+    if model.hidden_size % heads:
+        yield f"{at('model.hidden_size')} is not a multiple of {at('model.num_heads')}"
+    if model.family == "llama" and model.hidden_size // heads % 2:
+        yield (
+            f"{at('model.hidden_size')} over {at('model.num_heads')} makes heads of width {model.hidden_size // heads}"
+            ": rotary positions need an even width"
+        )
+    if groups is not None and model.family != "llama":
+        yield f"{at('model.num_key_value_heads')} has no meaning with {at('model.family')}: remove it"
+    if groups is not None and heads % groups:
+        yield f"{at('model.num_heads')} is not a multiple of {at('model.num_key_value_heads')}"
+
+
+def _train(config: Config) -> Iterator[str]:
+    train, at = config.train, config.at
+    if train.micro_batches_per_update % config.parallel.data:
+        yield (
+            f"{at('train.micro_batches_per_update')} is not a multiple of {at('parallel.data')}: every replica takes "
+            "as many micro-batches of an update"
+        )
+    if train.warmup_steps > train.steps:
+        yield f"{at('train.warmup_steps')} is more than {at('train.steps')}"
+    if train.warmup_steps and train.lr_scheduler == "constant":
+        yield (
+            f"{at('train.warmup_steps')} has no effect with {at('train.lr_scheduler')}: set it to 0, or "
+            "train.lr_scheduler=constant_with_warmup"
+        )
+    if train.eval_every and not config.data.valid:
+        yield f"{at('train.eval_every')}, but there is nothing to evaluate on: give data.valid, or set it to 0"
+
+
+def _depth(config: Config, num_layers: int, layers: str) -> Iterator[str]:
+    at = config.at
+    pipeline, partition = config.parallel.pipeline, config.parallel.partition
+    chunks = config.objective.chunks if config.objective.name == "chunked" else num_layers
+    if isinstance(chunks, int):
+        if chunks > num_layers:
+            yield f"{at('objective.chunks')} is more than {layers}: give at most {num_layers}"
+    elif sum(chunks) != num_layers:
+        yield f"{at('objective.chunks')} is {sum(chunks)} blocks in all, but {layers}: the two must be equal"
+    if pipeline > num_layers:
+        yield f"{at('parallel.pipeline')} is more than {layers}: every pipeline rank needs a block"
+    if isinstance(partition, list) and len(partition) != pipeline:
+        yield f"{at('parallel.partition')} has {len(partition)} numbers, but {at('parallel.pipeline')}: give {pipeline}"
+    if isinstance(partition, list) and sum(partition) != num_layers:
+        yield f"{at('parallel.partition')} is {sum(partition)} blocks in all, but {layers}: the two must be equal"
+    if zero_stage(config) < 3:
+        return
+    if isinstance(chunks, int):  # as equal as possible, the longer ones first
+        chunks = [num_layers // chunks + (i < num_layers % chunks) for i in range(chunks)]
+    crossing = len(chunks) < pipeline
+    if isinstance(partition, list):
+        crossing = not set(itertools.accumulate(partition)) <= set(itertools.accumulate(chunks))
+    if crossing:
+        what = "objective.chunks" if config.objective.name == "chunked" else "objective.name"
+        where = at("parallel.partition") if isinstance(partition, list) else at("parallel.pipeline")
+        yield (
+            f"{at('deepspeed.zero_optimization.stage')} with {at(what)} and {where}: runs of {chunks} blocks would "
+            "cross from one pipeline rank to the next, and the weights of all micro-batches in flight would stay "
+            "gathered there, so nothing is saved. Use ZeRO 2 or less, or cut at the pipeline ranks (at least "
+            f"{pipeline} chunks)"
+        )
+
+
+def _deepspeed(config: Config) -> Iterator[str]:
+    """What this program cannot do with options that DeepSpeed itself knows."""
+    bf16, at = config.train.dtype == "bf16", config.at
+    for key, value in deepspeed_keys.entries(config.deepspeed):
+        if problem := deepspeed_keys.complaint(key, value):
+            yield f"{at(f'deepspeed.{key}')}: {problem}"
+    stage_at, stage = at("deepspeed.zero_optimization.stage"), config.value("deepspeed.zero_optimization.stage")
+    if stage not in (None, 0, 1, 2, 3):
+        yield f"{stage_at}: must be 0, 1, 2 or 3"
+    if bf16 and stage == 0:
+        yield (
+            f"{stage_at} with {at('train.dtype')}: DeepSpeed steps the optimizer once with zero gradients when it is "
+            "made, which decays the weights and counts as an update. Use stage 1, 2 or 3"
+        )
+    key = "deepspeed.data_types.grad_accum_dtype"
+    accumulate = config.value(key)
+    if accumulate not in (None, "fp32", "bf16") or (accumulate == "bf16" and not bf16):
+        yield f"{at(key)} with {at('train.dtype')}: must be fp32{' or bf16' if bf16 else ''}"
+    if bf16 and accumulate == "fp32" and zero_stage(config) == 1:
+        yield (
+            f"{at(key)} with {at('train.dtype')} at ZeRO 1: this optimizer of DeepSpeed does not follow the usual "
+            "arithmetic. Set deepspeed.zero_optimization.stage=2 (or 3)"
+        )

@@ -1,0 +1,136 @@
+"""What may stand in the `deepspeed` section: the keys that DeepSpeed 0.19.8 reads, as plain data.
+
+DeepSpeed ignores a misspelt top-level key without a word, and checks the rest only after slow imports, so this table
+answers first. A test compares it with the installed DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+Types = tuple[type, ...]
+_BOOL: Types = (bool,)
+_NUMBER: Types = (int, float)  # DeepSpeed reads 5e8 where it needs a whole number
+_TEXT: Types = (str,)
+_SECTION: Types = (dict,)
+_NAMES = {_BOOL: "true or false", _NUMBER: "a number", _TEXT: "text", _SECTION: "a mapping"}
+
+
+def _keys(names: str, types: Types) -> dict[str, Types]:
+    return dict.fromkeys(names.split(), types)
+
+
+# Handed to every stage's engine as they are.
+PASSED: dict[str, Types] = {
+    **_keys("zero_optimization data_types activation_checkpointing comms_logger aio", _SECTION),
+    **_keys("flops_profiler timers tensorboard wandb csv_monitor comet", _SECTION),
+    **_keys("prescale_gradients disable_allgather disable_python_gc dump_state", _BOOL),
+    **_keys("wall_clock_breakdown memory_breakdown zero_force_ds_cpu_optimizer", _BOOL),
+    **_keys("gradient_predivide_factor steps_per_print", _NUMBER),
+    **_keys("communication_data_type log_level", _TEXT),
+}
+_STAGE3 = {
+    **_keys("allgather_sequential gather_16bit_weights_on_model_save use_all_reduce_for_fetch_params", _BOOL),
+    **_keys("max_live_parameters max_reuse_distance model_persistence_threshold", _NUMBER),
+    **_keys("module_granularity_threshold param_persistence_threshold prefetch_bucket_size", _NUMBER),
+}
+ZERO: dict[str, Types] = {
+    **_keys("leaf_module offload_optimizer offload_param zenflow", _SECTION),
+    **_keys("allgather_partitions compute_grad_norm contiguous_gradients cpu_offload cpu_offload_param", _BOOL),
+    **_keys("cpu_offload_use_pin_memory elastic_checkpoint enable_sanity_checks ignore_unused_parameters", _BOOL),
+    **_keys("legacy_stage1 load_from_fp32_weights log_trace_cache_warnings memory_efficient_linear", _BOOL),
+    **_keys("overlap_comm override_module_apply parameter_alignment pipeline_loading_checkpoint", _BOOL),
+    **_keys("reduce_scatter round_robin_gradients save_muon_momentum_buffer_in_memory", _BOOL),
+    **_keys("stage3_gather_fp16_weights_on_model_save use_multi_rank_bucket_allreduce", _BOOL),
+    **_keys("zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights", _BOOL),
+    **_keys("allgather_bucket_size reduce_bucket_size stage sub_group_size zero_hpz_partition_size", _NUMBER),
+    **_STAGE3,
+    **{f"stage3_{key}": types for key, types in _STAGE3.items()},
+}
+DATA_TYPES: dict[str, Types] = {
+    **_keys("grad_accum_dtype param_dtype buffer_dtype", _TEXT),
+    "keep_in_fp32_modules": (list, str),
+}
+
+
+def _because(names: str, reason: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), reason)
+
+
+# Said by keys of this program.
+OURS: dict[str, str] = {
+    "optimizer": "optimizer.name and train.learning_rate",
+    "scheduler": "train.lr_scheduler",
+    "train_batch_size": "train.micro_batch_size x train.micro_batches_per_update",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.micro_batches_per_update",
+    "gradient_clipping": "train.grad_clip",
+    "pipeline": "parallel.pipeline and parallel.partition",
+    "data_parallel_size": "parallel.data",
+    "vocabulary_size": "data.vocab_size",
+    **_because("bf16 bfloat16 fp16 torch_autocast data_types.param_dtype", "train.dtype"),
+    **_because("data_efficiency dataloader_drop_last", "the data section"),
+    **_because("checkpoint datastates_ckpt", "train.save_every"),
+}
+_SET_HERE = "every stage's engine needs its own value, which is set by itself"
+_NOT_HERE = "it does not work with local updates"
+_GONE = "DeepSpeed 0.19.8 no longer has it"
+REFUSED: dict[str, str] = {
+    "zero_optimization.compute_grad_norm": "clipping, skipped updates and the display need the gradient norm",
+    "zero_optimization.memory_efficient_linear": "true would change matrix products of the whole process; it is off",
+    **_because("managed_gradient_accumulation gradient_allreduce_op zero_allow_untested_optimizer", _SET_HERE),
+    **_because("tensor_parallel expert_parallel sequence_parallel_size hybrid_engine autotuning compile", _NOT_HERE),
+    **_because("seq_parallel_communication_data_type use_data_before_expert_parallelism", _NOT_HERE),
+    **_because("weight_quantization", _NOT_HERE),
+    **_because("nebula compression_training amp quantize_training sparse_gradients eigenvalue", _GONE),
+    **_because("sparse_attention elasticity graph_harvesting curriculum_learning progressive_layer_drop", _GONE),
+    **_because("zero_optimization.mics_shard_size zero_optimization.mics_hierarchical_params_gather", _GONE),
+    **_because("zero_optimization.zeropp_loco_param", _GONE),
+}
+_COMPILED = {"aio"} | {
+    f"zero_optimization.{key}"
+    for key in ZERO
+    if key in ("offload_optimizer", "offload_param", "zenflow", "cpu_offload", "cpu_offload_param")
+    or key.startswith("zero_quantized")
+}
+TABLES: dict[str, dict[str, Types]] = {"": PASSED, "zero_optimization.": ZERO, "data_types.": DATA_TYPES}
+
+
+def has_compiler() -> bool:
+    """Whether a C++ compiler is on the PATH (DeepSpeed builds some of its operators when they are first used)."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name)
+
+
+def entries(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every key of `options` that this module knows about or should know about."""
+    for key, value in options.items():
+        yield key, value
+        if f"{key}." in TABLES and isinstance(value, dict):
+            yield from ((f"{key}.{inner}", inner_value) for inner, inner_value in value.items())
+
+
+def is_known(key: str) -> bool:
+    """Whether DeepSpeed knows (or knew) this dotted key."""
+    table, _, name = key.rpartition(".")
+    return key in OURS or key in REFUSED or name in TABLES[f"{table}." if table else ""]
+
+
+def complaint(key: str, value: Any) -> str | None:
+    """Why the known dotted key cannot have this value, in words that follow "deepspeed.KEY = VALUE: "; or None."""
+    if key in OURS:
+        return f"remove it; {OURS[key]} says it"
+    if key in REFUSED:
+        return f"remove it; {REFUSED[key]}"
+    table, _, name = key.rpartition(".")
+    types = TABLES[f"{table}." if table else ""][name]
+    wrong_bool = isinstance(value, bool) and bool not in types
+    auto = value == "auto" and table == "zero_optimization" and name != "stage"  # DeepSpeed takes its default then
+    if not auto and (wrong_bool or not isinstance(value, types)):
+        return f"must be {_NAMES.get(types, 'a list of names')}"
+    idle = value in (False, "auto") or value == {} or (isinstance(value, dict) and value.get("device") == "none")
+    if key in _COMPILED and not idle and not has_compiler():
+        return "it needs a compiler, and none of g++, c++, clang++ was found: install one, or remove it"
+    return None

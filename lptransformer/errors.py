@@ -1,0 +1,31 @@
+"""Errors that are meant for the person who started the program: one clear message, an exit code, no traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in what was asked for. The message names the value, where it came from and what would be right."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """The configuration is wrong: an unknown key, a value out of range, options that contradict each other."""
+
+
+class DataError(UserError):
+    """A text file, token set or tokenizer is missing, broken, or does not fit the others."""
+
+
+class ModelError(UserError):
+    """A model folder is missing or broken, or the model cannot be cut as asked."""
+
+
+class RunError(UserError):
+    """A run folder or export folder is not in the state that the command needs."""
+
+
+class TrainingError(Exception):
+    """Training cannot go on, through no mistake in what was asked for (for example: losses that are not finite)."""
+
+    exit_code = 1

@@ -1,0 +1,130 @@
+"""The run folder: what a run was, beside what it made. Nothing here needs torch.
+
+config.yaml       every resolved value         metrics.jsonl, metrics.csv   one record per update and evaluation
+environment.json  versions, commit, command    loss.png                     the losses as a picture
+tokenizer/        the run's own tokenizer      checkpoints/                 see checkpoint.py
+data.json         the token sets, with counts of their texts
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lptransformer import config as configuration
+from lptransformer.config import Config
+from lptransformer.errors import RunError
+
+CONFIG, ENVIRONMENT, TOKENIZER, DATA = "config.yaml", "environment.json", "tokenizer", "data.json"
+# All that a run can leave in its folder: what --overwrite removes, and nothing else.
+CONTENTS = (
+    *(CONFIG, ENVIRONMENT, TOKENIZER, DATA),
+    *("metrics.jsonl", "metrics.csv", "loss.png", "checkpoints", "tensorboard"),
+)
+
+
+def holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in CONTENTS)
+
+
+def check(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
+    """Refuse to start in a folder that holds a run, and to resume what is not the same run.
+
+    Raises RunError: a run is there and neither flag is given; there is nothing to resume; the configuration differs.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"run.dir is {folder}: that is a file, not a folder")
+    if not resume:
+        if holds_run(folder) and not overwrite:
+            raise RunError(
+                f"run.dir is {folder}: it already holds a run. Continue it with --resume, replace it with --overwrite, "
+                f"or choose another folder with --run.dir=..."
+            )
+        return
+    if not (folder / CONFIG).is_file():
+        raise RunError(f"run.dir is {folder}: there is no run to resume (no {CONFIG}). Start it without --resume")
+    differences = configuration.resume_differences(
+        configuration.to_dict(read_config(folder)), configuration.to_dict(config)
+    )
+    if differences:
+        raise RunError(f"{folder} cannot be resumed with another configuration: " + "; ".join(differences))
+
+
+def create(folder: Path, config: Config, tokenizer_folder: Path, data: Mapping[str, Any], command: list[str]) -> None:
+    """A new run folder; a run that was there before is removed (check() has asked for --overwrite)."""
+    remove(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(tokenizer_folder, folder / TOKENIZER)
+    (folder / DATA).write_text(json.dumps(data, indent=1) + "\n")
+    (folder / ENVIRONMENT).write_text(json.dumps(environment(command), indent=1) + "\n")
+    (folder / CONFIG).write_text(configuration.to_yaml(config))
+
+
+def remove(folder: Path) -> None:
+    """Remove a run's files; others in the folder stay. They vanish from the folder at once, then from the disk."""
+    if not holds_run(folder):
+        return
+    with tempfile.TemporaryDirectory(prefix=".removed-", dir=folder) as trash:
+        for name in CONTENTS:
+            if (folder / name).exists():
+                os.rename(folder / name, Path(trash) / name)
+
+
+def environment(command: list[str]) -> dict[str, Any]:
+    """What the run's numbers depend on beside its configuration."""
+    packages = ("lptransformer", "torch", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy")
+    return {
+        "command": command,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """The answer of git about the checkout that this code is in; None where it is in none."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration that a run was started with. Raises RunError where the folder holds no run."""
+    if not (folder / CONFIG).is_file():
+        raise RunError(f"{folder} is no run folder: it has no {CONFIG}")
+    return configuration.load(folder / CONFIG, read_pretrained=False)
+
+
+def read_data(folder: Path) -> dict[str, Any]:
+    """The token sets of a run: {"valid": {name: folder}}, as `create` was given them."""
+    try:
+        return json.loads((folder / DATA).read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder / DATA} cannot be read: {error}") from None
+
+
+def command_line() -> list[str]:
+    return [Path(sys.executable).name, *sys.argv]

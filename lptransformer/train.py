@@ -1,0 +1,137 @@
+"""Training, as a story: check, start, then update after update, report, evaluate, save, until it is enough."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lptransformer import run_folder
+from lptransformer.build import start
+from lptransformer.channel import Control
+from lptransformer.config import Config
+from lptransformer.data import Prepared
+from lptransformer.engine import LocalUpdateEngine, Report
+from lptransformer.metrics import Aggregator, text_counts
+from lptransformer.progress import Progress, plot_losses
+from lptransformer.run_log import MetricsWriter, read_metrics
+from lptransformer.world import launched_rank
+
+
+def train(config: Config, resume: bool = False, overwrite: bool = False) -> None:
+    """Train as configured, in the run folder `config.run.dir`; every process of the run calls this.
+
+    Raises UserError before anything is written when the run cannot start, TrainingError when it cannot go on.
+    """
+    assert config.run.dir is not None
+    folder = Path(config.run.dir)
+    if launched_rank() == 0:
+        run_folder.check(folder, config, resume, overwrite)
+    engine, data = start(config)
+    if resume:
+        engine.load_checkpoint(folder)
+    engine.wait_for_all("started")  # a run folder appears only when every process has got this far
+    with Desk(engine, config, data, folder, resume) as desk, stopping_cleanly(engine):
+        while True:
+            engine.request(due(config, engine.update + 1))
+            result = engine.train_batch()
+            desk.take(result.reports)
+            if result.control & Control.EVALUATE:
+                for name in engine.valid:
+                    desk.take(engine.eval_batch(name))
+            if result.control & Control.SAVE:
+                engine.save_checkpoint(folder)
+            if result.control & Control.STOP:
+                break
+        desk.take(engine.close())
+
+
+def due(config: Config, update: int) -> Control:
+    """What follows an update by the plan of the run. The last update is followed by everything."""
+    train = config.train
+    if update >= train.steps:
+        return Control.EVALUATE | Control.SAVE | Control.STOP
+    control = Control.NOTHING
+    if train.eval_every and update % train.eval_every == 0:
+        control |= Control.EVALUATE
+    if train.save_every and update % train.save_every == 0:
+        control |= Control.SAVE
+    return control
+
+
+@contextlib.contextmanager
+def stopping_cleanly(engine: LocalUpdateEngine) -> Iterator[None]:
+    """SIGTERM and Ctrl-C save and stop after the update under way; a third Ctrl-C stops at once."""
+    interrupts = 0
+
+    def stop(signum: int, frame: Any) -> None:
+        nonlocal interrupts
+        engine.request(Control.SAVE | Control.STOP, urgent=True)
+        interrupts += signum == signal.SIGINT
+        if interrupts >= 3:
+            raise KeyboardInterrupt
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+class Desk:
+    """Where reports arrive. Global rank 0 shows and writes them; on the other processes this does nothing."""
+
+    def __init__(self, engine: LocalUpdateEngine, config: Config, data: Prepared, folder: Path, resume: bool) -> None:
+        self.open = engine.world.global_rank == 0
+        if not self.open:
+            return
+        self.folder = folder
+        self.stages = [(plan.index, plan.first_block, plan.last_block) for plan in engine.stages]
+        tokens, seconds = 0, 0.0
+        if resume:
+            before = [r for r in read_metrics(folder) if "stages" in r and r["update"] <= engine.update]
+            tokens = engine.update * engine.label_tokens
+            seconds = before[-1]["seconds"] if before else 0.0
+        else:
+            sets = {name: str(token_set.folder.absolute()) for name, token_set in data.valid.items()}
+            run_folder.create(folder, config, data.tokenizer_folder, {"valid": sets}, run_folder.command_line())
+        texts = {name: text_counts(token_set.manifest) for name, token_set in data.valid.items()}
+        self.aggregator = Aggregator(
+            self.stages, engine.world.data_size, texts, update=engine.update, tokens=tokens, seconds=seconds
+        )
+        self.writer = MetricsWriter(folder, resume_at=engine.update if resume else None)
+        self.progress = Progress(config.train.steps, self.stages)
+
+    def __enter__(self) -> Desk:
+        if self.open:
+            self.progress.__enter__()
+        return self
+
+    def take(self, reports: Iterable[Report]) -> None:
+        if not self.open:
+            return
+        for report in reports:
+            for record in self.aggregator.add(report):
+                self.writer.write(record)
+                if "evaluation" in record:
+                    self.progress.evaluation(record)
+                else:
+                    self.progress.update(record)
+                    self._say_skips(record)
+
+    def _say_skips(self, record: dict[str, Any]) -> None:
+        for stage in record["stages"]:
+            if stage["skipped"]:
+                self.progress.message(f"stage {stage['stage']} skipped update {record['update']}: not finite")
+
+    def __exit__(self, *exc: Any) -> None:
+        if not self.open:
+            return
+        self.progress.__exit__(*exc)
+        self.writer.close()
+        records = read_metrics(self.folder)
+        if any("stages" in record for record in records):
+            plot_losses(records, self.folder / "loss.png", self.stages)

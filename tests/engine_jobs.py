@@ -1,0 +1,389 @@
+"""Jobs for the workers of the pool: an engine over random tokens, trained for a few updates, and what came of it.
+
+A job runs in every process of a run at once. What it returns is plain data and goes back to the test.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lptransformer import config as configuration
+from lptransformer.build import build_engine
+from lptransformer.channel import Control
+from lptransformer.data import Batch
+from lptransformer.deepspeed_stage import TrainedStage
+from lptransformer.engine import LocalUpdateEngine
+from lptransformer.errors import TrainingError
+from lptransformer.metrics import EvaluationReport, StageReport
+from lptransformer.partition import StagePlan
+from lptransformer.world import join, use_fair_share_of_cores
+
+VOCAB_SIZE = 64
+VALID_LABEL_TOKENS = (30, 30, 18)  # of the validation set's micro-batches: the last one is not full
+BASE: dict[str, dict[str, Any]] = {
+    "model": {"hidden_size": 32, "num_layers": 8, "num_heads": 2},
+    "data": {"train": "unused", "sequence_length": 16},
+    "optimizer": {"name": "adamw"},
+    "parallel": {"timeout_seconds": 60},
+    "train": {
+        "micro_batch_size": 2,
+        "micro_batches_per_update": 4,
+        "learning_rate": 0.01,
+        "lr_scheduler": "cosine",
+        "warmup_steps": 2,
+        "steps": 12,
+    },
+}
+
+
+@dataclass(frozen=True)
+class RandomStream:
+    """Training micro-batches by number, from seeds. Small ids are frequent, so that there is something to learn."""
+
+    micro_batch_size: int
+    sequence_length: int
+    vocab_size: int
+
+    def batch(self, index: int) -> Batch:
+        generator = torch.Generator().manual_seed(1000 + index)
+        shape = (self.micro_batch_size, self.sequence_length)
+        ids = (torch.rand(shape, generator=generator).square() * self.vocab_size).long()
+        return Batch(ids, torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100))
+
+
+@dataclass(frozen=True)
+class RandomValidSet:
+    stream: RandomStream
+
+    def batches(self, micro_batch_size: int) -> Iterator[Batch]:
+        assert micro_batch_size == self.stream.micro_batch_size
+        for index, label_tokens in enumerate(VALID_LABEL_TOKENS):
+            batch = self.stream.batch(10**6 + index)
+            batch.labels.view(-1)[-2 * self.stream.sequence_length :][label_tokens + 1 :] = -100
+            yield Batch(batch.input_ids, batch.labels)
+
+
+def load_config(overrides: Sequence[str]) -> configuration.Config:
+    return configuration.load(BASE, overrides)
+
+
+def make_stream(config: configuration.Config) -> RandomStream:
+    vocab_size = config.data.vocab_size if "vocab_size" in config.data.model_fields_set else VOCAB_SIZE
+    return RandomStream(config.train.micro_batch_size, config.data.sequence_length, vocab_size)
+
+
+def open_engine(overrides: Sequence[str]) -> LocalUpdateEngine:
+    config = load_config(overrides)
+    use_fair_share_of_cores()
+    world = join(config.parallel.pipeline, config.parallel.data, config.parallel.timeout_seconds)
+    stream = make_stream(config)
+    valid = {"valid": RandomValidSet(stream)}
+    return build_engine(config, world, stream=stream, valid=valid, vocab_size=stream.vocab_size)
+
+
+# --------------------------------------------------------------------------------------------- tampering
+
+
+@dataclass(frozen=True)
+class Tamper:
+    """What is done to the forward of one stage. `updates` None: at all updates; `data_rank` None: on all replicas."""
+
+    stage: int
+    what: str  # a key of TAMPERINGS
+    updates: tuple[int, ...] | None = None  # counted from 1, as in the reports
+    data_rank: int | None = None
+
+
+Forward = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor | None, Tensor | None]]
+Outputs = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def _other_labels(forward: Forward, inputs: Tensor, labels: Tensor, scale: float) -> Outputs:
+    return forward(inputs, torch.where(labels == -100, labels, (labels + 7) % VOCAB_SIZE), scale)
+
+
+def _sleep(forward: Forward, inputs: Tensor, labels: Tensor, scale: float) -> Outputs:
+    time.sleep(0.2)
+    return forward(inputs, labels, scale)
+
+
+def _infinite_loss(forward: Forward, inputs: Tensor, labels: Tensor, scale: float) -> Outputs:
+    hidden_states, loss, loss_sum = forward(inputs, labels, scale)
+    assert loss is not None and loss_sum is not None
+    return hidden_states, loss * torch.inf, loss_sum * torch.inf
+
+
+def _infinite_inputs(forward: Forward, inputs: Tensor, labels: Tensor, scale: float) -> Outputs:
+    return forward(torch.full_like(inputs, torch.inf), labels, scale)
+
+
+def _infinite_gradient(forward: Forward, inputs: Tensor, labels: Tensor, scale: float) -> Outputs:
+    hidden_states, loss, loss_sum = forward(inputs, labels, scale)
+    hidden_states.register_hook(lambda gradient: gradient * torch.inf)
+    return hidden_states, loss, loss_sum
+
+
+TAMPERINGS = {
+    "other labels": _other_labels,
+    "sleep": _sleep,
+    "infinite loss": _infinite_loss,
+    "infinite inputs": _infinite_inputs,
+    "infinite gradient": _infinite_gradient,
+}
+
+
+def tamper_with(engine: LocalUpdateEngine, tamper: Tamper) -> None:
+    stage = engine.local.get(tamper.stage)
+    if stage is None or tamper.data_rank not in (None, engine.world.data_rank):
+        return
+    forward, changed = stage.forward, TAMPERINGS[tamper.what]
+
+    def tampered(inputs: Tensor, labels: Tensor, scale: float) -> Outputs:
+        if tamper.updates is None or engine.update + 1 in tamper.updates:
+            return changed(forward, inputs, labels, scale)
+        return forward(inputs, labels, scale)
+
+    stage.forward = tampered  # type: ignore[method-assign]
+
+
+# --------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Trained:
+    """What one process gives back. Dictionaries are by stage, lists by update."""
+
+    pipeline_rank: int
+    data_rank: int
+    label_tokens: int  # of one update, over all replicas
+    plans: dict[int, StagePlan]
+    reports: dict[int, list[StageReport]]
+    weights: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    history: dict[int, list[Any]] = field(default_factory=dict)  # [weights, optimizer state] from before the first
+    evaluations: dict[int, EvaluationReport] = field(default_factory=dict)
+    error: str = ""
+
+
+def train(
+    overrides: Sequence[str],
+    updates: int,
+    *,
+    tamper: Tamper | None = None,
+    history: bool = False,
+    evaluate: bool = False,
+    load: Path | None = None,
+    save: Path | None = None,
+) -> Trained:
+    """Build an engine, load, train, save, evaluate. A TrainingError ends it early and is part of what is returned."""
+    engine = open_engine(overrides)
+    world, stages = engine.world, engine.local
+    trained = Trained(
+        world.pipeline_rank,
+        world.data_rank,
+        engine.label_tokens,
+        plans={index: stage.plan for index, stage in stages.items()},
+        reports={index: [] for index in stages},
+        history={index: [] for index in stages} if history else {},
+    )
+    if load is not None:
+        engine.load_checkpoint(load)
+    if tamper is not None:
+        tamper_with(engine, tamper)
+    try:
+        _remember(engine, trained)
+        for _ in range(updates):
+            for report in own_reports(engine, engine.train_batch().reports):
+                trained.reports[report.stage].append(report)
+            _remember(engine, trained)
+    except TrainingError as error:
+        trained.error = str(error)
+        return trained
+    if save is not None:
+        engine.save_checkpoint(save)
+    if evaluate:
+        trained.evaluations = {report.stage: report for report in own_reports(engine, engine.eval_batch("valid"))}
+    trained.weights = {index: stage.weights() for index, stage in stages.items()}
+    engine.close()
+    return trained
+
+
+def own_reports(engine: LocalUpdateEngine, reports: Sequence[Any]) -> list[Any]:
+    """Without those of other processes, which arrive at global rank 0 at any time."""
+    return [r for r in reports if r.stage in engine.local and r.data_rank == engine.world.data_rank]
+
+
+def _remember(engine: LocalUpdateEngine, trained: Trained) -> None:
+    for index, states in trained.history.items():
+        stage = engine.local[index]
+        states.append((stage.weights(), copy.deepcopy(optimizer_tensors(stage))))
+
+
+def optimizer_tensors(stage: TrainedStage) -> list[Tensor]:
+    """Moments and step counts, in a fixed order. ZeRO's optimizer works on the one that it was given."""
+    states = stage.optimizer.state.values()
+    return [value for state in states for _, value in sorted(state.items()) if isinstance(value, Tensor)]
+
+
+# --------------------------------------------------------------------------------------------- no barrier
+
+
+@dataclass
+class Ahead:
+    """How far pipeline rank 0 got while pipeline rank 1 was held, and what took part."""
+
+    pid: int
+    updates_while_held: int
+    went_on_after_release: bool
+    engine_types: list[str]
+    zero_stages: list[int]
+    engine_group_sizes: dict[str, int]  # of the groups that DeepSpeed's engines hold
+    default_group_size: int
+    collectives: list[tuple[str, int]]  # during training: name, size of its group
+    link_sizes: list[int]
+    link_calls: set[str]
+
+
+COLLECTIVES = (
+    "all_reduce all_gather all_gather_into_tensor all_gather_object reduce_scatter reduce_scatter_tensor broadcast "
+    "broadcast_object_list barrier monitored_barrier reduce gather scatter all_to_all all_to_all_single"
+).split()
+
+
+class CollectiveLog:
+    """Records which collectives of torch.distributed are called, and over how many processes."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self.originals = {name: getattr(dist, name) for name in COLLECTIVES}
+
+    def __enter__(self) -> CollectiveLog:
+        for name, function in self.originals.items():
+            setattr(dist, name, self._recorded(name, function))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for name, function in self.originals.items():
+            setattr(dist, name, function)
+
+    def _recorded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            groups = [value for value in (*args, *kwargs.values()) if isinstance(value, dist.ProcessGroup)]
+            self.calls.append((name, dist.get_world_size(groups[0] if groups else None)))
+            return function(*args, **kwargs)
+
+        return call
+
+
+class RecordedLink:
+    """Stands for a link between two pipeline ranks and records what is called on it."""
+
+    def __init__(self, group: dist.ProcessGroup, calls: set[str]) -> None:
+        self._group, self._calls = group, calls
+
+    def __getattr__(self, name: str) -> Any:
+        self._calls.add(name)
+        return getattr(self._group, name)
+
+
+def run_ahead(overrides: Sequence[str], in_flight: int, hold_seconds: float) -> Ahead:
+    """Pipeline rank 1 begins to train only when rank 0 has been stuck for `hold_seconds`; then both finish."""
+    updates = in_flight + 3
+    with CollectiveLog() as log:  # around everything: DeepSpeed looks some of the functions up when it is initialised
+        engine = open_engine(overrides)
+        world, link_calls = engine.world, set[str]()
+        link = engine._above if world.pipeline_rank == 0 else engine._below
+        assert link is not None
+        link.group = RecordedLink(link.group, link_calls)  # type: ignore[assignment]
+        log.calls.clear()
+        seen = Ahead(
+            os.getpid(),
+            updates_while_held=0,
+            went_on_after_release=False,
+            engine_types=[f"{type(s.engine).__module__}.{type(s.engine).__name__}" for s in engine.local.values()],
+            zero_stages=[stage.engine.zero_optimization_stage() for stage in engine.local.values()],
+            engine_group_sizes=groups_of(engine),
+            default_group_size=dist.get_world_size(),
+            collectives=[],
+            link_sizes=[group.size() for group in world.groups],
+            link_calls=link_calls,
+        )
+        if world.pipeline_rank == 1:
+            world.store.wait(["release"])
+        released = threading.Event()
+
+        def release() -> None:
+            released.set()
+            world.store.set("release", "")
+
+        timer = threading.Timer(hold_seconds, release)
+        for update in range(updates):
+            if world.pipeline_rank == 0 and update == in_flight + 1:
+                timer.start()
+            engine.train_batch()
+            if world.pipeline_rank == 0 and not released.is_set():
+                seen.updates_while_held += 1
+        seen.went_on_after_release = released.is_set()
+        seen.collectives = list(log.calls)
+        engine.close()
+    return seen
+
+
+def groups_of(engine: LocalUpdateEngine) -> dict[str, int]:
+    """Every process group that a DeepSpeed engine or its optimizer holds, with its size."""
+    sizes = {}
+    for stage in engine.local.values():
+        for owner in (stage.engine, stage.engine.optimizer):
+            for name, value in vars(owner).items():
+                for group in value if isinstance(value, list | tuple) else [value]:
+                    if isinstance(group, dist.ProcessGroup):
+                        sizes[f"{type(owner).__name__}.{name}"] = dist.get_world_size(group)
+    return sizes
+
+
+# --------------------------------------------------------------------------------------------- control, neighbours
+
+
+def follow_control(overrides: Sequence[str], updates: int, requests: Sequence[tuple[int, int, int, Control]]) -> list[int]:
+    """The control after every update. `requests`: (pipeline rank, replica, before which update, what)."""
+    engine = open_engine(overrides)
+    world, seen = engine.world, []
+    for update in range(1, updates + 1):
+        for pipeline_rank, data_rank, when, control in requests:
+            if (pipeline_rank, data_rank, when) == (world.pipeline_rank, world.data_rank, update):
+                engine.request(control, urgent=bool(control & Control.STOP))
+        seen.append(int(engine.train_batch().control))
+    engine.close()
+    return seen
+
+
+def lose_a_neighbour(overrides: Sequence[str], lost: int, out: Path, die: bool) -> tuple[str, float]:
+    """Train until a pipeline rank goes away: what the others are told, and after how many seconds, also in files."""
+    engine = open_engine(overrides)
+    rank = engine.world.pipeline_rank
+    engine.train_batch()
+    if rank == lost and die:
+        os._exit(9)
+    if rank == lost:
+        engine._below = engine._above = engine._gradient_above = engine._gradient_below = None
+        engine.world.groups.clear()
+        gc.collect()
+        return "", 0.0
+    started = time.monotonic()
+    try:
+        while True:
+            engine.train_batch()
+    except TrainingError as error:
+        (out / f"rank-{rank}.txt").write_text(str(error))
+        return str(error), time.monotonic() - started

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-from lptransformer import __version__
+from lptransformer import __version__, run_folder
 from lptransformer import config as configuration
 from lptransformer.errors import UserError
 from lptransformer.launcher import add_training_flags, launch, run
@@ -41,6 +42,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--processes", type=int, default=1, help="processes that share the windows (default: 1)")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
+    sub = command("report", report, "What runs came to: tables of every exit and stage, and a plot of the losses.")
+    sub.add_argument("run_folders", metavar="RUN", nargs="+", help="run folder")
+    sub.add_argument("--baselines", action="store_true", help="add unigram and bigram models of the training text")
+
     sub = command("export", export, "Write a Hugging Face model folder from a run.")
     sub.add_argument("run_folder", metavar="RUN", help="run folder")
     sub.add_argument("out", metavar="OUT", help="folder to write; it must be empty or not exist")
@@ -50,10 +55,20 @@ def parser() -> argparse.ArgumentParser:
 
 def train(args: argparse.Namespace) -> None:
     config = configuration.load(args.config, args.overrides)
+    assert config.run.dir is not None
+    # All that one process can check and make is done before others are started.
+    run_folder.check(Path(config.run.dir), config, args.resume, args.overwrite)
+    import torch
+
+    from lptransformer.prepare import prepare_all
+
+    prepare_all(**config.data.model_dump())
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed chooses anyway, with a warning
     processes = config.parallel.pipeline * config.parallel.data
     if processes > 1:
         flags = [flag for flag in ("--resume", "--overwrite") if getattr(args, flag[2:])]
-        raise SystemExit(launch(args.config, [*flags, *args.overrides], config, processes))
+        raise SystemExit(launch(args.config, [*flags, *args.overrides], processes))
     from lptransformer.train import train as train_here
 
     train_here(config, args.resume, args.overwrite)
@@ -61,7 +76,7 @@ def train(args: argparse.Namespace) -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     config = configuration.load(args.config, args.overrides)
-    from lptransformer.data import prepare_all
+    from lptransformer.prepare import prepare_all
     from lptransformer.progress import table
 
     prepared = prepare_all(**config.data.model_dump())
@@ -89,6 +104,14 @@ def evaluate(args: argparse.Namespace) -> None:
     if results is None:
         return
     print(json.dumps(results)) if args.json else print_evaluations(results)
+
+
+def report(args: argparse.Namespace) -> None:
+    no_overrides(args)
+    from lptransformer.report import report as report_run
+
+    for folder in args.run_folders:
+        report_run(Path(folder), baselines=args.baselines)
 
 
 def export(args: argparse.Namespace) -> None:

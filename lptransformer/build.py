@@ -13,15 +13,17 @@ import torch
 from lptransformer import config as configuration
 from lptransformer import cost, family, partition
 from lptransformer.config import Config
-from lptransformer.data import Prepared, TrainStream, prepare_all
+from lptransformer.data import TrainStream
 from lptransformer.deepspeed_stage import SpanGroup, TrainedStage, deepspeed_config
 from lptransformer.engine import LocalUpdateEngine, Stream, ValidSet
 from lptransformer.errors import ConfigError
 from lptransformer.objective import OBJECTIVES
 from lptransformer.optimizer import build_lr_scheduler, build_optimizer
 from lptransformer.partition import StagePlan
+from lptransformer.prepare import Prepared, prepare_all
+from lptransformer.processes import launched_size, use_fair_share_of_cores
 from lptransformer.stage import make_stage
-from lptransformer.world import World, join, launched_size, use_fair_share_of_cores
+from lptransformer.world import World, join
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -36,13 +38,14 @@ def initialize(source: str | Path | dict[str, Any] | Config, overrides: Sequence
     return start(source if isinstance(source, Config) else configuration.load(source, overrides))[0]
 
 
-def start(config: Config) -> tuple[LocalUpdateEngine, Prepared]:
+def start(config: Config) -> tuple[LocalUpdateEngine, Prepared, ModelPlan]:
     """Join the world, prepare the data, build this process's stages."""
     configuration.check_world_size(config, launched_size())
     use_fair_share_of_cores()
     world = join(config.parallel.pipeline, config.parallel.data, config.parallel.timeout_seconds)
     data = prepare_once(config, world)
-    return build_engine(config, world, data), data
+    plan = plan_model(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
+    return build_engine(config, world, data, plan=plan), data, plan
 
 
 def prepare_once(config: Config, world: World) -> Prepared:
@@ -101,6 +104,7 @@ def build_engine(
     stream: Stream | None = None,
     valid: Mapping[str, ValidSet] | None = None,
     vocab_size: int | None = None,
+    plan: ModelPlan | None = None,
 ) -> LocalUpdateEngine:
     """The engine over prepared data, or over a stream and validation sets of the caller's."""
     train = config.train
@@ -113,7 +117,8 @@ def build_engine(
         )
         valid, vocab_size = data.valid, data.tokenizer.vocab_size
     assert stream is not None and valid is not None and vocab_size is not None
-    plan = plan_model(config, vocab_size, data.tokenizer.end_of_text_id if data is not None else None)
+    if plan is None:
+        plan = plan_model(config, vocab_size, data.tokenizer.end_of_text_id if data is not None else None)
     zero_stage, bf16 = configuration.zero_stage(config), train.dtype == "bf16"
     ds_config = deepspeed_config(
         config.deepspeed,

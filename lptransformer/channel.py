@@ -8,6 +8,7 @@ receiver has posted, so this is all the flow control there is.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import time
 from collections import deque
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lptransformer.errors import TrainingError
+from lptransformer.world import World
 
 HEADER_INTS = 8
 HEADER_BYTES = HEADER_INTS * 8
@@ -89,7 +91,7 @@ class Sender:
         ints = torch.tensor([header.kind, header.update, header.micro_batch, header.control] + [0] * (HEADER_INTS - 4))
         self.buffer[:HEADER_BYTES].view(torch.int64).copy_(ints)
         self.frame.payload(self.buffer).copy_(tensor.detach())
-        with torch.cuda.stream(self.stream) if self.stream else _no_stream():
+        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             if self.stream:
                 self.stream.wait_stream(torch.cuda.current_stream(self.frame.device))
             self.work = self.group.send([self.buffer], self.peer, 0)
@@ -118,7 +120,7 @@ class Receiver:
             self._post(frame.buffer())
 
     def _post(self, buffer: Tensor) -> None:
-        with torch.cuda.stream(self.stream) if self.stream else _no_stream():
+        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             self.posted.append((buffer, self.group.recv([buffer], self.peer, 0)))
 
     def receive(self) -> tuple[Header, Tensor]:
@@ -135,14 +137,53 @@ class Receiver:
         return Header(Kind(kind), update, micro_batch, Control(control)), tensor
 
 
-class _no_stream:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-
 def _wait(work: dist.Work, name: str) -> None:
     try:
         work.wait()
     except RuntimeError as error:
         raise TrainingError(f"the channel {name} broke: {str(error).splitlines()[0]}") from error
+
+
+@dataclass
+class Neighbours:
+    """The channels of one process: hidden states upwards, and gradients downwards where the border carries them."""
+
+    below: Receiver | None = None
+    above: Sender | None = None
+    gradient_below: Sender | None = None
+    gradient_above: Receiver | None = None
+
+    @property
+    def waited_seconds(self) -> float:
+        channels = (self.below, self.above, self.gradient_below, self.gradient_above)
+        return sum((channel.waited_seconds for channel in channels if channel is not None), 0.0)
+
+    def flush(self) -> None:
+        for channel in (self.above, self.gradient_below):
+            if channel is not None:
+                channel.flush()
+
+
+def open_channels(
+    world: World, frame: Frame, in_flight: int, *, gradient_below: bool, gradient_above: bool
+) -> Neighbours:
+    """Connect this process to the same replica of the pipeline ranks below and above.
+
+    Borders are opened in ascending order on every rank, so that the groups of two neighbours meet.
+    """
+    neighbours, rank = Neighbours(), world.pipeline_rank
+    if rank > 0:
+        border = f"{rank - 1}-{rank}"
+        group = world.group(f"hidden/{border}", 1, 2, frame.backend)
+        neighbours.below = Receiver(group, 0, frame, in_flight, f"of hidden states {border}")
+        if gradient_below:
+            group = world.group(f"gradient/{border}", 1, 2, frame.backend)
+            neighbours.gradient_below = Sender(group, 0, frame, f"of gradients {border}")
+    if rank < world.pipeline_size - 1:
+        border = f"{rank}-{rank + 1}"
+        group = world.group(f"hidden/{border}", 0, 2, frame.backend)
+        neighbours.above = Sender(group, 1, frame, f"of hidden states {border}")
+        if gradient_above:
+            group = world.group(f"gradient/{border}", 0, 2, frame.backend)
+            neighbours.gradient_above = Receiver(group, 1, frame, in_flight, f"of gradients {border}")
+    return neighbours

@@ -60,8 +60,11 @@ def _lone(config: Config) -> Iterator[str]:
         if name in getattr(config, section).model_fields_set and config.value(other) != needed:
             yield f"{config.at(key)} has no meaning with {config.at(other)}: remove it (or give null)"
     for name, source in config.data.valid.items():
-        if source.weight != 1:
+        if source.weight is not None:
             yield f"{config.at(f'data.valid.{name}.weight')}: validation sets are not mixed; remove the weight"
+    without = [name for name, source in config.data.train.items() if source.weight is None]
+    if 0 < len(without) < len(config.data.train):
+        yield f"data.train.{without[0]} has no weight and others have one: give every source a weight, or none of them"
 
 
 def _model(config: Config) -> Iterator[str]:

@@ -32,10 +32,10 @@ class Section(BaseModel):
 
 
 class Source(Section):
-    """Text files of one kind, and their share in a mixture."""
+    """Text files of one kind, and their share in a mixture (null: every window once per epoch)."""
 
     files: Globs
-    weight: Positive = 1.0
+    weight: Annotated[Annotated[float, Field(gt=0)] | None, "a number above 0"] = None
 
 
 def _sources(value: Any, info: Any) -> Any:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from lptransformer import checkpoint
-from lptransformer.channel import Control, Frame, Header, Kind, Receiver, Sender
-from lptransformer.data import Batch
+from lptransformer.channel import Control, Frame, Header, Kind, Neighbours, open_channels
 from lptransformer.deepspeed_stage import SpanGroup, TrainedStage
 from lptransformer.errors import TrainingError
 from lptransformer.metrics import EvaluationReport, StageReport, report_from_dict
 from lptransformer.partition import StagePlan
 from lptransformer.schedule import Action, one_update
+from lptransformer.token_set import Batch
 from lptransformer.world import World, any_replica, leave
 
 Report = StageReport | EvaluationReport
@@ -92,9 +92,14 @@ class LocalUpdateEngine:
             for plan in stages
             if plan.pipeline_rank == world.pipeline_rank
         }
-        self.first, self.last = min(self.local), max(self.local)
         frame = Frame((micro_batch_size, sequence_length, hidden_size), dtype, world.device, channel)
-        self._open_channels(frame, in_flight)
+        self.neighbours = open_channels(
+            world,
+            frame,
+            in_flight,
+            gradient_below=self.local[min(self.local)].plan.gradient_below,
+            gradient_above=self.local[max(self.local)].plan.gradient_above,
+        )
         self._actions: dict[str, Callable[[TrainedStage, int], None]] = {
             "R": self._receive,
             "F": self._forward,
@@ -175,16 +180,16 @@ class LocalUpdateEngine:
                     continue
                 label_tokens += batch.label_tokens
                 inputs = batch.input_ids.to(self.world.device)
-                if self._below is not None:
-                    header, inputs = self._below.receive()
+                if self.neighbours.below is not None:
+                    header, inputs = self.neighbours.below.receive()
                     assert (header.kind, header.update, header.micro_batch) == (Kind.EVALUATE, self.update, index)
                 labels = batch.labels.to(self.world.device)
                 for stage_index, stage in self.local.items():
                     inputs, _, loss_sum = stage.forward(inputs, labels, 1.0)
                     if loss_sum is not None:
                         sums[stage_index] += loss_sum.item()
-                if self._above is not None:
-                    self._above.send(Header(Kind.EVALUATE, self.update, index), inputs)
+                if self.neighbours.above is not None:
+                    self.neighbours.above.send(Header(Kind.EVALUATE, self.update, index), inputs)
         for stage in self.local.values():
             stage.engine.train()
         return self._tell(
@@ -250,9 +255,7 @@ class LocalUpdateEngine:
         Nobody leaves before all are done: a connection that closes early can lose what its peer has not read. Global
         rank 0 keeps the store, so it goes last.
         """
-        for channel in (self._above, self._gradient_below):
-            if channel is not None:
-                channel.flush()
+        self.neighbours.flush()
         store, others = self.world.store, range(self.world.size - 1)
         reports: list[Report] = []
         if self.world.global_rank == 0:
@@ -266,7 +269,7 @@ class LocalUpdateEngine:
             store.queue_push("done", "")
             store.wait(["all done"])
             store.queue_push("leaving", "")
-        self._below = self._above = self._gradient_above = self._gradient_below = None
+        self.neighbours = Neighbours()
         leave(self.world)
         return reports
 
@@ -282,8 +285,8 @@ class LocalUpdateEngine:
         return self._batches[micro_batch]
 
     def _receive(self, stage: TrainedStage, micro_batch: int) -> None:
-        assert self._below is not None
-        header, hidden_states = self._below.receive()
+        assert self.neighbours.below is not None
+        header, hidden_states = self.neighbours.below.receive()
         self._check(header, Kind.TRAIN, micro_batch)
         self._control |= header.control
         self._hidden[stage.plan.index - 1, micro_batch] = hidden_states
@@ -304,16 +307,16 @@ class LocalUpdateEngine:
             self._hidden[plan.index, micro_batch] = hidden_states.detach()
 
     def _send(self, stage: TrainedStage, micro_batch: int) -> None:
-        assert self._above is not None
+        assert self.neighbours.above is not None
         final = micro_batch == self.micro_batches // self.world.data_size - 1
         if final and self.world.pipeline_rank == 0:
             self._control = self._decide()
         header = Header(Kind.TRAIN, self.update, self._index(micro_batch), self._control)
-        self._above.send(header, self._hidden.pop((stage.plan.index, micro_batch)))
+        self.neighbours.above.send(header, self._hidden.pop((stage.plan.index, micro_batch)))
 
     def _receive_gradient(self, stage: TrainedStage, micro_batch: int) -> None:
-        assert self._gradient_above is not None
-        header, gradient = self._gradient_above.receive()
+        assert self.neighbours.gradient_above is not None
+        header, gradient = self.neighbours.gradient_above.receive()
         self._check(header, Kind.GRADIENT, micro_batch)
         self._gradients[stage.plan.index, micro_batch] = gradient
 
@@ -328,38 +331,15 @@ class LocalUpdateEngine:
             self._gradients[stage.plan.index - 1, micro_batch] = inputs.grad
 
     def _send_gradient(self, stage: TrainedStage, micro_batch: int) -> None:
-        assert self._gradient_below is not None
+        assert self.neighbours.gradient_below is not None
         header = Header(Kind.GRADIENT, self.update, self._index(micro_batch))
-        self._gradient_below.send(header, self._gradients.pop((stage.plan.index - 1, micro_batch)))
+        self.neighbours.gradient_below.send(header, self._gradients.pop((stage.plan.index - 1, micro_batch)))
 
     def _check(self, header: Header, kind: Kind, micro_batch: int) -> None:
         expected = (kind, self.update, self._index(micro_batch))
         assert (header.kind, header.update, header.micro_batch) == expected, f"expected {expected}, received {header}"
 
     # ------------------------------------------------------------------------------------------ construction
-
-    def _open_channels(self, frame: Frame, in_flight: int) -> None:
-        """To the neighbours: hidden states upwards, and gradients downwards where the border carries them."""
-        rank = self.world.pipeline_rank
-        self._below: Receiver | None = None
-        self._above: Sender | None = None
-        self._gradient_above: Receiver | None = None
-        self._gradient_below: Sender | None = None
-        # Borders in ascending order on every rank, so that the groups of two neighbours meet.
-        if rank > 0:
-            name = f"{rank - 1}-{rank}"
-            group = self.world.group(f"hidden/{name}", 1, 2, frame.backend)
-            self._below = Receiver(group, 0, frame, in_flight, f"of hidden states {name}")
-            if self.local[self.first].plan.gradient_below:
-                group = self.world.group(f"gradient/{name}", 1, 2, frame.backend)
-                self._gradient_below = Sender(group, 0, frame, f"of gradients {name}")
-        if rank < self.world.pipeline_size - 1:
-            name = f"{rank}-{rank + 1}"
-            group = self.world.group(f"hidden/{name}", 0, 2, frame.backend)
-            self._above = Sender(group, 1, frame, f"of hidden states {name}")
-            if self.local[self.last].plan.gradient_above:
-                group = self.world.group(f"gradient/{name}", 0, 2, frame.backend)
-                self._gradient_above = Receiver(group, 1, frame, in_flight, f"of gradients {name}")
 
     def _span_group(self, plan: StagePlan) -> SpanGroup | None:
         members = [other for other in self.stages if other.span == plan.span]
@@ -372,9 +352,7 @@ class LocalUpdateEngine:
 
     @property
     def waited_seconds(self) -> float:
-        channels = (self._below, self._above, self._gradient_above, self._gradient_below)
-        waiting = [*(channel for channel in channels if channel is not None), *self.local.values()]
-        return sum(part.waited_seconds for part in waiting)
+        return self.neighbours.waited_seconds + sum(stage.waited_seconds for stage in self.local.values())
 
     def _tell(self, reports: list[Report]) -> list[Report]:
         """Reports go to global rank 0 through the store: no collective, nobody waits."""

@@ -1,31 +1,26 @@
-"""Hugging Face causal language models, whole or in pieces.
+"""Hugging Face causal language models: their configurations, where their parts are, and what can be taken out.
 
-A *piece* is the base model (embedding, blocks, no head) of any Hugging Face causal LM in which everything that is not
-wanted was replaced by an identity before its weights were made or read, so that only the owned tensors ever exist. The
-library's own forward runs it: masks and rotary embeddings need no code here. Blocks keep their global indices, so
-checkpoint keys and `config.layer_types` stay right.
+Any family is taken that passes `anatomy`: the pieces it is cut into (pieces.py), run one after another by the library's
+own forward, are then the whole model. Blocks keep their global indices, so checkpoint keys and `config.layer_types`
+stay right.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from lptransformer.errors import ModelError
-
-EMBEDDING = "embedding"
-FINAL = "final"
 
 
 def _gpt2(sizes: dict[str, Any]) -> GPT2Config:
@@ -73,34 +68,58 @@ def read_config(folder: str | Path) -> Any:
     """The configuration of a model folder. Raises ModelError when it is missing, broken or no causal LM."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        _model_class(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.pretrained is {folder}: no causal LM can be read there ({error})") from None
+        model_class(config)
+    except Exception as error:  # whatever a file written by anyone can make the library raise
+        raise ModelError(f"model.pretrained is {folder}: no causal LM can be read there: {one_line(error)}") from None
+    return _for_training(config)
+
+
+def saved_config(content: Mapping[str, Any]) -> Any:
+    """The configuration that `to_dict()` of one gave. Raises ModelError when it is no causal LM's."""
+    try:
+        config = CONFIG_MAPPING[content["model_type"]].from_dict(dict(content))
+        model_class(config)
+    except Exception as error:
+        raise ModelError(f"the configuration is of no causal LM: {one_line(error)}") from None
     return _for_training(config)
 
 
 def _for_training(config: Any) -> Any:
-    """Untied, without dropout and without special tokens of its own: what every stage and the export agree on."""
+    """Without dropout, without skipped blocks, without a cache of keys and values."""
     for name, value in config.to_dict().items():
-        if isinstance(value, float) and (name.endswith("pdrop") or name.endswith("dropout")):
+        if isinstance(value, float) and "drop" in name:
             setattr(config, name, 0.0)
     config.use_cache = False
     return config
 
 
-def _model_class(config: Any) -> type[PreTrainedModel]:
+def model_class(config: Any) -> type[PreTrainedModel]:
+    """The causal LM that a configuration is of; KeyError where the library has none."""
     return AutoModelForCausalLM._model_mapping[type(config)]
+
+
+def empty_model(of_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    """A model of a class with nothing allocated."""
+    with torch.device("meta"), no_init_weights():
+        return of_class(config)
+
+
+def one_line(error: Exception) -> str:
+    """An error of the library in one line: the first two that say something."""
+    lines = [line.strip(" -*|\t") for line in str(error).splitlines()]
+    return f"{type(error).__name__}: {' '.join([line for line in lines if line][:2])}"
 
 
 @dataclass(frozen=True)
 class Anatomy:
     """Where the parts of a causal LM are, as module names below the causal LM's class.
 
-    `before` are the modules that only the first stage needs: token embedding, additive position embeddings, and norms,
-    projections and dropouts that stand before the blocks. Everything else beside the blocks (rotary embeddings) stays
-    with every stage.
+    `before` are the modules that only the first stage needs: token embedding, additive position embeddings, and norms
+    and dropouts that stand before the blocks. What else is beside the blocks has no weights (rotary embeddings) and
+    stays with every stage. `base` is the base model, `norm` the final norm.
     """
 
+    base: str
     blocks: str
     token_embedding: str
     before: tuple[str, ...]
@@ -112,40 +131,115 @@ class Anatomy:
 
 
 def anatomy(config: Any) -> Anatomy:
-    """Find the parts of the model that `config` describes, from an empty model (nothing is allocated).
+    """Find the parts of the model that `config` describes, from an empty model (no weights are allocated).
 
-    Raises ModelError when the model does not have the shape that can be cut: one list of blocks, norm after it, head.
+    Raises ModelError when the model cannot be cut: it needs one list of blocks, a norm after it, a plain head, and
+    nothing that would be missing, or done twice, when its blocks run in several pieces.
     """
-    with torch.device("meta"), no_init_weights():
-        model = _model_class(config)._from_config(config)
+    whole = model_class(config)
+    try:
+        model = empty_model(whole, config)
+        depth, hidden_size, vocab_size = config.num_hidden_layers, config.hidden_size, config.vocab_size
+    except Exception as error:  # a configuration of anyone's, in the hands of the library
+        raise ModelError(f"{whole.__name__} cannot be built: {one_line(error)}") from None
     names = {module: name for name, module in model.named_modules()}
-    depth = config.num_hidden_layers
     lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if len(lists) != 1:
-        raise ModelError(f"{type(model).__name__} cannot be cut: {len(lists)} lists of {depth} blocks instead of one")
+        raise ModelError(f"{whole.__name__} cannot be cut: {len(lists)} lists of {depth} blocks instead of one")
     blocks = lists[0]
     parent = model.get_submodule(names[blocks].rpartition(".")[0])
     children = list(parent.children())
     is_norm = [("norm" in type(child).__name__.lower()) for child in children]
     norms = [child for child, norm in zip(children, is_norm, strict=True) if norm][-1:]
     token_embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
-    if len(norms) != 1 or not isinstance(lm_head, nn.Linear) or lm_head.bias is not None:
-        raise ModelError(f"{type(model).__name__} cannot be cut: it needs a norm beside its blocks and a plain head")
+    plain_head = isinstance(lm_head, nn.Linear) and lm_head.bias is None
+    if len(norms) != 1 or not plain_head or token_embedding not in names or model.base_model is model:
+        raise ModelError(
+            f"{whole.__name__} cannot be cut: it needs a token embedding, a norm beside its blocks, and a head "
+            "that is one matrix"
+        )
     before = [
         child
         for child, norm in zip(children, is_norm, strict=True)
         if isinstance(child, nn.Embedding | nn.Dropout) or (norm and child is not norms[0])
     ]
-    return Anatomy(
+    parts = Anatomy(
+        base=names[model.base_model],
         blocks=names[blocks],
         token_embedding=names[token_embedding],
         before=tuple(names[child] for child in before),
         norm=names[norms[0]],
         lm_head=names[lm_head],
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
         block_parameters=sum(p.numel() for p in blocks[0].parameters()),
     )
+    _check_cut(model, parts)
+    return parts
+
+
+def _check_cut(model: PreTrainedModel, parts: Anatomy) -> None:
+    """Raise ModelError unless the pieces of this empty model, joined, are the model.
+
+    A piece that owns nothing must hand its input on bit for bit: a family that scales the hidden states it is given,
+    or takes something else out of its blocks, would do so in every piece. Blocks must take the hidden states of the
+    block before and no others. The logits must be the readout of the final norm, without scales or caps: an auxiliary
+    head has none.
+    """
+
+    def refuse(why: str) -> NoReturn:
+        raise ModelError(f"{type(model).__name__} cannot be cut: {why}") from None
+
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for buffer in sorted(set(model.state_dict()) - parameters):
+        refuse(f"{buffer} is kept with the weights, but is no weight that is trained")
+    of_blocks = [p for block in model.get_submodule(parts.blocks).children() for p in set(block.parameters())]
+    if len(set(of_blocks)) < len(of_blocks):
+        refuse("its blocks share weights")
+    strip(model, parts, range(0), embedding=False, final=False)
+    for weight, _ in model.named_parameters():
+        refuse(f"{weight} is no part of its embedding, its blocks, or its head")
+
+    hidden_states = torch.linspace(-3, 3, 2 * 2 * parts.hidden_size).view(2, 2, parts.hidden_size)
+    handed: list[Any] = []
+    for block in model.get_submodule(parts.blocks).children():
+        block.register_forward_pre_hook(
+            lambda _, args, named: handed.extend((*args, *named.values())), with_kwargs=True
+        )
+    readout = nn.Linear(parts.hidden_size, 5, bias=False)
+    with torch.no_grad():
+        readout.weight.copy_(torch.linspace(-9, 9, readout.weight.numel()).view_as(readout.weight))
+        try:
+            fill(model)
+            model.set_submodule(parts.lm_head, readout)
+            logits = model.eval()(inputs_embeds=hidden_states, use_cache=False).logits
+        except Exception as error:  # whatever the library's code runs into without its blocks
+            refuse(f"it fails where blocks are left out ({one_line(error)})")
+        if not torch.equal(logits, readout(hidden_states)):
+            refuse("it does more than run its blocks, its final norm and its head one after another")
+    alike = [one for one in handed if isinstance(one, Tensor) and one.shape == hidden_states.shape]
+    if sum(torch.equal(one, hidden_states) for one in alike) != len(model.get_submodule(parts.blocks)):
+        refuse("its blocks take more hidden states than those of the block before")
+
+
+def strip(model: PreTrainedModel, parts: Anatomy, blocks: range, embedding: bool, final: bool) -> None:
+    """Replace what a piece does not own by modules without weights."""
+    block_list = model.get_submodule(parts.blocks)
+    assert isinstance(block_list, nn.ModuleList)
+    for index in range(len(block_list)):
+        if index not in blocks:
+            block_list[index] = _Passing()
+    if not embedding:
+        drop_embedding(model, parts)
+    if not final:
+        model.set_submodule(parts.norm, nn.Identity())
+        model.set_submodule(parts.lm_head, nn.Identity())
+
+
+def drop_embedding(model: PreTrainedModel, parts: Anatomy) -> None:
+    for name in parts.before:
+        additive = isinstance(model.get_submodule(name), nn.Embedding) and name != parts.token_embedding
+        model.set_submodule(name, _Zero() if additive else nn.Identity())
 
 
 class _Zero(nn.Module):
@@ -155,40 +249,6 @@ class _Zero(nn.Module):
         return torch.zeros(())  # a scalar takes the dtype and device of what it is added to
 
 
-@dataclass
-class Piece:
-    """The owned parts of a model. `base` runs the embedding and blocks; its own final norm is an identity."""
-
-    base: nn.Module
-    norm: nn.Module | None
-    readout: nn.Linear | None
-
-
-def _piece_class(config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool) -> type[PreTrainedModel]:
-    base_class = _model_class(config)
-
-    def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
-        base_class.__init__(self, config, *args, **kwargs)
-        block_list = self.get_submodule(parts.blocks)
-        for index in range(len(block_list)):
-            if index not in blocks:
-                block_list[index] = _Passing()
-        if not embedding:
-            _drop_embedding(self, parts)
-        if not final:
-            self.set_submodule(parts.norm, nn.Identity())
-            self.set_submodule(parts.lm_head, nn.Identity())
-
-    # The library finds key conversions and tied weights by the class's name and module: keep both.
-    return type(base_class.__name__, (base_class,), {"__init__": __init__, "__module__": base_class.__module__})
-
-
-def _drop_embedding(model: PreTrainedModel, parts: Anatomy) -> None:
-    for name in parts.before:
-        additive = isinstance(model.get_submodule(name), nn.Embedding) and name != parts.token_embedding
-        model.set_submodule(name, _Zero() if additive else nn.Identity())
-
-
 class _Passing(nn.Module):
     """Stands for a block of another stage: hands the hidden states on, whatever else blocks are called with."""
 
@@ -196,87 +256,27 @@ class _Passing(nn.Module):
         return hidden_states
 
 
-def _finish(model: PreTrainedModel, parts: Anatomy, final: bool) -> Piece:
-    norm = model.get_submodule(parts.norm) if final else None
-    readout = model.get_submodule(parts.lm_head) if final else None
-    model.set_submodule(parts.norm, nn.Identity())
-    assert readout is None or isinstance(readout, nn.Linear)
-    return Piece(model.base_model, norm, readout)
+def fill(model: PreTrainedModel) -> None:
+    """From nothing allocated to the CPU: the library's values in the buffers, whatever was there in the weights.
 
-
-def unit_seed(seed: int, unit: str) -> int:
-    """The seed of one unit (`embedding`, `block 3`, `final`, `head 3`): the same however the model is partitioned."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{unit}".encode()).digest()[:8], "big") >> 1
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, unit: str) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(unit_seed(seed, unit))
-        yield
-
-
-def new_piece(config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool, seed: int) -> Piece:
-    """The owned parts of a new model, fp32 on the CPU, initialised as the family does, each unit from its own seed."""
-    with torch.device("meta"), no_init_weights():
-        model = _piece_class(config, parts, blocks, embedding, final)(config)
-    model.to_empty(device="cpu")
-    units = {f"block {index}": [f"{parts.blocks}.{index}"] for index in blocks}
-    if embedding:
-        units[EMBEDDING] = list(parts.before)
-    if final:
-        units[FINAL] = [parts.norm, parts.lm_head]
-    model.apply(model._init_weights)  # buffers such as rotary frequencies; the weights follow from their own seeds
-    for unit, names in units.items():
-        with _seeded(seed, unit):
-            for name in names:
-                model.get_submodule(name).apply(model._init_weights)
-    model.train()
-    return _finish(model, parts, final)
-
-
-def new_head(config: Any, parts: Anatomy, block: int, seed: int) -> tuple[nn.Module, nn.Linear]:
-    """Norm and readout for an auxiliary head after `block`: of the classes of the model's own, new weights."""
-    with torch.device("meta"), no_init_weights():
-        model = _piece_class(config, parts, range(0), False, True)(config)
-    norm, readout = model.get_submodule(parts.norm), model.get_submodule(parts.lm_head)
-    norm.to_empty(device="cpu"), readout.to_empty(device="cpu")
-    with _seeded(seed, f"head {block}"):
-        norm.apply(model._init_weights), readout.apply(model._init_weights)
-    assert isinstance(readout, nn.Linear)
-    return norm.train(), readout.train()
-
-
-def load_piece(folder: str | Path, config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool) -> Piece:
-    """The owned parts of a model folder, fp32 on the CPU. Only the owned tensors are read.
-
-    A tied readout is read as a copy of the embedding. Raises ModelError when a tensor is missing, truncated or of
-    another shape.
+    Raises ModelError where the library does not say what a buffer begins with.
     """
-    tied = final and config.tie_word_embeddings
-    as_stored = copy.deepcopy(config)
-    as_stored.tie_word_embeddings = tied
-    piece_class = _piece_class(config, parts, blocks, embedding or tied, final)
-    try:
-        with _quiet_transformers():
-            model, loading = piece_class.from_pretrained(
-                folder, config=as_stored, dtype=torch.float32, output_loading_info=True, local_files_only=True
-            )
-    except Exception as error:  # safetensors and the library raise many types for a damaged file
-        raise ModelError(f"model.pretrained is {folder}: the weights cannot be read ({error})") from None
-    problems = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
-    if problems:
-        raise ModelError(f"model.pretrained is {folder}: tensors missing or of another shape: {', '.join(problems)}")
-    piece = _finish(model.train(), parts, final)
-    if piece.readout is not None:
-        piece.readout.weight = nn.Parameter(piece.readout.weight.detach().clone())
-    if tied and not embedding:
-        _drop_embedding(model, parts)
-    return piece
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # the library then leaves it alone
+    buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    for buffer in buffers.values():
+        buffer.fill_(math.nan)
+    model.apply(model._init_weights)
+    for parameter in model.parameters():
+        del parameter._is_hf_initialized  # type: ignore[attr-defined]
+    for name, buffer in buffers.items():
+        if buffer.isnan().any():
+            raise ModelError(f"{type(model).__name__} cannot be cut: nothing says what {name} begins with")
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Tensors of other stages are reported as unexpected by the library; here they are what a piece leaves out."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

@@ -74,8 +74,9 @@ class Readout(nn.Module):
     must not be used from outside.
     """
 
-    def __init__(self, weight: nn.Parameter, chunk_tokens: int) -> None:
+    def __init__(self, weight: Tensor, chunk_tokens: int) -> None:
         super().__init__()
+        assert isinstance(weight, nn.Parameter)
         self.weight = weight  # [vocab_size, hidden_size]
         self.chunk_tokens = chunk_tokens
 

@@ -8,11 +8,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lptransformer import config as configuration
-from lptransformer.config import Config
 from lptransformer.errors import RunError, TrainingError, UserError
 
 
@@ -24,7 +22,8 @@ def add_training_flags(sub: argparse.ArgumentParser) -> None:
 
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> None:
     """Parse, run, and turn errors into one line and an exit code."""
-    args, args.overrides = parser.parse_known_args(arguments)
+    args, overrides = parser.parse_known_args(arguments)
+    args.overrides = overrides
     try:
         args.run(args)
     except (UserError, TrainingError) as error:
@@ -34,28 +33,14 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
         raise SystemExit(130) from None
 
 
-def launch(config_path: str, arguments: Sequence[str], config: Config, processes: int) -> int:
+def launch(config_path: str, arguments: Sequence[str], processes: int) -> int:
     """Train in `processes` processes on this machine, through the deepspeed launcher; returns its exit code.
 
-    What one process can check is checked before any is started. Ctrl-C and SIGTERM are handed on to the workers
-    alone, which then save and leave; the launcher itself would kill what takes longer than 30 seconds.
+    Ctrl-C and SIGTERM are handed on to the workers alone, which then save and leave; the launcher itself would kill
+    what takes longer than 30 seconds.
     """
-    from lptransformer import run_folder
-
-    assert config.run.dir is not None
-    resume, overwrite = "--resume" in arguments, "--overwrite" in arguments
-    run_folder.check(Path(config.run.dir), config, resume, overwrite)
     if os.environ.get("WORLD_SIZE"):
-        raise RunError(
-            "`train` was started by a launcher (WORLD_SIZE is set): give the launcher launch/train.py instead"
-        )
-    import torch
-
-    from lptransformer.data import prepare_all
-
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed chooses anyway, with a warning
-    prepare_all(**config.data.model_dump())
+        raise RunError("WORLD_SIZE is set: a launcher has started `train`. Let it start launch/train.py instead")
     environment = dict(os.environ)
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))

@@ -94,7 +94,8 @@ def cut(
     def carries_gradient(block: int) -> bool:
         return 0 <= block < num_blocks - 1 and span_of[block] == span_of[block + 1]
 
-    stages, first = [], 0
+    stages: list[StagePlan] = []
+    first = 0
     for block in range(num_blocks):
         if border(block):
             stages.append(

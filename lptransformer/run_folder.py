@@ -4,6 +4,7 @@ config.yaml       every resolved value         metrics.jsonl, metrics.csv   one 
 environment.json  versions, commit, command    loss.png                     the losses as a picture
 tokenizer/        the run's own tokenizer      checkpoints/                 see checkpoint.py
 data.json         the token sets, with counts of their texts
+model.json        the model's configuration, in the words of the library
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from lptransformer import config as configuration
 from lptransformer.config import Config
 from lptransformer.errors import RunError
 
-CONFIG, ENVIRONMENT, TOKENIZER, DATA = "config.yaml", "environment.json", "tokenizer", "data.json"
+CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL = "config.yaml", "environment.json", "tokenizer", "data.json", "model.json"
 # All that a run can leave in its folder: what --overwrite removes, and nothing else.
 CONTENTS = (
-    *(CONFIG, ENVIRONMENT, TOKENIZER, DATA),
+    *(CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL),
     *("metrics.jsonl", "metrics.csv", "loss.png", "checkpoints", "tensorboard"),
 )
 
@@ -59,12 +60,20 @@ def check(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
         raise RunError(f"{folder} cannot be resumed with another configuration: " + "; ".join(differences))
 
 
-def create(folder: Path, config: Config, tokenizer_folder: Path, data: Mapping[str, Any], command: list[str]) -> None:
+def create(
+    folder: Path,
+    config: Config,
+    model_config: Mapping[str, Any],
+    tokenizer_folder: Path,
+    data: Mapping[str, Any],
+    command: list[str],
+) -> None:
     """A new run folder; a run that was there before is removed (check() has asked for --overwrite)."""
     remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(tokenizer_folder, folder / TOKENIZER)
     (folder / DATA).write_text(json.dumps(data, indent=1) + "\n")
+    (folder / MODEL).write_text(json.dumps(model_config, indent=1) + "\n")
     (folder / ENVIRONMENT).write_text(json.dumps(environment(command), indent=1) + "\n")
     (folder / CONFIG).write_text(configuration.to_yaml(config))
 
@@ -119,11 +128,20 @@ def read_config(folder: Path) -> Config:
 
 
 def read_data(folder: Path) -> dict[str, Any]:
-    """The token sets of a run: {"valid": {name: folder}}, as `create` was given them."""
+    """The token sets of a run: {"train": {name: folder}, "valid": {name: folder}}, as `create` was given them."""
+    return _read_json(folder / DATA)
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the model that the run trains, as `create` was given it."""
+    return _read_json(folder / MODEL)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / DATA).read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise RunError(f"{folder / DATA} cannot be read: {error}") from None
+        raise RunError(f"{path} cannot be read: {error}") from None
 
 
 def command_line() -> list[str]:

@@ -120,9 +120,9 @@ def replay(schedules: Sequence[Sequence[Action]], stages: Sequence[StagePlan], i
             )
             assert needs in done, f"{action} before {needs}"
         if action.op == "B":
-            needs = [Action(action.stage, "F", action.micro_batch)]
-            needs += [Action(action.stage, "RG", action.micro_batch)] if plan.gradient_above else []
-            assert all(need in done for need in needs), f"{action} before one of {to_text(needs)}"
+            ops = ("F", "RG") if plan.gradient_above else ("F",)
+            missing = [need for op in ops if (need := Action(action.stage, op, action.micro_batch)) not in done]
+            assert not missing, f"{action} before {to_text(missing)}"
         return True
 
     while any(position[rank] < len(schedule) for rank, schedule in enumerate(schedules)):

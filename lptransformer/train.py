@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from lptransformer import run_folder
-from lptransformer.build import start
+from lptransformer.build import ModelPlan, start
 from lptransformer.channel import Control
 from lptransformer.config import Config
-from lptransformer.data import Prepared
 from lptransformer.engine import LocalUpdateEngine, Report
 from lptransformer.metrics import Aggregator, text_counts
+from lptransformer.prepare import Prepared
+from lptransformer.processes import launched_rank
 from lptransformer.progress import Progress, plot_losses
 from lptransformer.run_log import MetricsWriter, read_metrics
-from lptransformer.world import launched_rank
 
 
 def train(config: Config, resume: bool = False, overwrite: bool = False) -> None:
@@ -29,11 +29,11 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
     folder = Path(config.run.dir)
     if launched_rank() == 0:
         run_folder.check(folder, config, resume, overwrite)
-    engine, data = start(config)
+    engine, data, plan = start(config)
     if resume:
         engine.load_checkpoint(folder)
     engine.wait_for_all("started")  # a run folder appears only when every process has got this far
-    with Desk(engine, config, data, folder, resume) as desk, stopping_cleanly(engine):
+    with Desk(engine, config, data, plan, folder, resume) as desk, stopping_cleanly(engine):
         while True:
             engine.request(due(config, engine.update + 1))
             result = engine.train_batch()
@@ -84,7 +84,15 @@ def stopping_cleanly(engine: LocalUpdateEngine) -> Iterator[None]:
 class Desk:
     """Where reports arrive. Global rank 0 shows and writes them; on the other processes this does nothing."""
 
-    def __init__(self, engine: LocalUpdateEngine, config: Config, data: Prepared, folder: Path, resume: bool) -> None:
+    def __init__(
+        self,
+        engine: LocalUpdateEngine,
+        config: Config,
+        data: Prepared,
+        plan: ModelPlan,
+        folder: Path,
+        resume: bool,
+    ) -> None:
         self.open = engine.world.global_rank == 0
         if not self.open:
             return
@@ -96,8 +104,12 @@ class Desk:
             tokens = engine.update * engine.label_tokens
             seconds = before[-1]["seconds"] if before else 0.0
         else:
-            sets = {name: str(token_set.folder.absolute()) for name, token_set in data.valid.items()}
-            run_folder.create(folder, config, data.tokenizer_folder, {"valid": sets}, run_folder.command_line())
+            sets = {
+                "train": {one.name: str(one.tokens.folder.absolute()) for one in data.train},
+                "valid": {name: str(token_set.folder.absolute()) for name, token_set in data.valid.items()},
+            }
+            model = plan.config.to_dict()
+            run_folder.create(folder, config, model, data.tokenizer_folder, sets, run_folder.command_line())
         texts = {name: text_counts(token_set.manifest) for name, token_set in data.valid.items()}
         self.aggregator = Aggregator(
             self.stages, engine.world.data_size, texts, update=engine.update, tokens=tokens, seconds=seconds

@@ -12,9 +12,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from lptransformer.processes import launched_size
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed chooses anyway, with a warning
@@ -46,32 +49,13 @@ class World:
         """A process group outside the default one; all its members call this with the same name."""
         store = dist.PrefixStore(f"group/{name}/{self.data_rank}", self.store)
         if backend == "nccl":
-            group: dist.ProcessGroup = dist.ProcessGroupNCCL(store, rank, size, self.timeout)
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = self.timeout
+            group: Any = dist.ProcessGroupNCCL(store, rank, size, options)
         else:
             group = dist.ProcessGroupGloo(store, rank, size, self.timeout)
         self.groups.append(group)
         return group
-
-
-def launched_size() -> int:
-    """The number of processes that a launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def launched_rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def use_fair_share_of_cores() -> None:
-    """One thread per core and local process, where nobody has decided otherwise.
-
-    Denormal numbers are flushed to zero: a peaked softmax makes denormal gradients, and products with those run many
-    times slower on CPUs.
-    """
-    if "OMP_NUM_THREADS" not in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or launched_size())
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
-    torch.set_flush_denormal(True)
 
 
 def join(pipeline: int, data: int, timeout_seconds: float) -> World:

@@ -43,6 +43,7 @@ BASE: dict[str, dict[str, Any]] = {
         "learning_rate": 0.01,
         "lr_scheduler": "cosine",
         "warmup_steps": 2,
+        "grad_clip": 0.25,
         "steps": 12,
     },
 }
@@ -71,8 +72,8 @@ class RandomValidSet:
         assert micro_batch_size == self.stream.micro_batch_size
         for index, label_tokens in enumerate(VALID_LABEL_TOKENS):
             batch = self.stream.batch(10**6 + index)
-            batch.labels.view(-1)[-2 * self.stream.sequence_length :][label_tokens + 1 :] = -100
-            yield Batch(batch.input_ids, batch.labels)
+            batch.labels.view(-1)[label_tokens + 1 :] = -100  # after the first row and its last position
+            yield batch
 
 
 def load_config(overrides: Sequence[str]) -> configuration.Config:
@@ -355,7 +356,9 @@ def groups_of(engine: LocalUpdateEngine) -> dict[str, int]:
 # --------------------------------------------------------------------------------------------- control, neighbours
 
 
-def follow_control(overrides: Sequence[str], updates: int, requests: Sequence[tuple[int, int, int, Control]]) -> list[int]:
+def follow_control(
+    overrides: Sequence[str], updates: int, requests: Sequence[tuple[int, int, int, Control]]
+) -> list[int]:
     """The control after every update. `requests`: (pipeline rank, replica, before which update, what)."""
     engine = open_engine(overrides)
     world, seen = engine.world, []

@@ -61,7 +61,7 @@ def test_defaults() -> None:
     assert (config.model.family, config.model.hidden_size) == ("gpt2", 256)
     assert (config.model.num_layers, config.model.num_heads, config.model.pretrained) == (4, 4, None)
     assert config.model.max_position_embeddings == config.data.sequence_length == 256
-    assert config.data.train["train"].files == ["books/*.txt"] and config.data.train["train"].weight == 1
+    assert config.data.train["train"].files == ["books/*.txt"] and config.data.train["train"].weight is None
     assert config.data.valid == {} and config.data.tokenizer == "sentencepiece" and config.data.vocab_size == 4096
     assert (config.parallel.pipeline, config.parallel.data, config.parallel.partition) == (1, 1, "balanced")
     assert (config.objective.name, config.objective.chunks, config.head.kind) == ("chunked", 2, "private")
@@ -90,10 +90,13 @@ def test_a_whole_number_is_a_fine_float() -> None:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("a.txt", {"train": (["a.txt"], 1.0)}),
-        (["a.txt", "b/*.txt"], {"train": (["a.txt", "b/*.txt"], 1.0)}),
-        ({"books": "a.txt", "web": ["b", "c"]}, {"books": (["a.txt"], 1.0), "web": (["b", "c"], 1.0)}),
-        ({"books": {"files": "a.txt", "weight": 3}, "web": "b"}, {"books": (["a.txt"], 3.0), "web": (["b"], 1.0)}),
+        ("a.txt", {"train": (["a.txt"], None)}),
+        (["a.txt", "b/*.txt"], {"train": (["a.txt", "b/*.txt"], None)}),
+        ({"books": "a.txt", "web": ["b", "c"]}, {"books": (["a.txt"], None), "web": (["b", "c"], None)}),
+        (
+            {"books": {"files": "a.txt", "weight": 3}, "web": {"files": "b", "weight": 1}},
+            {"books": (["a.txt"], 3.0), "web": (["b"], 1.0)},
+        ),
         ({"files": ["a.txt"], "weight": 2}, {"train": (["a.txt"], 2.0)}),
     ],
 )
@@ -105,14 +108,16 @@ def test_sources(value: Any, expected: dict[str, Any]) -> None:
 
 
 def test_overrides_reach_everything(tmp_path: Path) -> None:
-    path = write(tmp_path, "data: {train: {books: a.txt}}\ntrain: {steps: 5, seed: 3}\ndeepspeed:\n")
+    path = write(
+        tmp_path, "data: {train: {books: {files: a.txt, weight: 1}}}\ntrain: {steps: 5, seed: 3}\ndeepspeed:\n"
+    )
     config = load(
         path,
         [
             "--train.steps=200",
             "model.num_layers=8",
             "objective.chunks=[2, 2, 4]",
-            "data.train.web=*.jsonl",
+            "data.train.web={files: '*.jsonl', weight: 1}",
             "data.train.poems={files: [p.txt], weight: 0.5}",
             "data.train.poems.weight=2",
             "deepspeed.zero_optimization.stage=2",
@@ -149,7 +154,10 @@ def test_loading_leaves_the_defaults_alone() -> None:
 
 FULL = {
     "model": {"family": "llama", "num_layers": 6, "num_heads": 8, "num_key_value_heads": 2},
-    "data": {"train": {"a": "1e3", "b": {"files": ["x: y.txt", "été"], "weight": 0.5}}, "valid": "v.txt"},
+    "data": {
+        "train": {"a": {"files": "1e3", "weight": 1.5}, "b": {"files": ["x: y.txt", "été"], "weight": 0.5}},
+        "valid": "v.txt",
+    },
     "parallel": {"pipeline": 2, "partition": [2, 4]},
     "objective": {"chunks": [1, 1, 4]},
     "optimizer": {"name": "sgd", "momentum": 0.5},
@@ -381,6 +389,7 @@ CROSS = [
     ("train.warmup_steps=2000", "train.warmup_steps = 2000", "train.steps = 1000"),
     ("train.warmup_steps=5 train.lr_scheduler=constant", "train.warmup_steps = 5", "constant_with_warmup"),
     ("train.eval_every=5", "train.eval_every = 5", "data.valid"),
+    ('data.train={"a":{"files":"x","weight":2},"b":"y"}', "data.train.b has no weight", "or none of them"),
     ("data.valid.a.files=x data.valid.a.weight=2", "data.valid.a.weight = 2.0", "not mixed"),
     ("objective.name=greedy objective.chunks=2", "objective.chunks = 2", "objective.name = 'greedy'"),
     ("optimizer.name=sgd optimizer.beta1=0.5", "optimizer.beta1 = 0.5", "optimizer.name = 'sgd'"),

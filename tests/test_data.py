@@ -18,9 +18,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lptransformer import data, tokenizer
-from lptransformer.data import TokenSet, TrainStream, parse_sources, prepare, prepare_all
+from lptransformer import data, sources, tokenizer
+from lptransformer import prepare as preparing
+from lptransformer.data import TrainStream
 from lptransformer.errors import ConfigError, DataError
+from lptransformer.prepare import prepare, prepare_all
+from lptransformer.sources import parse_sources
+from lptransformer.token_set import TokenSet
 
 BYTES = tokenizer.load("bytes")
 END = 1  # of a document, in bytes
@@ -41,7 +45,7 @@ def write(path: Path, text: str | bytes) -> str:
     return str(path)
 
 
-def one(spec: Any) -> data.Source:
+def one(spec: Any) -> sources.Source:
     (source,) = parse_sources(spec, "train")
     return source
 
@@ -106,8 +110,9 @@ def test_reading_in_blocks_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
     path = write(tmp_path / "a.txt", text)
     ours = BYTES if kind == "bytes" else tokenizer.train_sentencepiece([text], 400, tmp_path / "tokenizer")
     whole = prepare(one(path), ours, 32, tmp_path / "whole")
-    monkeypatch.setattr(data, "_BLOCK", 7)
-    monkeypatch.setattr(data, "_ROWS_PER_CHUNK", 3)
+    for module in (sources, preparing):
+        monkeypatch.setattr(module, "_BLOCK", 7)
+    monkeypatch.setattr(preparing, "_ROWS_PER_CHUNK", 3)
     monkeypatch.setattr(tokenizer, "PIECE_CHARACTERS", 300)
     blocks = prepare(one(path), ours, 32, tmp_path / "blocks")
     assert len(blocks.chunks) > 10 * len(whole.chunks)
@@ -152,7 +157,7 @@ def test_the_second_time_everything_is_found(tmp_path: Path, monkeypatch: pytest
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("made again")
 
-    monkeypatch.setattr(data, "_write_windows", never)
+    monkeypatch.setattr(preparing, "_write_windows", never)
     monkeypatch.setattr(tokenizer, "train_sentencepiece", never)
     again = prepare_all(train, train["a"], "sentencepiece", 400, 32, tmp_path / "cache")
     assert [s.tokens.folder for s in again.train] == [s.tokens.folder for s in first.train]
@@ -168,7 +173,8 @@ def test_the_second_time_everything_is_found(tmp_path: Path, monkeypatch: pytest
 
 def test_an_interrupted_prepare_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.txt", prose())
-    monkeypatch.setattr(data, "_BLOCK", 100)
+    for module in (sources, preparing):
+        monkeypatch.setattr(module, "_BLOCK", 100)
     encode, calls = tokenizer.Tokenizer.encode_many, []
 
     def stopped(self: tokenizer.Tokenizer, texts: Any) -> Any:
@@ -212,26 +218,37 @@ def test_a_killed_prepare_leaves_nothing_that_looks_complete(tmp_path: Path, mon
 def test_two_at_once_do_not_hurt_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole of a second prepare runs between the beginning and the end of the first."""
     source = one(write(tmp_path / "a.txt", prose()))
-    write_windows, inner = data._write_windows, []
+    write_windows, inner = preparing._write_windows, []
 
     def interleaved(*arguments: Any) -> int:
         if not inner:
             inner.append(None)
             inner[0] = prepare(source, BYTES, 8, tmp_path / "cache")
-            inner.append(contents(tmp_path / "cache" / inner[0].folder.name))
+            inner.append(inner[0].folder.stat().st_ino)
         return write_windows(*arguments)
 
-    monkeypatch.setattr(data, "_write_windows", interleaved)
+    monkeypatch.setattr(preparing, "_write_windows", interleaved)
     outer = prepare(source, BYTES, 8, tmp_path / "cache")
     assert outer.folder == inner[0].folder and ids_of(outer) == ids_of(inner[0]) == bytes_of(prose())
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [outer.folder.name]
-    assert contents(outer.folder) == inner[1]
+    assert outer.folder.stat().st_ino == inner[1]  # a folder that others may be reading is not replaced
+
+
+def test_a_set_appears_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_windows, built = preparing._write_windows, []
+
+    def noted(folder: Path, *arguments: Any) -> int:
+        built.append(folder.stat().st_ino)
+        return write_windows(folder, *arguments)
+
+    monkeypatch.setattr(preparing, "_write_windows", noted)
+    assert make(tmp_path).folder.stat().st_ino == built[0]  # renamed, not copied
 
 
 def test_a_set_that_lost_its_manifest_is_made_anew(tmp_path: Path) -> None:
     made = make(tmp_path)
     (made.folder / "manifest.json").unlink()
-    (made.folder / data._DATA_FILE).write_bytes(b"rubbish")
+    (made.folder / preparing._DATA_FILE).write_bytes(b"rubbish")
     assert ids_of(make(tmp_path)) == bytes_of(TEXT)
 
 
@@ -364,7 +381,8 @@ def test_sources_of_another_form_are_refused(tmp_path: Path, spec: Any, says: st
 def test_a_broken_file_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, says: str, kind: str, block: int
 ) -> None:
-    monkeypatch.setattr(data, "_BLOCK", block)
+    for module in (sources, preparing):
+        monkeypatch.setattr(module, "_BLOCK", block)
     write(tmp_path / "texts" / name, content)
     with pytest.raises(DataError, match=says) as caught:
         prepare_all(f"{tmp_path}/texts/*", None, kind, 300, 4, tmp_path / "cache")
@@ -396,10 +414,10 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         (path, None, "tokenisers/none", r"data\.tokenizer: tokenisers/none does not exist"),
     ]:
         with pytest.raises(DataError, match=says):
-            data.check_sources_exist(train, valid, kind)
+            sources.check_sources_exist(train, valid, kind)
         with pytest.raises(DataError, match=says):
             prepare_all(train, valid, kind, 300, 4, tmp_path / "cache")
-    data.check_sources_exist(path, path, "bytes")
+    sources.check_sources_exist(path, path, "bytes")
     assert not (tmp_path / "cache").exists()
 
 
@@ -426,8 +444,8 @@ def test_a_text_shorter_than_a_window_is_no_training_text(tmp_path: Path) -> Non
         ("manifest.json", lambda b: b.replace(b'"words"', b'"wrods"'), r"manifest\.json does not say words"),
         ("manifest.json", lambda b: re.sub(rb'"tokens": \d+', b'"tokens": 9999', b), r"manifest says 9999 in \d+"),
         ("manifest.json", lambda b: re.sub(rb'"rows": \d+', b'"rows": 3', b), r"manifest says \d+ in 3"),
-        (data._DATA_FILE, lambda b: b[: len(b) // 2], "damaged token set"),
-        (data._DATA_FILE, lambda b: b"", "damaged token set"),
+        (preparing._DATA_FILE, lambda b: b[: len(b) // 2], "damaged token set"),
+        (preparing._DATA_FILE, lambda b: b"", "damaged token set"),
         ("state.json", lambda b: None, "damaged token set"),
     ],
 )
@@ -517,6 +535,10 @@ def test_permutations_are_computed_once_per_epoch(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(data, "_permutation", lambda *key: calls.append(key) or permutation(*key))
     rows_of(stream, 0, 20)  # 60 rows: 6 epochs
     assert len(calls) == len(set(calls)) == 12 and len(stream._orders) <= 2
+    calls.clear()
+    for index in (3, 2, 4, 3, 2):  # to and fro over the border of two epochs
+        stream.batch(index)
+    assert len(calls) == len(set(calls)) == 4
 
 
 def test_weights_give_each_source_its_share(tmp_path: Path) -> None:
@@ -555,7 +577,7 @@ def test_position_and_back(tmp_path: Path) -> None:
 
 def test_checking_sources_is_light(tmp_path: Path) -> None:
     code = (
-        "import sys; from lptransformer.data import check_sources_exist\n"
+        "import sys; from lptransformer.sources import check_sources_exist\n"
         "from lptransformer.errors import DataError\n"
         f"check_sources_exist({write(tmp_path / 'a.txt', 'x')!r})\n"
         "try: check_sources_exist('absent/*.txt')\n"

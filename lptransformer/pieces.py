@@ -1,0 +1,169 @@
+"""Pieces of a causal LM: some of its blocks, with or without the embedding and the head, new or from a model folder.
+
+A piece is the base model of the family (family.py) in which everything that is not wanted was replaced before its
+weights were made or read, so that only the owned tensors ever exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from lptransformer import family
+from lptransformer.errors import ModelError
+from lptransformer.family import Anatomy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EMBEDDING = "embedding"
+FINAL = "final"
+
+
+@dataclass
+class Piece:
+    """The owned parts of a model. `base` runs the embedding and blocks; its own final norm is an identity."""
+
+    base: nn.Module
+    norm: nn.Module | None
+    readout: nn.Linear | None
+
+
+def _piece_class(config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool) -> type[PreTrainedModel]:
+    base_class = family.model_class(config)
+
+    def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
+        base_class.__init__(self, config, *args, **kwargs)
+        family.strip(self, parts, blocks, embedding, final)
+
+    # The library finds key conversions and tied weights by the class's name and module: keep both.
+    return type(base_class.__name__, (base_class,), {"__init__": __init__, "__module__": base_class.__module__})
+
+
+def _finish(model: PreTrainedModel, parts: Anatomy, final: bool) -> Piece:
+    norm = model.get_submodule(parts.norm) if final else None
+    readout = model.get_submodule(parts.lm_head) if final else None
+    model.set_submodule(parts.norm, nn.Identity())
+    assert readout is None or isinstance(readout, nn.Linear)
+    return Piece(model.base_model, norm, readout)
+
+
+def unit_seed(seed: int, unit: str) -> int:
+    """The seed of one unit (`embedding`, `block 3`, `final`, `head 3`): the same however the model is partitioned."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{unit}".encode()).digest()[:8], "big") >> 1
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, unit: str) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(unit_seed(seed, unit))
+        yield
+
+
+def _allocate(config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool) -> PreTrainedModel:
+    """The owned parts in fp32 on the CPU: buffers (rotary frequencies) ready, weights not yet set."""
+    model = family.empty_model(_piece_class(config, parts, blocks, embedding, final), config)
+    family.fill(model)
+    return model.train()
+
+
+def new_piece(config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool, seed: int | None) -> Piece:
+    """The owned parts of a new model, fp32 on the CPU, initialised as the family does, each unit from its own seed.
+
+    With `seed` None the weights hold whatever was in memory: the caller fills them in.
+    """
+    model = _allocate(config, parts, blocks, embedding, final)
+    units = {f"block {index}": [f"{parts.blocks}.{index}"] for index in blocks}
+    if embedding:
+        units[EMBEDDING] = list(parts.before)
+    if final:
+        units[FINAL] = [parts.norm, parts.lm_head]
+    for unit, names in units.items() if seed is not None else ():
+        with _seeded(seed, unit):
+            for name in names:
+                model.get_submodule(name).apply(model._init_weights)
+    return _finish(model, parts, final)
+
+
+def new_head(config: Any, parts: Anatomy, block: int, seed: int | None) -> tuple[nn.Module, nn.Linear]:
+    """Norm and readout for an auxiliary head after `block`: of the classes of the model's own, new weights.
+
+    With `seed` None the caller fills the weights in.
+    """
+    model = _allocate(config, parts, range(0), False, True)
+    norm, readout = model.get_submodule(parts.norm), model.get_submodule(parts.lm_head)
+    if seed is not None:
+        with _seeded(seed, f"head {block}"):
+            norm.apply(model._init_weights), readout.apply(model._init_weights)
+    assert isinstance(readout, nn.Linear)
+    return norm, readout
+
+
+def load_piece(folder: str | Path, config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool) -> Piece:
+    """The owned parts of a model folder, fp32 on the CPU. Only the owned tensors are read.
+
+    A tied readout is read as a copy of the embedding. Raises ModelError when a tensor is missing, truncated or of
+    another shape, and when the folder has blocks that its configuration does not count.
+    """
+    tied = final and config.tie_word_embeddings
+    as_stored = copy.deepcopy(config)
+    as_stored.tie_word_embeddings = tied
+    piece_class = _piece_class(config, parts, blocks, embedding or tied, final)
+    try:
+        with family.quiet_transformers():
+            model, loading = piece_class.from_pretrained(
+                folder,
+                config=as_stored,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+                local_files_only=True,
+            )
+    except Exception as error:  # safetensors and the library raise many types for a damaged file
+        what = _damaged_file(Path(folder)) or family.one_line(error)
+        raise ModelError(f"model.pretrained is {folder}: the weights cannot be read: {what}") from None
+    _check_loaded(loading, len(model.get_submodule(parts.blocks)), parts, f"model.pretrained is {folder}")
+    piece = _finish(model.train(), parts, final)
+    if piece.readout is not None:
+        piece.readout.weight = nn.Parameter(piece.readout.weight.detach().clone())
+    if tied and not embedding:
+        family.drop_embedding(model, parts)
+    return piece
+
+
+def _check_loaded(loading: dict[str, Any], depth: int, parts: Anatomy, where: str) -> None:
+    """Raise ModelError when tensors were missing, of another shape, or of blocks that the model does not have."""
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(f"{where}: its weights are not complete: there is no {_some(missing)}")
+    if wrong := [f"{name} {tuple(stored)}, not {tuple(right)}" for name, stored, right in loading["mismatched_keys"]]:
+        raise ModelError(f"{where}: its weights do not fit its config.json: there is {_some(sorted(wrong))}")
+    in_block = re.compile(rf"(?:^|\.){parts.blocks.rpartition('.')[2]}\.(\d+)\.")
+    found = [in_block.search(key) for key in loading["unexpected_keys"]]
+    if extra := sorted(match.string for match in found if match and int(match[1]) >= depth):
+        raise ModelError(f"{where}: its config.json says {depth} blocks, but there is also {_some(extra)}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _damaged_file(folder: Path) -> str | None:
+    """The first file of the folder that is no whole safetensors file, and why; the library's errors do not name it."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{path.name} is damaged or truncated ({error})"
+    return None

@@ -1,0 +1,83 @@
+"""What a run came to: tables and a picture, from its folder alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from lptransformer import ngram, run_folder
+from lptransformer.errors import RunError
+from lptransformer.metrics import Record, perplexity, text_counts
+from lptransformer.progress import plot_losses, table
+from lptransformer.run_log import read_metrics
+from lptransformer.token_set import TokenSet
+
+EXIT_COLUMNS = ("model", "nats/token", "perplexity", "bits/byte", "word perplexity")
+
+
+def report(run: Path, baselines: bool = False) -> None:
+    """Print the last evaluation of every exit, and speed, idle share and memory of every stage; draw loss.png.
+
+    With `baselines`, also a unigram and a bigram model of the training text, on the same validation text.
+    Raises RunError where the folder holds no run, or one without an update.
+    """
+    config = run_folder.read_config(run)
+    records = read_metrics(run)
+    updates = [record for record in records if "stages" in record]
+    if not updates:
+        raise RunError(f"{run} has no update in its metrics yet: train first")
+    sets = run_folder.read_data(run)
+    for name, last in {r["evaluation"]: r for r in records if "evaluation" in r}.items():
+        rows = [_row(f"exit after block {one['last_block']}", one) for one in last["exits"]]
+        if baselines:
+            rows += _ngram_rows(sets, name)
+        table(f"{name} after {last['update']} updates, windows of {config.data.sequence_length}", EXIT_COLUMNS, rows)
+    stages = [
+        (stage["stage"], _first_block(updates[0], i), stage["last_block"])
+        for i, stage in enumerate(updates[0]["stages"])
+    ]
+    steady = updates[len(updates) // 10 :]  # without the start, where memory and caches are cold
+    rows = [
+        (f"{index} (blocks {first}-{last})", *_stage_numbers([update["stages"][index] for update in steady]))
+        for index, first, last in stages
+    ]
+    speed = median(update["tokens_per_second"] for update in steady)
+    table(f"{speed:,.0f} tokens/s (median)", ("stage", "idle share", "peak memory of its process"), rows)
+    plot_losses(records, run / "loss.png", stages)
+    print(f"run folder: {run}   losses: {run / 'loss.png'}")
+
+
+def _first_block(update: Record, index: int) -> int:
+    return update["stages"][index - 1]["last_block"] + 1 if index else 0
+
+
+def _row(model: str, numbers: dict[str, Any]) -> tuple[str, ...]:
+    keys = ("nll_per_token", "perplexity", "bits_per_byte", "word_perplexity")
+    return (model, *(f"{numbers[key]:.{3 if key != 'word_perplexity' else 1}f}" for key in keys))
+
+
+def _stage_numbers(entries: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    memory = max(entry["memory_bytes"] for entry in entries)
+    return f"{median(entry['idle_share'] for entry in entries):.1%}", f"{memory / 2**20:,.0f} MiB"
+
+
+def _ngram_rows(sets: dict[str, Any], name: str) -> list[tuple[str, ...]]:
+    import numpy as np
+
+    def ids(folder: str) -> tuple[Any, TokenSet]:
+        tokens = TokenSet.open(folder)
+        return np.concatenate(tokens.chunks), tokens
+
+    train = np.concatenate([ids(folder)[0] for folder in sets["train"].values()])
+    valid, token_set = ids(sets["valid"][name])
+    vocab, counts = token_set.manifest["vocab_size"], text_counts(token_set.manifest)
+    rows = []
+    for model, nll in (("unigram", ngram.unigram_nll), ("bigram", ngram.bigram_nll)):
+        nats = nll(train, valid, vocab)
+        assert math.isfinite(nats)
+        numbers = perplexity(nats * len(valid), len(valid), counts)
+        rows.append(_row(f"{model} model of the training text", vars(numbers)))
+    return rows

@@ -1,0 +1,242 @@
+"""The commands as a person meets them: what works, and one clear message for what does not.
+
+Messages of the configuration itself are in test_config.py, of text files in test_data.py; here is each kind of bad
+input once through the command line, with its exit code, and what must not be left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lptransformer import deepspeed_keys
+from lptransformer.__main__ import parser
+from lptransformer.launcher import run
+
+TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune.\n" * 40
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to stand in, with a text and a small configuration."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = {
+        "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2},
+        "data": {"train": "text.txt", "valid": "text.txt", "tokenizer": "bytes", "sequence_length": 16},
+        "train": {"steps": 2, "micro_batch_size": 2, "micro_batches_per_update": 2, "lr_scheduler": "constant"},
+        "run": {"dir": "run"},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must end with exit code 2; returns its one-line message."""
+    with pytest.raises(SystemExit) as end:
+        run(parser(), list(arguments))
+    message = capsys.readouterr().err.strip()
+    assert end.value.code == 2, message
+    assert message.startswith("lptransformer: ") and "\n" not in message and "Traceback" not in message
+    return message
+
+
+def command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=120, env={**os.environ, **variables}
+    )
+
+
+def snapshot(folder: Path) -> dict[str, float]:
+    return {str(path): path.stat().st_mtime for path in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("--train.step=5", ["train.step", "on the command line", "train.steps"]),
+        ("--train.steps=many", ["train.steps", "many", "whole number"]),
+        ("--train.learning_rate=-1e-3", ["train.learning_rate", "-0.001", "above 0"]),
+        ("--objective.chunks=3", ["objective.chunks", "3", "2"]),
+        ("--parallel.pipeline=3", ["parallel.pipeline", "3", "2"]),
+        ("--parallel.data=3", ["parallel.data", "3", "micro_batches_per_update"]),
+        ("--model.max_position_embeddings=8", ["sequence_length", "16", "8"]),
+        ("--data.train=missing/*.txt", ["data.train", "missing/*.txt"]),
+        ("--data.tokenizer=nowhere", ["data.tokenizer", "nowhere"]),
+        ("--model.pretrained=nowhere", ["model.pretrained", "nowhere"]),
+        ("--deepspeed.zero_optimisation.stage=1", ["deepspeed.zero_optimisation", "zero_optimization"]),
+        ("--deepspeed.gradient_clipping=1", ["deepspeed.gradient_clipping", "train.grad_clip"]),
+        ("--deepspeed=nowhere.json", ["deepspeed", "nowhere.json"]),
+    ],
+)
+def test_bad_configuration(folder: Path, capsys: pytest.CaptureFixture[str], override: str, parts: list[str]) -> None:
+    before = snapshot(folder)
+    message = refused(capsys, "train", "c.yaml", override)
+    assert all(part in message for part in parts), message
+    assert snapshot(folder) == before
+
+
+def test_bad_configuration_is_refused_in_under_a_second(folder: Path) -> None:
+    started = time.perf_counter()
+    done = command("-m", "lptransformer", "train", "c.yaml", "--train.learning_rate=-1")
+    seconds = time.perf_counter() - started
+    assert done.returncode == 2 and "train.learning_rate" in done.stderr and "Traceback" not in done.stderr
+    idle_start = time.perf_counter()
+    command("-c", "import pydantic, yaml")  # what the machine needs for a bare start, now
+    bare = time.perf_counter() - idle_start
+    assert seconds < 1 + bare, f"{seconds:.2f} s, a bare start takes {bare:.2f} s"
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [(b"", ["empty"]), (b"plain text, then \xff\xfe", ["UTF-8"]), (b"short", ["sequence_length"])],
+)
+def test_bad_text(folder: Path, capsys: pytest.CaptureFixture[str], content: bytes, parts: list[str]) -> None:
+    (folder / "bad.txt").write_bytes(content)
+    message = refused(capsys, "train", "c.yaml", "--data.train=bad.txt")
+    assert all(part in message for part in parts), message
+    assert not (folder / "run").exists()
+
+
+def test_a_token_set_of_another_tokenizer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(parser(), ["prepare", "c.yaml"])
+    prepared = next(path for path in (folder / "prepared").iterdir() if path.name.startswith("train-"))
+    arguments = ["--data.train=text.txt", f"--data.valid={prepared}", "--data.tokenizer=sentencepiece"]
+    message = refused(capsys, "train", "c.yaml", *arguments, "--data.vocab_size=300")
+    assert str(prepared.name) in message and "tokenizer" in message
+
+
+def test_a_compiler_that_is_not_there(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deepspeed_keys.shutil, "which", lambda name: None)
+    option = "--deepspeed.zero_optimization.offload_optimizer={device: cpu}"
+    message = refused(capsys, "train", "c.yaml", "--deepspeed.zero_optimization.stage=2", option)
+    assert "offload_optimizer" in message and "compiler" in message
+
+
+def test_a_world_of_another_size(folder: Path) -> None:
+    done = command("-m", "lptransformer.launcher", "--config", "c.yaml", WORLD_SIZE="3", RANK="0")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "3" in done.stderr and "parallel.pipeline" in done.stderr and "parallel.data" in done.stderr
+
+
+def test_train_inside_a_launcher(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = refused(capsys, "train", "c.yaml", "--parallel.pipeline=2")
+    assert "launch/train.py" in message
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a small run is finished, in `run`, by the command line itself."""
+    here = tmp_path_factory.mktemp("finished")
+    (here / "text.txt").write_text(TEXT)
+    config = {
+        "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2},
+        "data": {"train": "text.txt", "valid": "text.txt", "tokenizer": "bytes", "sequence_length": 16},
+        "train": {"steps": 2, "micro_batch_size": 2, "micro_batches_per_update": 2, "lr_scheduler": "constant"},
+        "run": {"dir": "run"},
+    }
+    (here / "c.yaml").write_text(yaml.safe_dump(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "lptransformer", "train", "c.yaml"],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return here
+
+
+@pytest.fixture
+def standing(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(finished)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return finished
+
+
+def test_a_finished_run_has_what_it_should(standing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {path.name for path in (standing / "run").iterdir()}
+    assert {"config.yaml", "environment.json", "tokenizer", "data.json", "metrics.jsonl", "metrics.csv"} <= names
+    assert {"loss.png", "checkpoints"} <= names
+    run(parser(), ["report", "run", "--baselines"])
+    out = capsys.readouterr().out
+    assert "exit after block 0" in out and "exit after block 1" in out and "bigram" in out and "idle" in out
+
+
+def test_a_run_folder_is_not_used_twice(standing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(standing / "run")
+    message = refused(capsys, "train", "c.yaml")
+    assert "run.dir is run" in message and "--resume" in message and "--overwrite" in message
+    assert snapshot(standing / "run") == before
+
+
+def test_resume_with_another_configuration(standing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "train", "c.yaml", "--resume", "--train.learning_rate=0.5")
+    assert "train.learning_rate: 0.001 in the run, 0.5 now" in message
+
+
+def test_resume_of_nothing(standing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "train", "c.yaml", "--resume", "--run.dir=other")
+    assert "other" in message and "no run to resume" in message
+    assert not (standing / "other").exists()
+
+
+def test_export_into_a_folder_that_is_not_empty(standing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (standing / "full").mkdir(exist_ok=True)
+    (standing / "full" / "thesis.txt").write_text("years of work")
+    message = refused(capsys, "export", "run", "full")
+    assert "full" in message and "empty" in message
+    assert [path.name for path in (standing / "full").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated"])
+def test_a_damaged_model_folder(standing: Path, tmp_path: Path, how: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    assert command("-m", "lptransformer", "export", "run", str(model)).returncode == 0
+    weights = model / "model.safetensors"
+    if how == "missing":
+        tensors = load_file(weights)
+        del tensors["transformer.h.1.mlp.c_fc.weight"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    else:
+        weights.write_bytes(weights.read_bytes()[:-100])
+    sizes = ["--model.hidden_size=null", "--model.num_layers=null", "--model.num_heads=null", "--data.tokenizer=null"]
+    arguments = [f"--model.pretrained={model}", *sizes, f"--run.dir={tmp_path / 'run'}"]
+    done = command("-m", "lptransformer", "train", "c.yaml", *arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "model.pretrained" in done.stderr and str(model) in done.stderr
+    assert how == "truncated" or "h.1.mlp.c_fc.weight" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_argument_that_a_command_does_not_take(standing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--stpe" in refused(capsys, "evaluate", "run", "--stpe=3")
+
+
+def test_no_run_in_the_folder(standing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("evaluate", "report"):
+        assert "nowhere" in refused(capsys, name, "nowhere")
+
+
+def test_multinode_without_a_hostfile(standing: Path) -> None:
+    script = Path(__file__).parent.parent / "launch" / "multinode.sh"
+    done = subprocess.run(["bash", str(script), "no-hosts", "c.yaml"], capture_output=True, text=True, cwd=standing)
+    assert done.returncode == 2 and "no-hosts" in done.stderr
+    shutil.copy(script.parent / "hostfile.example", standing / "hosts")
+    done = subprocess.run(["bash", str(script), "hosts", "c.yaml"], capture_output=True, text=True, cwd=standing)
+    assert done.returncode == 2 and "NODE_RANK" in done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -96,14 +95,13 @@ def show_config(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     no_overrides(args)
-    from lptransformer.evaluate import evaluate_run, print_evaluations
+    from lptransformer.evaluate import evaluate_run, print_evaluations, to_json
 
     results = evaluate_run(
         Path(args.run_folder), args.data, step=args.step, batch_size=args.batch_size, processes=args.processes
     )
-    if results is None:
-        return
-    print(json.dumps(results)) if args.json else print_evaluations(results)
+    if results is not None:  # of several processes, the first one has them
+        print(to_json(results)) if args.json else print_evaluations(results)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -118,7 +116,8 @@ def export(args: argparse.Namespace) -> None:
     no_overrides(args)
     from lptransformer.export import export_run
 
-    export_run(Path(args.run_folder), Path(args.out), step=args.step)
+    update = export_run(Path(args.run_folder), Path(args.out), step=args.step)
+    print(f"{args.out}: the model of {args.run_folder} after {update} updates")
 
 
 def no_overrides(args: argparse.Namespace) -> None:

@@ -55,7 +55,13 @@ def finish_stage(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / STATE).read_text())
+    """What state.json says. Raises RunError when it is damaged."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+        StagePlan(**state["plan"]), int(state["num_stages"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{folder / STATE} cannot be read ({error}): choose another checkpoint") from None
+    return state
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -123,6 +123,11 @@ def replay(schedules: Sequence[Sequence[Action]], stages: Sequence[StagePlan], i
             ops = ("F", "RG") if plan.gradient_above else ("F",)
             missing = [need for op in ops if (need := Action(action.stage, op, action.micro_batch)) not in done]
             assert not missing, f"{action} before {to_text(missing)}"
+        if action.op == "U":
+            forwards = [other for other in done if (other.stage, other.op) == (action.stage, "F")]
+            backwards = [Action(forward.stage, "B", forward.micro_batch) for forward in forwards]
+            missing = [need for need in backwards if need not in done]
+            assert not missing, f"{action} before {to_text(missing)}"
         return True
 
     while any(position[rank] < len(schedule) for rank, schedule in enumerate(schedules)):
@@ -130,6 +135,7 @@ def replay(schedules: Sequence[Sequence[Action]], stages: Sequence[StagePlan], i
         for rank, schedule in enumerate(schedules):
             while position[rank] < len(schedule) and feasible(action := schedule[position[rank]]):
                 assert action not in done, f"{action} twice"
+                assert Action(action.stage, "U") not in done, f"{action} after {Action(action.stage, 'U')}"
                 if action.op in ("S", "SG"):
                     channels.setdefault((action.stage, action.op), []).append(action.micro_batch)
                 elif action.op in ("R", "RG"):

@@ -10,6 +10,7 @@ import gc
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +22,15 @@ from torch import Tensor
 
 from lptransformer import config as configuration
 from lptransformer.build import build_engine
-from lptransformer.channel import Control
-from lptransformer.data import Batch
+from lptransformer.channel import Control, Neighbours
 from lptransformer.deepspeed_stage import TrainedStage
 from lptransformer.engine import LocalUpdateEngine
 from lptransformer.errors import TrainingError
 from lptransformer.metrics import EvaluationReport, StageReport
 from lptransformer.partition import StagePlan
-from lptransformer.world import join, use_fair_share_of_cores
+from lptransformer.processes import use_fair_share_of_cores
+from lptransformer.token_set import Batch
+from lptransformer.world import join
 
 VOCAB_SIZE = 64
 VALID_LABEL_TOKENS = (30, 30, 18)  # of the validation set's micro-batches: the last one is not full
@@ -99,12 +101,13 @@ def open_engine(overrides: Sequence[str]) -> LocalUpdateEngine:
 
 @dataclass(frozen=True)
 class Tamper:
-    """What is done to the forward of one stage. `updates` None: at all updates; `data_rank` None: on all replicas."""
+    """What is done to the forward of one stage; None: at all updates, on all replicas, to all micro-batches."""
 
     stage: int
     what: str  # a key of TAMPERINGS
     updates: tuple[int, ...] | None = None  # counted from 1, as in the reports
     data_rank: int | None = None
+    micro_batches: tuple[int, ...] | None = None  # of the replica, within the update
 
 
 Forward = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor | None, Tensor | None]]
@@ -150,11 +153,17 @@ def tamper_with(engine: LocalUpdateEngine, tamper: Tamper) -> None:
     if stage is None or tamper.data_rank not in (None, engine.world.data_rank):
         return
     forward, changed = stage.forward, TAMPERINGS[tamper.what]
+    calls: Counter[int] = Counter()
 
     def tampered(inputs: Tensor, labels: Tensor, scale: float) -> Outputs:
-        if tamper.updates is None or engine.update + 1 in tamper.updates:
-            return changed(forward, inputs, labels, scale)
-        return forward(inputs, labels, scale)
+        update = engine.update + 1
+        micro_batch = calls[update]
+        calls[update] += 1
+        if tamper.updates is not None and update not in tamper.updates:
+            return forward(inputs, labels, scale)
+        if tamper.micro_batches is not None and micro_batch not in tamper.micro_batches:
+            return forward(inputs, labels, scale)
+        return changed(forward, inputs, labels, scale)
 
     stage.forward = tampered  # type: ignore[method-assign]
 
@@ -186,8 +195,12 @@ def train(
     evaluate: bool = False,
     load: Path | None = None,
     save: Path | None = None,
+    every_update: Path | None = None,
 ) -> Trained:
-    """Build an engine, load, train, save, evaluate. A TrainingError ends it early and is part of what is returned."""
+    """Build an engine, load, train, save, evaluate. A TrainingError ends it early and is part of what is returned.
+
+    `every_update`: evaluate and save there after each update.
+    """
     engine = open_engine(overrides)
     world, stages = engine.world, engine.local
     trained = Trained(
@@ -208,6 +221,9 @@ def train(
             for report in own_reports(engine, engine.train_batch().reports):
                 trained.reports[report.stage].append(report)
             _remember(engine, trained)
+            if every_update is not None:
+                engine.eval_batch("valid")
+                engine.save_checkpoint(every_update)
     except TrainingError as error:
         trained.error = str(error)
         return trained
@@ -251,15 +267,15 @@ class Ahead:
     zero_stages: list[int]
     engine_group_sizes: dict[str, int]  # of the groups that DeepSpeed's engines hold
     default_group_size: int
+    members: list[int]  # global ranks that took part in a collective of the default group
     collectives: list[tuple[str, int]]  # during training: name, size of its group
     link_sizes: list[int]
     link_calls: set[str]
 
 
-COLLECTIVES = (
-    "all_reduce all_gather all_gather_into_tensor all_gather_object reduce_scatter reduce_scatter_tensor broadcast "
-    "broadcast_object_list barrier monitored_barrier reduce gather scatter all_to_all all_to_all_single"
-).split()
+COLLECTIVES = ["all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "reduce_scatter"]
+COLLECTIVES += ["reduce_scatter_tensor", "broadcast", "broadcast_object_list", "barrier", "monitored_barrier"]
+COLLECTIVES += ["reduce", "gather", "scatter", "all_to_all", "all_to_all_single"]
 
 
 class CollectiveLog:
@@ -304,10 +320,9 @@ def run_ahead(overrides: Sequence[str], in_flight: int, hold_seconds: float) -> 
     with CollectiveLog() as log:  # around everything: DeepSpeed looks some of the functions up when it is initialised
         engine = open_engine(overrides)
         world, link_calls = engine.world, set[str]()
-        link = engine._above if world.pipeline_rank == 0 else engine._below
+        link = engine.neighbours.above if world.pipeline_rank == 0 else engine.neighbours.below
         assert link is not None
         link.group = RecordedLink(link.group, link_calls)  # type: ignore[assignment]
-        log.calls.clear()
         seen = Ahead(
             os.getpid(),
             updates_while_held=0,
@@ -316,10 +331,12 @@ def run_ahead(overrides: Sequence[str], in_flight: int, hold_seconds: float) -> 
             zero_stages=[stage.engine.zero_optimization_stage() for stage in engine.local.values()],
             engine_group_sizes=groups_of(engine),
             default_group_size=dist.get_world_size(),
+            members=members_of_the_default_group(world.global_rank),
             collectives=[],
             link_sizes=[group.size() for group in world.groups],
             link_calls=link_calls,
         )
+        log.calls.clear()
         if world.pipeline_rank == 1:
             world.store.wait(["release"])
         released = threading.Event()
@@ -339,6 +356,12 @@ def run_ahead(overrides: Sequence[str], in_flight: int, hold_seconds: float) -> 
         seen.collectives = list(log.calls)
         engine.close()
     return seen
+
+
+def members_of_the_default_group(global_rank: int) -> list[int]:
+    members = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(members, torch.tensor([global_rank]))
+    return [int(member) for member in members]
 
 
 def groups_of(engine: LocalUpdateEngine) -> dict[str, int]:
@@ -379,7 +402,7 @@ def lose_a_neighbour(overrides: Sequence[str], lost: int, out: Path, die: bool) 
     if rank == lost and die:
         os._exit(9)
     if rank == lost:
-        engine._below = engine._above = engine._gradient_above = engine._gradient_below = None
+        engine.neighbours = Neighbours()
         engine.world.groups.clear()
         gc.collect()
         return "", 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import reference
@@ -69,7 +69,7 @@ def optimizer_options(config: Config) -> dict[str, Any]:
     return {"name": "adamw", "weight_decay": options.weight_decay, "betas": betas, "eps": options.eps}
 
 
-@lru_cache(maxsize=None)
+@cache
 def expected(overrides: tuple[str, ...], updates: int, **formulas: Any) -> reference.Result:
     """The reference's result. `overrides` beyond model, objective, head, optimizer and train change nothing here."""
     config = load_config(overrides)

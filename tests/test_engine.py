@@ -1,0 +1,347 @@
+"""What the local-update engine promises beyond equality with the plain loop (test_parity.py): stages are independent,
+pipeline ranks do not wait for each other, checkpoints continue exactly, updates that are not finite are skipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from distributed import Pool
+from engine_jobs import (
+    VALID_LABEL_TOKENS,
+    Ahead,
+    RandomValidSet,
+    Tamper,
+    Trained,
+    follow_control,
+    load_config,
+    lose_a_neighbour,
+    make_stream,
+    run_ahead,
+    train,
+)
+from parity import expected, learning_rates, spans_of, whole_model_config
+from torch import Tensor
+
+from lptransformer.channel import Control
+
+FOUR_STAGES = ("objective.chunks=4", "parallel.pipeline=2")  # two on each pipeline rank
+
+
+def start(pool: Pool, overrides: tuple[str, ...], updates: int, **options: Any) -> list[Trained]:
+    parallel = load_config(overrides).parallel
+    return pool.run(parallel.pipeline * parallel.data, call_train, overrides, updates, options)
+
+
+def call_train(overrides: tuple[str, ...], updates: int, options: dict[str, Any]) -> Trained:
+    return train(overrides, updates, **options)
+
+
+def zero(stage: int, dtype: str = "fp32") -> tuple[str, ...]:
+    return (f"deepspeed.zero_optimization.stage={stage}", f"train.dtype={dtype}")
+
+
+MODES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+
+
+def by_stage(trained: list[Trained]) -> dict[int, Trained]:
+    """Who has the stage: its first replica."""
+    return {stage: one for one in reversed(trained) for stage in one.plans}
+
+
+def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def outcome(trained: list[Trained]) -> dict[Any, Any]:
+    """All numbers of a run, without its times: by replica and stage."""
+    return {
+        (one.data_rank, stage): [(r.update, r.loss_sum, r.grad_norm, r.learning_rate, r.skipped) for r in reports]
+        for one in trained
+        for stage, reports in one.reports.items()
+    }
+
+
+def assert_same(ours: list[Trained], theirs: list[Trained]) -> None:
+    """Losses, norms and learning rates of every stage and update, and all final weights, bit for bit."""
+    assert not any(one.error for one in (*ours, *theirs))
+    assert outcome(ours) == outcome(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert all(equal(one.weights[stage], other.weights[stage]) for stage in one.plans)
+
+
+# --------------------------------------------------------------------------------------------- independence
+
+PLAIN = ("optimizer.name=sgd", "optimizer.momentum=0", "train.grad_clip=0", "train.lr_scheduler=constant")
+PLAIN += ("train.warmup_steps=0", "train.learning_rate=0.5")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_labels_of_a_stage_reach_its_own_weights_and_no_others(pool: Pool, family: str) -> None:
+    """One update from one state, with SGD: a changed weight is a changed gradient."""
+    overrides = (f"model.family={family}", *FOUR_STAGES, *PLAIN)
+    usual = by_stage(start(pool, overrides, 1))
+    for changed in range(4):
+        trained = by_stage(start(pool, overrides, 1, tamper=Tamper(changed, "other labels")))
+        for stage, one in trained.items():
+            ours, theirs = one.weights[stage], usual[stage].weights[stage]
+            if stage != changed:
+                assert equal(ours, theirs), f"labels of stage {changed} changed weights of stage {stage}"
+                assert one.reports[stage][0].loss_sum == usual[stage].reports[stage][0].loss_sum
+                continue
+            assert one.reports[stage][0].loss_sum != usual[stage].reports[stage][0].loss_sum
+            same = {name for name in ours if torch.equal(ours[name], theirs[name])}
+            assert not same, f"labels of stage {stage} did not reach its {same}"
+
+
+@pytest.mark.parametrize("slow", [0, 1, 3])
+def test_a_slow_stage_changes_no_bit_of_any_result(pool: Pool, slow: int) -> None:
+    """200 ms at each of its 20 micro-batches: rank 1 waits for stage 0 and 1, and rank 0 for stage 3's places."""
+    overrides = (*FOUR_STAGES, "train.micro_batches_per_update=2")
+    usual = start(pool, overrides, 10)
+    slowed = start(pool, overrides, 10, tamper=Tamper(slow, "sleep"))
+    assert_same(slowed, usual)
+    reports = {stage: one.reports[stage] for stage, one in by_stage(slowed).items()}
+    assert sum(report.seconds for report in reports[slow]) > 20 * 0.2
+    if slow < 2:
+        assert sum(report.idle_seconds for report in reports[2]) > 2.0, "the idle time is seen"
+
+
+# --------------------------------------------------------------------------------------------- no barrier
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_rank_runs_ahead_by_the_whole_bound_and_no_collective_spans_two(pool: Pool, stage: int, dtype: str) -> None:
+    """Two pipeline ranks of two replicas; rank 1 is held before its first update."""
+    in_flight = 3
+    overrides = ("objective.chunks=2", "parallel.pipeline=2", "parallel.data=2", f"parallel.in_flight={in_flight}")
+    overrides += ("train.micro_batches_per_update=2", *zero(stage, dtype))
+    seen: list[Ahead] = pool.run(4, run_ahead, overrides, in_flight, 0.5)
+    assert len({one.pid for one in seen}) == 4
+    for rank, one in enumerate(seen):
+        # One micro-batch per update and replica: as many updates as the channel has places, and not one more.
+        assert one.updates_while_held == (in_flight + 1 if rank < 2 else 0)
+        assert one.engine_types == ["deepspeed.runtime.engine.DeepSpeedEngine"]
+        assert one.zero_stages == [stage]
+        assert one.default_group_size == 2
+        assert one.engine_group_sizes and set(one.engine_group_sizes.values()) <= {1, 2}
+        assert "DeepSpeedEngine.data_parallel_group" in one.engine_group_sizes
+        assert one.members == [2 * (rank // 2), 2 * (rank // 2) + 1], "of every group of this process's world"
+        assert one.collectives, "the record sees DeepSpeed's collectives"
+        assert {size for _, size in one.collectives} == {2}, "over the replicas of one pipeline rank"
+        assert one.link_sizes == [2]
+        assert one.link_calls == {"send" if rank < 2 else "recv"}, "between pipeline ranks only messages"
+
+
+# --------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("parallel", [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("mode", [(0, "fp32"), (2, "fp32"), (1, "fp32"), (3, "fp32"), (2, "bf16")])
+def test_ten_updates_equal_five_and_five_from_a_checkpoint(
+    pool: Pool, tmp_path: Path, mode: tuple[int, str], parallel: tuple[int, int]
+) -> None:
+    pipeline, data = parallel
+    overrides = ("objective.chunks=2", f"parallel.pipeline={pipeline}", f"parallel.data={data}", *zero(*mode))
+    overrides += ("train.warmup_steps=6",)  # the learning rate still rises when the run is continued
+    whole = start(pool, overrides, 10)
+    first = start(pool, overrides, 5, save=tmp_path)
+    second = start(pool, overrides, 5, load=tmp_path)
+    for one, begun, continued in zip(whole, first, second, strict=True):
+        for stage in one.plans:
+            continued.reports[stage] = begun.reports[stage] + continued.reports[stage]
+            assert not equal(begun.weights[stage], one.weights[stage])
+    assert_same(second, whole)
+
+
+def test_a_checkpoint_of_a_cut_span_continues_too(pool: Pool, tmp_path: Path) -> None:
+    overrides = ("objective.chunks=1", "parallel.pipeline=2", *zero(0))
+    whole = start(pool, overrides, 6)
+    first = start(pool, overrides, 3, save=tmp_path)
+    second = start(pool, overrides, 3, load=tmp_path)
+    for begun, continued in zip(first, second, strict=True):
+        for stage in begun.plans:
+            continued.reports[stage] = begun.reports[stage] + continued.reports[stage]
+    assert_same(second, whole)
+
+
+# --------------------------------------------------------------------------------------------- skipping
+
+
+def check_skips(one: Trained, stage: int, skipped: set[int], overrides: tuple[str, ...]) -> None:
+    """The stage skipped these updates and no others, kept weights and optimizer state at them, and went on after."""
+    reports, history = one.reports[stage], one.history[stage]
+    assert {report.update for report in reports if report.skipped} == skipped
+    assert [r.learning_rate for r in reports] == learning_rates(load_config(overrides), len(reports))
+    for report, (weights, state), (next_weights, next_state) in zip(reports, history, history[1:], strict=False):
+        kept = len(state) == len(next_state) and all(torch.equal(a, b) for a, b in zip(state, next_state, strict=True))
+        assert equal(weights, next_weights) == (report.update in skipped or report.learning_rate == 0)
+        assert kept == (report.update in skipped)
+        assert all(tensor.isfinite().all() for tensor in [*next_weights.values(), *next_state])
+
+
+@pytest.mark.parametrize("what", ["infinite loss", "infinite inputs"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stage_whose_loss_is_not_finite_skips(pool: Pool, mode: tuple[int, str], what: str) -> None:
+    """The last of four stages at update 4, in one of its micro-batches and on one of two replicas only."""
+    overrides = (*FOUR_STAGES, "parallel.data=2", "train.warmup_steps=1", *zero(*mode))
+    usual = start(pool, overrides, 6, history=True)
+    tampered = start(pool, overrides, 6, history=True, tamper=Tamper(3, what, (4,), data_rank=1, micro_batches=(1,)))
+    for one, other in zip(tampered, usual, strict=True):
+        assert not one.error
+        for stage in one.plans:
+            check_skips(one, stage, {4} if stage == 3 else set(), overrides)
+            check_skips(other, stage, set(), overrides)
+            if stage < 3:
+                assert one.reports[stage][3].loss_sum == other.reports[stage][3].loss_sum
+                assert equal(one.weights[stage], other.weights[stage]), "the stages below do not notice"
+        if 3 in one.plans:
+            assert one.reports[3][:3] != [] and not equal(one.weights[3], other.weights[3])
+            assert torch.tensor(one.reports[3][3].loss_sum).isfinite() == (one.data_rank == 0)
+            assert not torch.tensor(one.reports[3][3].grad_norm).isfinite()
+
+
+def test_stages_above_take_a_broken_stage_as_it_is(pool: Pool) -> None:
+    """What is not finite in stage 1's output makes every stage above skip that update, and none below."""
+    overrides = (*FOUR_STAGES, "train.warmup_steps=1")
+    trained = start(pool, overrides, 5, history=True, tamper=Tamper(1, "infinite inputs", (3,)))
+    for stage, one in by_stage(trained).items():
+        check_skips(one, stage, {3} if stage >= 1 else set(), overrides)
+
+
+@pytest.mark.parametrize("mode", [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")])
+@pytest.mark.parametrize(("stage", "what"), [(0, "infinite gradient"), (1, "infinite loss")])
+def test_the_stages_of_a_span_skip_together(pool: Pool, mode: tuple[int, str], stage: int, what: str) -> None:
+    """A span over both ranks. The gradient breaks in stage 0 alone, or comes broken from the loss of stage 1."""
+    overrides = ("objective.chunks=1", "parallel.pipeline=2", "train.warmup_steps=1", *zero(*mode))
+    trained = start(pool, overrides, 5, history=True, tamper=Tamper(stage, what, (3,)))
+    assert [one.error for one in trained] == ["", ""]
+    for index, one in by_stage(trained).items():
+        check_skips(one, index, {3}, overrides)
+    assert trained[0].reports[0][4].grad_norm == trained[1].reports[1][4].grad_norm
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_too_many_skipped_updates_in_a_row_end_the_run(pool: Pool, mode: tuple[int, str]) -> None:
+    overrides = ("objective.chunks=4", "train.max_skipped_updates=3", *zero(*mode))
+    broken = Tamper(2, "infinite loss", (2, 3, 5, 6, 7, 8), micro_batches=(1, 3))
+    (one,) = start(pool, overrides, 10, tamper=broken)
+    assert one.error.startswith("stage 2 (blocks 4-5) skipped 3 updates in a row; at update 7 ")
+    assert "the loss of micro-batches [1, 3] is not finite" in one.error
+    (one,) = start(pool, overrides, 3, tamper=Tamper(2, "infinite gradient", (1, 2, 3)))
+    assert (
+        one.error == "" or "its gradient is not finite" in one.error
+    )  # stage 2's output leads to its loss only inside
+
+
+def test_skips_are_counted_across_a_resume(pool: Pool, tmp_path: Path) -> None:
+    overrides = ("objective.chunks=2", "train.max_skipped_updates=3")
+    broken = Tamper(1, "infinite loss")
+    (first,) = start(pool, overrides, 2, tamper=broken, save=tmp_path)
+    assert first.error == ""
+    (second,) = start(pool, overrides, 2, tamper=broken, load=tmp_path)
+    assert "stage 1 (blocks 4-7) skipped 3 updates in a row; at update 3" in second.error
+
+
+def test_the_other_ranks_end_too_when_a_stage_gives_up(pool: Pool) -> None:
+    overrides = (*FOUR_STAGES, "train.max_skipped_updates=2")
+    below, above = start(pool, overrides, 10, tamper=Tamper(3, "infinite loss"))
+    assert above.error.startswith("stage 3 (blocks 6-7) skipped 2 updates in a row")
+    assert below.error.startswith("the channel of hidden states 0-1 broke")
+
+
+# --------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_evaluation_sums_equal_the_plain_forward(pool: Pool, stage: int) -> None:
+    overrides = ("model.family=llama", "objective.chunks=2", *zero(stage))
+    config = load_config(overrides)
+    stream = make_stream(config)
+    together = by_stage(start(pool, overrides, 3, evaluate=True))
+    apart = by_stage(start(pool, (*overrides, "parallel.pipeline=2"), 3, evaluate=True))
+    replicas = start(pool, (*overrides, "parallel.pipeline=2", "parallel.data=2"), 3, evaluate=True)
+
+    net = reference.Net(whole_model_config(config, stream.vocab_size), spans_of(config))
+    weights = expected(overrides, 3, clip_formula="zero3" if stage == 3 else "torch").weights
+    sums = [0.0, 0.0]
+    with torch.no_grad():
+        for name, parameter in [
+            *net.model.named_parameters(),
+            *((f"head.{n}", p) for n, p in net.head.named_parameters()),
+        ]:
+            parameter.copy_(weights[name])
+        for batch in RandomValidSet(stream).batches(config.train.micro_batch_size):
+            hidden = net.embed(batch.input_ids)
+            for index, span in enumerate(spans_of(config)):
+                hidden = net.run_blocks(hidden, span)
+                sums[index] += net.loss(hidden, batch.labels, span[1], config.head.chunk_tokens).item()
+
+    for index, nll_sum in enumerate(sums):
+        report = together[index].evaluations[index]
+        assert (report.update, report.evaluation, report.label_tokens) == (3, "valid", sum(VALID_LABEL_TOKENS))
+        assert report.nll_sum == pytest.approx(nll_sum, rel=1e-6)
+        assert apart[index].evaluations[index].nll_sum == report.nll_sum, "bit for bit"
+        parts = [one.evaluations[index] for one in replicas if index in one.plans]
+        assert [part.label_tokens for part in parts] == [
+            VALID_LABEL_TOKENS[0] + VALID_LABEL_TOKENS[2],
+            VALID_LABEL_TOKENS[1],
+        ]
+        assert sum(part.nll_sum or 0.0 for part in parts) == pytest.approx(nll_sum, rel=1e-6)
+
+
+def test_evaluating_and_saving_in_between_change_nothing(pool: Pool, tmp_path: Path) -> None:
+    for mode in [(0, "fp32"), (2, "bf16")]:
+        overrides = (*FOUR_STAGES, *zero(*mode))
+        usual = start(pool, overrides, 4)
+        assert_same(start(pool, overrides, 4, every_update=tmp_path / str(mode[0])), usual)
+
+
+# --------------------------------------------------------------------------------------------- control, neighbours
+
+
+@pytest.mark.parametrize("parallel", [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)])
+def test_all_ranks_see_the_same_control_at_the_same_update(pool: Pool, parallel: tuple[int, int]) -> None:
+    pipeline, data = parallel
+    overrides = ("objective.chunks=4", f"parallel.pipeline={pipeline}", f"parallel.data={data}")
+    requests = [(0, 0, 2, Control.SAVE), (0, data - 1, 4, Control.SAVE | Control.STOP), (0, 0, 5, Control.EVALUATE)]
+    seen = pool.run(pipeline * data, follow_control, overrides, 6, requests)
+    wanted = [
+        Control.NOTHING,
+        Control.SAVE,
+        Control.NOTHING,
+        Control.SAVE | Control.STOP,
+        Control.EVALUATE,
+        Control.NOTHING,
+    ]
+    assert seen == [[int(control) for control in wanted]] * (pipeline * data)
+
+
+def test_a_stop_asked_for_on_another_rank_reaches_all_at_one_update(pool: Pool) -> None:
+    """Rank 0 hears of it through the store, at an update of its own, and the decision travels in band."""
+    overrides = ("objective.chunks=2", "parallel.pipeline=2", "parallel.data=2")
+    seen = pool.run(4, follow_control, overrides, 12, [(1, 1, 2, Control.STOP), (1, 0, 3, Control.EVALUATE)])
+    assert seen[1:] == seen[:1] * 3
+    stop = int(Control.SAVE | Control.STOP)
+    assert seen[0][0] == 0 and set(seen[0]) == {0, stop} and seen[0] == sorted(seen[0])
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_neighbour_that_goes_is_noticed(pool: Pool, tmp_path: Path, lost: int) -> None:
+    overrides = ("objective.chunks=2", "parallel.pipeline=2")
+    error, seconds = pool.run(2, lose_a_neighbour, overrides, lost, tmp_path, False)[1 - lost]
+    assert error.startswith("the channel of hidden states 0-1 broke") and seconds < 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_neighbour_that_dies_is_noticed(pool: Pool, tmp_path: Path, lost: int) -> None:
+    overrides = ("objective.chunks=2", "parallel.pipeline=2")
+    with pytest.raises(RuntimeError, match=rf"ranks \[{lost}\] of 2 died"):
+        pool.run(2, lose_a_neighbour, overrides, lost, tmp_path, True)
+    assert (tmp_path / f"rank-{1 - lost}.txt").read_text().startswith("the channel of hidden states 0-1 broke")

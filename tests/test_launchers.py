@@ -1,0 +1,158 @@
+"""Real launchers, real signals, the README's commands: everything here starts programs, so it is slow."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lptransformer import checkpoint
+from lptransformer.run_log import read_metrics
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+SMALL = ["--data.sequence_length=32", "--model.hidden_size=32", "--train.micro_batch_size=2", "--data.valid=null"]
+EXIT_KEYS = {"stage", "last_block", "nll_per_token", "perplexity", "bits_per_byte", "word_perplexity", "tokens"}
+SMALL += ["--train.eval_every=0", "--train.warmup_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tracked files beside the environment that runs the tests."""
+    copy = tmp_path_factory.mktemp("checkout")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in tracked.splitlines():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    (copy / ".venv").symlink_to(Path(sys.prefix))
+    return copy
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    keep = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    return {**keep, "PATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+def run(checkout: Path, *command: str, timeout: float = 300, **more: str) -> str:
+    done = subprocess.run(
+        command, cwd=checkout, capture_output=True, text=True, timeout=timeout, env=environment(**more)
+    )
+    assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def losses(folder: Path) -> list[list[float]]:
+    return [[stage["loss"] for stage in r["stages"]] for r in read_metrics(folder) if "stages" in r]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for stage in checkpoint.stage_folders(folder, checkpoint.latest(folder)):
+        found |= {f"{stage.name}/{name}": tensor for name, tensor in checkpoint.read_weights(stage).items()}
+    return found
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_all_launchers_give_the_same_run(checkout: Path) -> None:
+    """`deepspeed`, `torchrun` and the command line, on the quick start's configuration: the same bits."""
+    options = ["--train.steps=20", *SMALL]
+    config = ["--config", "configs/quickstart.yaml", *options]
+    run(checkout, "deepspeed", "--num_gpus", "2", "launch/train.py", *config, "--run.dir=runs/a")
+    run(checkout, "torchrun", "--nproc-per-node", "2", "launch/train.py", *config, "--run.dir=runs/b")
+    command = ["-m", "lptransformer", "train", "configs/quickstart.yaml", *options]
+    run(checkout, sys.executable, *command, "--run.dir=runs/c")
+    folders = [checkout / "runs" / name for name in "abc"]
+    assert len(losses(folders[0])) == 20
+    assert losses(folders[0]) == losses(folders[1]) == losses(folders[2])
+    assert equal(weights(folders[0]), weights(folders[1])) and equal(weights(folders[0]), weights(folders[2]))
+
+
+def test_two_nodes(checkout: Path) -> None:
+    """multinode.sh on two "nodes" that are this machine, one process each."""
+    (checkout / "hosts").write_text("# two names of this machine\n127.0.0.1 slots=1\nlocalhost slots=1\n")
+    command = ["bash", "launch/multinode.sh", "hosts", "configs/quickstart.yaml", "--train.steps=5", *SMALL]
+    command.append("--run.dir=runs/nodes")
+    with subprocess.Popen(
+        command, cwd=checkout, env=environment(NODE_RANK="1", MASTER_PORT="29871"), stdout=subprocess.DEVNULL
+    ) as second:
+        run(checkout, *command, NODE_RANK="0", MASTER_PORT="29871")
+        assert second.wait(60) == 0
+    assert len(losses(checkout / "runs" / "nodes")) == 5
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_stopped_by_a_signal_and_resumed_it_is_the_same_run(checkout: Path, pipeline: int) -> None:
+    """Acceptance of resume: SIGTERM in the middle, then --resume, against a run that was left alone."""
+    options = [*SMALL, "--train.steps=60", f"--parallel.pipeline={pipeline}", "--train.micro_batches_per_update=4"]
+    base = [sys.executable, "-m", "lptransformer", "train", "configs/quickstart.yaml", *options]
+    whole, parts = checkout / f"runs/whole{pipeline}", checkout / f"runs/parts{pipeline}"
+    run(checkout, *base, f"--run.dir={whole}")
+    process = subprocess.Popen([*base, f"--run.dir={parts}"], cwd=checkout, env=environment())
+    deadline = time.monotonic() + 120
+    while not (parts / "metrics.jsonl").exists() or len((parts / "metrics.jsonl").read_text().splitlines()) < 8:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 0
+    stopped = checkpoint.latest(parts)
+    assert 8 <= stopped < 60, "it was not stopped in the middle"
+    assert len(losses(parts)) == stopped
+    run(checkout, *base, f"--run.dir={parts}", "--resume")
+    assert losses(parts) == losses(whole)
+    assert equal(weights(parts), weights(whole))
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
+def test_the_readme_s_commands(checkout: Path) -> None:
+    """Every command of the README's shell blocks runs, in order, as it stands there."""
+    commands = [line for block in readme_blocks("bash") for line in block.splitlines() if line.strip()]
+    elsewhere = {"bash launch/quickstart.sh", "bash launch/test.sh"}  # the test below; the tests themselves
+    assert elsewhere < set(commands)
+    for command in commands:
+        if command in elsewhere:
+            continue
+        if "multinode" in command:  # test_two_nodes runs the script; here is a node that no other joins
+            assert re.fullmatch(r"NODE_RANK=0 bash launch/multinode.sh launch/hostfile.example \S+", command)
+            continue
+        out = run(checkout, "bash", "-c", f"set -eu; source .venv/bin/activate; {command}", timeout=400)
+        if "--json" in command:
+            assert [set(one) for one in json.loads(out)["exits"]] == [EXIT_KEYS, EXIT_KEYS]
+
+
+def test_the_readme_s_python_example(checkout: Path) -> None:
+    (code,) = readme_blocks("python")
+    assert len(code.strip().splitlines()) <= 15
+    out = run(checkout, sys.executable, "-c", code)
+    assert out.count("exit of stage") == 2
+    assert checkpoint.latest(checkout / "runs" / "python") == 20
+
+
+def test_the_quick_start_keeps_its_promise(checkout: Path) -> None:
+    """The time, the distance to the unigram model and the bigram model, and the perplexity that the README names."""
+    started = time.monotonic()
+    out = run(checkout, "bash", "launch/quickstart.sh", timeout=900)
+    seconds = time.monotonic() - started
+    rows = re.findall(r"^(exit after block \d+|unigram|bigram)\D*?(\d+\.\d+)", out, re.M)
+    nats = {name: float(value) for name, value in rows}
+    last = nats["exit after block 3"]
+    assert last < nats["unigram"] - 1.0 and last < nats["bigram"], out
+    promised = float(re.search(r"perplexity below (\d+)", (ROOT / "README.md").read_text())[1])  # type: ignore[index]
+    perplexity = float(re.search(r"^exit after block 3 +\S+ +(\S+)", out, re.M)[1])  # type: ignore[index]
+    assert perplexity < promised
+    assert seconds < 240, f"{seconds:.0f} s"

@@ -60,7 +60,9 @@ def train(args: argparse.Namespace) -> None:
     import torch
 
     from lptransformer.prepare import prepare_all
+    from lptransformer.processes import check_channel
 
+    check_channel(config.parallel.channel)
     prepare_all(**config.data.model_dump())
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed chooses anyway, with a warning

@@ -21,7 +21,7 @@ from lptransformer.objective import OBJECTIVES
 from lptransformer.optimizer import build_lr_scheduler, build_optimizer
 from lptransformer.partition import StagePlan
 from lptransformer.prepare import Prepared, prepare_all
-from lptransformer.processes import launched_size, use_fair_share_of_cores
+from lptransformer.processes import check_channel, launched_size, use_fair_share_of_cores
 from lptransformer.stage import make_stage
 from lptransformer.world import World, join
 
@@ -41,6 +41,7 @@ def initialize(source: str | Path | dict[str, Any] | Config, overrides: Sequence
 def start(config: Config) -> tuple[LocalUpdateEngine, Prepared, ModelPlan]:
     """Join the world, prepare the data, build this process's stages."""
     configuration.check_world_size(config, launched_size())
+    check_channel(config.parallel.channel)
     use_fair_share_of_cores()
     world = join(config.parallel.pipeline, config.parallel.data, config.parallel.timeout_seconds)
     data = prepare_once(config, world)
@@ -164,4 +165,5 @@ def build_engine(
         micro_batches_per_update=train.micro_batches_per_update,
         in_flight=config.parallel.in_flight,
         max_skipped_updates=train.max_skipped_updates,
+        channel=config.parallel.channel,
     )

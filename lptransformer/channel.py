@@ -12,6 +12,7 @@ import contextlib
 import enum
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -94,14 +95,16 @@ class Sender:
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             if self.stream:
                 self.stream.wait_stream(torch.cuda.current_stream(self.frame.device))
-            self.work = self.group.send([self.buffer], self.peer, 0)
+            with _breaks_in_our_words(self.name):
+                self.work = self.group.send([self.buffer], self.peer, 0)
         self.sent_bytes += self.buffer.numel()
 
     def flush(self) -> None:
         """Wait until the message on the way has left; the wait counts as idle time."""
         if self.work is not None:
             started = time.perf_counter()
-            _wait(self.work, self.name)
+            with _breaks_in_our_words(self.name):
+                self.work.wait()
             if self.stream:
                 self.stream.synchronize()
             self.waited_seconds += time.perf_counter() - started
@@ -120,14 +123,16 @@ class Receiver:
             self._post(frame.buffer())
 
     def _post(self, buffer: Tensor) -> None:
-        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+        on_stream = torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
+        with _breaks_in_our_words(self.name), on_stream:
             self.posted.append((buffer, self.group.recv([buffer], self.peer, 0)))
 
     def receive(self) -> tuple[Header, Tensor]:
         """The next message, in the order of sending; the wait counts as idle time."""
         buffer, work = self.posted.popleft()
         started = time.perf_counter()
-        _wait(work, self.name)
+        with _breaks_in_our_words(self.name):
+            work.wait()
         if self.stream:
             self.stream.synchronize()
         self.waited_seconds += time.perf_counter() - started
@@ -137,9 +142,11 @@ class Receiver:
         return Header(Kind(kind), update, micro_batch, Control(control)), tensor
 
 
-def _wait(work: dist.Work, name: str) -> None:
+@contextlib.contextmanager
+def _breaks_in_our_words(name: str) -> Iterator[None]:
+    """A peer that has gone shows in any call: when a message is posted or when it is waited for."""
     try:
-        work.wait()
+        yield
     except RuntimeError as error:
         raise TrainingError(f"the channel {name} broke: {str(error).splitlines()[0]}") from error
 

@@ -38,7 +38,14 @@ SIZES = {
 }
 NEEDED_SIZES = ("family", "hidden_size", "num_layers", "num_heads")
 # What may be another on resume without changing what is computed.
-FREE_ON_RESUME = ("run.", "train.save_every", "train.eval_every", "parallel.timeout_seconds", "parallel.in_flight")
+FREE_ON_RESUME = (
+    "run.",
+    "train.save_every",
+    "train.eval_every",
+    "parallel.timeout_seconds",
+    "parallel.in_flight",
+    "parallel.channel",
+)
 
 
 def load(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, read_pretrained: bool = True) -> Config:

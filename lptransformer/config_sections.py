@@ -98,6 +98,9 @@ class ParallelSection(Section):
         Field(default="balanced", description="blocks per pipeline rank: balanced (by cost, heads counted) or a list")
     )
     in_flight: Count = Field(default=2, description="micro-batches that may wait between two pipeline ranks")
+    channel: Literal["gloo", "nccl"] = Field(
+        default="gloo", description="between pipeline ranks: gloo (host memory) or nccl (experimental, needs GPUs)"
+    )
     timeout_seconds: Positive = Field(default=1800.0, description="how long a process waits for another")
 
 

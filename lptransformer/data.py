@@ -85,12 +85,3 @@ def _permutation(length: int, *key: int) -> np.ndarray:
     """A permutation of range(length), a function of `key`. NumPy keeps the raw bits of a generator the same for ever,
     which it does not promise of its shuffles."""
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(length), kind="stable")
-
-
-def __getattr__(name):  # TEMPORARY, until all callers name the new modules
-    from lptransformer import prepare, sources, token_set
-
-    for module in (prepare, sources, token_set):
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise AttributeError(name)

@@ -139,8 +139,13 @@ class TrainedStage:
         self._outcome = (norm.item(), skipped)
 
     def _share_norm_over_span(self, size: int) -> None:
-        """ZeRO 1 and 2: the norm that DeepSpeed clips and skips by becomes that of the whole span."""
+        """ZeRO 1 and 2: the norm that DeepSpeed clips and skips by becomes that of the whole span.
+
+        In bf16 DeepSpeed looks for infinities first, stage by stage, and takes no norm where it finds one: the other
+        stages of the span would wait for that norm. The norm finds the same infinities, on all stages alike.
+        """
         own_norm = self.engine.optimizer.scaled_global_norm
+        self.engine.optimizer.check_overflow = lambda partition_gradients=True: None
 
         def norm_over_span(norm_type: int = 2) -> Tensor:
             own = own_norm(norm_type).float().reshape(1)

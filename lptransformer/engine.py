@@ -74,7 +74,7 @@ class LocalUpdateEngine:
         micro_batches_per_update: int,
         in_flight: int,
         max_skipped_updates: int,
-        channel: str = "gloo",
+        channel: str,
     ) -> None:
         self.world = world
         self.stages = list(stages)

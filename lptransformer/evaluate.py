@@ -120,6 +120,11 @@ def _sets_of_run(run: Path, tokenizer: Tokenizer, scratch: Path) -> dict[str, To
                     f"prepare it again ({error}): give a text with --data"
                 ) from None
         sets[name] = prepare(source, tokenizer, section.sequence_length, cache, launched_rank() == 0)
+        if source.files and sets[name].folder.name != Path(folder).name:  # folders are named after their contents
+            raise DataError(
+                f"validation set {name} of {run}: it is not in {folder} any more, and its text "
+                f"({', '.join(map(str, source.files))}) has changed since: give a text with --data"
+            )
     return sets
 
 
@@ -158,7 +163,7 @@ def _share_with_launched(job: Callable[[int, int], Sums], run: Path) -> Sums:
     """With the processes that a launcher has started: an all-reduce over gloo at the end."""
     timeout = timedelta(seconds=run_folder.read_config(run).parallel.timeout_seconds)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    group = dist.ProcessGroupGloo(dist.PrefixStore("evaluate", store), rank, size, timeout)
+    group: Any = dist.ProcessGroupGloo(dist.PrefixStore("evaluate", store), rank, size, timeout)
     sums = torch.tensor(job(rank, size), dtype=torch.float64)
     group.allreduce([sums]).wait()
     return sums.tolist()

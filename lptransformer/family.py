@@ -105,9 +105,9 @@ def empty_model(of_class: type[PreTrainedModel], config: Any) -> PreTrainedModel
 
 
 def one_line(error: Exception) -> str:
-    """An error of the library in one line: the first two that say something."""
+    """An error of the library in one line, not too long: the first two that say something."""
     lines = [line.strip(" -*|\t") for line in str(error).splitlines()]
-    return f"{type(error).__name__}: {' '.join([line for line in lines if line][:2])}"
+    return f"{type(error).__name__}: {' '.join([line for line in lines if line][:2])[:300]}"
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,7 @@ def _check_cut(model: PreTrainedModel, parts: Anatomy) -> None:
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for buffer in sorted(set(model.state_dict()) - parameters):
         refuse(f"{buffer} is kept with the weights, but is no weight that is trained")
+    model.tie_weights()
     of_blocks = [p for block in model.get_submodule(parts.blocks).children() for p in set(block.parameters())]
     if len(set(of_blocks)) < len(of_blocks):
         refuse("its blocks share weights")
@@ -263,13 +264,13 @@ def fill(model: PreTrainedModel) -> None:
     """
     model.to_empty(device="cpu")
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # the library then leaves it alone
+        parameter._is_hf_initialized = True  # the library then leaves it alone
     buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
     for buffer in buffers.values():
         buffer.fill_(math.nan)
     model.apply(model._init_weights)
     for parameter in model.parameters():
-        del parameter._is_hf_initialized  # type: ignore[attr-defined]
+        del parameter._is_hf_initialized
     for name, buffer in buffers.items():
         if buffer.isnan().any():
             raise ModelError(f"{type(model).__name__} cannot be cut: nothing says what {name} begins with")

@@ -83,12 +83,14 @@ def new_piece(config: Any, parts: Anatomy, blocks: range, embedding: bool, final
     With `seed` None the weights hold whatever was in memory: the caller fills them in.
     """
     model = _allocate(config, parts, blocks, embedding, final)
+    if seed is None:
+        return _finish(model, parts, final)
     units = {f"block {index}": [f"{parts.blocks}.{index}"] for index in blocks}
     if embedding:
         units[EMBEDDING] = list(parts.before)
     if final:
         units[FINAL] = [parts.norm, parts.lm_head]
-    for unit, names in units.items() if seed is not None else ():
+    for unit, names in units.items():
         with _seeded(seed, unit):
             for name in names:
                 model.get_submodule(name).apply(model._init_weights)

@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from lptransformer.errors import ConfigError
+
 
 def launched_size() -> int:
     """The number of processes that a launcher started; 1 without one."""
@@ -27,3 +29,9 @@ def use_fair_share_of_cores(local_processes: int | None = None) -> None:
         launched = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or launched_size()
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (local_processes or int(launched))))
     torch.set_flush_denormal(True)
+
+
+def check_channel(channel: str) -> None:
+    """Raise ConfigError where this machine cannot carry the channels between pipeline ranks."""
+    if channel == "nccl" and not torch.cuda.is_available():
+        raise ConfigError("parallel.channel is nccl: that needs GPUs, and there is none here; gloo works everywhere")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lptransformer.errors import TrainingError
 from lptransformer.processes import launched_size
 
 if not torch.accelerator.is_available():
@@ -105,12 +106,18 @@ def any_replica(flag: bool, world: World) -> bool:
 
 
 def gather_over_span(group: dist.ProcessGroup, rows: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Every member's vector (member i has sizes[i] elements) on every member, in the order of the pipeline ranks."""
+    """Every member's vector (member i has sizes[i] elements) on every member, in the order of the pipeline ranks.
+
+    Raises TrainingError when a member has gone.
+    """
     longest = max(sizes)
     padded = torch.zeros(longest, dtype=rows.dtype)
     padded[: rows.numel()] = rows.cpu()
     out = [torch.zeros(longest, dtype=rows.dtype) for _ in sizes]
-    group.allgather([out], [padded]).wait()
+    try:
+        group.allgather([out], [padded]).wait()
+    except RuntimeError as error:
+        raise TrainingError(f"another stage of this span has gone: {str(error).splitlines()[0]}") from error
     return [vector[:size].to(rows.device) for vector, size in zip(out, sizes, strict=True)]
 
 

@@ -262,7 +262,6 @@ class Ahead:
 
     pid: int
     updates_while_held: int
-    went_on_after_release: bool
     engine_types: list[str]
     zero_stages: list[int]
     engine_group_sizes: dict[str, int]  # of the groups that DeepSpeed's engines hold
@@ -326,7 +325,6 @@ def run_ahead(overrides: Sequence[str], in_flight: int, hold_seconds: float) -> 
         seen = Ahead(
             os.getpid(),
             updates_while_held=0,
-            went_on_after_release=False,
             engine_types=[f"{type(s.engine).__module__}.{type(s.engine).__name__}" for s in engine.local.values()],
             zero_stages=[stage.engine.zero_optimization_stage() for stage in engine.local.values()],
             engine_group_sizes=groups_of(engine),
@@ -352,7 +350,6 @@ def run_ahead(overrides: Sequence[str], in_flight: int, hold_seconds: float) -> 
             engine.train_batch()
             if world.pipeline_rank == 0 and not released.is_set():
                 seen.updates_while_held += 1
-        seen.went_on_after_release = released.is_set()
         seen.collectives = list(log.calls)
         engine.close()
     return seen
@@ -398,10 +395,10 @@ def lose_a_neighbour(overrides: Sequence[str], lost: int, out: Path, die: bool) 
     """Train until a pipeline rank goes away: what the others are told, and after how many seconds, also in files."""
     engine = open_engine(overrides)
     rank = engine.world.pipeline_rank
-    engine.train_batch()
-    if rank == lost and die:
-        os._exit(9)
     if rank == lost:
+        engine.train_batch()
+        if die:
+            os._exit(9)
         engine.neighbours = Neighbours()
         engine.world.groups.clear()
         gc.collect()

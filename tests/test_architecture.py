@@ -19,8 +19,8 @@ PURE |= {"objective", "cost", "partition", "schedule", "run_folder", "launcher",
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "safetensors", "sentencepiece", "matplotlib", "numpy"}
 ALLOWED = {
     "deepspeed": {"world", "deepspeed_stage"},
-    "transformers": {"family", "tokenizer", "optimizer", "export"},
-    "datasets": {"token_set"},
+    "transformers": {"family", "pieces", "tokenizer", "optimizer", "export"},
+    "datasets": {"prepare", "token_set"},
     "sentencepiece": {"tokenizer"},
     "matplotlib": {"progress"},
 }

@@ -74,6 +74,7 @@ def snapshot(folder: Path) -> dict[str, float]:
         ("--model.pretrained=nowhere", ["model.pretrained", "nowhere"]),
         ("--deepspeed.zero_optimisation.stage=1", ["deepspeed.zero_optimisation", "zero_optimization"]),
         ("--deepspeed.gradient_clipping=1", ["deepspeed.gradient_clipping", "train.grad_clip"]),
+        ("--parallel.channel=nccl", ["parallel.channel", "nccl", "gloo"]),
         ("--deepspeed=nowhere.json", ["deepspeed", "nowhere.json"]),
     ],
 )

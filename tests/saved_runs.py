@@ -1,0 +1,92 @@
+"""Run folders without training: what `train` leaves behind, with weights from seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lptransformer import checkpoint, cost, family, partition, run_folder
+from lptransformer import config as configuration
+from lptransformer.objective import chunked
+from lptransformer.prepare import prepare_all
+from lptransformer.stage import make_stage
+
+WINDOW = 16
+TEXT = "The moor was wide, and the wind had a voice of its own; who heard it once never lost it. " * 12
+FEW = {"hidden_size": 32, "num_layers": 4, "num_heads": 4}
+
+
+def write_text(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def make_run(
+    folder: Path,
+    *,
+    model: Mapping[str, Any] | None = None,
+    chunks: int = 2,
+    pipeline: int = 1,
+    tokenizer: str = "bytes",
+    valid: Mapping[str, str] | None = None,
+    updates: tuple[int, ...] = (10,),
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """A run in `folder`/run, with its texts in `folder`/texts and its token sets in `folder`/cache.
+
+    `valid` are the texts of the validation sets. Each of `updates` gets a complete checkpoint with other weights.
+    """
+    train = write_text(folder / "texts" / "train.txt", TEXT * 3)
+    texts = {name: write_text(folder / "texts" / f"{name}.txt", text) for name, text in (valid or {}).items()}
+    raw = {
+        "model": {**FEW, **(model or {})},
+        "data": {
+            "train": str(train),
+            "valid": {name: str(path) for name, path in texts.items()},
+            "tokenizer": tokenizer,
+            "sequence_length": WINDOW,
+            "cache": str(folder / "cache"),
+        },
+        "objective": {"chunks": chunks},
+        "parallel": {"pipeline": pipeline},
+        "head": {"chunk_tokens": 24},
+        "run": {"dir": str(folder / "run")},
+    }
+    if tokenizer == "sentencepiece":
+        raw["data"]["vocab_size"] = 300
+    config = configuration.load(raw)
+    data = prepare_all(**config.data.model_dump(), progress=False)
+    if config.model.pretrained:
+        model_config = family.read_config(config.model.pretrained)
+    else:
+        sizes = config.model.model_dump(exclude={"family", "pretrained"})
+        ids = {"vocab_size": data.tokenizer.vocab_size, "end_of_text_id": data.tokenizer.end_of_text_id}
+        model_config = family.new_config(config.model.family, **sizes, **ids)
+    run = folder / "run"
+    valid_sets = {name: str(one.folder.absolute()) for name, one in data.valid.items()}
+    run_folder.create(run, config, model_config.to_dict(), data.tokenizer_folder, {"valid": valid_sets}, ["a test"])
+    parts = family.anatomy(model_config)
+    costs = cost.model_costs(parts.block_parameters, parts.hidden_size, parts.vocab_size, WINDOW)
+    plans = partition.cut(chunked(config.model.num_layers, chunks), pipeline, costs)
+    for update in updates:
+        for plan in plans:
+            options = {"seed": update, "chunk_tokens": 24, "pretrained": config.model.pretrained}
+            stage = make_stage(plan, model_config, parts, **options)
+            place = checkpoint.stage_folder(run, update, plan.index)
+            checkpoint.begin_stage(place)
+            weights = {name: _shaken(name, weight.detach(), update) for name, weight in stage.named_parameters()}
+            weights = {name: weight.to(dtype) for name, weight in weights.items()}
+            checkpoint.write_stage(place, weights, checkpoint.describe(plan, len(plans), update))
+            checkpoint.finish_stage(place)
+    return run
+
+
+def _shaken(name: str, weight: Tensor, seed: int) -> Tensor:
+    """No weight keeps a value that would hide a mistake, such as a bias of 0 or a norm of 1."""
+    generator = torch.Generator().manual_seed(seed * 1000 + len(name))
+    return weight + 0.1 * torch.randn(weight.shape, generator=generator)

@@ -1,0 +1,380 @@
+"""Models and their pieces: joined they are the model, bit for bit, and what cannot be cut is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    Qwen3Config,
+    T5Config,
+    ZambaConfig,
+)
+from transformers.activations import ACT2FN
+
+from lptransformer import family, pieces
+from lptransformer.errors import ModelError
+from lptransformer.pieces import Piece
+
+VOCAB, BLOCKS = 61, 4
+ONE_PIECE = [range(0, 4)]
+CUTS = [ONE_PIECE, [range(0, 2), range(2, 4)], [range(0, 1), range(1, 3), range(3, 4)]]
+LIKE_LLAMA: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 32,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+GROUPED = {**LIKE_LLAMA, "num_key_value_heads": 2}
+CONFIGS: dict[str, Any] = {
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=BLOCKS, n_head=4, n_positions=32),
+    "gpt2 untied": GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=BLOCKS, n_head=4, n_positions=32, tie_word_embeddings=False
+    ),
+    "llama": LlamaConfig(**LIKE_LLAMA),
+    "llama grouped heads": LlamaConfig(**GROUPED),
+    "llama grouped heads, tied": LlamaConfig(**GROUPED, tie_word_embeddings=True),
+    "neox": GPTNeoXConfig(**LIKE_LLAMA),
+    "mistral with a window": MistralConfig(**GROUPED, sliding_window=4),
+    "qwen3, tied": Qwen3Config(
+        **GROUPED,
+        head_dim=8,
+        tie_word_embeddings=True,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=2,
+    ),
+    "opt, tied": OPTConfig(**{**LIKE_LLAMA, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+}
+every_family = pytest.mark.parametrize("name", CONFIGS)
+every_cut = pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{len(cut)} pieces")
+
+
+def whole_model(config: Any) -> Any:
+    """A causal LM of the library in which no weight has a value that would hide a mistake, such as 0 or 1."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model folder of every family."""
+    root = tmp_path_factory.mktemp("models")
+    paths = {name: root / name.replace(" ", "-") for name in CONFIGS}
+    for name, path in paths.items():
+        whole_model(CONFIGS[name]).save_pretrained(path)
+    return paths
+
+
+def input_ids() -> Tensor:
+    return torch.randint(0, VOCAB, (3, 20), generator=torch.Generator().manual_seed(1))  # [3, 20]
+
+
+@torch.no_grad()
+def joined_logits(joined: list[Piece]) -> Tensor:
+    hidden_states = joined[0].base.eval()(input_ids=input_ids(), use_cache=False).last_hidden_state
+    for piece in joined[1:]:
+        hidden_states = piece.base.eval()(inputs_embeds=hidden_states, use_cache=False).last_hidden_state
+    last = joined[-1]
+    assert last.norm is not None and last.readout is not None
+    return torch.nn.functional.linear(last.norm(hidden_states), last.readout.weight)
+
+
+def make(config: Any, cut: list[range], folder: Path | None = None, seed: int | None = 0) -> list[Piece]:
+    parts = family.anatomy(config)
+    placed = [(blocks, blocks.start == 0, blocks.stop == BLOCKS) for blocks in cut]
+    if folder is not None:
+        return [pieces.load_piece(folder, config, parts, *place) for place in placed]
+    return [pieces.new_piece(config, parts, *place, seed) for place in placed]
+
+
+def weights_of(config: Any, joined: list[Piece]) -> dict[str, Tensor]:
+    """All weights under the names of the whole model."""
+    parts, weights = family.anatomy(config), {}
+    for piece in joined:
+        weights |= {f"{parts.base}.{name}": parameter for name, parameter in piece.base.named_parameters()}
+    last = joined[-1]
+    assert last.norm is not None and last.readout is not None
+    weights |= {f"{parts.norm}.{name}": parameter for name, parameter in last.norm.named_parameters()}
+    return weights | {f"{parts.lm_head}.weight": last.readout.weight}
+
+
+# ---- pieces joined are the model
+
+
+@every_cut
+@every_family
+def test_loaded_pieces_joined_give_the_logits_of_the_whole_model(
+    name: str, cut: list[range], folders: dict[str, Path]
+) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(folders[name])
+    with torch.no_grad():
+        expected = whole(input_ids()).logits
+    assert torch.equal(joined_logits(make(family.read_config(folders[name]), cut, folders[name])), expected)
+
+
+@every_cut
+@every_family
+def test_new_pieces_joined_give_the_logits_of_the_whole_model(name: str, cut: list[range]) -> None:
+    config = copy.deepcopy(CONFIGS[name])
+    joined = make(config, cut)
+    config.tie_word_embeddings = False
+    whole = AutoModelForCausalLM.from_config(config).eval()
+    whole.load_state_dict(weights_of(config, joined))
+    with torch.no_grad():
+        assert torch.equal(joined_logits(joined), whole(input_ids()).logits)
+
+
+@every_family
+def test_every_weight_is_in_one_piece(name: str, folders: dict[str, Path]) -> None:
+    config = family.read_config(folders[name])
+    untied = copy.deepcopy(config)
+    untied.tie_word_embeddings = False
+    expected = sorted(name for name, _ in AutoModelForCausalLM.from_config(untied).named_parameters())
+    for joined in (make(config, CUTS[2], folders[name]), make(config, CUTS[2])):
+        parts = family.anatomy(config)
+        found = [f"{parts.base}.{key}" for piece in joined for key, _ in piece.base.named_parameters()]
+        assert joined[-1].norm is not None
+        found += [f"{parts.norm}.{key}" for key, _ in joined[-1].norm.named_parameters()]
+        assert sorted([*found, f"{parts.lm_head}.weight"]) == expected
+
+
+@every_family
+def test_new_weights_do_not_depend_on_the_partition(name: str) -> None:
+    config = CONFIGS[name]
+    one, *others = (weights_of(config, make(config, cut)) for cut in CUTS)
+    other_seed = weights_of(config, make(config, ONE_PIECE, seed=1))
+    for other in others:
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    matrices = [key for key in one if one[key].dim() > 1]
+    assert not any(torch.equal(one[key], other_seed[key]) for key in matrices)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama grouped heads, tied"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_embedding_and_readout_are_never_one_tensor(name: str, loaded: bool, folders: dict[str, Path]) -> None:
+    config = family.read_config(folders[name])
+    (piece,) = make(config, ONE_PIECE, folders[name] if loaded else None)
+    parts = family.anatomy(config)
+    embedding = piece.base.get_submodule(parts.token_embedding.removeprefix(f"{parts.base}.")).weight
+    assert piece.readout is not None and isinstance(embedding, Tensor)
+    assert embedding.data_ptr() != piece.readout.weight.data_ptr()
+    assert torch.equal(embedding, piece.readout.weight) == loaded  # a tied readout starts as a copy
+
+
+@every_family
+def test_loaded_weights_are_fp32_whatever_the_file_holds(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.bfloat16).save_pretrained(tmp_path)
+    config = family.read_config(tmp_path)
+    for piece in make(config, CUTS[1], tmp_path):
+        assert {parameter.dtype for parameter in piece.base.parameters()} == {torch.float32}
+    for piece in make(config, CUTS[1]):
+        assert {parameter.dtype for parameter in piece.base.parameters()} == {torch.float32}
+
+
+# ---- nothing more than the owned tensors
+
+
+class Allocations(TorchDispatchMode):
+    """The shapes of all results of torch operations that are in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for one in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(one, Tensor) and one.device.type != "meta":
+                self.shapes.add(tuple(one.shape))
+        return result
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama grouped heads, tied"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_only_owned_tensors_are_allocated(name: str, loaded: bool, folders: dict[str, Path]) -> None:
+    config = family.read_config(folders[name])
+    parts = family.anatomy(config)
+    table = (VOCAB, 32)
+    place: tuple[range, bool, bool]
+    for place, with_table in (((range(0, 1), True, False), True), ((range(1, 3), False, False), False)):
+        with Allocations() as seen:
+            if loaded:
+                piece = pieces.load_piece(folders[name], config, parts, *place)
+            else:
+                piece = pieces.new_piece(config, parts, *place, 0)
+        if not loaded:  # the library loads in threads, which are not seen
+            assert (table in seen.shapes) == with_table
+        embedding = VOCAB * 32 + (32 * 32 if name == "gpt2" else 0)
+        owned = len(place[0]) * parts.block_parameters + with_table * embedding
+        assert sum(parameter.numel() for parameter in piece.base.parameters()) == owned
+        assert not any(parameter.is_meta for parameter in piece.base.parameters())
+
+
+def test_anatomy_allocates_no_weights() -> None:
+    with Allocations() as seen:
+        family.anatomy(CONFIGS["llama"])
+    assert not seen.shapes & {(VOCAB, 32), (48, 32), (32, 48)}
+
+
+def test_auxiliary_heads_are_like_the_models_own_and_differ_from_block_to_block() -> None:
+    config = CONFIGS["llama"]
+    parts = family.anatomy(config)
+    heads = [pieces.new_head(config, parts, block, seed=0) for block in (0, 1, 0)]
+    readouts = [readout.weight for _, readout in heads]
+    assert readouts[0].shape == (VOCAB, 32) and type(heads[0][0]).__name__ == "LlamaRMSNorm"
+    assert torch.equal(readouts[0], readouts[2]) and not torch.equal(readouts[0], readouts[1])
+
+
+def test_a_saved_configuration_is_the_same_configuration() -> None:
+    for config in CONFIGS.values():
+        config = family._for_training(copy.deepcopy(config))
+        again = family.saved_config(json.loads(json.dumps(config.to_dict())))
+        assert type(again) is type(config) and again.to_dict() == config.to_dict()
+    with pytest.raises(ModelError, match="no causal LM"):
+        family.saved_config({"model_type": "t5"})
+
+
+def test_dropout_is_off() -> None:
+    config = family._for_training(OPTConfig(**LIKE_LLAMA, dropout=0.1, layerdrop=0.1, attention_dropout=0.1))
+    assert (config.dropout, config.layerdrop, config.attention_dropout) == (0.0, 0.0, 0.0)
+
+
+# ---- what cannot be cut
+
+
+class Unfilled(torch.nn.Module):
+    """An activation with a buffer that the library does not fill in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("slope", torch.ones(1), persistent=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states * self.slope
+
+
+ZAMBA = {**LIKE_LLAMA, "attention_head_dim": 16, "num_key_value_heads": 4, "tie_word_embeddings": False}
+UNCUTTABLE = {
+    "blocks return tuples": (BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=4, n_head=4), "blocks are left out"),
+    "scaled inputs and logits": (GraniteConfig(**GROUPED, embedding_multiplier=12.0), "it does more than run"),
+    "scaled logits": (GraniteConfig(**GROUPED, logits_scaling=8.0), "it does more than run"),
+    "scaled logits of another kind": (CohereConfig(**GROUPED, logit_scale=0.0625), "it does more than run"),
+    "capped logits": (Gemma2Config(**GROUPED, head_dim=8), "it does more than run"),
+    "head with a bias": (PhiConfig(**LIKE_LLAMA), "a head that is one matrix"),
+    "projected embedding": (OPTConfig(**LIKE_LLAMA, word_embed_proj_dim=16), "project_in|project_out"),
+    "blocks that see the embedding": (ZambaConfig(**ZAMBA), "its blocks take more hidden states"),
+    "blocks that share weights": (
+        ZambaConfig(
+            **{
+                **ZAMBA,
+                "num_hidden_layers": 6,
+                "attn_layer_period": 2,
+                "attn_layer_offset": 1,
+                "tie_word_embeddings": True,
+            }
+        ),
+        "its blocks share weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("why", UNCUTTABLE)
+def test_a_family_that_cannot_be_cut_is_refused(why: str) -> None:
+    config, message = UNCUTTABLE[why]
+    with pytest.raises(ModelError, match=message) as caught:
+        family.anatomy(config)
+    assert "\n" not in str(caught.value) and "cannot be cut" in str(caught.value)
+
+
+def test_a_buffer_without_a_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ACT2FN, "unfilled", Unfilled)
+    config = LlamaConfig(**LIKE_LLAMA, hidden_act="unfilled")
+    with pytest.raises(ModelError, match=r"nothing says what .*slope begins with"):
+        make(config, CUTS[1])
+
+
+# ---- model folders that are not whole
+
+
+def _edit_config(folder: Path, **changes: Any) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | changes))
+
+
+def _edit_weights(folder: Path, name: str, tensor: Tensor | None) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights | ({} if tensor is None else {name: tensor}), folder / "model.safetensors", {"format": "pt"})
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+UP = "model.layers.2.mlp.up_proj.weight"
+BROKEN = {
+    "missing tensor": (lambda folder: _edit_weights(folder, UP, None), UP),
+    "wrong shape": (lambda folder: _edit_weights(folder, UP, torch.zeros(7, 32)), rf"{UP} \(7, 32\), not \(48, 32\)"),
+    "truncated": (lambda folder: _truncate(folder / "model.safetensors"), "model.safetensors is damaged or truncated"),
+    "empty file": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors is damaged"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "fewer blocks in the config": (lambda folder: _edit_config(folder, num_hidden_layers=3), r"model\.layers\.3\."),
+    "more blocks in the config": (lambda folder: _edit_config(folder, num_hidden_layers=5), r"model\.layers\.4\."),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "config that is no JSON": (lambda folder: (folder / "config.json").write_text("{nope"), "JSON"),
+    "unknown model": (lambda folder: _edit_config(folder, model_type="nope"), "nope"),
+    "not a causal LM": (lambda folder: T5Config().save_pretrained(folder), "no causal LM"),
+    "value of a wrong type": (lambda folder: _edit_config(folder, num_attention_heads="x"), "num_attention_heads"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_model_folder_is_refused_by_name(what: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    spoil, message = BROKEN[what]
+    folder = tmp_path / "model"
+    shutil.copytree(folders["llama"], folder)
+    spoil(folder)
+    with pytest.raises(ModelError, match=message) as caught:
+        config = family.read_config(folder)
+        parts = family.anatomy(config)
+        last = config.num_hidden_layers - 1
+        pieces.load_piece(folder, config, parts, range(2, last + 1), False, True)
+    assert f"model.pretrained is {folder}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_tensors_of_other_stages_may_be_missing(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A stage reads what it owns: another one says what it misses."""
+    shutil.copytree(folders["llama"], tmp_path, dirs_exist_ok=True)
+    _edit_weights(tmp_path, UP, None)
+    config = family.read_config(tmp_path)
+    pieces.load_piece(tmp_path, config, family.anatomy(config), range(0, 2), True, False)

@@ -763,3 +763,14 @@ assert not slow, slow
         subprocess.run([sys.executable, "-c", code], check=True)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1.0, f"bad configuration is refused in under a second, not {seconds}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_every_shipped_configuration_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the top of the checkout; the exported model that fine-tuning starts from is made by the reader first."""
+    monkeypatch.chdir(path.parent.parent)
+    overrides = ["--model.pretrained=null"] if path.name == "finetune.yaml" else []
+    config = load(path, overrides)
+    assert all(sorted(Path().glob(glob)) for source in config.data.train.values() for glob in source.files)

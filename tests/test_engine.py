@@ -24,7 +24,7 @@ from engine_jobs import (
     run_ahead,
     train,
 )
-from parity import expected, learning_rates, spans_of, whole_model_config
+from parity import compare, expected, gather, learning_rates, spans_of, whole_model_config
 from torch import Tensor
 
 from lptransformer.channel import Control
@@ -166,6 +166,8 @@ def test_ten_updates_equal_five_and_five_from_a_checkpoint(
             continued.reports[stage] = begun.reports[stage] + continued.reports[stage]
             assert not equal(begun.weights[stage], one.weights[stage])
     assert_same(second, whole)
+    if mode == (0, "fp32"):
+        compare(gather(second), expected(overrides, 10, replicas=data))  # every micro-batch once and in order
 
 
 def test_a_checkpoint_of_a_cut_span_continues_too(pool: Pool, tmp_path: Path) -> None:

@@ -284,7 +284,10 @@ def test_processes_end_with_the_first_one(signum: int, tmp_path: Path) -> None:
     """Ctrl-C reaches all of them, and says nothing; what happens to the first one alone ends the others too."""
     run = make_run(tmp_path, valid={"moor": TEXT * 400})
     command = _command(run, "--processes", 3, "--batch-size", 1)
-    process = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, start_new_session=True)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # a process that is killed cannot tidy up
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE, start_new_session=True
+    )
     family: list[psutil.Process] = []
     while process.poll() is None and sum(child.cpu_times().user > 4 for child in family) < 2:
         family = [one for one in psutil.Process(process.pid).children() if "spawn_main" in " ".join(one.cmdline())]

@@ -44,6 +44,7 @@ def begin_stage(folder: Path) -> None:
 def write_stage(folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Weights and state of a stage; finish_stage makes it count once all processes of the stage have written."""
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors writes files that nobody else may read
     (folder / STATE).write_text(json.dumps(state, indent=1))
 
 

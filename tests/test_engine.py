@@ -150,7 +150,7 @@ RESUMES = [(mode, parallel) for mode in MODES for parallel in [(1, 1), (2, 1), (
 
 
 @pytest.mark.parametrize(
-    ("mode", "parallel"), [*QUICK_RESUMES, *(slow(*case) for case in RESUMES if case not in QUICK_RESUMES)]
+    ("mode", "parallel"), [*QUICK_RESUMES, *(slow(*case) for case in RESUMES if case not in QUICK_RESUMES)], ids=str
 )
 def test_ten_updates_equal_five_and_five_from_a_checkpoint(
     pool: Pool, tmp_path: Path, mode: tuple[int, str], parallel: tuple[int, int]
@@ -200,7 +200,9 @@ QUICK_SKIPS = [((0, "fp32"), "infinite loss"), ((2, "fp32"), "infinite inputs"),
 SKIPS = [(mode, what) for mode in MODES for what in ("infinite loss", "infinite inputs")]
 
 
-@pytest.mark.parametrize(("mode", "what"), [*QUICK_SKIPS, *(slow(*case) for case in SKIPS if case not in QUICK_SKIPS)])
+@pytest.mark.parametrize(
+    ("mode", "what"), [*QUICK_SKIPS, *(slow(*case) for case in SKIPS if case not in QUICK_SKIPS)], ids=str
+)
 def test_a_stage_whose_loss_is_not_finite_skips(pool: Pool, mode: tuple[int, str], what: str) -> None:
     """The second of two stages at update 4, in one of its micro-batches, on one of two replicas only."""
     overrides = ("objective.chunks=2", "parallel.pipeline=2", "parallel.data=2", "train.warmup_steps=1", *zero(*mode))
@@ -227,7 +229,7 @@ def test_stages_above_take_a_broken_stage_as_it_is(pool: Pool) -> None:
         check_skips(one, stage, {3} if stage >= 1 else set(), overrides)
 
 
-@pytest.mark.parametrize("mode", [(0, "fp32"), (2, "fp32"), (1, "bf16"), slow((1, "fp32")), slow((2, "bf16"))])
+@pytest.mark.parametrize("mode", [(0, "fp32"), (2, "fp32"), (1, "bf16"), slow((1, "fp32")), slow((2, "bf16"))], ids=str)
 @pytest.mark.parametrize(("stage", "what"), [(0, "infinite gradient"), (1, "infinite loss")])
 def test_the_stages_of_a_span_skip_together(pool: Pool, mode: tuple[int, str], stage: int, what: str) -> None:
     """A span over both ranks. The gradient breaks in stage 0 alone, or comes broken from the loss of stage 1."""
@@ -239,7 +241,7 @@ def test_the_stages_of_a_span_skip_together(pool: Pool, mode: tuple[int, str], s
     assert trained[0].reports[0][4].grad_norm == trained[1].reports[1][4].grad_norm
 
 
-@pytest.mark.parametrize("mode", [MODES[0], MODES[2], *(slow(mode) for mode in MODES[1:2] + MODES[3:])])
+@pytest.mark.parametrize("mode", [MODES[0], MODES[2], *(slow(mode) for mode in MODES[1:2] + MODES[3:])], ids=str)
 def test_too_many_skipped_updates_in_a_row_end_the_run(pool: Pool, mode: tuple[int, str]) -> None:
     """Not at update 3, with two in a row, but at 7. The message has the micro-batches that the replica itself saw."""
     overrides = ("objective.chunks=4", "parallel.data=2", "train.max_skipped_updates=3", *zero(*mode))
@@ -307,7 +309,7 @@ def test_evaluation_sums_equal_the_plain_forward(pool: Pool, stage: int) -> None
         assert sum(part.nll_sum or 0.0 for part in parts) == pytest.approx(nll_sum, rel=1e-6)
 
 
-@pytest.mark.parametrize("mode", [MODES[0], *map(slow, MODES[1:])])
+@pytest.mark.parametrize("mode", [MODES[0], *map(slow, MODES[1:])], ids=str)
 def test_evaluating_and_saving_in_between_change_nothing(pool: Pool, tmp_path: Path, mode: tuple[int, str]) -> None:
     overrides = (*FOUR_STAGES, *zero(*mode))
     usual = start(pool, overrides, 4)
@@ -317,7 +319,7 @@ def test_evaluating_and_saving_in_between_change_nothing(pool: Pool, tmp_path: P
 # --------------------------------------------------------------------------------------------- control, neighbours
 
 
-@pytest.mark.parametrize("parallel", [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize("parallel", [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)], ids=str)
 def test_all_ranks_see_the_same_control_at_the_same_update(pool: Pool, parallel: tuple[int, int]) -> None:
     pipeline, data = parallel
     overrides = ("objective.chunks=4", f"parallel.pipeline={pipeline}", f"parallel.data={data}")

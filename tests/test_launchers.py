@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -33,7 +34,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in tracked.splitlines():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, copy / name)
-    (copy / ".venv").symlink_to(Path(sys.prefix))
+    # An environment of its own to look at, whose parts are those of this one; the scripts find it installed.
+    (copy / ".venv").mkdir()
+    for part in Path(sys.prefix).iterdir():
+        if part.name != "installed":
+            (copy / ".venv" / part.name).symlink_to(part)
+    wanted = b"".join((copy / name).read_bytes() for name in ("requirements.txt", "pyproject.toml"))
+    (copy / ".venv" / "installed").write_text(hashlib.sha256(wanted).hexdigest() + "\n")
     return copy
 
 

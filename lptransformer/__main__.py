@@ -60,10 +60,12 @@ def train(args: argparse.Namespace) -> None:
     import torch
 
     from lptransformer.prepare import prepare_all
-    from lptransformer.processes import check_channel
+    from lptransformer.processes import check_devices
 
-    check_channel(config.parallel.channel)
-    prepare_all(**config.data.model_dump())
+    check_devices(config.parallel.channel, config.parallel.data)
+    prepared = prepare_all(**config.data.model_dump())
+    if args.resume:
+        run_folder.check_data(Path(config.run.dir), prepared.folders())
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed chooses anyway, with a warning
     processes = config.parallel.pipeline * config.parallel.data

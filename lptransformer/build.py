@@ -11,17 +11,17 @@ from typing import Any
 import torch
 
 from lptransformer import config as configuration
-from lptransformer import cost, family, partition
+from lptransformer import cost, family, partition, run_folder
 from lptransformer.config import Config
 from lptransformer.data import TrainStream
 from lptransformer.deepspeed_stage import SpanGroup, TrainedStage, deepspeed_config
 from lptransformer.engine import LocalUpdateEngine, Stream, ValidSet
-from lptransformer.errors import ConfigError
+from lptransformer.errors import ConfigError, UserError
 from lptransformer.objective import OBJECTIVES
 from lptransformer.optimizer import build_lr_scheduler, build_optimizer
 from lptransformer.partition import StagePlan
 from lptransformer.prepare import Prepared, prepare_all
-from lptransformer.processes import check_channel, launched_size, use_fair_share_of_cores
+from lptransformer.processes import check_devices, launched_size, use_fair_share_of_cores
 from lptransformer.stage import make_stage
 from lptransformer.world import World, join
 
@@ -41,12 +41,19 @@ def initialize(source: str | Path | dict[str, Any] | Config, overrides: Sequence
 def start(config: Config) -> tuple[LocalUpdateEngine, Prepared, ModelPlan]:
     """Join the world, prepare the data, build this process's stages."""
     configuration.check_world_size(config, launched_size())
-    check_channel(config.parallel.channel)
+    check_devices(config.parallel.channel, config.parallel.data)
     use_fair_share_of_cores()
     world = join(config.parallel.pipeline, config.parallel.data, config.parallel.timeout_seconds)
     data = prepare_once(config, world)
     plan = plan_model(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
-    return build_engine(config, world, data, plan=plan), data, plan
+    engine = build_engine(config, world, data, plan=plan)
+
+    def describe_run(folder: Path, overwrite: bool) -> None:
+        model = plan.config.to_dict()
+        run_folder.create(folder, config, model, data.tokenizer_folder, data.folders(), overwrite)
+
+    engine.describe_run = describe_run
+    return engine, data, plan
 
 
 def prepare_once(config: Config, world: World) -> Prepared:
@@ -54,7 +61,17 @@ def prepare_once(config: Config, world: World) -> Prepared:
     first = world.global_rank == 0
     if not first:
         world.store.wait(["prepared"], timedelta(days=2))
-    data = prepare_all(**config.data.model_dump(), progress=first)
+        if world.store.get("prepared") == b"failed":
+            world.store.queue_push("leaving", "")
+            raise SystemExit(UserError.exit_code)  # global rank 0 has said why
+    try:
+        data = prepare_all(**config.data.model_dump(), progress=first)
+    except UserError:
+        if first:
+            world.store.set("prepared", "failed")
+            for _ in range(world.size - 1):  # global rank 0 keeps the store: it goes last
+                world.store.queue_pop("leaving", True)
+        raise
     if first:
         world.store.set("prepared", "yes")
     return data

@@ -84,7 +84,6 @@ class Sender:
         self.work: dist.Work | None = None
         self.stream = frame.stream()
         self.waited_seconds = 0.0
-        self.sent_bytes = 0
 
     def send(self, header: Header, tensor: Tensor) -> None:
         """Start sending; returns once the message before this one has left."""
@@ -97,7 +96,6 @@ class Sender:
                 self.stream.wait_stream(torch.cuda.current_stream(self.frame.device))
             with _breaks_in_our_words(self.name):
                 self.work = self.group.send([self.buffer], self.peer, 0)
-        self.sent_bytes += self.buffer.numel()
 
     def flush(self) -> None:
         """Wait until the message on the way has left; the wait counts as idle time."""
@@ -106,7 +104,7 @@ class Sender:
             with _breaks_in_our_words(self.name):
                 self.work.wait()
             if self.stream:
-                self.stream.synchronize()
+                torch.cuda.current_stream(self.frame.device).synchronize()
             self.waited_seconds += time.perf_counter() - started
             self.work = None
 
@@ -124,6 +122,8 @@ class Receiver:
 
     def _post(self, buffer: Tensor) -> None:
         on_stream = torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
+        if self.stream:  # the copy out of this buffer is queued on the current stream
+            self.stream.wait_stream(torch.cuda.current_stream(self.frame.device))
         with _breaks_in_our_words(self.name), on_stream:
             self.posted.append((buffer, self.group.recv([buffer], self.peer, 0)))
 
@@ -133,8 +133,8 @@ class Receiver:
         started = time.perf_counter()
         with _breaks_in_our_words(self.name):
             work.wait()
-        if self.stream:
-            self.stream.synchronize()
+        if self.stream:  # wait() has only ordered the current stream behind the transfer
+            torch.cuda.current_stream(self.frame.device).synchronize()
         self.waited_seconds += time.perf_counter() - started
         kind, update, micro_batch, control, *_ = buffer[:HEADER_BYTES].cpu().view(torch.int64).tolist()
         tensor = self.frame.payload(buffer).to(self.frame.device, copy=True)

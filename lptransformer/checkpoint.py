@@ -73,9 +73,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise RunError(f"{folder / WEIGHTS} cannot be read ({error}): choose another checkpoint") from None
 
 
-def describe(plan: StagePlan, num_stages: int, update: int) -> dict[str, Any]:
-    """What state.json says about where the stage belongs."""
-    return {"update": update, "num_stages": num_stages, "plan": asdict(plan)}
+def describe(plan: StagePlan, num_stages: int, update: int, position: Mapping[str, int]) -> dict[str, Any]:
+    """What state.json says about where the stage belongs, and how far into the data (epoch, offset) it came."""
+    return {"update": update, "position": dict(position), "num_stages": num_stages, "plan": asdict(plan)}
 
 
 def complete_updates(run: str | Path) -> list[int]:
@@ -87,6 +87,13 @@ def complete_updates(run: str | Path) -> list[int]:
         if match and stages and len(stages) == read_state(stages[0])["num_stages"]:
             updates.append(int(match[1]))
     return updates
+
+
+def remove_newer(run: str | Path, update: int) -> None:
+    """Remove what a run has saved after `update`: stages of a trajectory that a resumed run may not follow."""
+    for folder in (Path(run) / "checkpoints").glob("step-*"):
+        if folder.name[5:].isdigit() and int(folder.name[5:]) > update:
+            shutil.rmtree(folder)
 
 
 def latest(run: str | Path) -> int:

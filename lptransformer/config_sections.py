@@ -143,7 +143,7 @@ class TrainSection(Section):
     grad_clip: NotNegative = Field(default=1.0, description="greatest gradient norm of a stage (0: off)")
     dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="fp32, or bf16 with fp32 master weights")
     seed: Annotated[int, Field(ge=0, lt=2**32), "a whole number from 0 to 4294967295"] = Field(
-        default=0, description="seed of the weights, the data order and dropout"
+        default=0, description="seed of the weights and of the data order"
     )
     save_every: Whole = Field(default=0, description="updates between checkpoints (0: only at the end)")
     eval_every: Whole = Field(default=0, description="updates between evaluations (0: only at the end)")

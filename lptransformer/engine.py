@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +17,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lptransformer import checkpoint
+from lptransformer import checkpoint, run_folder
 from lptransformer.channel import Control, Frame, Header, Kind, Neighbours, open_channels
 from lptransformer.deepspeed_stage import SpanGroup, TrainedStage
 from lptransformer.errors import TrainingError
 from lptransformer.metrics import EvaluationReport, StageReport, report_from_dict
 from lptransformer.partition import StagePlan
+from lptransformer.processes import peak_memory_bytes
 from lptransformer.schedule import Action, one_update
-from lptransformer.token_set import Batch
+from lptransformer.token_set import Batch, whole_rounds
 from lptransformer.world import World, any_replica, leave
 
 Report = StageReport | EvaluationReport
@@ -36,6 +36,10 @@ class Stream(Protocol):
     """Micro-batches by their number since the start of the run; the same on every pipeline rank."""
 
     def batch(self, index: int) -> Batch: ...
+
+    def position(self, index: int) -> dict[str, int]: ...
+
+    def index(self, position: Mapping[str, int]) -> int: ...
 
 
 class ValidSet(Protocol):
@@ -84,6 +88,7 @@ class LocalUpdateEngine:
         self.micro_batches = micro_batches_per_update
         self.max_skipped_updates = max_skipped_updates
         self.update = 0
+        self.describe_run: Callable[[Path, bool], None] | None = None
         self.schedule: list[Action] = one_update(stages, world.pipeline_rank, self.micro_batches // world.data_size)
         # Every window is full in training, and its last position has no label.
         self.label_tokens = self.micro_batches * micro_batch_size * (sequence_length - 1)
@@ -114,6 +119,7 @@ class LocalUpdateEngine:
         self._gradients: dict[tuple[int, int], Tensor] = {}  # (stage, micro-batch): gradient at the stage's output
         self._loss_sums: dict[int, list[Tensor]] = {}
         self._requested = Control.NOTHING
+        self._stop_requested = False
         self._control = Control.NOTHING
 
     # ------------------------------------------------------------------------------------------ the four calls
@@ -157,11 +163,10 @@ class LocalUpdateEngine:
             )
             for index, stage in self.local.items()
         ]
-        if self.world.pipeline_rank > 0 and self._requested:
-            self._requested = Control.NOTHING
+        if self._stop_requested and self.world.pipeline_rank > 0:
             self.world.store.set(STOP_KEY, "")
         reports = self._tell(reports)
-        self._stop_when_skipping()
+        self._stop_when_skipping(reports)
         return UpdateResult(self.update, self._control, reports)
 
     def eval_batch(self, name: str) -> list[Report]:
@@ -175,12 +180,14 @@ class LocalUpdateEngine:
         for stage in self.local.values():
             stage.engine.eval()
         with torch.no_grad():
-            for index, batch in enumerate(self.valid[name].batches(self.micro_batch_size)):
+            batches = whole_rounds(self.valid[name].batches(self.micro_batch_size), self.world.data_size)
+            for index, batch in enumerate(batches):
                 if index % self.world.data_size != self.world.data_rank:
                     continue
                 label_tokens += batch.label_tokens
-                inputs = batch.input_ids.to(self.world.device)
-                if self.neighbours.below is not None:
+                if self.neighbours.below is None:
+                    inputs = batch.input_ids.to(self.world.device)
+                else:
                     header, inputs = self.neighbours.below.receive()
                     assert (header.kind, header.update, header.micro_batch) == (Kind.EVALUATE, self.update, index)
                 labels = batch.labels.to(self.world.device)
@@ -207,68 +214,60 @@ class LocalUpdateEngine:
         )
 
     def save_checkpoint(self, run: str | Path) -> None:
-        """Write the local stages below the run folder `run`. No stage waits for another."""
+        """Write the local stages below the run folder `run`. No stage waits for another.
+
+        A folder that is no run folder yet becomes one, so that it can be evaluated and exported.
+        """
+        if self.world.global_rank == 0 and self.describe_run is not None and not run_folder.holds_run(Path(run)):
+            self.describe_run(Path(run), False)
         for index, stage in self.local.items():
             folder = checkpoint.stage_folder(run, self.update, index)
-            stage.save(folder, checkpoint.describe(stage.plan, len(self.stages), self.update))
+            position = self.stream.position(self.update * self.micro_batches)
+            stage.save(folder, checkpoint.describe(stage.plan, len(self.stages), self.update, position))
 
     def load_checkpoint(self, run: str | Path, update: int | None = None) -> int:
         """Continue from a complete checkpoint of `run`, the newest one unless `update` says which.
 
-        Returns its number of updates. Raises RunError when there is none.
+        Returns its number of updates. Raises RunError when there is none, DataError when its place in the data is none
+        of this stream's.
         """
         update = checkpoint.latest(run) if update is None else update
         for index, stage in self.local.items():
-            stage.load(checkpoint.stage_folder(run, update, index))
+            folder = checkpoint.stage_folder(run, update, index)
+            assert self.stream.index(checkpoint.read_state(folder)["position"]) == update * self.micro_batches
+            stage.load(folder)
         self.update = update
         return update
 
     # ------------------------------------------------------------------------------------------ control
 
     def request(self, control: Control, urgent: bool = False) -> None:
-        """Ask for something to follow the update under way; may be called in a signal handler.
+        """Ask for something to follow the update under way. Pipeline rank 0 decides for all, elsewhere this is ignored.
 
-        Pipeline rank 0 decides for all, so on other ranks only an urgent request (a stop) counts: it is passed on.
+        An urgent request means save and stop. It counts on every process, and may be made in a signal handler.
         """
-        if self.world.pipeline_rank == 0 or urgent:
+        if urgent:
+            self._stop_requested = True  # only ever set: a handler may run between any two steps of the loop
+        elif self.world.pipeline_rank == 0:
             self._requested |= control
 
     def _decide(self) -> Control:
         """On pipeline rank 0, once per update: what follows it. Its replicas agree first."""
         asked = self._requested
         self._requested = Control.NOTHING
-        if self.world.store.check([STOP_KEY]):
+        if self._stop_requested or self.world.store.check([STOP_KEY]):
             asked |= Control.SAVE | Control.STOP
-        flags = (Control.EVALUATE, Control.SAVE, Control.STOP)
-        return sum((flag for flag in flags if any_replica(bool(asked & flag), self.world)), Control.NOTHING)
-
-    def wait_for_all(self, what: str) -> None:
-        """Return when every process of the run has called this with the same word."""
-        store = self.world.store
-        if store.add(what, 1) == self.world.size:
-            store.set(f"all {what}", "")
-        store.wait([f"all {what}"])
+        decided = Control.NOTHING
+        for flag in (Control.EVALUATE, Control.SAVE, Control.STOP):
+            if any_replica(bool(asked & flag), self.world):
+                decided |= flag
+        return decided
 
     def close(self) -> list[Report]:
-        """Leave the run; returns the last reports on global rank 0.
-
-        Nobody leaves before all are done: a connection that closes early can lose what its peer has not read. Global
-        rank 0 keeps the store, so it goes last.
-        """
+        """Leave the run, when every process has come to its end; returns the last reports on global rank 0."""
         self.neighbours.flush()
-        store, others = self.world.store, range(self.world.size - 1)
-        reports: list[Report] = []
-        if self.world.global_rank == 0:
-            for _ in others:
-                store.queue_pop("done", True)
-            reports = self._tell([])
-            store.set("all done", "")
-            for _ in others:
-                store.queue_pop("leaving", True)
-        else:
-            store.queue_push("done", "")
-            store.wait(["all done"])
-            store.queue_push("leaving", "")
+        self.world.wait_for_the_end()
+        reports = self._tell([]) if self.world.global_rank == 0 else []
         self.neighbours = Neighbours()
         leave(self.world)
         return reports
@@ -363,7 +362,7 @@ class LocalUpdateEngine:
             reports = reports + [report_from_dict(r) for r in json.loads(self.world.store.queue_pop("reports", True))]
         return reports
 
-    def _stop_when_skipping(self) -> None:
+    def _stop_when_skipping(self, reports: list[Report]) -> None:
         for index, stage in self.local.items():
             if stage.skipped_in_a_row >= self.max_skipped_updates:
                 losses = [loss.item() for loss in self._loss_sums[index]]
@@ -371,13 +370,7 @@ class LocalUpdateEngine:
                 what = f"the loss of micro-batches {bad} is not finite" if bad else "its gradient is not finite"
                 raise TrainingError(
                     f"stage {index} (blocks {stage.plan.first_block}-{stage.plan.last_block}) skipped "
-                    f"{stage.skipped_in_a_row} updates in a row; at update {self.update} {what}. Lower "
-                    f"train.learning_rate, or continue from the last checkpoint with --resume"
+                    f"{stage.skipped_in_a_row} updates in a row; at update {self.update} {what}. Start "
+                    f"again with a lower train.learning_rate or more train.warmup_steps, or look at these windows",
+                    reports,
                 )
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Of the GPU where there is one, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

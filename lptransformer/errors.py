@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class UserError(Exception):
     """A mistake in what was asked for. The message names the value, where it came from and what would be right."""
@@ -26,6 +29,13 @@ class RunError(UserError):
 
 
 class TrainingError(Exception):
-    """Training cannot go on, through no mistake in what was asked for (for example: losses that are not finite)."""
+    """Training cannot go on, through no mistake in what was asked for (for example: losses that are not finite).
+
+    `reports` holds the reports that had arrived when it happened.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, reports: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.reports = list(reports)

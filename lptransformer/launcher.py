@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -10,8 +12,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
+
 from lptransformer import config as configuration
 from lptransformer.errors import RunError, TrainingError, UserError
+from lptransformer.run_folder import COMMAND_VARIABLE, command_line
+
+DEVICES_VARIABLE = "LPTRANSFORMER_VISIBLE_DEVICES"
 
 
 def add_training_flags(sub: argparse.ArgumentParser) -> None:
@@ -39,29 +46,40 @@ def launch(config_path: str, arguments: Sequence[str], processes: int) -> int:
     Ctrl-C and SIGTERM are handed on to the workers alone, which then save and leave; the launcher itself would kill
     what takes longer than 30 seconds.
     """
-    if os.environ.get("WORLD_SIZE"):
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise RunError("WORLD_SIZE is set: a launcher has started `train`. Let it start launch/train.py instead")
-    environment = dict(os.environ)
+    environment = {**os.environ, COMMAND_VARIABLE: json.dumps(command_line())}
+    if "CUDA_VISIBLE_DEVICES" in os.environ:  # the launcher sets its own where it is told a number of processes
+        environment[DEVICES_VARIABLE] = os.environ["CUDA_VISIBLE_DEVICES"]
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=error", f"--num_gpus={processes}"]
     command += [f"--master_port={_free_port()}", "--module", "lptransformer.launcher", "--config", config_path]
     launcher = subprocess.Popen([*command, *arguments], env=environment, start_new_session=True)
 
+    signals = 0
+
     def hand_on(signum: int, frame: Any) -> None:
-        for worker in _workers(launcher.pid):
-            worker.send_signal(signal.SIGTERM)
+        nonlocal signals
+        signals += 1
+        workers = _workers(launcher.pid)
+        if not workers or signals >= 3:  # nothing to save yet, or nobody listens: end the launcher's whole session
+            os.killpg(launcher.pid, signal.SIGTERM if signals < 3 else signal.SIGKILL)
+        for worker in workers:
+            with contextlib.suppress(psutil.Error):
+                worker.send_signal(signal.SIGTERM)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, hand_on)
     return launcher.wait()
 
 
-def _workers(runner: int) -> list[Any]:
+def _workers(runner: int) -> list[psutil.Process]:
     """The training processes: the runner starts one launcher, the launcher starts them."""
-    import psutil  # deepspeed needs it
-
-    return [worker for one in psutil.Process(runner).children() for worker in one.children()]
+    try:
+        return [worker for one in psutil.Process(runner).children() for worker in one.children()]
+    except psutil.Error:
+        return []
 
 
 def _free_port() -> int:
@@ -74,7 +92,8 @@ def _free_port() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """One training process, as a launcher (deepspeed, torchrun) starts it."""
-    parser = argparse.ArgumentParser(description="One training process; start it with `deepspeed` or `torchrun`.")
+    text = "One training process; start it with `deepspeed` or `torchrun`."
+    parser = argparse.ArgumentParser(description=text, allow_abbrev=False)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK says it
     add_training_flags(parser)
@@ -83,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def worker(args: argparse.Namespace) -> None:
+    if DEVICES_VARIABLE in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[DEVICES_VARIABLE]  # before torch is imported
     config = configuration.load(args.config, args.overrides)
     configuration.check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     from lptransformer.train import train

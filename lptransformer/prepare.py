@@ -214,6 +214,13 @@ class Prepared:
     train: list[TrainSet]
     valid: dict[str, TokenSet]
 
+    def folders(self) -> dict[str, dict[str, str]]:
+        """The folders of all token sets, absolute, by "train" and "valid" and by name."""
+        return {
+            "train": {one.name: str(one.tokens.folder.absolute()) for one in self.train},
+            "valid": {name: str(tokens.folder.absolute()) for name, tokens in self.valid.items()},
+        }
+
 
 def prepare_all(
     train: Any,

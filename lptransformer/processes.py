@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 
 import torch
 
@@ -31,7 +32,21 @@ def use_fair_share_of_cores(local_processes: int | None = None) -> None:
     torch.set_flush_denormal(True)
 
 
-def check_channel(channel: str) -> None:
-    """Raise ConfigError where this machine cannot carry the channels between pipeline ranks."""
-    if channel == "nccl" and not torch.cuda.is_available():
+def check_devices(channel: str, replicas: int) -> None:
+    """Raise ConfigError where the GPUs of this machine cannot carry what is asked for."""
+    gpus = torch.cuda.device_count()
+    if channel == "nccl" and gpus == 0:
         raise ConfigError("parallel.channel is nccl: that needs GPUs, and there is none here; gloo works everywhere")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or launched_size())
+    if replicas > 1 and 0 < gpus < local:
+        raise ConfigError(
+            f"parallel.data is {replicas} and {local} processes share {gpus} GPUs here: replicas need a GPU each "
+            "(pipeline ranks may share one)"
+        )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that was in use: of the GPU's memory where there is one, else of the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -26,6 +26,7 @@ from lptransformer.config import Config
 from lptransformer.errors import RunError
 
 CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL = "config.yaml", "environment.json", "tokenizer", "data.json", "model.json"
+COMMAND_VARIABLE = "LPTRANSFORMER_COMMAND"  # what a person typed, for the processes that a launcher starts
 # All that a run can leave in its folder: what --overwrite removes, and nothing else.
 CONTENTS = (
     *(CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL),
@@ -44,6 +45,8 @@ def check(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise RunError(f"run.dir is {folder}: that is a file, not a folder")
+    if resume and overwrite:
+        raise RunError("--resume and --overwrite were both given: continue the run, or replace it")
     if not resume:
         if holds_run(folder) and not overwrite:
             raise RunError(
@@ -58,6 +61,23 @@ def check(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
     )
     if differences:
         raise RunError(f"{folder} cannot be resumed with another configuration: " + "; ".join(differences))
+    from lptransformer import checkpoint
+
+    done = checkpoint.latest(folder)
+    if done >= config.train.steps:
+        raise RunError(f"{folder} is complete: {done} updates of train.steps = {config.train.steps}; nothing to resume")
+
+
+def check_data(folder: Path, data: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse to resume on other token sets; their folders' names say what is in them. Raises RunError."""
+    before = read_data(folder)
+    for kind, sets in data.items():
+        for name, path in sets.items():
+            if Path(before[kind].get(name, "none")).name != Path(path).name:
+                raise RunError(
+                    f"{folder} cannot be resumed: the text of data.{kind} ({name}) or its tokens are not those that "
+                    f"the run was started with ({before[kind].get(name)} then, {path} now)"
+                )
 
 
 def create(
@@ -66,15 +86,25 @@ def create(
     model_config: Mapping[str, Any],
     tokenizer_folder: Path,
     data: Mapping[str, Any],
-    command: list[str],
+    overwrite: bool,
 ) -> None:
-    """A new run folder; a run that was there before is removed (check() has asked for --overwrite)."""
+    """A new run folder. Raises RunError when a run has appeared there meanwhile and `overwrite` does not allow it."""
+    if holds_run(folder) and not overwrite:
+        raise RunError(f"run.dir is {folder}: another run has started there meanwhile; choose another --run.dir=...")
     remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(tokenizer_folder, folder / TOKENIZER)
     (folder / DATA).write_text(json.dumps(data, indent=1) + "\n")
     (folder / MODEL).write_text(json.dumps(model_config, indent=1) + "\n")
-    (folder / ENVIRONMENT).write_text(json.dumps(environment(command), indent=1) + "\n")
+    (folder / ENVIRONMENT).write_text(json.dumps([environment()], indent=1) + "\n")
+    (folder / CONFIG).write_text(configuration.to_yaml(config))
+
+
+def note_resume(folder: Path, config: Config, update: int) -> None:
+    """Add to a resumed run what it goes on with: environment.json has one entry per start."""
+    starts = json.loads((folder / ENVIRONMENT).read_text())
+    starts.append({**environment(), "resumed_after": update})
+    (folder / ENVIRONMENT).write_text(json.dumps(starts, indent=1) + "\n")
     (folder / CONFIG).write_text(configuration.to_yaml(config))
 
 
@@ -88,11 +118,11 @@ def remove(folder: Path) -> None:
                 os.rename(folder / name, Path(trash) / name)
 
 
-def environment(command: list[str]) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """What the run's numbers depend on beside its configuration."""
     packages = ("lptransformer", "torch", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy")
     return {
-        "command": command,
+        "command": json.loads(os.environ.get(COMMAND_VARIABLE) or json.dumps(command_line())),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,6 +118,20 @@ def make_batch(rows: Sequence[np.ndarray], micro_batch_size: int, sequence_lengt
         input_ids[number, : len(ids)] = ids
         labels[number, : len(ids) - 1] = ids[1:]
     return Batch(input_ids, labels)
+
+
+def whole_rounds(batches: Iterable[Batch], replicas: int) -> Iterator[Batch]:
+    """The batches, and as many without labels as make every replica's share equal: at ZeRO 3 each forward pass is a
+    collective of all replicas."""
+    number, batch = 0, None
+    for batch in batches:
+        number += 1
+        yield batch
+    if batch is not None:
+        import torch
+
+        blank = Batch(batch.input_ids, torch.full_like(batch.labels, IGNORE_INDEX))
+        yield from itertools.repeat(blank, -number % replicas)
 
 
 def fitting(token_set: TokenSet, tokenizer: Tokenizer, sequence_length: int) -> TokenSet:

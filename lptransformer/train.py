@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lptransformer import run_folder
+from lptransformer import checkpoint, partition, run_folder
 from lptransformer.build import ModelPlan, start
 from lptransformer.channel import Control
 from lptransformer.config import Config
-from lptransformer.engine import LocalUpdateEngine, Report
+from lptransformer.engine import LocalUpdateEngine, Report, UpdateResult
+from lptransformer.errors import TrainingError
 from lptransformer.metrics import Aggregator, text_counts
 from lptransformer.prepare import Prepared
 from lptransformer.processes import launched_rank
-from lptransformer.progress import Progress, plot_losses
+from lptransformer.progress import Progress, plot_losses, table
 from lptransformer.run_log import MetricsWriter, read_metrics
+from lptransformer.world import lost_processes_in_our_words
 
 
 def train(config: Config, resume: bool = False, overwrite: bool = False) -> None:
@@ -31,18 +33,27 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
         run_folder.check(folder, config, resume, overwrite)
     engine, data, plan = start(config)
     if resume:
+        run_folder.check_data(folder, data.folders())
         engine.load_checkpoint(folder)
-    engine.wait_for_all("started")  # a run folder appears only when every process has got this far
-    with Desk(engine, config, data, plan, folder, resume) as desk, stopping_cleanly(engine):
+    engine.world.wait_for_all("started")  # a run folder appears only when every process has got this far
+    if engine.world.global_rank == 0:
+        if resume:
+            checkpoint.remove_newer(folder, engine.update)
+            run_folder.note_resume(folder, config, engine.update)
+        else:
+            assert engine.describe_run is not None
+            engine.describe_run(folder, overwrite)
+    desk = Desk(engine, config, data, plan, folder, resume)
+    with lost_processes_in_our_words(), desk, stopping_cleanly(engine):
         while True:
             engine.request(due(config, engine.update + 1))
-            result = engine.train_batch()
+            result = desk.watch(engine.train_batch)
             desk.take(result.reports)
+            if result.control & Control.SAVE:
+                engine.save_checkpoint(folder)
             if result.control & Control.EVALUATE:
                 for name in engine.valid:
                     desk.take(engine.eval_batch(name))
-            if result.control & Control.SAVE:
-                engine.save_checkpoint(folder)
             if result.control & Control.STOP:
                 break
         desk.take(engine.close())
@@ -63,15 +74,15 @@ def due(config: Config, update: int) -> Control:
 
 @contextlib.contextmanager
 def stopping_cleanly(engine: LocalUpdateEngine) -> Iterator[None]:
-    """SIGTERM and Ctrl-C save and stop after the update under way; a third Ctrl-C stops at once."""
+    """SIGTERM and Ctrl-C save and stop after the update under way; a third Ctrl-C ends the process at once."""
     interrupts = 0
 
     def stop(signum: int, frame: Any) -> None:
         nonlocal interrupts
         engine.request(Control.SAVE | Control.STOP, urgent=True)
         interrupts += signum == signal.SIGINT
-        if interrupts >= 3:
-            raise KeyboardInterrupt
+        if interrupts == 2:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # works inside a wait, where no handler of Python's runs
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -103,24 +114,27 @@ class Desk:
             before = [r for r in read_metrics(folder) if "stages" in r and r["update"] <= engine.update]
             tokens = engine.update * engine.label_tokens
             seconds = before[-1]["seconds"] if before else 0.0
-        else:
-            sets = {
-                "train": {one.name: str(one.tokens.folder.absolute()) for one in data.train},
-                "valid": {name: str(token_set.folder.absolute()) for name, token_set in data.valid.items()},
-            }
-            model = plan.config.to_dict()
-            run_folder.create(folder, config, model, data.tokenizer_folder, sets, run_folder.command_line())
         texts = {name: text_counts(token_set.manifest) for name, token_set in data.valid.items()}
         self.aggregator = Aggregator(
             self.stages, engine.world.data_size, texts, update=engine.update, tokens=tokens, seconds=seconds
         )
         self.writer = MetricsWriter(folder, resume_at=engine.update if resume else None)
         self.progress = Progress(config.train.steps, self.stages)
+        rows = partition.table(engine.stages, plan.costs)
+        table(f"run folder: {folder}", list(rows[0]), [list(row.values()) for row in rows])
 
     def __enter__(self) -> Desk:
         if self.open:
             self.progress.__enter__()
         return self
+
+    def watch(self, update: Callable[[], UpdateResult]) -> UpdateResult:
+        """An update; when it is the one that ends the run, what was reported until then is kept."""
+        try:
+            return update()
+        except TrainingError as error:
+            self.take(error.reports)
+            raise
 
     def take(self, reports: Iterable[Report]) -> None:
         if not self.open:

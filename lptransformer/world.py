@@ -7,9 +7,10 @@ for channel.py), groups over the pipeline ranks of one span, and the store.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -37,6 +38,7 @@ class World:
     store: dist.Store
     timeout: timedelta
     groups: list[dist.ProcessGroup] = field(default_factory=list)
+    environment: dict[str, str | None] = field(default_factory=dict)  # variables that join() set, as they were before
 
     @property
     def global_rank(self) -> int:
@@ -45,6 +47,25 @@ class World:
     @property
     def size(self) -> int:
         return self.pipeline_size * self.data_size
+
+    def wait_for_all(self, word: str) -> None:
+        """Return when every process of the run has called this with the same word."""
+        if self.store.add(word, 1) == self.size:
+            self.store.set(f"all {word}", "")
+        self.store.wait([f"all {word}"])
+
+    def wait_for_the_end(self) -> None:
+        """Return when every process has come to its end, on global rank 0 after the others have left the store.
+
+        Nobody leaves before all are done: a connection that closes early can lose what its peer has not read. Global
+        rank 0 keeps the store, so it goes last.
+        """
+        self.wait_for_all("done")
+        if self.global_rank != 0:
+            self.store.queue_push("leaving", "")
+            return
+        for _ in range(self.size - 1):
+            self.store.queue_pop("leaving", True)
 
     def group(self, name: str, rank: int, size: int, backend: str = "gloo") -> dist.ProcessGroup:
         """A process group outside the default one; all its members call this with the same name."""
@@ -65,6 +86,7 @@ def join(pipeline: int, data: int, timeout_seconds: float) -> World:
     The world size that the launcher says must be `pipeline` x `data` (config.check_world_size is the user's message).
     """
     timeout = timedelta(seconds=timeout_seconds)
+    before = {name: os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_RANK")}
     size = launched_size()
     assert size == pipeline * data, f"{size} processes for {pipeline} pipeline ranks x {data} replicas"
     if size == 1:
@@ -74,10 +96,12 @@ def join(pipeline: int, data: int, timeout_seconds: float) -> World:
         store, global_rank, _ = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     pipeline_rank, data_rank = divmod(global_rank, data)
-    cuda = torch.cuda.is_available()
+    cuda = deepspeed.accelerator.get_accelerator().device_name() == "cuda"  # not torch's word: DS_ACCELERATOR decides
     device = torch.device("cpu")
     if cuda:
+        # Several pipeline ranks may share a GPU. DeepSpeed takes the device from the variable.
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        os.environ["LOCAL_RANK"] = str(device.index)
         torch.cuda.set_device(device)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's shared-memory extension needs a compiler, leaks, and can wait for ever: never build it.
@@ -93,7 +117,16 @@ def join(pipeline: int, data: int, timeout_seconds: float) -> World:
     # ZeRO 3 refuses a group that is smaller than what the launcher's variable says: here the group is the world.
     os.environ["WORLD_SIZE"] = str(data)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    return World(pipeline_rank, pipeline, data_rank, data, device, store, timeout)
+    return World(pipeline_rank, pipeline, data_rank, data, device, store, timeout, environment=before)
+
+
+@contextlib.contextmanager
+def lost_processes_in_our_words() -> Iterator[None]:
+    """The store and the groups fail in many ways when another process has gone: one TrainingError for all."""
+    try:
+        yield
+    except dist.DistError as error:
+        raise TrainingError(f"another process of this run has gone: {str(error).splitlines()[0]}") from error
 
 
 def any_replica(flag: bool, world: World) -> bool:
@@ -125,7 +158,10 @@ def leave(world: World | None = None) -> None:
     """Leave all groups and forget DeepSpeed's module state, so that the process can join another world."""
     if world is not None:
         world.groups.clear()
-        os.environ["WORLD_SIZE"] = str(world.size)
+        for name, value in world.environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
     if dist.is_initialized():
         dist.destroy_process_group()
     deepspeed.comm.comm.cdb = None

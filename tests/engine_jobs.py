@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ BASE: dict[str, dict[str, Any]] = {
         "grad_clip": 0.25,
         "steps": 12,
     },
+    # At ZeRO 3 DeepSpeed keeps small tensors whole; here all of them are to be partitioned, gathered and released.
+    "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
 }
 
 
@@ -64,6 +66,12 @@ class RandomStream:
         shape = (self.micro_batch_size, self.sequence_length)
         ids = (torch.rand(shape, generator=generator).square() * self.vocab_size).long()
         return Batch(ids, torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100))
+
+    def position(self, index: int) -> dict[str, int]:
+        return {"epoch": 0, "offset": index * self.micro_batch_size}
+
+    def index(self, position: Mapping[str, int]) -> int:
+        return position["offset"] // self.micro_batch_size
 
 
 @dataclass(frozen=True)
@@ -379,13 +387,14 @@ def groups_of(engine: LocalUpdateEngine) -> dict[str, int]:
 def follow_control(
     overrides: Sequence[str], updates: int, requests: Sequence[tuple[int, int, int, Control]]
 ) -> list[int]:
-    """The control after every update. `requests`: (pipeline rank, replica, before which update, what)."""
+    """The control after every update. `requests`: (pipeline rank, replica, before which update, what). Above pipeline
+    rank 0 a stop is asked for urgently: nothing else counts there."""
     engine = open_engine(overrides)
     world, seen = engine.world, []
     for update in range(1, updates + 1):
         for pipeline_rank, data_rank, when, control in requests:
             if (pipeline_rank, data_rank, when) == (world.pipeline_rank, world.data_rank, update):
-                engine.request(control, urgent=bool(control & Control.STOP))
+                engine.request(control, urgent=pipeline_rank > 0 and bool(control & Control.STOP))
         seen.append(int(engine.train_batch().control))
     engine.close()
     return seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -29,13 +30,13 @@ def whole_model_config(config: Config, vocab_size: int) -> GPT2Config | LlamaCon
             **dropouts,
             **shared,
         )
-    assert model.hidden_size == 32 and model.num_key_value_heads is None
+    assert model.num_key_value_heads is None and model.intermediate_size is None
     return LlamaConfig(
-        hidden_size=32,
+        hidden_size=model.hidden_size,
         num_hidden_layers=model.num_layers,
         num_attention_heads=model.num_heads,
         num_key_value_heads=model.num_heads,
-        intermediate_size=96,  # 8 / 3 of 32, up to a multiple of 32
+        intermediate_size=32 * math.ceil(model.hidden_size * 8 / 3 / 32),
         max_position_embeddings=model.max_position_embeddings,
         **shared,
     )

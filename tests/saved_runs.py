@@ -81,7 +81,8 @@ def make_run(
             checkpoint.begin_stage(place)
             weights = {name: _shaken(name, weight.detach(), update) for name, weight in stage.named_parameters()}
             weights = {name: weight.to(dtype) for name, weight in weights.items()}
-            checkpoint.write_stage(place, weights, checkpoint.describe(plan, len(plans), update))
+            position = {"epoch": 0, "offset": update}
+            checkpoint.write_stage(place, weights, checkpoint.describe(plan, len(plans), update, position))
             checkpoint.finish_stage(place)
     return run
 

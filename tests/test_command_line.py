@@ -241,3 +241,23 @@ def test_multinode_without_a_hostfile(standing: Path) -> None:
     shutil.copy(script.parent / "hostfile.example", standing / "hosts")
     done = subprocess.run(["bash", str(script), "hosts", "c.yaml"], capture_output=True, text=True, cwd=standing)
     assert done.returncode == 2 and "NODE_RANK" in done.stderr
+
+
+def test_resume_of_a_complete_run(standing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(standing / "run")
+    assert "is complete: 2 updates" in refused(capsys, "train", "c.yaml", "--resume")
+    assert snapshot(standing / "run") == before
+
+
+def test_resume_and_overwrite_at_once(standing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "both given" in refused(capsys, "train", "c.yaml", "--resume", "--overwrite")
+
+
+def test_resume_on_another_text(standing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The configuration is the same; what it names is not."""
+    for name in ("run", "c.yaml"):
+        (shutil.copytree if name == "run" else shutil.copy)(standing / name, tmp_path / name)
+    os.chdir(tmp_path)  # the fixture puts the directory back
+    (tmp_path / "text.txt").write_text(TEXT + "And now for something completely different.")
+    message = refused(capsys, "train", "c.yaml", "--resume", "--train.steps=4")
+    assert "data.train" in message and "cannot be resumed" in message

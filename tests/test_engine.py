@@ -4,6 +4,7 @@ pipeline ranks do not wait for each other, checkpoints continue exactly, updates
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -247,9 +248,9 @@ def test_too_many_skipped_updates_in_a_row_end_the_run(pool: Pool, mode: tuple[i
     overrides = ("objective.chunks=4", "parallel.data=2", "train.max_skipped_updates=3", *zero(*mode))
     broken = Tamper(2, "infinite loss", (2, 3, 5, 6, 7, 8), data_rank=1, micro_batches=(1,))
     replicas = start(pool, overrides, 10, tamper=broken)
-    for one, why in zip(replicas, ["its gradient", "the loss of micro-batches [3]"], strict=True):
-        assert one.error.startswith("stage 2 (blocks 4-5) skipped 3 updates in a row; at update 7 ")
-        assert f"at update 7 {why} is not finite" in one.error
+    for one, why in zip(replicas, ["gradient", r"loss of micro-batches \[3\]"], strict=True):
+        assert one.error.startswith("stage 2 (blocks 4-5) skipped 3 updates in a row")
+        assert re.search(f"at update 7 .*{why} is not finite", one.error), one.error
         assert len(one.reports[2]) == 6
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lptransformer.cost import ModelCosts, model_costs
@@ -80,21 +80,21 @@ def test_balanced_is_the_best_of_all_partitions(num_blocks: int, head_flops: flo
             assert price(rank_sizes(spans, pipeline, costs), spans, costs) == best
 
 
+@settings(deadline=None)  # a busy machine is no error
 @given(
     lengths=st.lists(st.integers(1, 4), min_size=1, max_size=5),
     pipeline=st.integers(1, 6),
-    block_flops=st.floats(0.1, 10),
-    head_flops=st.floats(0, 100),
+    block_flops=st.integers(1, 100),
+    head_flops=st.integers(0, 1000),
 )
 def test_balanced_with_uneven_runs_and_any_costs(
-    lengths: list[int], pipeline: int, block_flops: float, head_flops: float
+    lengths: list[int], pipeline: int, block_flops: int, head_flops: int
 ) -> None:
     spans, costs = chunked(sum(lengths), lengths), ModelCosts(block_flops, head_flops)
     pipeline = min(pipeline, sum(lengths))
     check(cut(spans, pipeline, costs), spans, pipeline)
-    borders, cost = price(rank_sizes(spans, pipeline, costs), spans, costs)
     best = min(price(sizes, spans, costs) for sizes in compositions(sum(lengths), pipeline))
-    assert borders == best[0] and cost == pytest.approx(best[1], rel=1e-12)
+    assert price(rank_sizes(spans, pipeline, costs), spans, costs) == best
 
 
 def test_heads_count_in_the_balance() -> None:
@@ -123,6 +123,7 @@ def test_chunked_spans() -> None:
     assert chunked(3, 1) == (Span(0, 2),)
 
 
+@settings(deadline=None)  # a busy machine is no error
 @given(num_blocks=st.integers(1, 40), data=st.data())
 def test_chunks_are_as_equal_as_possible(num_blocks: int, data: st.DataObject) -> None:
     spans = chunked(num_blocks, data.draw(st.integers(1, num_blocks)))

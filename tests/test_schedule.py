@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lptransformer.cost import ModelCosts
@@ -125,6 +125,7 @@ ACTIONS = st.builds(Action, st.integers(0, 999), st.sampled_from([op for op in O
 UPDATES = st.builds(Action, st.integers(0, 999), st.just("U"))
 
 
+@settings(deadline=None)  # a busy machine is no error
 @given(st.lists(ACTIONS | UPDATES))
 def test_text_and_back_for_any_actions(actions: list[Action]) -> None:
     assert parse(to_text(actions)) == actions

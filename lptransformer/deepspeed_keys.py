@@ -25,7 +25,7 @@ def _keys(names: str, types: Types) -> dict[str, Types]:
 
 # Handed to every stage's engine as they are.
 PASSED: dict[str, Types] = {
-    **_keys("zero_optimization data_types activation_checkpointing comms_logger aio", _SECTION),
+    **_keys("zero_optimization data_types comms_logger aio", _SECTION),
     **_keys("flops_profiler timers tensorboard wandb csv_monitor comet", _SECTION),
     **_keys("prescale_gradients disable_allgather disable_python_gc dump_state", _BOOL),
     **_keys("wall_clock_breakdown memory_breakdown zero_force_ds_cpu_optimizer", _BOOL),
@@ -81,6 +81,7 @@ _GONE = "DeepSpeed 0.19.8 no longer has it"
 REFUSED: dict[str, str] = {
     "zero_optimization.compute_grad_norm": "clipping, skipped updates and the display need the gradient norm",
     "zero_optimization.memory_efficient_linear": "true would change matrix products of the whole process; it is off",
+    "activation_checkpointing": "the blocks of Hugging Face models do not read it, so it would do nothing",
     **_because("managed_gradient_accumulation gradient_allreduce_op zero_allow_untested_optimizer", _SET_HERE),
     **_because("tensor_parallel expert_parallel sequence_parallel_size hybrid_engine autotuning compile", _NOT_HERE),
     **_because("seq_parallel_communication_data_type use_data_before_expert_parallelism", _NOT_HERE),

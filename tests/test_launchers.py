@@ -100,12 +100,13 @@ def test_two_nodes(checkout: Path) -> None:
     assert len(losses(checkout / "runs" / "nodes")) == 5
 
 
-@pytest.mark.parametrize("pipeline", [1, 2])
-def test_stopped_by_a_signal_and_resumed_it_is_the_same_run(checkout: Path, pipeline: int) -> None:
+@pytest.mark.parametrize(("pipeline", "zero_stage"), [(1, 0), (2, 0), (2, 2)])
+def test_stopped_by_a_signal_and_resumed_it_is_the_same_run(checkout: Path, pipeline: int, zero_stage: int) -> None:
     """Acceptance of resume: SIGTERM in the middle, then --resume, against a run that was left alone."""
     options = [*SMALL, "--train.steps=60", f"--parallel.pipeline={pipeline}", "--train.micro_batches_per_update=4"]
+    options.append(f"--deepspeed.zero_optimization.stage={zero_stage}")
     base = [sys.executable, "-m", "lptransformer", "train", "configs/quickstart.yaml", *options]
-    whole, parts = checkout / f"runs/whole{pipeline}", checkout / f"runs/parts{pipeline}"
+    whole, parts = (checkout / "runs" / f"{name}-{pipeline}-{zero_stage}" for name in ("whole", "parts"))
     run(checkout, *base, f"--run.dir={whole}")
     process = subprocess.Popen([*base, f"--run.dir={parts}"], cwd=checkout, env=environment())
     deadline = time.monotonic() + 120
@@ -148,6 +149,8 @@ def test_the_readme_s_python_example(checkout: Path) -> None:
     out = run(checkout, sys.executable, "-c", code)
     assert out.count("exit of stage") == 2
     assert checkpoint.latest(checkout / "runs" / "python") == 20
+    out = run(checkout, sys.executable, "-m", "lptransformer", "evaluate", "runs/python", "--json")
+    assert len(json.loads(out)["exits"]) == 2
 
 
 def test_the_quick_start_keeps_its_promise(checkout: Path) -> None:

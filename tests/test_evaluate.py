@@ -285,8 +285,18 @@ def test_processes_end_with_the_first_one(signum: int, tmp_path: Path) -> None:
     run = make_run(tmp_path, valid={"moor": TEXT * 400})
     command = _command(run, "--processes", 3, "--batch-size", 1)
     environment = {**os.environ, "TMPDIR": str(tmp_path)}  # a process that is killed cannot tidy up
+
+    def as_in_a_terminal() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs the tests may have Ctrl-C ignored
+
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=as_in_a_terminal,
     )
     family: list[psutil.Process] = []
     while process.poll() is None and sum(child.cpu_times().user > 4 for child in family) < 2:

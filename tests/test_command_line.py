@@ -21,6 +21,12 @@ from lptransformer.__main__ import parser
 from lptransformer.launcher import run
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune.\n" * 40
+CONFIG = {
+    "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2},
+    "data": {"train": "text.txt", "valid": "text.txt", "tokenizer": "bytes", "sequence_length": 16},
+    "train": {"steps": 2, "micro_batch_size": 2, "micro_batches_per_update": 2, "lr_scheduler": "constant"},
+    "run": {"dir": "run"},
+}
 
 
 @pytest.fixture
@@ -29,13 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     (tmp_path / "text.txt").write_text(TEXT)
-    config = {
-        "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2},
-        "data": {"train": "text.txt", "valid": "text.txt", "tokenizer": "bytes", "sequence_length": 16},
-        "train": {"steps": 2, "micro_batch_size": 2, "micro_batches_per_update": 2, "lr_scheduler": "constant"},
-        "run": {"dir": "run"},
-    }
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
     return tmp_path
 
 
@@ -143,13 +143,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a small run is finished, in `run`, by the command line itself."""
     here = tmp_path_factory.mktemp("finished")
     (here / "text.txt").write_text(TEXT)
-    config = {
-        "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2},
-        "data": {"train": "text.txt", "valid": "text.txt", "tokenizer": "bytes", "sequence_length": 16},
-        "train": {"steps": 2, "micro_batch_size": 2, "micro_batches_per_update": 2, "lr_scheduler": "constant"},
-        "run": {"dir": "run"},
-    }
-    (here / "c.yaml").write_text(yaml.safe_dump(config))
+    (here / "c.yaml").write_text(yaml.safe_dump(CONFIG))
     done = subprocess.run(
         [sys.executable, "-m", "lptransformer", "train", "c.yaml"],
         cwd=here,

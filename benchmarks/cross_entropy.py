@@ -59,7 +59,8 @@ def main() -> None:
             run(method)
             seconds[name].append(time.perf_counter() - started)
     print(
-        f"{ROWS} rows, hidden {HIDDEN}, vocabulary {VOCABULARY}, {torch.get_num_threads()} thread(s), {torch.__version__}"
+    sizes = f"{ROWS} rows, hidden {HIDDEN}, vocabulary {VOCABULARY}"
+    print(f"{sizes}, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
     )
     for name, times in seconds.items():
         low, middle, high = (1000 * value for value in (min(times), statistics.median(times), max(times)))

@@ -58,10 +58,8 @@ def main() -> None:
             started = time.perf_counter()
             run(method)
             seconds[name].append(time.perf_counter() - started)
-    print(
     sizes = f"{ROWS} rows, hidden {HIDDEN}, vocabulary {VOCABULARY}"
     print(f"{sizes}, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
-    )
     for name, times in seconds.items():
         low, middle, high = (1000 * value for value in (min(times), statistics.median(times), max(times)))
         print(f"{name:20} {middle:7.1f} ms  ({low:.1f} to {high:.1f})")

@@ -10,7 +10,7 @@ from pathlib import Path
 from lptransformer import __version__, run_folder
 from lptransformer import config as configuration
 from lptransformer.errors import UserError
-from lptransformer.launcher import add_training_flags, launch, run
+from lptransformer.launcher import add_training_flags, check_until, launch, run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,9 +41,31 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--processes", type=int, default=1, help="processes that share the windows (default: 1)")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
-    sub = command("report", report, "What runs came to: tables of every exit and stage, and a plot of the losses.")
-    sub.add_argument("run_folders", metavar="RUN", nargs="+", help="run folder")
-    sub.add_argument("--baselines", action="store_true", help="add unigram and bigram models of the training text")
+    sub = command("sweep", sweep, "Train a grid of runs, a few at a time; started again, it goes on where it was.")
+    sub.add_argument("sweep_file", metavar="SWEEP", help="YAML file of the sweep (configs/sweeps/)")
+    sub.add_argument("--processes", type=int, default=1, metavar="N", help="runs at the same time (default: 1)")
+    sub.add_argument("--dry-run", action="store_true", help="list the runs and where they are, train nothing")
+
+    sub = command("report", report, "What runs came to: tables and plots, of one run or in comparison.")
+    text = "run folder, or for a comparison several, folders of sweeps, files of records"
+    sub.add_argument("runs", metavar="RUN", nargs="+", help=text)
+    sub.add_argument("--baselines", action="store_true", help="one run: add n-gram models of the training text")
+    compared = sub.add_argument_group("comparison of several runs")
+    compared.add_argument("--out", default="report", metavar="DIR", help="folder for the plots (default: report)")
+    compared.add_argument("--baseline", metavar="METHOD", help="differences are to this one (default: backprop)")
+    compared.add_argument("--deep", metavar="METHOD", help="with --shallow: share of the depth gain that is kept")
+    compared.add_argument("--shallow", metavar="METHOD", help="backprop with fewer blocks")
+    compared.add_argument("--choose", metavar="SET", help="validation set that decides on settings (default: sweep's)")
+    compared.add_argument("--markdown", metavar="FILE", help="document whose tables are made anew, or a new one")
+    compared.add_argument("--name", default="", help="begins the names of the tables in the document: NAME/TABLE")
+
+    text = "Local against true gradients, rank of hidden states, agreement of exits: tables and a plot."
+    sub = command("diagnose", diagnose, text)
+    sub.add_argument("run_folder", metavar="RUN", help="run folder")
+    sub.add_argument("--step", type=int, help="checkpoint to diagnose (default: the newest complete one)")
+    sub.add_argument("--batches", type=int, default=8, help="batches of windows (default: 8)")
+    sub.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
+    sub.add_argument("--set", metavar="NAME", help="validation set of the run (default: its first one)")
 
     sub = command("export", export, "Write a Hugging Face model folder from a run.")
     sub.add_argument("run_folder", metavar="RUN", help="run folder")
@@ -57,6 +79,7 @@ def train(args: argparse.Namespace) -> None:
     assert config.run.dir is not None
     # All that one process can check and make is done before others are started.
     run_folder.check(Path(config.run.dir), config, args.resume, args.overwrite)
+    check_until(config, args.until, args.resume)
     import torch
 
     from lptransformer.prepare import prepare_all
@@ -71,10 +94,11 @@ def train(args: argparse.Namespace) -> None:
     processes = config.parallel.pipeline * config.parallel.data
     if processes > 1:
         flags = [flag for flag in ("--resume", "--overwrite") if getattr(args, flag[2:])]
+        flags += [] if args.until is None else [f"--until={args.until}"]
         raise SystemExit(launch(args.config, [*flags, *args.overrides], processes))
     from lptransformer.train import train as train_here
 
-    train_here(config, args.resume, args.overwrite)
+    train_here(config, args.resume, args.overwrite, args.until)
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -108,12 +132,43 @@ def evaluate(args: argparse.Namespace) -> None:
         print(to_json(results)) if args.json else print_evaluations(results)
 
 
+def sweep(args: argparse.Namespace) -> None:
+    if args.processes < 1:
+        raise UserError(f"--processes={args.processes}: give a whole number, 1 or more")
+    from lptransformer import sweep_file
+
+    checked = sweep_file.read(args.sweep_file, args.overrides)  # before anything slow is imported
+    from lptransformer.sweep import run_sweep
+
+    run_sweep(checked, args.processes, args.dry_run)
+
+
 def report(args: argparse.Namespace) -> None:
     no_overrides(args)
+    if (args.deep is None) != (args.shallow is None):
+        raise UserError("--deep and --shallow belong together: give both methods, or neither")
+    from lptransformer.report import compare
     from lptransformer.report import report as report_run
+    from lptransformer.result_tables import Question
 
-    for folder in args.run_folders:
-        report_run(Path(folder), baselines=args.baselines)
+    paths = [Path(run) for run in args.runs]
+    if len(paths) == 1 and (run_folder.holds_run(paths[0]) or not paths[0].exists()):
+        report_run(paths[0], baselines=args.baselines)
+        return
+    if args.baselines:
+        raise UserError("--baselines is for the report of one run: name one run folder, or leave it out")
+    question = Question(args.baseline, args.deep, args.shallow, args.choose)
+    compare(paths, Path(args.out), question, Path(args.markdown) if args.markdown else None, args.name)
+
+
+def diagnose(args: argparse.Namespace) -> None:
+    no_overrides(args)
+    from lptransformer.diagnosis import diagnose_run, print_diagnosis, write_diagnosis
+
+    run = Path(args.run_folder)
+    results = diagnose_run(run, step=args.step, batches=args.batches, batch_size=args.batch_size, set_name=args.set)
+    print_diagnosis(results)
+    print(f"numbers: {write_diagnosis(run, results)}   plot: {run / 'diagnosis.png'} (and .svg)")
 
 
 def export(args: argparse.Namespace) -> None:

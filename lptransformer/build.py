@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,30 @@ import torch
 
 from lptransformer import config as configuration
 from lptransformer import cost, family, partition, run_folder
+from lptransformer import objective as objectives
 from lptransformer.config import Config
 from lptransformer.data import TrainStream
-from lptransformer.deepspeed_stage import SpanGroup, TrainedStage, deepspeed_config
-from lptransformer.engine import LocalUpdateEngine, Stream, ValidSet
+from lptransformer.deepspeed_stage import FrozenStage, TrainedStage, deepspeed_config
+from lptransformer.engine import LocalUpdateEngine
 from lptransformer.errors import ConfigError, UserError
-from lptransformer.objective import OBJECTIVES
+from lptransformer.executor import HeadLoss, LocalStage
+from lptransformer.face import Stream, ValidSet
+from lptransformer.head import token_positions
+from lptransformer.mirror import lag_of
+from lptransformer.objective import Objective
 from lptransformer.optimizer import build_lr_scheduler, build_optimizer
 from lptransformer.partition import StagePlan
+from lptransformer.pipeline_baseline import Built, PipelineBaseline
 from lptransformer.prepare import Prepared, prepare_all
 from lptransformer.processes import check_devices, launched_size, use_fair_share_of_cores
-from lptransformer.stage import make_stage
+from lptransformer.stage import Stage, make_stage
 from lptransformer.world import World, join
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+Engine = LocalUpdateEngine | PipelineBaseline
 
 
-def initialize(source: str | Path | dict[str, Any] | Config, overrides: Sequence[str] = ()) -> LocalUpdateEngine:
+def initialize(source: str | Path | dict[str, Any] | Config, overrides: Sequence[str] = ()) -> Engine:
     """The engine of this process, from a YAML file or a dictionary; training data is prepared where it is missing.
 
     Every process of the run calls this. Then `engine.train_batch()`, `engine.eval_batch(name)`,
@@ -38,12 +46,12 @@ def initialize(source: str | Path | dict[str, Any] | Config, overrides: Sequence
     return start(source if isinstance(source, Config) else configuration.load(source, overrides))[0]
 
 
-def start(config: Config) -> tuple[LocalUpdateEngine, Prepared, ModelPlan]:
+def start(config: Config) -> tuple[Engine, Prepared, ModelPlan]:
     """Join the world, prepare the data, build this process's stages."""
     configuration.check_world_size(config, launched_size())
-    check_devices(config.parallel.channel, config.parallel.data)
+    check_devices(config.parallel.channel, config.parallel.data, config.engine)
     use_fair_share_of_cores()
-    world = join(config.parallel.pipeline, config.parallel.data, config.parallel.timeout_seconds)
+    world = join_world(config)
     data = prepare_once(config, world)
     plan = plan_model(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
     engine = build_engine(config, world, data, plan=plan)
@@ -54,6 +62,12 @@ def start(config: Config) -> tuple[LocalUpdateEngine, Prepared, ModelPlan]:
 
     engine.describe_run = describe_run
     return engine, data, plan
+
+
+def join_world(config: Config) -> World:
+    """The world of this process: that of its pipeline rank, or of all where DeepSpeed's own pipeline trains."""
+    parallel, together = config.parallel, config.engine == "deepspeed_pipeline"
+    return join(parallel.pipeline, parallel.data, parallel.timeout_seconds, together=together)
 
 
 def prepare_once(config: Config, world: World) -> Prepared:
@@ -84,6 +98,7 @@ class ModelPlan:
     config: Any  # of the Hugging Face model
     parts: family.Anatomy
     costs: cost.ModelCosts
+    objective: Objective
     stages: list[StagePlan]
 
 
@@ -107,11 +122,22 @@ def plan_model(config: Config, vocab_size: int, end_of_text_id: int | None) -> M
             end_of_text_id=end_of_text_id,
         )
     parts = family.anatomy(hf_config)
-    costs = cost.model_costs(parts.block_parameters, parts.hidden_size, parts.vocab_size, config.data.sequence_length)
-    options = {"chunks": config.objective.chunks} if config.objective.name == "chunked" else {}
-    spans = OBJECTIVES[config.objective.name](hf_config.num_hidden_layers, **options)
-    stages = partition.cut(spans, config.parallel.pipeline, costs, config.parallel.partition)
-    return ModelPlan(hf_config, parts, costs, stages)
+    costs = cost.model_costs(
+        parts.block_parameters,
+        parts.hidden_size,
+        parts.vocab_size,
+        config.data.sequence_length,
+        embedding_parameters=parts.embedding_parameters,
+        norm_parameters=parts.norm_parameters,
+        kind=config.head.kind,
+        rank=config.head.rank,
+        blocks=config.head.blocks,
+        averaged_blocks=config.head.ema_decay is not None,
+        token_fraction=config.head.token_fraction,
+    )
+    objective = objectives.build(hf_config.num_hidden_layers, **config.objective.model_dump())
+    stages = partition.cut(objective, config.parallel.pipeline, costs, config.parallel.partition)
+    return ModelPlan(hf_config, parts, costs, objective, stages)
 
 
 def build_engine(
@@ -123,7 +149,7 @@ def build_engine(
     valid: Mapping[str, ValidSet] | None = None,
     vocab_size: int | None = None,
     plan: ModelPlan | None = None,
-) -> LocalUpdateEngine:
+) -> Engine:
     """The engine over prepared data, or over a stream and validation sets of the caller's."""
     train = config.train
     if data is not None:
@@ -146,16 +172,17 @@ def build_engine(
         grad_clip=train.grad_clip,
     )
 
-    def build(stage_plan: StagePlan, span_group: SpanGroup | None) -> TrainedStage:
-        stage = make_stage(
+    def make(stage_plan: StagePlan) -> Stage:
+        return make_stage(
             stage_plan,
             plan.config,
             plan.parts,
             seed=train.seed,
-            chunk_tokens=config.head.chunk_tokens,
-            head_kind=config.head.kind,
+            head=config.head,
             pretrained=config.model.pretrained,
-        ).to(world.device)
+        ).to(world.device, torch.float64 if train.dtype == "fp64" else None)
+
+    def with_optimizer(stage: Stage) -> Built:
         options = config.optimizer
         optimizer = build_optimizer(
             stage.parameters(),
@@ -166,21 +193,80 @@ def build_engine(
             eps=options.eps,
             momentum=options.momentum,
         )
-        lr_scheduler = build_lr_scheduler(optimizer, train.lr_scheduler, train.steps, train.warmup_steps)
-        return TrainedStage(stage, optimizer, lr_scheduler, ds_config, train.grad_clip, span_group)
+        return stage, optimizer, build_lr_scheduler(optimizer, train.lr_scheduler, train.steps, train.warmup_steps)
+
+    def build(stage_plan: StagePlan) -> LocalStage:
+        stage = make(stage_plan)
+        if not stage_plan.trained:
+            return FrozenStage(stage.to(DTYPES[train.dtype]))
+        if stage.head is not None:
+            stage.head.cast_copies(DTYPES[train.dtype])  # DeepSpeed casts the parameters
+        return TrainedStage(*with_optimizer(stage), ds_config, train.grad_clip, plan.objective.delayed)
+
+    if config.engine == "deepspeed_pipeline":
+        return PipelineBaseline(
+            world,
+            plan.stages,
+            lambda stage_plan: with_optimizer(make(stage_plan)),
+            ds_config,
+            stream,
+            valid,
+            grad_clip=train.grad_clip,
+            micro_batch_size=train.micro_batch_size,
+            sequence_length=config.data.sequence_length,
+            micro_batches_per_update=train.micro_batches_per_update,
+            max_skipped_updates=train.max_skipped_updates,
+        )
 
     return LocalUpdateEngine(
         world,
+        plan.objective,
         plan.stages,
         build,
         stream,
         valid,
+        _head_losses(config, plan),
+        _copy_lags(config, plan),
         hidden_size=plan.parts.hidden_size,
         dtype=DTYPES[train.dtype],
+        steps=train.steps,
         micro_batch_size=train.micro_batch_size,
         sequence_length=config.data.sequence_length,
         micro_batches_per_update=train.micro_batches_per_update,
         in_flight=config.parallel.in_flight,
+        refresh_every=config.head.refresh_every,
         max_skipped_updates=train.max_skipped_updates,
         channel=config.parallel.channel,
     )
+
+
+def _head_losses(config: Config, plan: ModelPlan) -> dict[int, HeadLoss]:
+    """How the loss of every stage's head is taken."""
+    train, length, fraction = config.train, config.data.sequence_length, config.head.token_fraction
+    rows = train.micro_batches_per_update * train.micro_batch_size
+    losses = {}
+    for stage in plan.stages:
+        if stage.is_last or (stage.has_head and fraction == 1.0):
+            losses[stage.index] = HeadLoss(rows * (length - 1))
+        elif stage.has_head:
+            positions = partial(_positions, train.seed, stage.last_block, train.micro_batch_size, length, fraction)
+            losses[stage.index] = HeadLoss(rows * cost.loss_positions(length, fraction), positions)
+    return losses
+
+
+def _positions(seed: int, block: int, rows: int, length: int, fraction: float, micro_batch: int) -> torch.Tensor:
+    return token_positions(seed, block, micro_batch, rows, length, fraction)
+
+
+def _copy_lags(config: Config, plan: ModelPlan) -> dict[int, int]:
+    """The stages whose heads hold read-only copies, and the lag of those in updates.
+
+    The hops are counted in heads, as if each were on a pipeline rank of its own, so that the lag (and with it the
+    result) does not depend on the placement.
+    """
+    if config.head.kind != "shared" and config.head.ema_decay is None:
+        return {}
+    rounds = config.train.micro_batches_per_update // config.parallel.data
+    heads = [stage.index for stage in plan.stages if stage.has_head]
+    hops = [len(heads) - 1 - number if config.head.kind == "shared" else 1 for number in range(len(heads) - 1)]
+    return {index: lag_of(hop, config.parallel.in_flight, rounds) for index, hop in zip(heads, hops, strict=False)}

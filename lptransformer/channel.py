@@ -13,7 +13,7 @@ import enum
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -153,44 +153,45 @@ def _breaks_in_our_words(name: str) -> Iterator[None]:
 
 @dataclass
 class Neighbours:
-    """The channels of one process: hidden states upwards, and gradients downwards where the border carries them."""
+    """The channels of one process: hidden states upwards, and gradients downwards, one for each flow at once."""
 
     below: Receiver | None = None
     above: Sender | None = None
-    gradient_below: Sender | None = None
-    gradient_above: Receiver | None = None
+    gradients_below: list[Sender] = field(default_factory=list)
+    gradients_above: list[Receiver] = field(default_factory=list)
 
     @property
     def waited_seconds(self) -> float:
-        channels = (self.below, self.above, self.gradient_below, self.gradient_above)
+        channels = (self.below, self.above, *self.gradients_below, *self.gradients_above)
         return sum((channel.waited_seconds for channel in channels if channel is not None), 0.0)
 
     def flush(self) -> None:
-        for channel in (self.above, self.gradient_below):
+        for channel in (self.above, *self.gradients_below):
             if channel is not None:
                 channel.flush()
 
 
 def open_channels(
-    world: World, frame: Frame, in_flight: int, *, gradient_below: bool, gradient_above: bool
+    world: World, frame: Frame, in_flight: int, *, gradients_below: int, gradients_above: int
 ) -> Neighbours:
     """Connect this process to the same replica of the pipeline ranks below and above.
 
-    Borders are opened in ascending order on every rank, so that the groups of two neighbours meet.
+    The two numbers say how many flows of gradients cross the borders at once. Borders are opened in ascending order on
+    every rank, so that the groups of two neighbours meet.
     """
     neighbours, rank = Neighbours(), world.pipeline_rank
     if rank > 0:
         border = f"{rank - 1}-{rank}"
         group = world.group(f"hidden/{border}", 1, 2, frame.backend)
         neighbours.below = Receiver(group, 0, frame, in_flight, f"of hidden states {border}")
-        if gradient_below:
-            group = world.group(f"gradient/{border}", 1, 2, frame.backend)
-            neighbours.gradient_below = Sender(group, 0, frame, f"of gradients {border}")
+        for flow in range(gradients_below):
+            group = world.group(f"gradient/{border}/{flow}", 1, 2, frame.backend)
+            neighbours.gradients_below.append(Sender(group, 0, frame, f"of gradients {border}"))
     if rank < world.pipeline_size - 1:
         border = f"{rank}-{rank + 1}"
         group = world.group(f"hidden/{border}", 0, 2, frame.backend)
         neighbours.above = Sender(group, 1, frame, f"of hidden states {border}")
-        if gradient_above:
-            group = world.group(f"gradient/{border}", 0, 2, frame.backend)
-            neighbours.gradient_above = Receiver(group, 1, frame, in_flight, f"of gradients {border}")
+        for flow in range(gradients_above):
+            group = world.group(f"gradient/{border}/{flow}", 0, 2, frame.backend)
+            neighbours.gradients_above.append(Receiver(group, 1, frame, in_flight, f"of gradients {border}"))
     return neighbours

@@ -3,6 +3,7 @@
     <run>/checkpoints/step-00000300/stage-0/weights.safetensors   what evaluation and export read
                                             state.json            counters, learning-rate schedule, place in the model
                                             deepspeed/            optimizer state, written by DeepSpeed
+                                            others.safetensors    what else training needs to go on, if anything
                                             complete              written last
 
 Every stage is written by its own processes at its own time, without waiting for the others: a checkpoint counts when
@@ -28,6 +29,7 @@ from lptransformer.errors import RunError
 from lptransformer.partition import StagePlan
 
 WEIGHTS, STATE, COMPLETE, DEEPSPEED = "weights.safetensors", "state.json", "complete", "deepspeed"
+OTHERS = "others.safetensors"
 
 
 def stage_folder(run: str | Path, update: int, stage: int) -> Path:
@@ -41,10 +43,21 @@ def begin_stage(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def write_stage(folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Weights and state of a stage; finish_stage makes it count once all processes of the stage have written."""
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
-    (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors writes files that nobody else may read
+def write_stage(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    others: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Weights and state of a stage; finish_stage makes it count once all processes of the stage have written.
+
+    `others` are tensors that are no weights and that training needs to go on: versions of weights that come later, or
+    were before.
+    """
+    for name, tensors in ((WEIGHTS, weights), (OTHERS, others)):
+        if tensors:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / name)
+            (folder / name).chmod(folder.stat().st_mode & 0o666)  # safetensors writes files that nobody else may read
     (folder / STATE).write_text(json.dumps(state, indent=1))
 
 
@@ -71,6 +84,14 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         return load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise RunError(f"{folder / WEIGHTS} cannot be read ({error}): choose another checkpoint") from None
+
+
+def read_others(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a stage that are no weights. Raises RunError when the file is damaged."""
+    try:
+        return load_file(folder / OTHERS) if (folder / OTHERS).exists() else {}
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{folder / OTHERS} cannot be read ({error}): choose another checkpoint") from None
 
 
 def describe(plan: StagePlan, num_stages: int, update: int, position: Mapping[str, int]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from lptransformer import deepspeed_keys
 from lptransformer.config_checks import check, check_depth, check_world_size, zero_stage
-from lptransformer.config_sections import KEYS, ONLY_WITH, SECTIONS, TYPED, Config, Source, origin_of
+from lptransformer.config_sections import KEYS, ONLY_WITH, PLAIN, SECTIONS, TYPED, Config, Source, origin_of
 from lptransformer.config_text import dump_yaml, parse_yaml, read_json, read_text
 from lptransformer.errors import ConfigError, ModelError
 
@@ -69,7 +69,12 @@ def load(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, 
     sections = _admit(raw, origin, origins)
     for text in overrides:
         _override(sections, text, origins)
-    given: dict[str, dict[str, Any]] = {}
+    given: dict[str, Any] = {}
+    for key in PLAIN:
+        if sections.get(key) is not None:
+            given[key] = sections[key]
+        else:
+            origins.pop(key, None)
     for section in SECTIONS:
         keys = sections.get(section, {})
         given[section] = {key: value for key, value in keys.items() if value is not None}
@@ -95,10 +100,13 @@ def load(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, 
     return config
 
 
-def _admit(raw: dict[Any, Any], origin: str, origins: dict[str, str]) -> dict[str, dict[str, Any]]:
+def _admit(raw: dict[Any, Any], origin: str, origins: dict[str, str]) -> dict[str, Any]:
     """The sections of `raw` as mappings of known keys; notes in `origins` where every key came from."""
-    sections = {}
+    sections: dict[str, Any] = {}
     for section, keys in raw.items():
+        if section in PLAIN:
+            sections[section], origins[section] = keys, origin
+            continue
         if section not in SECTIONS:
             raise _unknown(str(section), origin)
         at = origin
@@ -116,7 +124,7 @@ def _admit(raw: dict[Any, Any], origin: str, origins: dict[str, str]) -> dict[st
     return sections
 
 
-def _override(sections: dict[str, dict[str, Any]], text: str, origins: dict[str, str]) -> None:
+def _override(sections: dict[str, Any], text: str, origins: dict[str, str]) -> None:
     """Puts one "--section.key=VALUE" of the command line in its place."""
     key, equals, value_text = text.strip().removeprefix("--").partition("=")
     if not equals:
@@ -124,9 +132,10 @@ def _override(sections: dict[str, dict[str, Any]], text: str, origins: dict[str,
     # A glob such as *.txt is an alias in YAML.
     value = value_text if value_text.startswith("*") else parse_yaml(value_text, f"{key} {COMMAND_LINE}")
     section, *names = key.split(".")
-    if not names and section in SECTIONS:
+    if not names and section in (*SECTIONS, *PLAIN):
         added = _admit({section: value}, COMMAND_LINE, origins)[section]
-        sections[section] = added if section == "deepspeed" else {**sections.get(section, {}), **added}
+        whole = section == "deepspeed" or section in PLAIN
+        sections[section] = added if whole else {**sections.get(section, {}), **added}
         return
     goes_deep = section == "deepspeed" or key.startswith(("data.train.", "data.valid."))
     if not names or not (section == "deepspeed" or f"{section}.{names[0]}" in KEYS) or (names[1:] and not goes_deep):
@@ -171,11 +180,12 @@ def _wrong_value(error: ErrorDetails, origin: str, origins: dict[str, str]) -> C
     in_source = names[:2] in (["data", "train"], ["data", "valid"])
     names = names[:4] if in_source else names[:2]  # below are the members of unions and lists
     key, at = ".".join(names), origin_of(".".join(names), origins)
-    fields = Source.model_fields if len(names) > 3 else TYPED[names[0]].model_fields
+    of = Source if len(names) > 3 else Config if len(names) == 1 else TYPED[names[0]]
+    fields: dict[str, Any] = of.model_fields
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(names[-1], fields, n=1, cutoff=0.0)[0]
         return ConfigError(f"unknown key {key} ({at}): did you mean {'.'.join((*names[:-1], near))}?")
-    field = fields[names[-1] if len(names) > 3 else names[1]]
+    field = fields[names[-1] if len(names) != 3 else names[1]]
     choices = get_args(field.annotation)
     right = next((text for text in field.metadata if isinstance(text, str)), f"one of {', '.join(map(str, choices))}")
     if "ctx" in error and "error" in error["ctx"]:
@@ -237,11 +247,11 @@ def _pretrained_sizes(path: Path, at: str) -> dict[str, Any]:
     return sizes
 
 
-def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+def to_dict(config: Config) -> dict[str, Any]:
     """Every key that has a meaning here, with its value, as plain data that `load` takes."""
     values = config.model_dump()
-    for key, (other, needed) in ONLY_WITH.items():
-        if config.value(other) != needed:
+    for key, (other, values_with_meaning) in ONLY_WITH.items():
+        if config.value(other) not in values_with_meaning:
             section, name = key.split(".")
             del values[section][name]
     return values
@@ -251,16 +261,22 @@ def to_yaml(config: Config, comments: bool = True) -> str:
     """`to_dict` as YAML that `load` takes; with comments, every key says what it means."""
     lines = []
     for section, keys in to_dict(config).items():
+        if section in PLAIN:
+            lines += _yaml_lines(section, keys, Config.model_fields[section].description if comments else None)
+            continue
         lines.append(f"{section}:" if keys else f"{section}: {{}}")
         for key, value in keys.items():
-            text = dump_yaml({key: value}).splitlines()
             about = TYPED[section].model_fields[key].description if section in TYPED and comments else None
-            if about and len(text) == 1:
-                text[0] += f"  # {about}"
-            elif about:
-                text.insert(0, f"# {about}")
-            lines += [f"  {line}" for line in text]
+            lines += [f"  {line}" for line in _yaml_lines(key, value, about)]
     return "\n".join(lines) + "\n"
+
+
+def _yaml_lines(key: str, value: Any, about: str | None) -> list[str]:
+    """One key as YAML, with its comment behind it, or before it where it takes several lines."""
+    text = dump_yaml({key: value}).splitlines()
+    if about and len(text) == 1:
+        return [f"{text[0]}  # {about}"]
+    return [f"# {about}", *text] if about else text
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -279,11 +295,19 @@ def differences(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def resume_differences(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The differences that make a resumed run another run; the run folder, saving, evaluating and waiting do not.
 
-    More or fewer steps do not either, where the learning rate does not depend on them.
+    More or fewer steps do not either, where neither the learning rate nor a last share of global updates depends on
+    them. The micro-batches in flight count where heads hold copies of other stages' weights: their lag follows.
     """
-    constant = all(values["train"]["lr_scheduler"].startswith("constant") for values in (saved, new))
-    free = (*FREE_ON_RESUME, "train.steps") if constant else FREE_ON_RESUME
-    return [line for key, line in _differences(saved, new) if not key.startswith(free)]
+    both = (saved, new)
+    constant = all(values["train"]["lr_scheduler"].startswith("constant") for values in both)
+    share = any(values["objective"].get("backprop_share") for values in both)
+    copies = any(values["head"]["kind"] == "shared" or values["head"].get("ema_decay") is not None for values in both)
+    free = {*FREE_ON_RESUME}
+    if constant and not share:
+        free.add("train.steps")
+    if copies:
+        free.remove("parallel.in_flight")
+    return [line for key, line in _differences(saved, new) if not key.startswith(tuple(free))]
 
 
 def _differences(saved: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, str]]:

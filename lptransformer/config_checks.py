@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from lptransformer import deepspeed_keys
+from lptransformer import deepspeed_keys, objective
 from lptransformer.config_sections import ONLY_WITH, Config
 from lptransformer.errors import ConfigError
 
@@ -18,9 +18,29 @@ def zero_stage(config: Config) -> int:
     return int(config.train.dtype == "bf16") if stage is None else int(stage)
 
 
+def state_bytes(config: Config) -> int:
+    """What a trained weight takes with its gradient and the optimizer's state, before ZeRO divides it."""
+    bytes_of = {"fp32": 4, "fp64": 8, "bf16": 4}[config.train.dtype]
+    moments = 2 if config.optimizer.name == "adamw" else int(config.optimizer.momentum > 0)
+    weight_and_gradient = 2 + 2 + 4 if config.train.dtype == "bf16" else 2 * bytes_of  # bf16: and a master weight
+    return weight_and_gradient + moments * bytes_of
+
+
+def head_in_words(config: Config) -> str:
+    """What an auxiliary head is, for tables."""
+    head = config.head
+    words = [f"low rank {head.rank}" if head.kind == "low_rank" else head.kind]
+    if head.blocks:
+        words.append(f"{head.blocks} {'averaged ' if head.ema_decay is not None else ''}blocks")
+    if head.token_fraction < 1:
+        words.append(f"{head.token_fraction:.0%} of the tokens")
+    return ", ".join(words)
+
+
 def check(config: Config) -> None:
     """Raises ConfigError for the first contradiction between keys of a resolved configuration."""
-    for problem in itertools.chain(_lone(config), _model(config), _train(config), _deepspeed(config)):
+    rules = (_lone, _model, _train, _deepspeed, _pipeline_baseline)
+    for problem in itertools.chain.from_iterable(rule(config) for rule in rules):
         raise ConfigError(problem)
     check_depth(config, config.model.num_layers, config.model.max_position_embeddings, "")
 
@@ -34,7 +54,7 @@ def check_depth(config: Config, num_layers: int, max_position_embeddings: int | 
     layers = f"model.num_layers = {num_layers} ({origin})" if origin else config.at("model.num_layers")
     limit_key = "model.max_position_embeddings"
     limit = f"{limit_key} = {max_position_embeddings} ({origin})" if origin else config.at(limit_key)
-    for problem in _depth(config, num_layers, layers):
+    for problem in itertools.chain(_depth(config, num_layers, layers), _head(config, num_layers, layers)):
         raise ConfigError(problem)
     if max_position_embeddings is not None and config.data.sequence_length > max_position_embeddings:
         at = config.at("data.sequence_length")
@@ -55,9 +75,9 @@ def check_world_size(config: Config, world_size: int) -> None:
 
 def _lone(config: Config) -> Iterator[str]:
     """Keys that were given although they have no meaning beside the others."""
-    for key, (other, needed) in ONLY_WITH.items():
+    for key, (other, values) in ONLY_WITH.items():
         section, name = key.split(".")
-        if name in getattr(config, section).model_fields_set and config.value(other) != needed:
+        if name in getattr(config, section).model_fields_set and config.value(other) not in values:
             yield f"{config.at(key)} has no meaning with {config.at(other)}: remove it (or give null)"
     for name, source in config.data.valid.items():
         if source.weight is not None:
@@ -107,34 +127,96 @@ def _train(config: Config) -> Iterator[str]:
 
 def _depth(config: Config, num_layers: int, layers: str) -> Iterator[str]:
     at = config.at
+    yield from _objective(config, num_layers, layers)
     pipeline, partition = config.parallel.pipeline, config.parallel.partition
-    chunks = config.objective.chunks if config.objective.name == "chunked" else num_layers
-    if isinstance(chunks, int):
-        if chunks > num_layers:
-            yield f"{at('objective.chunks')} is more than {layers}: give at most {num_layers}"
-    elif sum(chunks) != num_layers:
-        yield f"{at('objective.chunks')} is {sum(chunks)} blocks in all, but {layers}: the two must be equal"
     if pipeline > num_layers:
         yield f"{at('parallel.pipeline')} is more than {layers}: every pipeline rank needs a block"
     if isinstance(partition, list) and len(partition) != pipeline:
         yield f"{at('parallel.partition')} has {len(partition)} numbers, but {at('parallel.pipeline')}: give {pipeline}"
     if isinstance(partition, list) and sum(partition) != num_layers:
         yield f"{at('parallel.partition')} is {sum(partition)} blocks in all, but {layers}: the two must be equal"
-    if zero_stage(config) < 3:
+    if zero_stage(config) == 3:
+        yield from _zero_3(config, num_layers)
+
+
+def _objective(config: Config, num_layers: int, layers: str) -> Iterator[str]:
+    """What the objective's options say together with the number of blocks."""
+    objective, at = config.objective, config.at
+    chunks = objective.chunks
+    if objective.name in ("chunked", "overlapping", "deep_supervision", "delayed"):
+        if isinstance(chunks, int) and chunks > num_layers:
+            yield f"{at('objective.chunks')} is more than {layers}: give at most {num_layers}"
+        if isinstance(chunks, list) and sum(chunks) != num_layers:
+            yield f"{at('objective.chunks')} is {sum(chunks)} blocks in all, but {layers}: the two must be equal"
+    runs = chunks if isinstance(chunks, int) else len(chunks)
+    if objective.name == "overlapping" and objective.overlap >= runs:
+        yield f"{at('objective.overlap')} is not below the number of runs ({at('objective.chunks')})"
+    if objective.name == "last" and objective.trained_blocks > num_layers:
+        yield f"{at('objective.trained_blocks')} is more than {layers}: give at most {num_layers}"
+
+
+def _head(config: Config, num_layers: int, layers: str) -> Iterator[str]:
+    """What the options of auxiliary heads say together, and with the number of blocks."""
+    head, at = config.head, config.at
+    auxiliary = objective.build(num_layers, **config.objective.model_dump()).heads[:-1]
+    fields = type(head).model_fields.items()
+    changed = [key for key, field in fields if key != "chunk_tokens" and getattr(head, key) != field.default]
+    if changed and not auxiliary:
+        yield (
+            f"{at(f'head.{changed[0]}')} has no meaning with {at('objective.name')}: the only head is the model's own. "
+            "Remove it (or give null)"
+        )
+    if head.kind == "low_rank" and head.rank >= config.model.hidden_size:
+        yield f"{at('head.rank')} is not below {at('model.hidden_size')}: that is no low rank; use head.kind=private"
+    if head.blocks > num_layers:
+        yield f"{at('head.blocks')} is more than {layers}: extra blocks are like the model's; give at most {num_layers}"
+    if head.refresh_every > 1 and head.kind != "shared" and head.ema_decay is None:
+        yield (
+            f"{at('head.refresh_every')} has no meaning with {at('head.kind')} and {at('head.ema_decay')}: there is "
+            "nothing to refresh. Remove it (or give null)"
+        )
+    if head.ema_decay is None:
         return
+    if head.blocks == 0:
+        yield f"{at('head.ema_decay')} has no meaning with {at('head.blocks')}: give head.blocks=1 or more"
+    top = auxiliary[-1]
+    if top + head.blocks >= num_layers:
+        yield (
+            f"{at('head.ema_decay')} with {at('head.blocks')}: the head after block {top} would follow blocks "
+            f"{top + 1} to {top + head.blocks}, but with {layers} the last one is block {num_layers - 1}: give "
+            f"head.blocks={num_layers - 1 - top} or less"
+        )
+
+
+def _zero_3(config: Config, num_layers: int) -> Iterator[str]:
+    """ZeRO 3 needs stages that no gradient leaves."""
+    objective, parallel, at = config.objective, config.parallel, config.at
+    stage_at = at("deepspeed.zero_optimization.stage")
+    why = "the weights of all micro-batches in flight would stay gathered, so nothing is saved. Use ZeRO 2 or less"
+    several = {"overlapping": objective.overlap > 0, "deep_supervision": True}
+    if several.get(objective.name):
+        yield f"{stage_at} with {at('objective.name')}: gradients go from stage to stage there, and {why}"
+    for key in ("backprop_every", "backprop_share"):
+        if getattr(objective, key):
+            yield f"{stage_at} with {at(f'objective.{key}')}: gradients go from stage to stage there, and {why}"
+    chunks: int | list[int] = objective.chunks
+    if objective.name in ("backprop", "delayed"):
+        chunks = 1
+    elif objective.name == "greedy":
+        chunks = num_layers
+    elif objective.name == "last":
+        chunks = [1] * (num_layers - objective.trained_blocks) + [objective.trained_blocks]
     if isinstance(chunks, int):  # as equal as possible, the longer ones first
         chunks = [num_layers // chunks + (i < num_layers % chunks) for i in range(chunks)]
-    crossing = len(chunks) < pipeline
-    if isinstance(partition, list):
-        crossing = not set(itertools.accumulate(partition)) <= set(itertools.accumulate(chunks))
+    crossing = len(chunks) < parallel.pipeline
+    if isinstance(parallel.partition, list):
+        crossing = not set(itertools.accumulate(parallel.partition)) <= set(itertools.accumulate(chunks))
     if crossing:
-        what = "objective.chunks" if config.objective.name == "chunked" else "objective.name"
-        where = at("parallel.partition") if isinstance(partition, list) else at("parallel.pipeline")
+        what = at("objective.chunks") if objective.name == "chunked" else at("objective.name")
+        where = at("parallel.partition") if isinstance(parallel.partition, list) else at("parallel.pipeline")
         yield (
-            f"{at('deepspeed.zero_optimization.stage')} with {at(what)} and {where}: runs of {chunks} blocks would "
-            "cross from one pipeline rank to the next, and the weights of all micro-batches in flight would stay "
-            "gathered there, so nothing is saved. Use ZeRO 2 or less, or cut at the pipeline ranks (at least "
-            f"{pipeline} chunks)"
+            f"{stage_at} with {what} and {where}: runs of {chunks} blocks would cross from one pipeline rank to the "
+            f"next, and {why}, or cut at the pipeline ranks (at least {parallel.pipeline} chunks)"
         )
 
 
@@ -152,6 +234,12 @@ def _deepspeed(config: Config) -> Iterator[str]:
             f"{stage_at} with {at('train.dtype')}: DeepSpeed steps the optimizer once with zero gradients when it is "
             "made, which decays the weights and counts as an update. Use stage 1, 2 or 3"
         )
+    if config.train.dtype == "fp64" and zero_stage(config) > 0:
+        yield f"{stage_at} with {at('train.dtype')}: fp64 is for checking algebra, at ZeRO 0 only"
+    if config.train.dtype == "fp64" and config.parallel.data > 1:
+        yield f"{at('parallel.data')} with {at('train.dtype')}: DeepSpeed averages no fp64 gradients; give 1 replica"
+    if config.objective.name == "delayed" and zero_stage(config) > 0:
+        yield f"{stage_at} with {at('objective.name')}: two versions of the weights are kept, which only ZeRO 0 allows"
     key = "deepspeed.data_types.grad_accum_dtype"
     accumulate = config.value(key)
     if accumulate not in (None, "fp32", "bf16") or (accumulate == "bf16" and not bf16):
@@ -161,3 +249,19 @@ def _deepspeed(config: Config) -> Iterator[str]:
             f"{at(key)} with {at('train.dtype')} at ZeRO 1: this optimizer of DeepSpeed does not follow the usual "
             "arithmetic. Set deepspeed.zero_optimization.stage=2 (or 3)"
         )
+
+
+def _pipeline_baseline(config: Config) -> Iterator[str]:
+    """What DeepSpeed's own PipelineEngine cannot do."""
+    if config.engine != "deepspeed_pipeline":
+        return
+    at = config.at
+    engine_at, stage_key = at("engine"), "deepspeed.zero_optimization.stage"
+    if config.objective.name != "backprop":
+        yield f"{engine_at} with {at('objective.name')}: it trains by backprop alone. Set objective.name=backprop"
+    if zero_stage(config) > 1:
+        yield f"{engine_at} with {at(stage_key)}: DeepSpeed's pipelines work with ZeRO 0 and 1 only"
+    if config.train.dtype not in ("fp32", "bf16"):
+        yield f"{engine_at} with {at('train.dtype')}: must be fp32 or bf16"
+    if config.deepspeed.get("wall_clock_breakdown") and not config.deepspeed.get("steps_per_print"):
+        yield f"{engine_at} with {at('deepspeed.wall_clock_breakdown')}: give deepspeed.steps_per_print too"

@@ -18,6 +18,7 @@ Whole = Annotated[int, Field(ge=0), "a whole number, 0 or more"]
 Positive = Annotated[float, Field(gt=0), "a number above 0"]
 NotNegative = Annotated[float, Field(ge=0), "a number, 0 or more"]
 Fraction = Annotated[float, Field(ge=0, lt=1), "a number, 0 or more and below 1"]
+Share = Annotated[float, Field(ge=0, le=1), "a number from 0 to 1"]
 Text = Annotated[str, Field(min_length=1), "text (in quotes when it looks like a number)"]
 MaybeCount = Annotated[Count | None, "a whole number, 1 or more, or null"]
 MaybeText = Annotated[Text | None, "text (in quotes when it looks like a number) or null"]
@@ -105,17 +106,40 @@ class ParallelSection(Section):
 
 
 class ObjectiveSection(Section):
-    name: Literal["chunked", "greedy"] = Field(
-        default="chunked", description="chunked, or greedy (every block by itself)"
+    name: Literal["backprop", "chunked", "greedy", "overlapping", "last", "deep_supervision", "delayed"] = Field(
+        default="chunked", description="which loss reaches which blocks: the rows of OBJECTIVES in objective.py"
     )
     chunks: Annotated[Count | list[Count], "a whole number or a list of block counts, each 1 or more"] = Field(
-        default=2, description="runs of blocks that train themselves: how many, or the length of each"
+        default=2, description="runs of blocks with a head behind each: how many, or the length of each"
     )
+    overlap: Whole = Field(default=1, description="overlapping: runs below its own that a head's loss trains too")
+    own_weight: Share = Field(
+        default=0.5, description="overlapping: weight of the nearer losses of a block (0: the furthest alone)"
+    )
+    first_head: bool = Field(default=False, description="overlapping: a head behind the first run too")
+    trained_blocks: Count = Field(default=1, description="last: blocks that are trained, counted from the last one")
+    backprop_every: MaybeCount = Field(default=None, description="hybrid: every so many updates a global one")
+    backprop_share: Share = Field(default=0.0, description="hybrid: share of the updates, the last, that are global")
 
 
 class HeadSection(Section):
-    kind: Literal["private"] = Field(
-        default="private", description="head between stages: private = own norm and readout"
+    """The heads between stages; the last one is always the model's own. `chunk_tokens` is for all."""
+
+    kind: Literal["private", "shared", "low_rank"] = Field(
+        default="private",
+        description="own norm and readout (private), a read-only copy of the last readout (shared), or low_rank",
+    )
+    rank: Count = Field(default=64, description="low_rank: width between norm and readout")
+    blocks: Whole = Field(default=0, description="extra Transformer blocks in the head, before its norm")
+    ema_decay: Annotated[Fraction | None, "a number, 0 or more and below 1, or null"] = Field(
+        default=None, description="extra blocks follow a moving average of the next blocks (null: they are trained)"
+    )
+    refresh_every: Count = Field(default=1, description="shared, ema_decay: updates between two refreshes of copies")
+    token_fraction: Annotated[float, Field(gt=0, le=1), "a number above 0, up to 1"] = Field(
+        default=1.0, description="share of a window's positions, drawn anew every time, whose loss the head sees"
+    )
+    init: Annotated[Literal["scratch", "model"] | None, "scratch, model or null"] = Field(
+        default=None, description="new weights, or copies of the model's own (null: model with model.pretrained)"
     )
     chunk_tokens: Count = Field(default=1024, description="rows of logits that exist at once")
 
@@ -141,7 +165,9 @@ class TrainSection(Section):
     )
     warmup_steps: Whole = Field(default=0, description="updates until the learning rate is at its peak")
     grad_clip: NotNegative = Field(default=1.0, description="greatest gradient norm of a stage (0: off)")
-    dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="fp32, or bf16 with fp32 master weights")
+    dtype: Literal["fp32", "bf16", "fp64"] = Field(
+        default="fp32", description="fp32, bf16 with fp32 master weights, or fp64 (to check algebra)"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32), "a whole number from 0 to 4294967295"] = Field(
         default=0, description="seed of the weights and of the data order"
     )
@@ -162,8 +188,14 @@ def origin_of(key: str, origins: dict[str, str]) -> str:
 
 
 class Config(Section):
-    """All sections. `deepspeed` holds the options for every stage's DeepSpeed engine, checked in deepspeed_keys.py."""
+    """All sections, and keys that stand beside them.
 
+    `deepspeed` holds the options for every stage's DeepSpeed engine, checked in deepspeed_keys.py.
+    """
+
+    engine: Literal["local", "deepspeed_pipeline"] = Field(
+        default="local", description="local, or deepspeed_pipeline: backprop by DeepSpeed's own PipelineEngine"
+    )
     model: ModelSection = ModelSection()
     data: DataSection
     parallel: ParallelSection = ParallelSection()
@@ -188,14 +220,21 @@ class Config(Section):
         return f"{key} = {self.value(key)!r} ({origin_of(key, self._origins)})"
 
 
-SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
+PLAIN = ("engine",)  # keys that are in no section
+SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items() if name not in PLAIN}
 TYPED: dict[str, type[Section]] = {name: kind for name, kind in SECTIONS.items() if name != "deepspeed"}
-KEYS = [f"{name}.{key}" for name, section in TYPED.items() for key in section.model_fields]
+KEYS = [*PLAIN, *(f"{name}.{key}" for name, section in TYPED.items() for key in section.model_fields)]
 KEYS += [f"deepspeed.{table}{key}" for table, keys in deepspeed_keys.TABLES.items() for key in keys]
-# Keys that have no meaning beside another value; given explicitly they are refused, and they are not printed.
-ONLY_WITH = {
-    "data.vocab_size": ("data.tokenizer", "sentencepiece"),
-    "objective.chunks": ("objective.name", "chunked"),
-    **{f"optimizer.{key}": ("optimizer.name", "adamw") for key in ("beta1", "beta2", "eps")},
-    "optimizer.momentum": ("optimizer.name", "sgd"),
+_RUNS = ("chunked", "overlapping", "deep_supervision")
+# Keys that have a meaning beside some values of another only; given explicitly elsewhere they are refused, and they are
+# not printed.
+ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "data.vocab_size": ("data.tokenizer", ("sentencepiece",)),
+    "objective.chunks": ("objective.name", (*_RUNS, "delayed")),
+    **{f"objective.{key}": ("objective.name", ("overlapping",)) for key in ("overlap", "own_weight", "first_head")},
+    "objective.trained_blocks": ("objective.name", ("last",)),
+    **{f"objective.backprop_{key}": ("objective.name", (*_RUNS, "greedy")) for key in ("every", "share")},
+    **{f"optimizer.{key}": ("optimizer.name", ("adamw",)) for key in ("beta1", "beta2", "eps")},
+    "optimizer.momentum": ("optimizer.name", ("sgd",)),
+    "head.rank": ("head.kind", ("low_rank",)),
 }

@@ -1,6 +1,8 @@
-"""Floating-point operations of the parts of a model, for the partition. Plain arithmetic, no torch.
+"""Floating-point operations and numbers of weights of the parts of a model. Plain arithmetic, no torch.
 
-Only the forward pass is counted: a backward pass costs twice as much everywhere, which changes no ratio.
+FLOPs are per token: two per weight, and the two products of causal attention (half of T positions on average). A
+backward pass costs twice the forward pass, because every product has two factors with a gradient; a product with
+read-only weights costs once.
 """
 
 from __future__ import annotations
@@ -10,16 +12,66 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelCosts:
-    """Forward FLOPs per token of one block (f / number of blocks) and of one LM head (g), as the README names them."""
+    """The parts of a model with local updates: blocks, the last stage's head, and one auxiliary head as configured.
+
+    Forward FLOPs per token of one block (f / number of blocks), of the LM head (g, as the README names them), and of an
+    auxiliary head with its extra blocks; backward FLOPs per token of the auxiliary head. Numbers of weights: of the
+    embedding, one block, the head with its norm; of an auxiliary head those that are trained (they have gradients and
+    optimizer state) and those that are read-only copies.
+    """
 
     block_flops: float
     head_flops: float
+    auxiliary_flops: float
+    auxiliary_backward_flops: float = 0.0
+    embedding_parameters: int = 0
+    block_parameters: int = 0
+    head_parameters: int = 0
+    auxiliary_parameters: int = 0
+    auxiliary_copied: int = 0
 
 
-def model_costs(block_parameters: int, hidden_size: int, vocab_size: int, sequence_length: int) -> ModelCosts:
-    """Two FLOPs per weight and token, and the two products of causal attention (half of T positions on average)."""
+def loss_positions(sequence_length: int, token_fraction: float) -> int:
+    """How many of the `sequence_length` - 1 positions of a window that have a label the loss of a fraction sees."""
+    return max(1, round(token_fraction * (sequence_length - 1)))
+
+
+def model_costs(
+    block_parameters: int,
+    hidden_size: int,
+    vocab_size: int,
+    sequence_length: int,
+    *,
+    embedding_parameters: int = 0,
+    norm_parameters: int = 0,
+    kind: str = "private",
+    rank: int = 64,
+    blocks: int = 0,
+    averaged_blocks: bool = False,
+    token_fraction: float = 1.0,
+) -> ModelCosts:
+    """The costs of a model whose auxiliary heads have `kind`, `rank`, extra `blocks` and `token_fraction`.
+
+    `averaged_blocks` says that the extra blocks are read-only averages. Norms cost weights, but no FLOPs that count.
+    """
     attention = 2 * sequence_length * hidden_size
+    block_flops = 2.0 * block_parameters + attention
+    full = hidden_size * vocab_size
+    readout = rank * (hidden_size + vocab_size) if kind == "low_rank" else full
+    shared = kind == "shared"
+    # Without a fraction the last position of a window is computed too, and has no label.
+    share = 1.0 if token_fraction == 1.0 else loss_positions(sequence_length, token_fraction) / sequence_length
+    of_readout = 2.0 * readout * share
+    block_backward = 2.0 * block_parameters * (1 if averaged_blocks else 2) + 2 * attention
+    blocks_trained, blocks_copied = (0, blocks) if averaged_blocks else (blocks, 0)
     return ModelCosts(
-        block_flops=2.0 * block_parameters + attention,
-        head_flops=2.0 * hidden_size * vocab_size,
+        block_flops=block_flops,
+        head_flops=2.0 * full,
+        auxiliary_flops=of_readout + blocks * block_flops,
+        auxiliary_backward_flops=of_readout * (1 if shared else 2) + blocks * block_backward,
+        embedding_parameters=embedding_parameters,
+        block_parameters=block_parameters,
+        head_parameters=norm_parameters + full,
+        auxiliary_parameters=norm_parameters + (1 if shared else readout) + blocks_trained * block_parameters,
+        auxiliary_copied=(full if shared else 0) + blocks_copied * block_parameters,
     )

@@ -1,6 +1,6 @@
 """One stage under DeepSpeed: a DeepSpeedEngine with ZeRO over the replicas, and the update that belongs to it.
 
-Clipping and skipping are per span, learning rate and counters per stage. What each ZeRO stage does:
+Clipping and skipping are per clip group (clipping.py), learning rate and counters per stage. What each ZeRO stage does:
 
     0        plain gradients; clipped here with torch's formula, before the optimizer's step
     1, 2, 3  optimizer state (and gradients, and weights) partitioned; clipped by DeepSpeed's own formula
@@ -11,7 +11,8 @@ Clipping and skipping are per span, learning rate and counters per stage. What e
 from __future__ import annotations
 
 import contextlib
-import time
+import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lptransformer import checkpoint
-from lptransformer.stage import Stage
-from lptransformer.world import gather_over_span
+from lptransformer.head import Copy
+from lptransformer.stage import Output, Stage
+from lptransformer.versions import TwoVersions
 
 
 def deepspeed_config(
@@ -51,14 +53,6 @@ def deepspeed_config(
     return config
 
 
-@dataclass
-class SpanGroup:
-    """The pipeline ranks that one span is laid over (its stages clip and skip together), for one replica."""
-
-    group: dist.ProcessGroup
-    size: int
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What an update did. The norm is before clipping, over the span; not finite when the update was skipped."""
@@ -78,101 +72,127 @@ class TrainedStage:
         lr_scheduler: LRScheduler,
         config: dict[str, Any],
         grad_clip: float,
-        span_group: SpanGroup | None,
+        delayed: bool = False,
     ) -> None:
         self.plan = stage.plan
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.grad_clip = grad_clip
-        self.span_group = span_group
         self.skipped_in_a_row = 0
-        self.waited_seconds = 0.0  # for the gradient norms of the span's other stages
-        self._outcome: tuple[float, bool] = (0.0, False)
+        self._norm = torch.zeros(())  # what this update is clipped by
         self.engine, *_ = deepspeed.initialize(
             model=stage, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.zero_stage: int = self.engine.zero_optimization_stage()
-        if span_group is not None:
-            tensors = torch.tensor([len(list(stage.parameters()))])
-            self._span_tensors = [int(n) for n in gather_over_span(span_group.group, tensors, [1] * span_group.size)]
+        assert not delayed or self.zero_stage == 0, "at ZeRO 1 to 3 the weights are DeepSpeed's"
+        self.versions = TwoVersions(stage.parameters()) if delayed else None
         if self.zero_stage == 0:
             optimizer.register_step_pre_hook(self._clip_or_skip)
-        elif span_group is not None:
-            self._share_norm_over_span(span_group.size)
+        elif self.zero_stage < 3:
+            # In bf16 DeepSpeed looks for infinities first, stage by stage, and takes no norm where it finds one; other
+            # stages that clip by the same norm would wait for it. The norm finds the same infinities, on all alike.
+            self._own_norm = self.engine.optimizer.scaled_global_norm
+            self.engine.optimizer.check_overflow = lambda partition_gradients=True: None
+            self.engine.optimizer.scaled_global_norm = lambda norm_type=2: self._norm
 
-    def forward(self, inputs: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(
+        self, inputs: Tensor, labels: Tensor, scale: float, positions: Tensor | None = None, split: bool = False
+    ) -> Output:
         """See Stage.forward. Not `engine.module(...)`: at ZeRO 3 that goes wrong silently."""
-        return self.engine(inputs, labels, scale)
+        return self.engine(inputs, labels, scale, positions, split)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def update(self) -> Outcome:
+    def gradient_norms(self) -> Tensor:
+        """The norms that the norm of a clip group is made of, after averaging the gradients over the replicas.
+
+        Of every parameter at ZeRO 0, of the whole stage at ZeRO 1 and 2. Not at ZeRO 3, where update() takes the norm
+        of the stage alone.
+        """
+        assert self.zero_stage < 3
+        if self.zero_stage == 2:
+            self.engine.optimizer.finalize_gradient_accumulation_boundary()
+            return self._own_norm().float().reshape(1)
+        if self.zero_stage == 1 or dist.get_world_size() > 1:  # at ZeRO 0 one replica has nothing to average
+            self.engine._running_engine_step = True  # what makes this the boundary of accumulation
+            self.engine.allreduce_gradients()
+            self.engine._running_engine_step = False
+        if self.zero_stage == 1:
+            return self._own_norm().float().reshape(1)
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+
+    def update(self, norm: Tensor | None) -> Outcome:
         """Clip, step, next learning rate; a gradient that is not finite leaves weights and optimizer state alone.
 
-        A skipped update still advances the step and the learning rate.
+        `norm` is that of the clip group, from the gradient_norms() of its stages; None at ZeRO 3. A skipped update
+        still advances the step and the learning rate.
         """
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        self.engine.step()
+        if norm is None:
+            self.engine.step()
+        else:
+            self._norm = norm
+            with self._reduced(), self.versions.updating() if self.versions else contextlib.nullcontext():
+                self.engine.step()
         self.lr_scheduler.step()
-        if self.zero_stage == 0:
-            grad_norm, skipped = self._outcome
+        if norm is not None and self.zero_stage == 0:
+            grad_norm = norm.item()
+            skipped = not math.isfinite(grad_norm)
         else:
             skipped = bool(self.engine.optimizer.overflow)
             grad_norm = float("nan") if skipped else float(self.engine.optimizer._global_grad_norm)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         return Outcome(grad_norm, skipped, learning_rate)
 
+    @contextlib.contextmanager
+    def _reduced(self) -> Iterator[None]:
+        """In here the engine's step does not average gradients again: gradient_norms() has done it."""
+        owner, name = self.engine, "allreduce_gradients"
+        if self.zero_stage == 2:
+            owner, name = self.engine.optimizer, "finalize_gradient_accumulation_boundary"
+        setattr(owner, name, lambda *args: None)
+        yield
+        delattr(owner, name)
+
     def _clip_or_skip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """ZeRO 0: between the all-reduce of the gradients and the optimizer's step. No gradient, no step."""
         parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(p.grad) for p in parameters])
-        if self.span_group is not None:
-            norms = torch.cat(self._over_span(norms, self._span_tensors))
-        norm = torch.linalg.vector_norm(norms)
-        skipped = not bool(torch.isfinite(norm))
-        if skipped:
+        if not bool(torch.isfinite(self._norm)):
             for parameter in parameters:
                 parameter.grad = None
         elif self.grad_clip > 0:
-            nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
-        self._outcome = (norm.item(), skipped)
+            nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, self._norm)
 
-    def _share_norm_over_span(self, size: int) -> None:
-        """ZeRO 1 and 2: the norm that DeepSpeed clips and skips by becomes that of the whole span.
+    def train(self, mode: bool) -> None:
+        """Training or evaluation mode."""
+        self.engine.train(mode)
 
-        In bf16 DeepSpeed looks for infinities first, stage by stage, and takes no norm where it finds one: the other
-        stages of the span would wait for that norm. The norm finds the same infinities, on all stages alike.
-        """
-        own_norm = self.engine.optimizer.scaled_global_norm
-        self.engine.optimizer.check_overflow = lambda partition_gradients=True: None
+    @property
+    def copies(self) -> tuple[Copy, ...]:
+        """What its head holds of other stages' weights."""
+        head = self.engine.module.head
+        return head.copies if head is not None else ()
 
-        def norm_over_span(norm_type: int = 2) -> Tensor:
-            own = own_norm(norm_type).float().reshape(1)
-            return combine_grad_norm_groups([norm[0] for norm in self._over_span(own, [1] * size)])
+    def refresh(self, received: Mapping[str, Tensor]) -> None:
+        """New values for the head's copies."""
+        self.engine.module.head.refresh(received)
 
-        self.engine.optimizer.scaled_global_norm = norm_over_span
-
-    def _over_span(self, vector: Tensor, sizes: list[int]) -> list[Tensor]:
-        assert self.span_group is not None
-        started = time.perf_counter()
-        vectors = gather_over_span(self.span_group.group, vector, sizes)
-        self.waited_seconds += time.perf_counter() - started
-        return vectors
+    def tensors(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Some weights and copies, as they are now, by name; at ZeRO 3 all replicas call this together."""
+        module = self.engine.module
+        wanted = [parameter for name, parameter in module.named_parameters() if name in names]
+        gathered = deepspeed.zero.GatheredParameters(wanted) if self.zero_stage == 3 else contextlib.nullcontext()
+        with gathered:
+            return {name: t.detach().clone() for name, t in module.state_dict(keep_vars=True).items() if name in names}
 
     def weights(self) -> dict[str, Tensor]:
-        """All tensors under their names in a checkpoint; at ZeRO 3 all replicas call this together."""
-        module = self.engine.module
-        gathered = (
-            deepspeed.zero.GatheredParameters(list(module.parameters()))
-            if self.zero_stage == 3
-            else contextlib.nullcontext()
-        )
-        with gathered:
-            return {name: parameter.detach().cpu().clone() for name, parameter in module.named_parameters()}
+        """All tensors under their names in a checkpoint, on the CPU; at ZeRO 3 all replicas call this together."""
+        return {name: tensor.cpu() for name, tensor in self.tensors(self.engine.module.state_dict().keys()).items()}
 
-    def save(self, folder: Path, description: dict[str, Any]) -> None:
-        """Write the stage's folder; all replicas call this together."""
+    def save(self, folder: Path, description: dict[str, Any], pending: Mapping[str, Tensor]) -> None:
+        """Write the stage's folder, with the copies that are not in use yet; all replicas call this together."""
         first_replica = dist.get_rank() == 0
         if first_replica:
             checkpoint.begin_stage(folder)
@@ -185,7 +205,8 @@ class TrainedStage:
             "skipped_in_a_row": self.skipped_in_a_row,
         }
         if first_replica:
-            checkpoint.write_stage(folder, weights, state)
+            before = self.versions.state() if self.versions is not None else {}
+            checkpoint.write_stage(folder, weights, state, {**before, **pending})
         dist.barrier()
         if first_replica:
             checkpoint.finish_stage(folder)
@@ -193,8 +214,63 @@ class TrainedStage:
     def load(self, folder: Path) -> None:
         """Continue from a folder that `save` wrote at the same ZeRO stage and number of replicas."""
         self.engine.load_checkpoint(str(folder / checkpoint.DEEPSPEED), tag="state")
+        if self.versions is not None:
+            self.versions.load(checkpoint.read_others(folder))
         state = checkpoint.read_state(folder)
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         for group, learning_rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = learning_rate
+
+
+class FrozenStage:
+    """A stage that stays as it was initialised: no DeepSpeedEngine, no optimizer."""
+
+    skipped_in_a_row = 0
+
+    def __init__(self, stage: Stage) -> None:
+        self.plan = stage.plan
+        self.stage = stage
+
+    @torch.no_grad()
+    def forward(
+        self, inputs: Tensor, labels: Tensor, scale: float, positions: Tensor | None = None, split: bool = False
+    ) -> Output:
+        return self.stage(inputs, labels, scale)
+
+    def train(self, mode: bool) -> None:
+        """Training or evaluation mode."""
+        self.stage.train(mode)
+
+    @property
+    def copies(self) -> tuple[Copy, ...]:
+        return ()
+
+    def refresh(self, received: Mapping[str, Tensor]) -> None:
+        raise AssertionError("a stage without a head holds no copies")
+
+    def tensors(self, names: Collection[str]) -> dict[str, Tensor]:
+        return {name: t.detach().clone() for name, t in self.stage.state_dict().items() if name in names}
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: tensor.cpu() for name, tensor in self.tensors(self.stage.state_dict().keys()).items()}
+
+    def save(self, folder: Path, description: dict[str, Any], pending: Mapping[str, Tensor]) -> None:
+        """Write the stage's folder; all replicas call this together."""
+        if dist.get_rank() == 0:
+            checkpoint.begin_stage(folder)
+            checkpoint.write_stage(folder, self.weights(), description, pending)
+            checkpoint.finish_stage(folder)
+
+    def load(self, folder: Path) -> None:
+        """Nothing to do: its weights follow from the configuration."""
+
+
+def combine_norms(norms: Tensor, zero_stage: int) -> Tensor:
+    """The norm of a clip group from the norms of its stages, in order: by torch's formula at ZeRO 0, else DeepSpeed's.
+
+    One norm stays what it is, which the formula of DeepSpeed would round.
+    """
+    if zero_stage == 0:
+        return torch.linalg.vector_norm(norms)
+    return norms[0] if norms.numel() == 1 else combine_grad_norm_groups(list(norms))

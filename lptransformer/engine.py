@@ -9,55 +9,26 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from lptransformer import checkpoint, run_folder
 from lptransformer.channel import Control, Frame, Header, Kind, Neighbours, open_channels
-from lptransformer.deepspeed_stage import SpanGroup, TrainedStage
 from lptransformer.errors import TrainingError
+from lptransformer.executor import Executor, HeadLoss, LocalStage, Update, plan_phases
+from lptransformer.face import Report, Stream, UpdateResult, ValidSet
+from lptransformer.gradients import crossing, flows
 from lptransformer.metrics import EvaluationReport, StageReport, report_from_dict
+from lptransformer.mirror import Mirror
+from lptransformer.objective import Objective
 from lptransformer.partition import StagePlan
 from lptransformer.processes import peak_memory_bytes
-from lptransformer.schedule import Action, one_update
-from lptransformer.token_set import Batch, whole_rounds
+from lptransformer.token_set import whole_rounds
 from lptransformer.world import World, any_replica, leave
 
-Report = StageReport | EvaluationReport
 STOP_KEY = "stop"  # in the store: set by any process that was told to stop
-
-
-class Stream(Protocol):
-    """Micro-batches by their number since the start of the run; the same on every pipeline rank."""
-
-    def batch(self, index: int) -> Batch: ...
-
-    def position(self, index: int) -> dict[str, int]: ...
-
-    def index(self, position: Mapping[str, int]) -> int: ...
-
-
-class ValidSet(Protocol):
-    """A validation set: micro-batches of full shape, padded with positions that have no label."""
-
-    def batches(self, micro_batch_size: int) -> Iterable[Batch]: ...
-
-
-@dataclass(frozen=True)
-class UpdateResult:
-    """After an update: how many there were, what pipeline rank 0 wants to follow, and reports.
-
-    On global rank 0 `reports` holds what has arrived from all processes since the last call, elsewhere this process's.
-    """
-
-    update: int
-    control: Control
-    reports: list[Report]
 
 
 class LocalUpdateEngine:
@@ -66,61 +37,55 @@ class LocalUpdateEngine:
     def __init__(
         self,
         world: World,
+        objective: Objective,
         stages: Sequence[StagePlan],
-        build: Callable[[StagePlan, SpanGroup | None], TrainedStage],
+        build: Callable[[StagePlan], LocalStage],
         stream: Stream,
         valid: Mapping[str, ValidSet],
+        head_losses: Mapping[int, HeadLoss],
+        copy_lags: Mapping[int, int],
         *,
         hidden_size: int,
         dtype: torch.dtype,
+        steps: int,
         micro_batch_size: int,
         sequence_length: int,
         micro_batches_per_update: int,
         in_flight: int,
+        refresh_every: int,
         max_skipped_updates: int,
         channel: str,
     ) -> None:
         self.world = world
+        self.objective = objective
         self.stages = list(stages)
         self.stream = stream
         self.valid = valid
+        self.steps = steps
         self.micro_batch_size = micro_batch_size
         self.micro_batches = micro_batches_per_update
         self.max_skipped_updates = max_skipped_updates
         self.update = 0
         self.describe_run: Callable[[Path, bool], None] | None = None
-        self.schedule: list[Action] = one_update(stages, world.pipeline_rank, self.micro_batches // world.data_size)
         # Every window is full in training, and its last position has no label.
         self.label_tokens = self.micro_batches * micro_batch_size * (sequence_length - 1)
-        self.local = {
-            plan.index: build(plan, self._span_group(plan))
-            for plan in stages
-            if plan.pipeline_rank == world.pipeline_rank
-        }
-        frame = Frame((micro_batch_size, sequence_length, hidden_size), dtype, world.device, channel)
+        self.head_losses = head_losses
+        self.local = {plan.index: build(plan) for plan in stages if plan.pipeline_rank == world.pipeline_rank}
+        of_phases = [flows(phase, stages) for phase in objective.phases]
         self.neighbours = open_channels(
             world,
-            frame,
+            Frame((micro_batch_size, sequence_length, hidden_size), dtype, world.device, channel),
             in_flight,
-            gradient_below=self.local[min(self.local)].plan.gradient_below,
-            gradient_above=self.local[max(self.local)].plan.gradient_above,
+            gradients_below=max(len(crossing(one, min(self.local))) for one in of_phases),
+            gradients_above=max(len(crossing(one, max(self.local) + 1)) for one in of_phases),
         )
-        self._actions: dict[str, Callable[[TrainedStage, int], None]] = {
-            "R": self._receive,
-            "F": self._forward,
-            "S": self._send,
-            "RG": self._receive_gradient,
-            "B": self._backward,
-            "SG": self._send_gradient,
-        }
-        self._batches: dict[int, Batch] = {}
-        self._hidden: dict[tuple[int, int], Tensor] = {}  # (stage, micro-batch): its output, detached
-        self._graphs: dict[tuple[int, int], tuple[Tensor, Tensor | None, Tensor]] = {}  # input, loss, output
-        self._gradients: dict[tuple[int, int], Tensor] = {}  # (stage, micro-batch): gradient at the stage's output
-        self._loss_sums: dict[int, list[Tensor]] = {}
+        self.executor = Executor(
+            world, self.local, self.neighbours, head_losses, self.micro_batches, stream.batch, self._decide
+        )
+        self.work = plan_phases(world, stages, objective, self.local, self.micro_batches // world.data_size)
+        self.mirror = Mirror(world, stages, self.local, copy_lags, refresh_every)
         self._requested = Control.NOTHING
         self._stop_requested = False
-        self._control = Control.NOTHING
 
     # ------------------------------------------------------------------------------------------ the four calls
 
@@ -130,44 +95,19 @@ class LocalUpdateEngine:
         Raises TrainingError when a stage has skipped too many updates in a row, or a neighbour has gone.
         """
         started, waited = time.perf_counter(), self.waited_seconds
-        self._control = Control.NOTHING
-        self._loss_sums = {index: [] for index in self.local}
-        outcomes = {}
-        for action in self.schedule:
-            stage = self.local[action.stage]
-            if action.op == "U":
-                outcomes[action.stage] = stage.update()
-            else:
-                assert action.micro_batch is not None
-                self._actions[action.op](stage, action.micro_batch)
-        assert not (self._hidden or self._graphs or self._gradients), "an update left something behind"
-        self._batches.clear()
+        phase = self.objective.phase_at(self.update, self.steps)
+        self.mirror.before(self.update)
+        done = self.executor.run(self.work[phase], self.update)
+        self.mirror.after(self.update + 1)
         if self.world.pipeline_size == 1:
-            self._control = self._decide()
+            done.control = self._decide()
         self.update += 1
-        seconds = time.perf_counter() - started
-        idle_seconds = self.waited_seconds - waited
-        reports: list[Report] = [
-            StageReport(
-                update=self.update,
-                stage=index,
-                data_rank=self.world.data_rank,
-                loss_sum=sum(loss.item() for loss in self._loss_sums[index]) if stage.plan.has_head else None,
-                label_tokens=self.label_tokens // self.world.data_size,
-                grad_norm=outcomes[index].grad_norm,
-                skipped=outcomes[index].skipped,
-                learning_rate=outcomes[index].learning_rate,
-                seconds=seconds,
-                idle_seconds=idle_seconds,
-                peak_memory_bytes=peak_memory_bytes(self.world.device),
-            )
-            for index, stage in self.local.items()
-        ]
+        seconds, idle_seconds = time.perf_counter() - started, self.waited_seconds - waited
         if self._stop_requested and self.world.pipeline_rank > 0:
             self.world.store.set(STOP_KEY, "")
-        reports = self._tell(reports)
-        self._stop_when_skipping(reports)
-        return UpdateResult(self.update, self._control, reports)
+        reports = self._tell([self._report(index, done, seconds, idle_seconds) for index in self.local])
+        self._stop_when_skipping(reports, done)
+        return UpdateResult(self.update, done.control, reports)
 
     def eval_batch(self, name: str) -> list[Report]:
         """Sums of the losses of every local head over all windows of the validation set `name`.
@@ -178,7 +118,7 @@ class LocalUpdateEngine:
         sums = {index: 0.0 for index in self.local}
         label_tokens = 0
         for stage in self.local.values():
-            stage.engine.eval()
+            stage.train(False)
         with torch.no_grad():
             batches = whole_rounds(self.valid[name].batches(self.micro_batch_size), self.world.data_size)
             for index, batch in enumerate(batches):
@@ -192,13 +132,13 @@ class LocalUpdateEngine:
                     assert (header.kind, header.update, header.micro_batch) == (Kind.EVALUATE, self.update, index)
                 labels = batch.labels.to(self.world.device)
                 for stage_index, stage in self.local.items():
-                    inputs, _, loss_sum = stage.forward(inputs, labels, 1.0)
+                    inputs, _, loss_sum, _, _ = stage.forward(inputs, labels, 1.0)
                     if loss_sum is not None:
                         sums[stage_index] += loss_sum.item()
                 if self.neighbours.above is not None:
                     self.neighbours.above.send(Header(Kind.EVALUATE, self.update, index), inputs)
         for stage in self.local.values():
-            stage.engine.train()
+            stage.train(True)
         return self._tell(
             [
                 EvaluationReport(
@@ -223,7 +163,8 @@ class LocalUpdateEngine:
         for index, stage in self.local.items():
             folder = checkpoint.stage_folder(run, self.update, index)
             position = self.stream.position(self.update * self.micro_batches)
-            stage.save(folder, checkpoint.describe(stage.plan, len(self.stages), self.update, position))
+            description = checkpoint.describe(stage.plan, len(self.stages), self.update, position)
+            stage.save(folder, description, self.mirror.pending(index, self.update))
 
     def load_checkpoint(self, run: str | Path, update: int | None = None) -> int:
         """Continue from a complete checkpoint of `run`, the newest one unless `update` says which.
@@ -236,6 +177,7 @@ class LocalUpdateEngine:
             folder = checkpoint.stage_folder(run, update, index)
             assert self.stream.index(checkpoint.read_state(folder)["position"]) == update * self.micro_batches
             stage.load(folder)
+            self.mirror.resume(index, update, checkpoint.read_others(folder))
         self.update = update
         return update
 
@@ -265,6 +207,7 @@ class LocalUpdateEngine:
 
     def close(self) -> list[Report]:
         """Leave the run, when every process has come to its end; returns the last reports on global rank 0."""
+        self.mirror.close(self.update)
         self.neighbours.flush()
         self.world.wait_for_the_end()
         reports = self._tell([]) if self.world.global_rank == 0 else []
@@ -272,86 +215,33 @@ class LocalUpdateEngine:
         leave(self.world)
         return reports
 
-    # ------------------------------------------------------------------------------------------ actions
-
-    def _index(self, micro_batch: int) -> int:
-        """The number within the update of this replica's `micro_batch`-th micro-batch."""
-        return micro_batch * self.world.data_size + self.world.data_rank
-
-    def _batch(self, micro_batch: int) -> Batch:
-        if micro_batch not in self._batches:
-            self._batches[micro_batch] = self.stream.batch(self.update * self.micro_batches + self._index(micro_batch))
-        return self._batches[micro_batch]
-
-    def _receive(self, stage: TrainedStage, micro_batch: int) -> None:
-        assert self.neighbours.below is not None
-        header, hidden_states = self.neighbours.below.receive()
-        self._check(header, Kind.TRAIN, micro_batch)
-        self._control |= header.control
-        self._hidden[stage.plan.index - 1, micro_batch] = hidden_states
-
-    def _forward(self, stage: TrainedStage, micro_batch: int) -> None:
-        plan, batch = stage.plan, self._batch(micro_batch)
-        if plan.is_first:
-            inputs = batch.input_ids.to(self.world.device)
-        else:
-            inputs = self._hidden.pop((plan.index - 1, micro_batch)).requires_grad_(plan.gradient_below)
-        # DeepSpeed averages gradients over the replicas: the sum over replicas has to come out as the mean over tokens.
-        scale = self.world.data_size / self.label_tokens
-        hidden_states, loss, loss_sum = stage.forward(inputs, batch.labels.to(self.world.device), scale)
-        if loss_sum is not None:
-            self._loss_sums[plan.index].append(loss_sum)
-        self._graphs[plan.index, micro_batch] = (inputs, loss, hidden_states)
-        if not plan.is_last:
-            self._hidden[plan.index, micro_batch] = hidden_states.detach()
-
-    def _send(self, stage: TrainedStage, micro_batch: int) -> None:
-        assert self.neighbours.above is not None
-        final = micro_batch == self.micro_batches // self.world.data_size - 1
-        if final and self.world.pipeline_rank == 0:
-            self._control = self._decide()
-        header = Header(Kind.TRAIN, self.update, self._index(micro_batch), self._control)
-        self.neighbours.above.send(header, self._hidden.pop((stage.plan.index, micro_batch)))
-
-    def _receive_gradient(self, stage: TrainedStage, micro_batch: int) -> None:
-        assert self.neighbours.gradient_above is not None
-        header, gradient = self.neighbours.gradient_above.receive()
-        self._check(header, Kind.GRADIENT, micro_batch)
-        self._gradients[stage.plan.index, micro_batch] = gradient
-
-    def _backward(self, stage: TrainedStage, micro_batch: int) -> None:
-        key = (stage.plan.index, micro_batch)
-        inputs, loss, hidden_states = self._graphs.pop(key)
-        if loss is None:  # the loss of this span is above: its gradient comes down as a vector-Jacobian product
-            loss = (hidden_states * self._gradients.pop(key)).sum()
-        stage.backward(loss)
-        if stage.plan.gradient_below:
-            assert inputs.grad is not None
-            self._gradients[stage.plan.index - 1, micro_batch] = inputs.grad
-
-    def _send_gradient(self, stage: TrainedStage, micro_batch: int) -> None:
-        assert self.neighbours.gradient_below is not None
-        header = Header(Kind.GRADIENT, self.update, self._index(micro_batch))
-        self.neighbours.gradient_below.send(header, self._gradients.pop((stage.plan.index - 1, micro_batch)))
-
-    def _check(self, header: Header, kind: Kind, micro_batch: int) -> None:
-        expected = (kind, self.update, self._index(micro_batch))
-        assert (header.kind, header.update, header.micro_batch) == expected, f"expected {expected}, received {header}"
-
-    # ------------------------------------------------------------------------------------------ construction
-
-    def _span_group(self, plan: StagePlan) -> SpanGroup | None:
-        members = [other for other in self.stages if other.span == plan.span]
-        if len(members) == 1:
-            return None
-        group = self.world.group(f"span/{plan.span}", members.index(plan), len(members))
-        return SpanGroup(group, len(members))
-
     # ------------------------------------------------------------------------------------------ reports
 
     @property
     def waited_seconds(self) -> float:
-        return self.neighbours.waited_seconds + sum(stage.waited_seconds for stage in self.local.values())
+        groups = {id(group): group for work in self.work for group in work.clip_groups.values()}
+        return (
+            self.neighbours.waited_seconds
+            + self.mirror.waited_seconds
+            + sum(group.waited_seconds for group in groups.values())
+        )
+
+    def _report(self, index: int, done: Update, seconds: float, idle_seconds: float) -> StageReport:
+        plan, outcome = self.local[index].plan, done.outcomes.get(index)
+        label_tokens = self.head_losses[index].label_tokens if plan.has_head else self.label_tokens
+        return StageReport(
+            update=self.update,
+            stage=index,
+            data_rank=self.world.data_rank,
+            loss_sum=sum(loss.item() for loss in done.loss_sums[index]) if plan.has_head else None,
+            label_tokens=label_tokens // self.world.data_size,
+            grad_norm=outcome.grad_norm if outcome else None,
+            skipped=outcome.skipped if outcome else False,
+            learning_rate=outcome.learning_rate if outcome else 0.0,
+            seconds=seconds,
+            idle_seconds=idle_seconds,
+            peak_memory_bytes=peak_memory_bytes(self.world.device),
+        )
 
     def _tell(self, reports: list[Report]) -> list[Report]:
         """Reports go to global rank 0 through the store: no collective, nobody waits."""
@@ -362,11 +252,11 @@ class LocalUpdateEngine:
             reports = reports + [report_from_dict(r) for r in json.loads(self.world.store.queue_pop("reports", True))]
         return reports
 
-    def _stop_when_skipping(self, reports: list[Report]) -> None:
+    def _stop_when_skipping(self, reports: list[Report], done: Update) -> None:
         for index, stage in self.local.items():
             if stage.skipped_in_a_row >= self.max_skipped_updates:
-                losses = [loss.item() for loss in self._loss_sums[index]]
-                bad = [self._index(i) for i, loss in enumerate(losses) if not math.isfinite(loss)]
+                losses = [loss.item() for loss in done.loss_sums[index]]
+                bad = [self.executor.index(i) for i, loss in enumerate(losses) if not math.isfinite(loss)]
                 what = f"the loss of micro-batches {bad} is not finite" if bad else "its gradient is not finite"
                 raise TrainingError(
                     f"stage {index} (blocks {stage.plan.first_block}-{stage.plan.last_block}) skipped "

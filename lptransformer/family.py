@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from lptransformer.errors import ModelError
+from lptransformer.loss import PLAIN, LogitRule
 
 
 def _gpt2(sizes: dict[str, Any]) -> GPT2Config:
@@ -116,7 +117,8 @@ class Anatomy:
 
     `before` are the modules that only the first stage needs: token embedding, additive position embeddings, and norms
     and dropouts that stand before the blocks. What else is beside the blocks has no weights (rotary embeddings) and
-    stays with every stage. `base` is the base model, `norm` the final norm.
+    stays with every stage. `base` is the base model, `norm` the final norm. `logit_rule` is what the family does to
+    what the readout gives. The numbers of parameters are those of `before`, of one block, and of the final norm.
     """
 
     base: str
@@ -127,7 +129,15 @@ class Anatomy:
     lm_head: str
     hidden_size: int
     vocab_size: int
+    embedding_parameters: int
     block_parameters: int
+    norm_parameters: int
+    logit_rule: LogitRule = PLAIN
+
+    @property
+    def blocks_in_base(self) -> str:
+        """The name of the blocks below the base model."""
+        return self.blocks.removeprefix(f"{self.base}.")
 
 
 def anatomy(config: Any) -> Anatomy:
@@ -172,19 +182,24 @@ def anatomy(config: Any) -> Anatomy:
         lm_head=names[lm_head],
         hidden_size=hidden_size,
         vocab_size=vocab_size,
-        block_parameters=sum(p.numel() for p in blocks[0].parameters()),
+        embedding_parameters=_count(*before),
+        block_parameters=_count(blocks[0]),
+        norm_parameters=_count(norms[0]),
     )
-    _check_cut(model, parts)
-    return parts
+    return replace(parts, logit_rule=_check_cut(model, parts))
 
 
-def _check_cut(model: PreTrainedModel, parts: Anatomy) -> None:
-    """Raise ModelError unless the pieces of this empty model, joined, are the model.
+def _count(*modules: nn.Module) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _check_cut(model: PreTrainedModel, parts: Anatomy) -> LogitRule:
+    """Raise ModelError unless the pieces of this empty model, joined, are the model; what it does to its logits.
 
     A piece that owns nothing must hand its input on bit for bit: a family that scales the hidden states it is given,
     or takes something else out of its blocks, would do so in every piece. Blocks must take the hidden states of the
-    block before and no others. The logits must be the readout of the final norm, without scales or caps: an auxiliary
-    head has none.
+    block before and no others. The logits must be the readout of the final norm, but for a scale or a soft cap that
+    the configuration names.
     """
 
     def refuse(why: str) -> NoReturn:
@@ -207,20 +222,42 @@ def _check_cut(model: PreTrainedModel, parts: Anatomy) -> None:
         block.register_forward_pre_hook(
             lambda _, args, named: handed.extend((*args, *named.values())), with_kwargs=True
         )
+    normed: list[Any] = []
+    model.get_submodule(parts.norm).register_forward_pre_hook(lambda _, args: normed.append(args))
     readout = nn.Linear(parts.hidden_size, 5, bias=False)
     with torch.no_grad():
-        readout.weight.copy_(torch.linspace(-9, 9, readout.weight.numel()).view_as(readout.weight))
+        # Logits of up to 100: below and above every cap.
+        weight = torch.linspace(-40, 40, readout.weight.numel()) / parts.hidden_size
+        readout.weight.copy_(weight.view_as(readout.weight))
         try:
             fill(model)
             model.set_submodule(parts.lm_head, readout)
             logits = model.eval()(inputs_embeds=hidden_states, use_cache=False).logits
         except Exception as error:  # whatever the library's code runs into without its blocks
             refuse(f"it fails where blocks are left out ({one_line(error)})")
-        if not torch.equal(logits, readout(hidden_states)):
+        rule = _find_logit_rule(model.config, readout(hidden_states), logits)
+        if rule is None:
             refuse("it does more than run its blocks, its final norm and its head one after another")
     alike = [one for one in handed if isinstance(one, Tensor) and one.shape == hidden_states.shape]
     if sum(torch.equal(one, hidden_states) for one in alike) != len(model.get_submodule(parts.blocks)):
         refuse("its blocks take more hidden states than those of the block before")
+    if len(normed) != 1:
+        refuse(f"it uses its final norm {len(normed)} times")
+    return rule
+
+
+def _find_logit_rule(config: Any, plain: Tensor, logits: Tensor) -> LogitRule | None:
+    """The rule that makes `logits` of `plain`, bit for bit, out of the numbers that the configuration has for logits.
+
+    Every number whose name speaks of logits or of the head is tried as factor, divisor and cap: the families' names
+    for the same thing differ, and so does what they mean by one name.
+    """
+    named = {name: value for name, value in config.to_dict().items() if "logit" in name or "lm_head" in name}
+    numbers = sorted({float(v) for v in named.values() if isinstance(v, int | float) and not isinstance(v, bool) and v})
+    scales = [PLAIN, *(LogitRule(factor=number) for number in numbers), *(LogitRule(divisor=n) for n in numbers)]
+    caps = [None, *(number for number in numbers if number > 0)]
+    rules = [replace(scale, cap=cap) for cap in caps for scale in scales]
+    return next((rule for rule in rules if torch.equal(rule(plain), logits)), None)
 
 
 def strip(model: PreTrainedModel, parts: Anatomy, blocks: range, embedding: bool, final: bool) -> None:
@@ -238,6 +275,9 @@ def strip(model: PreTrainedModel, parts: Anatomy, blocks: range, embedding: bool
 
 
 def drop_embedding(model: PreTrainedModel, parts: Anatomy) -> None:
+    """Take out what only the first stage needs, and what the family multiplies embeddings by: these are none."""
+    if hasattr(model.base_model, "embedding_multiplier"):
+        model.base_model.embedding_multiplier = 1.0
     for name in parts.before:
         additive = isinstance(model.get_submodule(name), nn.Embedding) and name != parts.token_embedding
         model.set_submodule(name, _Zero() if additive else nn.Identity())

@@ -1,70 +1,37 @@
-"""LM heads, auxiliary and final, and the chunked cross-entropy they share.
+"""LM heads, auxiliary and final: from hidden states to the loss, and to logits.
 
-The logits of a micro-batch, [tokens, vocabulary], never exist at once: the loss and its gradients are taken chunk of
-rows by chunk of rows during the forward pass, so the backward pass costs nothing but a scaling and holds no logits.
+A head is, in this order: extra Transformer blocks (none by default), a norm, for low rank a map to few dimensions, and
+the readout to the vocabulary with the loss behind it. What of it follows other stages' weights and is not trained is a
+buffer; `Head.copies` lists those, and `Head.refresh` takes what came in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE_INDEX = -100
+from lptransformer.cost import loss_positions
+from lptransformer.loss import PLAIN, LogitRule, chunked_cross_entropy
+from lptransformer.seeds import unit_seed
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: float, chunk_tokens: int, train: bool
-    ) -> tuple[Tensor, Tensor]:
-        starts = range(0, hidden.shape[0], chunk_tokens)
-        losses: dict[int, Tensor] = {}
-        grad_hidden = torch.empty_like(hidden) if train else None
-        grad_weight: Tensor | None = None
-        # Last chunk first: the order in which autograd would add up the gradients of the weight.
-        for start in reversed(starts):
-            rows = slice(start, start + chunk_tokens)
-            logits = F.linear(hidden[rows], weight).detach().requires_grad_(grad_hidden is not None)
-            with torch.enable_grad():
-                loss = F.cross_entropy(logits.float(), labels[rows], ignore_index=IGNORE_INDEX, reduction="sum")
-            losses[start] = loss.detach()
-            if grad_hidden is not None:
-                (grad_logits,) = torch.autograd.grad(loss, logits, torch.full_like(loss, scale))
-                grad_hidden[rows] = grad_logits @ weight
-                product = grad_logits.T @ hidden[rows]
-                grad_weight = product if grad_weight is None else grad_weight.add_(product)
-        total = losses[0]
-        for start in starts[1:]:
-            total = total + losses[start]
-        ctx.save_for_backward(grad_hidden, grad_weight, total)
-        ctx.mark_non_differentiable(total)
-        return total * scale, total
+@dataclass(frozen=True)
+class Copy:
+    """A tensor that follows another stage's weight instead of being trained.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, total = ctx.saved_tensors
-        # x - x is 0 for every finite x and NaN otherwise: a loss that is not finite poisons its gradients, so that the
-        # gradient norm alone decides whether an update is skipped, on every replica alike and without a host sync.
-        factor = (grads[0] + (total - total)).to(grad_hidden.dtype)
-        return grad_hidden * factor, grad_weight * factor, None, None, None, None
-
-
-def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, scale: float, chunk_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of `hidden @ weight.T` against `labels`, summed over rows, without the whole logits.
-
-    hidden [tokens, hidden_size], weight [vocab_size, hidden_size], labels [tokens] int64 with IGNORE_INDEX where there
-    is no loss. Returns (sum times `scale`, to be called backward on; sum, for logs), both fp32 scalars in nats.
-    Logits are cast to fp32 before the loss. With equal `chunk_tokens`, loss and gradients are bit for bit those of the
-    plain loop over chunks of rows.
+    `target` is its name below this stage, `source` the name in the checkpoint of the stage that holds block
+    `source_block`. With a decay above 0 it is a moving average: decay * average + (1 - decay) * received.
     """
-    train = torch.is_grad_enabled() and hidden.requires_grad
-    loss, total = _ChunkedCrossEntropy.apply(hidden, weight, labels, scale, chunk_tokens, train)
-    return loss, total
+
+    target: str
+    source: str
+    source_block: int
+    decay: float = 0.0
 
 
 class Readout(nn.Module):
@@ -74,37 +41,195 @@ class Readout(nn.Module):
     must not be used from outside.
     """
 
-    def __init__(self, weight: Tensor, chunk_tokens: int) -> None:
+    def __init__(self, weight: Tensor, chunk_tokens: int, rule: LogitRule = PLAIN) -> None:
         super().__init__()
         assert isinstance(weight, nn.Parameter)
-        self.weight = weight  # [vocab_size, hidden_size]
+        self.weight = weight  # [vocab_size, width of the rows]
         self.chunk_tokens = chunk_tokens
+        self.rule = rule
 
     def forward(self, rows: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """rows [tokens, H] and labels [tokens] to (scaled loss, sum of the losses in nats)."""
-        return chunked_cross_entropy(rows, self.weight, labels, scale, self.chunk_tokens)
+        return chunked_cross_entropy(rows, self.weight, labels, scale, self.chunk_tokens, self.rule)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """rows [..., H] to logits [..., V]; for evaluation, outside DeepSpeed."""
+        return self.rule(F.linear(rows, self.weight))
 
 
-class PrivateHead(nn.Module):
-    """Norm and linear readout to the vocabulary, owned and trained by one stage.
+class SharedReadout(nn.Module):
+    """A read-only copy of the last stage's readout, and a trained temperature that multiplies the logits.
 
-    The last stage's head holds the model's own norm and readout; an auxiliary head has the same classes and sizes
-    (2012.03837, section 3: an auxiliary network per chunk).
+    The copy is a buffer: no gradient is computed for it and no optimizer knows it. The temperature is applied to the
+    rows, which is the same before rounding and takes no pass over logits; the family's scale and soft cap come after.
     """
 
-    def __init__(self, norm: nn.Module, readout: nn.Linear, chunk_tokens: int) -> None:
+    def __init__(self, weight: Tensor, chunk_tokens: int, rule: LogitRule = PLAIN) -> None:
         super().__init__()
-        self.norm = norm
-        self.readout = Readout(readout.weight, chunk_tokens)
+        self.weight: Tensor
+        self.register_buffer("weight", weight.detach())  # [vocab_size, H]
+        self.temperature = nn.Parameter(torch.ones(1))  # DeepSpeed cannot broadcast a scalar
+        self.chunk_tokens = chunk_tokens
+        self.rule = rule
 
-    def forward(self, hidden_states: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """hidden_states [b, T, H] and labels [b, T] to (scaled loss, sum of the losses in nats), scalars."""
-        rows = self.norm(hidden_states).flatten(0, 1)  # [b * T, H]
-        return self.readout(rows, labels.flatten(), scale)
+    def forward(self, rows: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """See Readout.forward."""
+        rows = rows * self.temperature
+        return chunked_cross_entropy(rows, self.weight, labels, scale, self.chunk_tokens, self.rule)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """See Readout.logits."""
+        return self.rule(F.linear(rows * self.temperature, self.weight))
+
+
+class Head(nn.Module):
+    """Norm and readout, with extra blocks before the norm and a map to few dimensions after it where they are given.
+
+    The last stage's head holds the model's own norm and full readout; an auxiliary head is whatever the configuration
+    says (2012.03837, section 3: an auxiliary network per chunk). `blocks` is a piece of the model (pieces.py) that
+    owns nothing but blocks; with an `ema_decay` in `copies` they are read-only.
+    """
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        readout: Readout | SharedReadout,
+        *,
+        blocks: nn.Module | None = None,
+        down: nn.Linear | None = None,
+        copies: Sequence[Copy] = (),
+    ) -> None:
+        super().__init__()
+        # The order in which parameters are listed: blocks, norm, down, readout, temperature.
+        self.blocks = blocks
+        self.norm = norm
+        self.down = down
+        self.readout = readout
+        self.copies = tuple(copies)
+        averaged = [copy.target for copy in self.copies if copy.decay > 0]
+        if averaged:
+            self.average = _Average({name: self._below(name) for name in averaged})
+
+    def forward(
+        self, hidden_states: Tensor, labels: Tensor, scale: float, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """hidden_states [b, T, H] and labels [b, T] to (scaled loss, sum of the losses in nats), scalars.
+
+        Only the `positions` [b, k] of every row count (None: all); norm and readout see no others.
+        """
+        hidden_states = self._through_blocks(hidden_states)
+        if positions is not None:
+            width = hidden_states.shape[-1]
+            hidden_states = hidden_states.gather(1, positions.unsqueeze(-1).expand(-1, -1, width))  # [b, k, H]
+            labels = labels.gather(1, positions)
+        return self.readout(self._rows(hidden_states).flatten(0, 1), labels.flatten(), scale)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [b, T, H] to logits [b, T, V]; for evaluation, outside DeepSpeed."""
-        return F.linear(self.norm(hidden_states), self.readout.weight)
+        return self.readout.logits(self._rows(self._through_blocks(hidden_states)))
+
+    @torch.no_grad()
+    def refresh(self, received: Mapping[str, Tensor]) -> None:
+        """Take new values for read-only copies, by target, in any dtype; their sources' weights as of some update."""
+        by_target = {copy.target: copy for copy in self.copies}
+        for target, tensor in received.items():
+            decay, held = by_target[target].decay, self._below(target)
+            if decay > 0:
+                average = self.average.of(target)
+                tensor = average.copy_(decay * average + (1 - decay) * tensor.to(average))
+            held.copy_(tensor)
+
+    def cast_copies(self, dtype: torch.dtype) -> None:
+        """Bring read-only copies to the dtype of the weights beside them; averages stay precise.
+
+        DeepSpeed casts parameters and leaves buffers as they are.
+        """
+        for copy in self.copies:
+            owner, _, name = copy.target.removeprefix("head.").rpartition(".")
+            setattr(self.get_submodule(owner), name, self._below(copy.target).to(dtype))
+
+    def _through_blocks(self, hidden_states: Tensor) -> Tensor:
+        if self.blocks is None:
+            return hidden_states
+        return self.blocks(inputs_embeds=hidden_states, use_cache=False).last_hidden_state
+
+    def _rows(self, hidden_states: Tensor) -> Tensor:
+        rows = self.norm(hidden_states)
+        return rows if self.down is None else self.down(rows)
+
+    def _below(self, target: str) -> Tensor:
+        """The read-only tensor of a name below the stage."""
+        return self.get_buffer(target.removeprefix("head."))
 
 
-HEADS = {"private": PrivateHead}
+class _Average(nn.Module):
+    """Moving averages, in fp32 or more whatever the dtype of the module around them: bf16 would lose the updates.
+
+    They are buffers under the names of what they average (`head.average.h.3...` for `head.blocks.h.3...`), so that a
+    checkpoint keeps them.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for target, tensor in tensors.items():
+            *path, name = self._name(target).split(".")
+            module: nn.Module = self
+            for part in path:
+                if part not in dict(module.named_children()):
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_buffer(name, tensor.detach().clone())
+
+    def of(self, target: str) -> Tensor:
+        return self.get_buffer(self._name(target))
+
+    @staticmethod
+    def _name(target: str) -> str:
+        return target.removeprefix("head.blocks.")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `to`, `bfloat16` and the like go through."""
+
+        def keep_precise(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            precise = torch.promote_types(moved.dtype, torch.float32)
+            return moved if moved.dtype == precise else tensor.to(moved.device, precise)
+
+        return super()._apply(keep_precise, recurse)
+
+
+def make_read_only(module: nn.Module) -> list[str]:
+    """Turn all parameters of a module into buffers, which no optimizer and no ZeRO touches; their names."""
+    names = [name for name, _ in module.named_parameters()]
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        owner = module.get_submodule(parent)
+        weight = owner.get_parameter(own).detach()
+        del owner._parameters[own]
+        owner.register_buffer(own, weight)
+    return names
+
+
+def factorised(readout: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The matrices [rank, H] and [V, rank] whose product is nearest to `readout` [V, H]: its truncated SVD.
+
+    The first has the right singular vectors as rows, the second the left ones times the singular values. Taken from
+    the eigenvectors of [H, H], which is much faster than an SVD of [V, H].
+    """
+    exact = readout.detach().double()
+    down = torch.linalg.eigh(exact.T @ exact).eigenvectors[:, -rank:].T  # eigenvalues ascend
+    return down.to(readout.dtype).contiguous(), (exact @ down.T).to(readout.dtype)
+
+
+def token_positions(
+    seed: int, block: int, micro_batch: int, rows: int, sequence_length: int, fraction: float
+) -> Tensor:
+    """The positions whose loss the auxiliary head after `block` sees: int64 [rows, k], ascending in every row.
+
+    k is cost.loss_positions; the last position of a row has no label and is never among them. A pure function of its
+    arguments: `micro_batch` is counted from the start of the run.
+    """
+    generator = torch.Generator().manual_seed(unit_seed(seed, f"head {block} positions {micro_batch}"))
+    drawn = torch.rand(rows, sequence_length - 1, generator=generator, dtype=torch.float64)
+    chosen = drawn.argsort(dim=1, stable=True)[:, : loss_positions(sequence_length, fraction)]
+    return chosen.sort(dim=1).values

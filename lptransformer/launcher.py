@@ -25,6 +25,23 @@ def add_training_flags(sub: argparse.ArgumentParser) -> None:
     """The flags of `train`, the same here and in launch/train.py."""
     sub.add_argument("--resume", action="store_true", help="continue the run in run.dir from its newest checkpoint")
     sub.add_argument("--overwrite", action="store_true", help="replace the run in run.dir")
+    text = "stop after update N, evaluated and saved; --resume goes on (the learning rate goes by train.steps)"
+    sub.add_argument("--until", type=int, metavar="N", help=text)
+
+
+def check_until(config: configuration.Config, until: int | None, resume: bool) -> None:
+    """Raises RunError when --until names no update of the run, or one that the run to be resumed has done already."""
+    if until is None:
+        return
+    if not 1 <= until <= config.train.steps:
+        raise RunError(f"--until={until}: give an update from 1 to train.steps = {config.train.steps}")
+    if resume:
+        from lptransformer import checkpoint
+
+        assert config.run.dir is not None
+        done = checkpoint.latest(config.run.dir)
+        if done >= until:
+            raise RunError(f"--until={until}: {config.run.dir} already has {done} updates; nothing to resume")
 
 
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> None:
@@ -106,9 +123,10 @@ def worker(args: argparse.Namespace) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[DEVICES_VARIABLE]  # before torch is imported
     config = configuration.load(args.config, args.overrides)
     configuration.check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_until(config, args.until, args.resume and os.environ.get("RANK", "0") == "0")
     from lptransformer.train import train
 
-    train(config, args.resume, args.overwrite)
+    train(config, args.resume, args.overwrite, args.until)
 
 
 if __name__ == "__main__":

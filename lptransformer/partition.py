@@ -7,58 +7,58 @@ from dataclasses import dataclass
 
 from lptransformer.cost import ModelCosts
 from lptransformer.errors import ConfigError
-from lptransformer.objective import Span
+from lptransformer.objective import Objective
 
 
 @dataclass(frozen=True)
 class StagePlan:
     """One stage: consecutive blocks between two cuts, on one pipeline rank.
 
-    `gradient_below` and `gradient_above` say whether the border to the previous and to the next stage carries a
-    gradient. `span` numbers the span that the stage belongs to; stages of one span clip and skip together.
+    A stage that is not `trained` stays as it was initialised: it has neither a head nor an optimizer.
     """
 
     index: int
     first_block: int
     last_block: int
     pipeline_rank: int
-    span: int
     has_head: bool
     is_first: bool
     is_last: bool
-    gradient_below: bool
-    gradient_above: bool
+    trained: bool
 
     @property
     def num_blocks(self) -> int:
         return self.last_block - self.first_block + 1
 
 
-def rank_sizes(spans: Sequence[Span], pipeline: int, costs: ModelCosts) -> list[int]:
-    """Blocks per pipeline rank: fewest borders that carry a gradient, then the smallest cost of the costliest rank.
+def rank_sizes(objective: Objective, pipeline: int, costs: ModelCosts) -> list[int]:
+    """Blocks per pipeline rank: fewest gradients across borders, then the smallest cost of the costliest rank.
 
-    Heads count. Dynamic programming over cuts between blocks; the pair (gradient borders, greatest cost) is compared
-    in that order, and both parts only grow with the prefix, so the best prefix is part of the best whole.
+    Heads count; blocks that are not trained cost a third. Dynamic programming over cuts between blocks; the pair
+    (gradients across borders, greatest cost) is compared in that order, and both parts only grow with the prefix, so
+    the best prefix is part of the best whole.
 
     Raises ConfigError when there are more pipeline ranks than blocks.
     """
-    num_blocks = spans[-1].last + 1
+    num_blocks, heads, trained = objective.num_blocks, objective.heads, objective.trained
     if pipeline > num_blocks:
         raise ConfigError(f"parallel.pipeline is {pipeline}: a model of {num_blocks} blocks takes 1 to {num_blocks}")
-    ends = {span.last for span in spans}
+    spans = [span for phase in objective.phases for span in phase.spans]
+    crossing = [sum(block in span and block + 1 in span for span in spans) for block in range(num_blocks)]
+    cost_up_to = [0.0]
+    for block in range(num_blocks):
+        passes = 3 if block in trained else 1  # forward, and two backward
+        head_flops = _head_flops(block, num_blocks, costs) if block in heads else 0
+        cost_up_to.append(cost_up_to[-1] + passes * costs.block_flops + 3 * head_flops)
 
-    def rank_cost(first: int, last: int) -> float:
-        heads = sum(block in ends for block in range(first, last + 1))
-        return (last - first + 1) * costs.block_flops + heads * costs.head_flops
-
-    best: dict[int, tuple[int, float, list[int]]] = {0: (0, 0.0, [])}  # blocks placed -> (borders, cost, sizes)
+    best: dict[int, tuple[int, float, list[int]]] = {0: (0, 0.0, [])}  # blocks placed -> (crossing, cost, sizes)
     for rank in range(pipeline):
         reached: dict[int, tuple[int, float, list[int]]] = {}
-        for placed, (borders, cost, sizes) in best.items():
+        for placed, (gradients, cost, sizes) in best.items():
             for last in range(placed, num_blocks - (pipeline - rank - 1)):
                 candidate = (
-                    borders + (last not in ends),
-                    max(cost, rank_cost(placed, last)),
+                    gradients + crossing[last],
+                    max(cost, cost_up_to[last + 1] - cost_up_to[placed]),
                     [*sizes, last - placed + 1],
                 )
                 if last + 1 not in reached or candidate < reached[last + 1]:
@@ -67,66 +67,83 @@ def rank_sizes(spans: Sequence[Span], pipeline: int, costs: ModelCosts) -> list[
     return best[num_blocks][2]
 
 
+def _head_flops(block: int, num_blocks: int, costs: ModelCosts) -> float:
+    return costs.head_flops if block == num_blocks - 1 else costs.auxiliary_flops
+
+
 def cut(
-    spans: Sequence[Span], pipeline: int, costs: ModelCosts, partition: str | Sequence[int] = "balanced"
+    objective: Objective, pipeline: int, costs: ModelCosts, partition: str | Sequence[int] = "balanced"
 ) -> list[StagePlan]:
     """The stages in order. Every block is in exactly one stage.
 
-    `partition` is "balanced" or the number of blocks on every pipeline rank.
+    Cuts are the ends and starts of the spans of all phases, of their clip groups, and the borders between pipeline
+    ranks. `partition` is
+    "balanced" or the number of blocks on every pipeline rank.
     Raises ConfigError when a given partition does not place every block once on `pipeline` ranks.
     """
-    num_blocks = spans[-1].last + 1
-    sizes = rank_sizes(spans, pipeline, costs) if isinstance(partition, str) else list(partition)
+    num_blocks = objective.num_blocks
+    sizes = rank_sizes(objective, pipeline, costs) if isinstance(partition, str) else list(partition)
     if len(sizes) != pipeline or min(sizes) < 1 or sum(sizes) != num_blocks:
         raise ConfigError(
             f"parallel.partition is {sizes}: it needs {pipeline} numbers (parallel.pipeline), each 1 or more, that "
             f"add up to {num_blocks} blocks"
         )
     rank_of = [rank for rank, size in enumerate(sizes) for _ in range(size)]
-    span_of = [number for number, span in enumerate(spans) for _ in range(span.first, span.last + 1)]
-    assert len(span_of) == num_blocks, "spans of a chunked objective cover every block once"
-
-    def border(block: int) -> bool:
-        """Whether a stage ends after this block."""
-        last = block == num_blocks - 1
-        return last or span_of[block] != span_of[block + 1] or rank_of[block] != rank_of[block + 1]
-
-    def carries_gradient(block: int) -> bool:
-        return 0 <= block < num_blocks - 1 and span_of[block] == span_of[block + 1]
-
-    stages: list[StagePlan] = []
-    first = 0
-    for block in range(num_blocks):
-        if border(block):
-            stages.append(
-                StagePlan(
-                    index=len(stages),
-                    first_block=first,
-                    last_block=block,
-                    pipeline_rank=rank_of[block],
-                    span=span_of[block],
-                    has_head=not carries_gradient(block),
-                    is_first=first == 0,
-                    is_last=block == num_blocks - 1,
-                    gradient_below=carries_gradient(first - 1),
-                    gradient_above=carries_gradient(block),
-                )
-            )
-            first = block + 1
-    return stages
-
-
-def table(stages: Sequence[StagePlan], costs: ModelCosts) -> list[dict[str, object]]:
-    """One row per stage for people: blocks, pipeline rank, head, share of the forward FLOPs."""
-    flops = [stage.num_blocks * costs.block_flops + stage.has_head * costs.head_flops for stage in stages]
+    starts = {0, num_blocks, *(sum(sizes[:rank]) for rank in range(pipeline))}
+    for phase in objective.phases:
+        starts |= set(phase.clip_at)
+        for span in phase.spans:
+            starts |= {span.first, span.last + 1}
+    in_order = sorted(starts)
     return [
-        {
-            "stage": stage.index,
-            "pipeline rank": stage.pipeline_rank,
-            "blocks": f"{stage.first_block}-{stage.last_block}",
-            "head": "own" if stage.is_last else "auxiliary" if stage.has_head else "none (gradient from above)",
-            "MFLOP/token": round(cost / 1e6, 2),
-            "share": f"{cost / sum(flops):.1%}",
-        }
-        for stage, cost in zip(stages, flops, strict=True)
+        StagePlan(
+            index=index,
+            first_block=first,
+            last_block=after - 1,
+            pipeline_rank=rank_of[first],
+            has_head=after - 1 in objective.heads,
+            is_first=first == 0,
+            is_last=after == num_blocks,
+            trained=first in objective.trained,
+        )
+        for index, (first, after) in enumerate(zip(in_order, in_order[1:], strict=False))
     ]
+
+
+def table(
+    stages: Sequence[StagePlan], costs: ModelCosts, head: str = "private", state_bytes: int = 16
+) -> list[dict[str, object]]:
+    """One row per stage for people: blocks, pipeline rank, head, forward FLOPs and their share, weights and memory.
+
+    `head` says what the auxiliary heads are, `state_bytes` what a trained weight takes with its gradient and the
+    optimizer's state (before ZeRO divides it among replicas); a read-only copy takes four bytes.
+    """
+    rows = []
+    of_all = sum(_flops(stage, costs) for stage in stages)
+    for stage in stages:
+        flops = _flops(stage, costs)
+        auxiliary = stage.has_head and not stage.is_last
+        weights = stage.num_blocks * costs.block_parameters + stage.is_first * costs.embedding_parameters
+        weights += costs.head_parameters if stage.is_last else auxiliary * costs.auxiliary_parameters
+        copies = auxiliary * costs.auxiliary_copied
+        memory = weights * (state_bytes if stage.trained else 4) + copies * 4
+        kind = head if auxiliary else "the model's own" if stage.has_head else "none"
+        rows.append(
+            {
+                "stage": stage.index,
+                "pipeline rank": stage.pipeline_rank,
+                "blocks": f"{stage.first_block}-{stage.last_block}",
+                "head": kind if stage.trained else "none, not trained",
+                "MFLOP/token": round(flops / 1e6, 2),
+                "share": f"{flops / of_all:.1%}",
+                "weights": f"{(weights + copies) / 1e6:.2f} M",
+                "with gradients and optimizer": f"{memory / 2**20:,.0f} MiB",
+            }
+        )
+    return rows
+
+
+def _flops(stage: StagePlan, costs: ModelCosts) -> float:
+    """Forward FLOPs per token."""
+    of_head = costs.head_flops if stage.is_last else costs.auxiliary_flops
+    return stage.num_blocks * costs.block_flops + stage.has_head * of_head

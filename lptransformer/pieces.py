@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import nn
 from lptransformer import family
 from lptransformer.errors import ModelError
 from lptransformer.family import Anatomy
+from lptransformer.seeds import unit_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,11 +58,6 @@ def _finish(model: PreTrainedModel, parts: Anatomy, final: bool) -> Piece:
     return Piece(model.base_model, norm, readout)
 
 
-def unit_seed(seed: int, unit: str) -> int:
-    """The seed of one unit (`embedding`, `block 3`, `final`, `head 3`): the same however the model is partitioned."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{unit}".encode()).digest()[:8], "big") >> 1
-
-
 @contextlib.contextmanager
 def _seeded(seed: int, unit: str) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -97,18 +92,40 @@ def new_piece(config: Any, parts: Anatomy, blocks: range, embedding: bool, final
     return _finish(model, parts, final)
 
 
-def new_head(config: Any, parts: Anatomy, block: int, seed: int | None) -> tuple[nn.Module, nn.Linear]:
-    """Norm and readout for an auxiliary head after `block`: of the classes of the model's own, new weights.
+def new_head(
+    config: Any, parts: Anatomy, block: int, seed: int | None, rank: int | None = None
+) -> tuple[nn.Module, nn.Linear | None, nn.Linear]:
+    """Norm, map to `rank` dimensions (None without a rank) and readout for an auxiliary head after `block`.
 
-    With `seed` None the caller fills the weights in.
+    Norm and readout are of the classes of the model's own. New weights, initialised as the family does; with `seed`
+    None the caller fills them in.
     """
     model = _allocate(config, parts, range(0), False, True)
     norm, readout = model.get_submodule(parts.norm), model.get_submodule(parts.lm_head)
+    down = None
+    if rank is not None:
+        down = nn.utils.skip_init(nn.Linear, parts.hidden_size, rank, bias=False)
+        readout = nn.utils.skip_init(nn.Linear, rank, parts.vocab_size, bias=False)
     if seed is not None:
         with _seeded(seed, f"head {block}"):
-            norm.apply(model._init_weights), readout.apply(model._init_weights)
+            for module in (norm, down, readout):
+                if module is not None:
+                    module.apply(model._init_weights)
     assert isinstance(readout, nn.Linear)
-    return norm, readout
+    return norm, down, readout
+
+
+def new_head_blocks(config: Any, parts: Anatomy, block: int, like: range, seed: int | None) -> nn.Module:
+    """Blocks of the sizes and kinds of the blocks `like`, for the auxiliary head after `block`: a base model.
+
+    New weights, each block with a seed of its own; with `seed` None the caller fills them in.
+    """
+    model = _allocate(config, parts, like, False, False)
+    if seed is not None:
+        for number, index in enumerate(like):
+            with _seeded(seed, f"head {block} block {number}"):
+                model.get_submodule(f"{parts.blocks}.{index}").apply(model._init_weights)
+    return _finish(model, parts, False).base
 
 
 def load_piece(folder: str | Path, config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool) -> Piece:

@@ -32,12 +32,17 @@ def use_fair_share_of_cores(local_processes: int | None = None) -> None:
     torch.set_flush_denormal(True)
 
 
-def check_devices(channel: str, replicas: int) -> None:
+def check_devices(channel: str, replicas: int, engine: str = "local") -> None:
     """Raise ConfigError where the GPUs of this machine cannot carry what is asked for."""
     gpus = torch.cuda.device_count()
     if channel == "nccl" and gpus == 0:
         raise ConfigError("parallel.channel is nccl: that needs GPUs, and there is none here; gloo works everywhere")
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or launched_size())
+    if engine == "deepspeed_pipeline" and 0 < gpus < local:
+        raise ConfigError(
+            f"engine is deepspeed_pipeline and {local} processes share {gpus} GPUs here: DeepSpeed's own pipelines "
+            "talk over NCCL, which needs a GPU for every process"
+        )
     if replicas > 1 and 0 < gpus < local:
         raise ConfigError(
             f"parallel.data is {replicas} and {local} processes share {gpus} GPUs here: replicas need a GPU each "

@@ -1,17 +1,20 @@
-"""What a run came to: tables and a picture, from its folder alone."""
+"""What runs came to: tables and pictures, from their folders or from records of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lptransformer import ngram, run_folder
+from lptransformer import documents, ngram, plots, records, run_folder, run_record
+from lptransformer.comparison import choices
 from lptransformer.errors import RunError
 from lptransformer.metrics import Record, perplexity, text_counts
 from lptransformer.progress import plot_losses, table
+from lptransformer.result_tables import COSTS, Question, points, tables
 from lptransformer.run_log import read_metrics
 from lptransformer.token_set import TokenSet
 
@@ -19,18 +22,19 @@ EXIT_COLUMNS = ("model", "nats/token", "perplexity", "bits/byte", "word perplexi
 
 
 def report(run: Path, baselines: bool = False) -> None:
-    """Print the last evaluation of every exit, and speed, idle share and memory of every stage; draw loss.png.
+    """Print the last evaluation of every exit, and speed, idle share and memory of every stage.
 
-    With `baselines`, also a unigram and a bigram model of the training text, on the same validation text.
+    Writes loss.png and record.json into the run folder. With `baselines`, also a unigram and a bigram model of the
+    training text, on the same validation text.
     Raises RunError where the folder holds no run, or one without an update.
     """
     config = run_folder.read_config(run)
-    records = read_metrics(run)
-    updates = [record for record in records if "stages" in record]
+    metrics = read_metrics(run)
+    updates = [record for record in metrics if "stages" in record]
     if not updates:
         raise RunError(f"{run} has no update in its metrics yet: train first")
     sets = run_folder.read_data(run)
-    for name, last in {r["evaluation"]: r for r in records if "evaluation" in r}.items():
+    for name, last in {r["evaluation"]: r for r in metrics if "evaluation" in r}.items():
         rows = [_row(f"exit after block {one['last_block']}", one) for one in last["exits"]]
         if baselines:
             rows += _ngram_rows(sets, name)
@@ -46,8 +50,37 @@ def report(run: Path, baselines: bool = False) -> None:
     ]
     speed = median(update["tokens_per_second"] for update in steady)
     table(f"{speed:,.0f} tokens/s (median)", ("stage", "idle share", "peak memory of its process"), rows)
-    plot_losses(records, run / "loss.png", stages)
-    print(f"run folder: {run}   losses: {run / 'loss.png'}")
+    plot_losses(metrics, run / "loss.png", stages)
+    records.write(run / records.RECORD, run_record.build(run))
+    print(f"run folder: {run}   losses: {run / 'loss.png'}   record: {run / records.RECORD}")
+
+
+def compare(
+    paths: Sequence[Path], out: Path, question: Question, document: Path | None = None, prefix: str = ""
+) -> None:
+    """Print the tables of a comparison of run folders, sweep folders and files of records; draw its plots into `out`.
+
+    With `document` its tables are made anew (documents.py), under names that begin with `prefix`.
+    Raises RunError where there is nothing to compare, or the question names what no run has.
+    """
+    found = [record for path in paths for record in run_record.collect(path)]
+    methods = list(dict.fromkeys(record["method"] for record in found))
+    if question.baseline is None and "backprop" in methods:
+        question = replace(question, baseline="backprop")
+    results = tables(found, question)
+    for result in results:
+        table(result.title, result.columns, result.rows)
+        print()
+    out.mkdir(parents=True, exist_ok=True)
+    chosen, colour = choices(found, question.choose), plots.colours(methods)
+    drawn = []
+    for name in dict.fromkeys(name for record in found for name in record["evaluations"]):
+        drawn.append(plots.draw_methods(chosen, name, colour, out))
+        drawn += [plots.draw_exits(chosen, name, key, colour, out) for key in ("tokens", "seconds")]
+        drawn.append(plots.draw_fronts({cost: points(found, name, cost) for cost in COSTS}, name, colour, out))
+    print("plots (and .svg): " + "  ".join(map(str, drawn)))
+    if document is not None:
+        print(f"{document}: {', '.join(documents.update(document, results, prefix))}")
 
 
 def _first_block(update: Record, index: int) -> int:

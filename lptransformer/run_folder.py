@@ -3,7 +3,7 @@
 config.yaml       every resolved value         metrics.jsonl, metrics.csv   one record per update and evaluation
 environment.json  versions, commit, command    loss.png                     the losses as a picture
 tokenizer/        the run's own tokenizer      checkpoints/                 see checkpoint.py
-data.json         the token sets, with counts of their texts
+data.json         the token sets, with counts  diagnosis.*                  what `diagnose` found
 model.json        the model's configuration, in the words of the library
 """
 
@@ -31,6 +31,7 @@ COMMAND_VARIABLE = "LPTRANSFORMER_COMMAND"  # what a person typed, for the proce
 CONTENTS = (
     *(CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL),
     *("metrics.jsonl", "metrics.csv", "loss.png", "checkpoints", "tensorboard"),
+    *("diagnosis.json", "diagnosis.png", "diagnosis.svg"),
 )
 
 

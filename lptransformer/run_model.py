@@ -37,7 +37,7 @@ class RunModel:
         inputs, labels = batch.input_ids.to(self.device), batch.labels.to(self.device)
         sums = []
         for stage in self.stages:
-            inputs, _, loss_sum = stage(inputs, labels, 1.0)
+            inputs, _, loss_sum, *_ = stage(inputs, labels, 1.0)
             if loss_sum is not None:
                 sums.append(loss_sum)
         return torch.stack(sums).tolist()
@@ -77,7 +77,7 @@ def load(run: Path, update: int, device: torch.device | str = "cpu") -> RunModel
     for folder in checkpoint.stage_folders(run, update):
         plan, weights = checkpoint.plan_of(folder), checkpoint.read_weights(folder)
         try:
-            stage = load_stage(plan, config, parts, weights, chunk_tokens=head.chunk_tokens, head_kind=head.kind)
+            stage = load_stage(plan, config, parts, weights, head=head)
         except RunError as error:
             raise RunError(f"{folder}: {error}") from None
         stages.append(stage.to(device))

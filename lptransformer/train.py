@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from lptransformer import checkpoint, partition, run_folder
-from lptransformer.build import ModelPlan, start
+from lptransformer.build import Engine, ModelPlan, start
 from lptransformer.channel import Control
 from lptransformer.config import Config
-from lptransformer.engine import LocalUpdateEngine, Report, UpdateResult
+from lptransformer.config_checks import head_in_words, state_bytes
 from lptransformer.errors import TrainingError
+from lptransformer.face import Report, UpdateResult
 from lptransformer.metrics import Aggregator, text_counts
 from lptransformer.prepare import Prepared
 from lptransformer.processes import launched_rank
@@ -22,9 +23,11 @@ from lptransformer.run_log import MetricsWriter, read_metrics
 from lptransformer.world import lost_processes_in_our_words
 
 
-def train(config: Config, resume: bool = False, overwrite: bool = False) -> None:
+def train(config: Config, resume: bool = False, overwrite: bool = False, until: int | None = None) -> None:
     """Train as configured, in the run folder `config.run.dir`; every process of the run calls this.
 
+    With `until` the run stops after that update, evaluated and saved, and can be resumed: learning rate and all else
+    go by train.steps.
     Raises UserError before anything is written when the run cannot start, TrainingError when it cannot go on.
     """
     assert config.run.dir is not None
@@ -43,10 +46,10 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
         else:
             assert engine.describe_run is not None
             engine.describe_run(folder, overwrite)
-    desk = Desk(engine, config, data, plan, folder, resume)
+    desk = Desk(engine, config, data, plan, folder, resume, until)
     with lost_processes_in_our_words(), desk, stopping_cleanly(engine):
         while True:
-            engine.request(due(config, engine.update + 1))
+            engine.request(due(config, engine.update + 1, until))
             result = desk.watch(engine.train_batch)
             desk.take(result.reports)
             if result.control & Control.SAVE:
@@ -59,10 +62,10 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
         desk.take(engine.close())
 
 
-def due(config: Config, update: int) -> Control:
-    """What follows an update by the plan of the run. The last update is followed by everything."""
+def due(config: Config, update: int, until: int | None = None) -> Control:
+    """What follows an update by the plan of the run. The last update, or that of `until`, is followed by everything."""
     train = config.train
-    if update >= train.steps:
+    if update >= (until or train.steps):
         return Control.EVALUATE | Control.SAVE | Control.STOP
     control = Control.NOTHING
     if train.eval_every and update % train.eval_every == 0:
@@ -73,7 +76,7 @@ def due(config: Config, update: int) -> Control:
 
 
 @contextlib.contextmanager
-def stopping_cleanly(engine: LocalUpdateEngine) -> Iterator[None]:
+def stopping_cleanly(engine: Engine) -> Iterator[None]:
     """SIGTERM and Ctrl-C save and stop after the update under way; a third Ctrl-C ends the process at once."""
     interrupts = 0
 
@@ -97,12 +100,13 @@ class Desk:
 
     def __init__(
         self,
-        engine: LocalUpdateEngine,
+        engine: Engine,
         config: Config,
         data: Prepared,
         plan: ModelPlan,
         folder: Path,
         resume: bool,
+        until: int | None = None,
     ) -> None:
         self.open = engine.world.global_rank == 0
         if not self.open:
@@ -119,8 +123,8 @@ class Desk:
             self.stages, engine.world.data_size, texts, update=engine.update, tokens=tokens, seconds=seconds
         )
         self.writer = MetricsWriter(folder, resume_at=engine.update if resume else None)
-        self.progress = Progress(config.train.steps, self.stages)
-        rows = partition.table(engine.stages, plan.costs)
+        self.progress = Progress(until or config.train.steps, self.stages)
+        rows = partition.table(engine.stages, plan.costs, head_in_words(config), state_bytes(config))
         table(f"run folder: {folder}", list(rows[0]), [list(row.values()) for row in rows])
 
     def __enter__(self) -> Desk:

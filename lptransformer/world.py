@@ -2,7 +2,7 @@
 
 The default process group of a process holds the data-parallel replicas of its pipeline rank and nothing else, so no
 collective of DeepSpeed can reach another pipeline rank. What crosses pipeline ranks are links (groups of two processes
-for channel.py), groups over the pipeline ranks of one span, and the store.
+for channel.py), groups over the pipeline ranks that clip together, and the store.
 """
 
 from __future__ import annotations
@@ -80,10 +80,12 @@ class World:
         return group
 
 
-def join(pipeline: int, data: int, timeout_seconds: float) -> World:
+def join(pipeline: int, data: int, timeout_seconds: float, *, together: bool = False) -> World:
     """Join the world of this process's pipeline rank. Works under `deepspeed`, `torchrun`, and without a launcher.
 
-    The world size that the launcher says must be `pipeline` x `data` (config.check_world_size is the user's message).
+    With `together` all pipeline ranks are one world, and the default group holds every process in the order of its
+    global rank: what DeepSpeed's own pipelines need. The world size that the launcher says must be `pipeline` x `data`
+    (config.check_world_size is the user's message).
     """
     timeout = timedelta(seconds=timeout_seconds)
     before = {name: os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_RANK")}
@@ -106,16 +108,11 @@ def join(pipeline: int, data: int, timeout_seconds: float) -> World:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's shared-memory extension needs a compiler, leaks, and can wait for ever: never build it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if cuda and data > 1 else "gloo"
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore(f"pipeline_rank/{pipeline_rank}", store),
-        rank=data_rank,
-        world_size=data,
-        timeout=timeout,
-    )
+    name, rank, size = ("all", global_rank, size) if together else (f"pipeline_rank/{pipeline_rank}", data_rank, data)
+    backend = "nccl" if cuda and size > 1 else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank, world_size=size, timeout=timeout)
     # ZeRO 3 refuses a group that is smaller than what the launcher's variable says: here the group is the world.
-    os.environ["WORLD_SIZE"] = str(data)
+    os.environ["WORLD_SIZE"] = str(size)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return World(pipeline_rank, pipeline, data_rank, data, device, store, timeout, environment=before)
 
@@ -138,7 +135,7 @@ def any_replica(flag: bool, world: World) -> bool:
     return bool(value.item())
 
 
-def gather_over_span(group: dist.ProcessGroup, rows: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+def gather(group: dist.ProcessGroup, rows: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
     """Every member's vector (member i has sizes[i] elements) on every member, in the order of the pipeline ranks.
 
     Raises TrainingError when a member has gone.
@@ -150,7 +147,7 @@ def gather_over_span(group: dist.ProcessGroup, rows: torch.Tensor, sizes: Sequen
     try:
         group.allgather([out], [padded]).wait()
     except RuntimeError as error:
-        raise TrainingError(f"another stage of this span has gone: {str(error).splitlines()[0]}") from error
+        raise TrainingError(f"another stage of this clip group has gone: {str(error).splitlines()[0]}") from error
     return [vector[:size].to(rows.device) for vector, size in zip(out, sizes, strict=True)]
 
 
@@ -166,5 +163,6 @@ def leave(world: World | None = None) -> None:
         dist.destroy_process_group()
     deepspeed.comm.comm.cdb = None
     groups = deepspeed.utils.groups
+    groups.mpu = None  # the grid of a pipeline
     for name in [name for name in vars(groups) if name.isupper() and isinstance(vars(groups)[name], dist.ProcessGroup)]:
         setattr(groups, name, None)

@@ -26,9 +26,11 @@ from lptransformer.channel import Control, Neighbours
 from lptransformer.deepspeed_stage import TrainedStage
 from lptransformer.engine import LocalUpdateEngine
 from lptransformer.errors import TrainingError
+from lptransformer.gradients import clip_groups
 from lptransformer.metrics import EvaluationReport, StageReport
 from lptransformer.partition import StagePlan
 from lptransformer.processes import use_fair_share_of_cores
+from lptransformer.stage import Output
 from lptransformer.token_set import Batch
 from lptransformer.world import join
 
@@ -118,33 +120,32 @@ class Tamper:
     micro_batches: tuple[int, ...] | None = None  # of the replica, within the update
 
 
-Forward = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor | None, Tensor | None]]
-Outputs = tuple[Tensor, Tensor | None, Tensor | None]
+Forward = Callable[..., Output]  # (inputs, labels, scale, positions, split), as Stage.forward
 
 
-def _other_labels(forward: Forward, inputs: Tensor, labels: Tensor, scale: float) -> Outputs:
-    return forward(inputs, torch.where(labels == -100, labels, (labels + 7) % VOCAB_SIZE), scale)
+def _other_labels(forward: Forward, inputs: Tensor, labels: Tensor, scale: float, *more: Any) -> Output:
+    return forward(inputs, torch.where(labels == -100, labels, (labels + 7) % VOCAB_SIZE), scale, *more)
 
 
-def _sleep(forward: Forward, inputs: Tensor, labels: Tensor, scale: float) -> Outputs:
+def _sleep(forward: Forward, inputs: Tensor, labels: Tensor, scale: float, *more: Any) -> Output:
     time.sleep(0.2)
-    return forward(inputs, labels, scale)
+    return forward(inputs, labels, scale, *more)
 
 
-def _infinite_loss(forward: Forward, inputs: Tensor, labels: Tensor, scale: float) -> Outputs:
-    hidden_states, loss, loss_sum = forward(inputs, labels, scale)
+def _infinite_loss(forward: Forward, inputs: Tensor, labels: Tensor, scale: float, *more: Any) -> Output:
+    hidden_states, loss, loss_sum, gradient, pull = forward(inputs, labels, scale, *more)
     assert loss is not None and loss_sum is not None
-    return hidden_states, loss * torch.inf, loss_sum * torch.inf
+    return hidden_states, loss * torch.inf, loss_sum * torch.inf, gradient, pull
 
 
-def _infinite_inputs(forward: Forward, inputs: Tensor, labels: Tensor, scale: float) -> Outputs:
-    return forward(torch.full_like(inputs, torch.inf), labels, scale)
+def _infinite_inputs(forward: Forward, inputs: Tensor, labels: Tensor, scale: float, *more: Any) -> Output:
+    return forward(torch.full_like(inputs, torch.inf), labels, scale, *more)
 
 
-def _infinite_gradient(forward: Forward, inputs: Tensor, labels: Tensor, scale: float) -> Outputs:
-    hidden_states, loss, loss_sum = forward(inputs, labels, scale)
+def _infinite_gradient(forward: Forward, inputs: Tensor, labels: Tensor, scale: float, *more: Any) -> Output:
+    hidden_states, *others = forward(inputs, labels, scale, *more)
     hidden_states.register_hook(lambda gradient: gradient * torch.inf)
-    return hidden_states, loss, loss_sum
+    return hidden_states, *others  # type: ignore[return-value]
 
 
 TAMPERINGS = {
@@ -163,15 +164,15 @@ def tamper_with(engine: LocalUpdateEngine, tamper: Tamper) -> None:
     forward, changed = stage.forward, TAMPERINGS[tamper.what]
     calls: Counter[int] = Counter()
 
-    def tampered(inputs: Tensor, labels: Tensor, scale: float) -> Outputs:
+    def tampered(inputs: Tensor, labels: Tensor, scale: float, *more: Any) -> Output:
         update = engine.update + 1
         micro_batch = calls[update]
         calls[update] += 1
         if tamper.updates is not None and update not in tamper.updates:
-            return forward(inputs, labels, scale)
+            return forward(inputs, labels, scale, *more)
         if tamper.micro_batches is not None and micro_batch not in tamper.micro_batches:
-            return forward(inputs, labels, scale)
-        return changed(forward, inputs, labels, scale)
+            return forward(inputs, labels, scale, *more)
+        return changed(forward, inputs, labels, scale, *more)
 
     stage.forward = tampered  # type: ignore[method-assign]
 
@@ -185,9 +186,10 @@ class Trained:
 
     pipeline_rank: int
     data_rank: int
-    label_tokens: int  # of one update, over all replicas
+    label_tokens: dict[int, int]  # of one update, over all replicas, by stage with a head
     plans: dict[int, StagePlan]
     reports: dict[int, list[StageReport]]
+    clip_groups: list[list[tuple[int, ...]]]  # [update of the run]: the stages that clip together
     weights: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     history: dict[int, list[Any]] = field(default_factory=dict)  # [weights, optimizer state] from before the first
     evaluations: dict[int, EvaluationReport] = field(default_factory=dict)
@@ -214,9 +216,13 @@ def train(
     trained = Trained(
         world.pipeline_rank,
         world.data_rank,
-        engine.label_tokens,
+        {index: how.label_tokens for index, how in engine.head_losses.items()},
         plans={index: stage.plan for index, stage in stages.items()},
         reports={index: [] for index in stages},
+        clip_groups=[
+            clip_groups(engine.objective.phases[engine.objective.phase_at(update, engine.steps)], engine.stages)
+            for update in range(engine.steps)
+        ],
         history={index: [] for index in stages} if history else {},
     )
     if load is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, get_scheduler
 
 from lptransformer.config import Config
+from lptransformer.head import token_positions
 from lptransformer.partition import StagePlan
 
 
@@ -42,12 +44,38 @@ def whole_model_config(config: Config, vocab_size: int) -> GPT2Config | LlamaCon
     )
 
 
-def spans_of(config: Config) -> list[tuple[int, int]]:
+def runs_of(config: Config) -> list[tuple[int, int]]:
     """(first, last) block of every run: as equal as possible with the longer ones first, or the lengths given."""
-    depth = config.model.num_layers
-    chunks = config.objective.chunks if config.objective.name == "chunked" else depth
+    depth, name = config.model.num_layers, config.objective.name
+    chunks = {"greedy": depth, "backprop": 1, "last": 1}.get(name, config.objective.chunks)
     sizes = [depth // chunks + (i < depth % chunks) for i in range(chunks)] if isinstance(chunks, int) else chunks
     return [(sum(sizes[:i]), sum(sizes[: i + 1]) - 1) for i in range(len(sizes))]
+
+
+def phases_of(config: Config) -> list[reference.Phase]:
+    """The usual phase, and that of the global updates, written out from the definitions."""
+    options, runs, depth = config.objective, runs_of(config), config.model.num_layers
+    whole = [(0, depth - 1)]
+    spans, own_weight = runs, None
+    if options.name == "overlapping":
+        ends = range(0 if options.first_head else options.overlap, len(runs))
+        spans = [(runs[max(0, end - options.overlap)][0], runs[end][1]) for end in ends]
+        own_weight = options.own_weight if options.overlap else None
+    elif options.name == "last":
+        spans = [(depth - options.trained_blocks, depth - 1)]
+    elif options.name == "deep_supervision":
+        spans = [(0, last) for _, last in runs]
+    elif options.name == "delayed":
+        spans = whole
+    heads_only = [(last + 1, last) for _, last in spans[:-1]]
+    return [reference.Phase(spans, own_weight), reference.Phase([*heads_only, *whole])]
+
+
+def phase_of_update(config: Config, updates: int) -> list[int]:
+    """1 where an update is a global one."""
+    options, steps = config.objective, config.train.steps
+    every = options.backprop_every or steps + 1
+    return [int((u + 1) % every == 0 or u >= steps - round(options.backprop_share * steps)) for u in range(updates)]
 
 
 def learning_rates(config: Config, updates: int) -> list[float]:
@@ -78,7 +106,7 @@ def expected(overrides: tuple[str, ...], updates: int, **formulas: Any) -> refer
     batches = [stream.batch(index) for index in range(updates * train.micro_batches_per_update)]
     return reference.train(
         whole_model_config(config, stream.vocab_size),
-        spans_of(config),
+        phases_of(config),
         [(batch.input_ids, batch.labels) for batch in batches],
         train.micro_batches_per_update,
         optimizer_options(config),
@@ -86,6 +114,10 @@ def expected(overrides: tuple[str, ...], updates: int, **formulas: Any) -> refer
         train.grad_clip,
         train.seed,
         config.head.chunk_tokens,
+        phase_of_update=phase_of_update(config, updates),
+        delayed=config.objective.name == "delayed",
+        heads=head_options(config),
+        dtype=torch.float64 if train.dtype == "fp64" else torch.float32,
         **formulas,
     )
 
@@ -93,45 +125,81 @@ def expected(overrides: tuple[str, ...], updates: int, **formulas: Any) -> refer
 # --------------------------------------------------------------------------------------------- the comparison
 
 
-def reference_name(name: str, plan: StagePlan, base: str) -> str:
-    """The name in reference.Result of a stage's tensor. `base`: where the whole model has its blocks."""
+def head_options(config: Config) -> reference.HeadOptions:
+    """The auxiliary heads in the words of the reference; lags as docs/design.md has them."""
+    head, parallel, train = config.head, config.parallel, config.train
+    ends = sorted(last for _, last in phases_of(config)[0].spans)
+    rounds = train.micro_batches_per_update // parallel.data
+    hops = {end: len(ends) - 1 - number if head.kind == "shared" else 1 for number, end in enumerate(ends)}
+
+    def positions(block: int, micro_batch: int) -> Tensor:
+        return token_positions(
+            train.seed, block, micro_batch, train.micro_batch_size, config.data.sequence_length, head.token_fraction
+        )
+
+    return reference.HeadOptions(
+        readout=head.kind,
+        rank=head.rank if head.kind == "low_rank" else 0,
+        blocks=head.blocks,
+        ema_decay=head.ema_decay,
+        lags={end: math.ceil(hop * (2 * parallel.in_flight + 1) / rounds) for end, hop in hops.items()},
+        refresh_every=head.refresh_every,
+        positions=None if head.token_fraction == 1.0 else positions,
+    )
+
+
+def reference_name(name: str, plan: StagePlan, base: str, kind: str) -> str | None:
+    """The name in reference.Result of a stage's tensor, None where it holds none (moving averages, copied readouts).
+
+    `base`: where the whole model has its blocks.
+    """
     if name.startswith("body."):
         return f"{base}.{name.removeprefix('body.')}"
-    if not plan.is_last:
-        return f"head.{plan.last_block}.{name.removeprefix('head.')}"
-    own_norm = f"{base}.{'ln_f' if base == 'transformer' else 'norm'}"
-    return name.replace("head.norm", own_norm).replace("head.readout", "lm_head")
+    if plan.is_last:
+        own_norm = f"{base}.{'ln_f' if base == 'transformer' else 'norm'}"
+        return name.replace("head.norm", own_norm).replace("head.readout", "lm_head")
+    if name.startswith("head.average.") or (kind == "shared" and name == "head.readout.weight"):
+        return None
+    own = name.removeprefix("head.")
+    if extra := re.match(r"blocks\.(?:h|layers)\.(\d+)\.", own):
+        own = f"blocks.{int(extra[1]) - plan.last_block - 1}.{own[extra.end() :]}"
+    renamed = {"readout.temperature": "temperature"} | ({"readout.weight": "up.weight"} if kind == "low_rank" else {})
+    return f"head.{plan.last_block}.{renamed.get(own, own)}"
 
 
-def gather(trained: Sequence[Trained]) -> reference.Result:
-    """One result from those of all processes. Replicas, and the stages of one span, must agree bit for bit."""
-    base = (
-        "transformer" if any("body.h." in name for t in trained for w in t.weights.values() for name in w) else "model"
-    )
-    updates = len(next(iter(trained[0].reports.values())))
+def gather(trained: Sequence[Trained], head_kind: str = "private") -> reference.Result:
+    """One result from those of all processes. Replicas, and the stages that clip together, must agree bit for bit."""
+    names = {name for one in trained for weights in one.weights.values() for name in weights}
+    base = "transformer" if any(name.startswith("body.h.") for name in names) else "model"
     plans = {index: plan for one in trained for index, plan in one.plans.items()}
-    num_spans = 1 + max(plan.span for plan in plans.values())
+    heads = sorted(index for index, plan in plans.items() if plan.has_head)
+    updates = len(next(iter(trained[0].reports.values())))
+    groups = trained[0].clip_groups[:updates]
     result = reference.Result(
-        [[0.0] * num_spans for _ in range(updates)], [[-1.0] * num_spans for _ in range(updates)], {}
+        [[0.0] * len(heads) for _ in groups], [[-1.0] * len(groups[u]) for u in range(len(groups))], {}
     )
     for one in trained:
         assert not one.error, one.error
         for index, plan in one.plans.items():
             for update, report in enumerate(one.reports[index]):
                 assert (report.update, report.stage, report.skipped) == (update + 1, index, False)
-                norms = result.grad_norms[update]
-                assert norms[plan.span] in (-1.0, report.grad_norm), f"grad norms of span {plan.span} disagree"
-                norms[plan.span] = report.grad_norm
+                for number, members in enumerate(groups[update]):
+                    if index in members:
+                        norms = result.grad_norms[update]
+                        assert norms[number] in (-1.0, report.grad_norm), f"grad norms of {members} disagree"
+                        norms[number] = report.grad_norm
                 assert (report.loss_sum is not None) == plan.has_head
-                if report.loss_sum is not None:
-                    result.losses[update][plan.span] += (
-                        report.loss_sum
-                    )  # sums of a few numbers of single precision: exact
+                if report.loss_sum is not None:  # sums of a few numbers of single precision: exact
+                    result.losses[update][heads.index(index)] += report.loss_sum
             for name, tensor in one.weights[index].items():
-                key = reference_name(name, plan, base)
+                key = reference_name(name, plan, base, head_kind)
+                if key is None:
+                    continue
+                if key.endswith(".temperature"):
+                    tensor = tensor.squeeze()  # one element in the engine, a scalar in the reference
                 assert torch.equal(result.weights.setdefault(key, tensor), tensor), f"replicas disagree on {key}"
-    tokens = trained[0].label_tokens
-    result.losses = [[loss / tokens for loss in losses] for losses in result.losses]
+    tokens = {index: n for one in trained for index, n in one.label_tokens.items()}
+    result.losses = [[loss / tokens[i] for i, loss in zip(heads, losses, strict=True)] for losses in result.losses]
     return result
 
 

@@ -1,21 +1,22 @@
 """The method in one process: the plain loop of local updates that every parity test compares with.
 
-Laskin et al., "Parallel Training of Deep Networks with Local Updates" (arXiv 2012.03837). The blocks of a whole,
-ordinary Hugging Face model are cut into spans. Each span has its own head, loss and optimizer; the gradient stops at
-its input, only hidden states go on to the next. Nothing here knows processes, DeepSpeed or the package under test:
-torch and transformers only, short enough to be checked by eye.
+Laskin et al., "Parallel Training of Deep Networks with Local Updates" (arXiv 2012.03837). A whole, ordinary Hugging
+Face model has heads behind some of its blocks. The loss of each head trains a span of blocks: the gradient stops at the
+input of the first. Nothing here knows processes, DeepSpeed or the package under test: torch and transformers only,
+short enough to be checked by eye. The terms (phases, kinds of heads) are in reference_objectives.py.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
 import torch
+from reference_objectives import AuxiliaryHead, HeadOptions, Phase, Span
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -24,7 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.masking_utils import create_causal_mask
 
 Config = GPT2Config | LlamaConfig
-Span = tuple[int, int]  # the blocks first..last, both included
+Targets = tuple[Tensor, Tensor | None]  # labels, and their positions where they are not all
 FAULTS = (None, "no_detach", "loss_scale", "stale_weights")
 CLIP_FORMULAS = ("torch", "zero12", "zero3")
 AVERAGING = ("accumulate_then_average", "average_then_accumulate")
@@ -32,17 +33,20 @@ AVERAGING = ("accumulate_then_average", "average_then_accumulate")
 
 @dataclass
 class Result:
-    """What training gave. Lists are indexed [update][span]."""
+    """What training gave. Heads and clip groups are in the order of their blocks."""
 
-    losses: list[list[float]]  # nats per label token, before the update
-    grad_norms: list[list[float]]  # before clipping
-    weights: dict[str, Tensor]  # Hugging Face names; head.{e}.norm.*, head.{e}.readout.weight: the head after block e
+    losses: list[list[float]]  # [update][head] nats per label token that counts, before the update
+    grad_norms: list[list[float]]  # [update][clip group] before clipping; the groups are those of the update's phase
+    # Hugging Face names. Of the head after block e: head.{e}.blocks.{i}.*, head.{e}.norm.*, and head.{e}.readout.weight
+    # or head.{e}.down.weight, head.{e}.up.weight or head.{e}.temperature. No copies of the last head's readout.
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the update that was asked for, before clipping
 
 
 class Net(nn.Module):
-    """The whole model and, after every span but the last, an auxiliary head: norm and readout."""
+    """The whole model and an auxiliary head after every span but the one that ends with the last block."""
 
-    def __init__(self, config: Config, spans: Sequence[Span]) -> None:
+    def __init__(self, config: Config, spans: Sequence[Span], options: HeadOptions | None = None) -> None:
         super().__init__()
         assert config.tie_word_embeddings is False
         dropouts = ("embd_pdrop", "resid_pdrop", "attn_pdrop", "attention_dropout")
@@ -60,93 +64,154 @@ class Net(nn.Module):
             self.embedding, self.blocks, self.norm = [base.embed_tokens], list(base.layers), base.norm
         self.base: Any = base
         self.readout: nn.Linear = self.model.lm_head
-        self.head = nn.ModuleDict({str(last): self.new_head() for _, last in spans if last != len(self.blocks) - 1})
+        self.options = options or HeadOptions()
+        self.last_block = len(self.blocks) - 1
+        ends = sorted(last for _, last in spans if last != self.last_block)
+        self.head = nn.ModuleDict({str(block): self.new_head(block) for block in ends})
 
-    def new_head(self) -> nn.ModuleDict:
-        readout = nn.Linear(self.readout.in_features, self.readout.out_features, bias=False)
-        return nn.ModuleDict({"norm": copy.deepcopy(self.norm), "readout": readout})
-
-    def head_after(self, block: int) -> tuple[nn.Module, nn.Linear]:
-        if block == len(self.blocks) - 1:
-            return self.norm, self.readout
-        norm, readout = self.head[str(block)].children()
-        assert isinstance(readout, nn.Linear)
-        return norm, readout
+    def new_head(self, block: int) -> AuxiliaryHead:
+        indices = range(block + 1, block + 1 + self.options.blocks)  # those of the model's own next blocks
+        assert self.options.ema_decay is None or indices[-1] <= self.last_block, "no such blocks to follow"
+        blocks = [type(self.blocks[0])(self.base.config, layer_idx=index) for index in indices]
+        head = AuxiliaryHead(blocks, self.norm, self.readout, self.options)
+        head.blocks.requires_grad_(self.options.ema_decay is None)
+        return head
 
     def embed(self, ids: Tensor) -> Tensor:  # [b, T] -> [b, T, H]
         if isinstance(self.model, GPT2LMHeadModel):
             return self.base.wte(ids) + self.base.wpe(torch.arange(ids.shape[1])[None])
         return self.base.embed_tokens(ids)
 
-    def run_blocks(self, hidden: Tensor, span: Span) -> Tensor:  # [b, T, H] -> [b, T, H]
-        """The blocks of a span, called as the library's own forward calls them."""
+    def run(self, hidden: Tensor, blocks: Iterable[nn.Module]) -> Tensor:  # [b, T, H] -> [b, T, H]
+        """Blocks, called as the library's own forward calls them."""
         positions = torch.arange(hidden.shape[1])[None]
         mask = create_causal_mask(self.base.config, hidden, None, None, position_ids=positions)
         options = {"attention_mask": mask, "position_ids": positions, "past_key_values": None, "use_cache": False}
         if isinstance(self.model, LlamaForCausalLM):
             options["position_embeddings"] = self.base.rotary_emb(hidden, position_ids=positions)
-        for block in self.blocks[span[0] : span[1] + 1]:
+        for block in blocks:
             hidden = block(hidden, **options)
         return hidden
 
-    def loss(self, hidden: Tensor, labels: Tensor, block: int, chunk_tokens: int) -> Tensor:  # [b, T, H], [b, T] -> []
-        """The sum of the negative log-likelihoods at the head after a block; labels of -100 do not count."""
-        norm, readout = self.head_after(block)
-        rows = norm(hidden).reshape(-1, hidden.shape[-1]).split(chunk_tokens)  # [chunk_tokens, H] each
+    def run_blocks(self, hidden: Tensor, span: Span) -> Tensor:  # [b, T, H] -> [b, T, H]
+        return self.run(hidden, self.blocks[span[0] : span[1] + 1])
+
+    def hidden_states(self, ids: Tensor) -> list[Tensor]:  # [b, T] -> [b, T, H] each
+        """The input of every block and the output of the last one, without a graph."""
+        states = [self.embed(ids).detach()]
+        for block in range(len(self.blocks)):
+            states.append(self.run_blocks(states[-1], (block, block)).detach())
+        return states
+
+    def targets(self, labels: Tensor, block: int, micro_batch: int) -> Targets:
+        """Of the head after a block: the labels that count, [b, k], and their positions, [b, k] (None: all, [b, T])."""
+        if block == self.last_block or self.options.positions is None:
+            return labels, None
+        positions = self.options.positions(block, micro_batch)
+        return labels.gather(1, positions), positions
+
+    def loss(
+        self, hidden: Tensor, labels: Tensor, block: int, chunk_tokens: int, positions: Tensor | None = None
+    ) -> Tensor:
+        """The sum of the negative log-likelihoods at the head after a block; labels of -100 do not count.
+
+        hidden [b, T, H], and a head's targets: labels [b, T] at all positions, or [b, k] at positions [b, k].
+        """
+        features, logits = self.norm, self.readout
+        if block != self.last_block:
+            head = self.head[str(block)]
+            hidden, features, logits = self.run(hidden, head.blocks), head.features, head.logits
+        if positions is not None:
+            hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))  # [b, k, H]
+        rows = features(hidden).flatten(0, 1).split(chunk_tokens)  # [chunk_tokens, H] each
         total = hidden.new_zeros(())
-        for chunk, targets in zip(rows, labels.reshape(-1).split(chunk_tokens), strict=True):
-            logits = F.linear(chunk, readout.weight).float()  # [chunk_tokens, V]
-            total = total + F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+        for chunk, wanted in zip(rows, labels.flatten().split(chunk_tokens), strict=True):
+            total = total + F.cross_entropy(logits(chunk), wanted, ignore_index=-100, reduction="sum")
         return total
 
-    def span_parameters(self, span: Span) -> list[nn.Parameter]:
-        """Embedding (first span), blocks, norm of the head, readout: the order of clipping and of the optimizer."""
-        modules = self.embedding if span[0] == 0 else []
-        modules = [*modules, *self.blocks[span[0] : span[1] + 1], *self.head_after(span[1])]
+    def block_parameters(self, block: int) -> list[nn.Parameter]:
+        """Of a block; the embedding belongs to the first."""
+        modules = [*(self.embedding if block == 0 else []), self.blocks[block]]
         return [parameter for module in modules for parameter in module.parameters()]
+
+    def head_parameters(self, block: int) -> list[nn.Parameter]:
+        """What is trained of the head after a block, if there is one: extra blocks, norm, readout or temperature."""
+        if block == self.last_block:
+            return [*self.norm.parameters(), *self.readout.parameters()]
+        if str(block) not in self.head:
+            return []
+        head = self.head[str(block)]
+        ordered = [parameter for child in head.children() for parameter in child.parameters()]
+        return [parameter for parameter in [*ordered, *head.parameters(recurse=False)] if parameter.requires_grad]
 
     def initialise(self, seed: int) -> None:
         """The library's own initial weights, with a seed for each unit, so that no unit depends on another."""
         units = {"embedding": self.embedding, "final": [self.norm, self.readout]}
         units |= {f"block {index}": [block] for index, block in enumerate(self.blocks)}
-        units |= {f"head {block}": list(self.head_after(int(block))) for block in self.head}
+        for block, head in self.head.items():
+            units[f"head {block}"] = [child for name, child in head.named_children() if name != "blocks"]
+            units |= {f"head {block} block {index}": [module] for index, module in enumerate(head.blocks)}
         flagged = [name for name, p in self.named_parameters() if hasattr(p, "_is_hf_initialized")]
         assert not flagged, flagged  # the library would leave these as they are
         for unit, modules in units.items():
             torch.manual_seed(int.from_bytes(sha256(f"{seed}/{unit}".encode()).digest()[:8], "big") >> 1)
             for module in modules:
                 module.apply(self.model._init_weights)  # children first
+        if self.options.ema_decay is not None:
+            for block, head in self.head.items():
+                for own, followed in zip(head.blocks, self.blocks[int(block) + 1 :], strict=False):
+                    own.load_state_dict(followed.state_dict())
 
-    def named_weights(self) -> dict[str, Tensor]:
-        weights = dict(self.model.named_parameters())
-        weights |= {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
-        return {name: parameter.detach().clone() for name, parameter in weights.items()}
+    @torch.no_grad()
+    def refresh(self, update: int, history: Sequence[Net]) -> None:
+        """Before an update: bring the heads' copies to their version. `history[v]` is as after v updates."""
+        decay = self.options.ema_decay
+        for key, head in self.head.items():
+            if self.options.readout != "shared" and decay is None:
+                continue
+            block = int(key)
+            version = self.options.version(update, block)
+            if self.options.readout == "shared":
+                head.copied_readout = history[version].readout.weight.detach()
+            if decay is not None and update > 0 and version > self.options.version(update - 1, block):
+                for own, followed in zip(head.blocks, history[version].blocks[block + 1 :], strict=False):
+                    for ema, weight in zip(own.parameters(), followed.parameters(), strict=True):
+                        ema.copy_(decay * ema + (1 - decay) * weight)
+
+    def named(self) -> dict[str, nn.Parameter]:
+        names = dict(self.model.named_parameters())
+        return names | {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
+
+
+def by_dimension(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Matrices, and the rest: the parameter groups of the optimizer. Only matrices decay."""
+    return [[p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]]
 
 
 def make_optimizer(parameters: list[nn.Parameter], options: dict) -> Optimizer:
-    """`options`: {"name": "adamw" or "sgd", "weight_decay": ..., arguments of torch's class}. Only matrices decay."""
+    """`options`: {"name": "adamw" or "sgd", "weight_decay": ..., arguments of torch's class}."""
     options = dict(options)
     name, decay = options.pop("name"), options.pop("weight_decay", 0.0)
-    matrices = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": decay}
-    vectors = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
-    return {"adamw": AdamW, "sgd": SGD}[name]([matrices, vectors], lr=0.0, **options)
+    matrices, rest = by_dimension(parameters)
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
+    return {"adamw": AdamW, "sgd": SGD}[name](groups, lr=0.0, **options)
 
 
-def clip_gradients(parameters: list[nn.Parameter], optimizer: Optimizer, clip: float, formula: str) -> float:
+def clip_gradients(parameters: list[nn.Parameter], clip: float, formula: str) -> float:
     """Clip in place where clip > 0; returns the global norm before that.
 
     torch: torch.nn.utils.clip_grad_norm_. zero12, zero3: what DeepSpeed does at these ZeRO stages, which differs by
     rounding: norms in double for each parameter group, rounded to single at ZeRO 1 and 2, then combined.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters]
     if formula == "torch":
         norm = get_total_norm(gradients)
         if clip > 0:
             clip_grads_with_norm_(parameters, clip, norm)
         return norm.item()
     norms = []
-    for group in optimizer.param_groups:
-        square = torch.stack([torch.linalg.vector_norm(p.grad.double()) for p in group["params"]]).pow(2).sum()
+    for group in filter(None, by_dimension(parameters)):
+        square = torch.stack([torch.linalg.vector_norm(p.grad.double()) for p in group]).pow(2).sum()
         norms.append((square.float() if formula == "zero12" else square).pow(0.5))
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if clip > 0:
@@ -169,9 +234,37 @@ def combine(gradients: list[Tensor], replicas: int, averaging: str) -> Tensor:
     return sum(means[1:], means[0])
 
 
+def micro_batch_gradients(
+    net: Net, below: Net, phase: Phase, ids: Tensor, targets: dict[int, Targets], scales: dict[int, float], chunk: int
+) -> tuple[dict[int, float], dict[str, Tensor]]:
+    """The sum of the losses of every head, and the gradients of scale * loss, weighted and added up, by name.
+
+    `targets`, `scales`: by the head's block. `below`: where hidden states come from; always `net`, but for a fault.
+    """
+    names = {parameter: name for name, parameter in net.named().items()}
+    hidden_states = below.hidden_states(ids)
+    losses: dict[int, float] = {}
+    total: dict[str, Tensor] = {}
+    for span in sorted(phase.spans, key=lambda span: span[1]):
+        first, last = span
+        hidden = net.run_blocks(net.embed(ids) if first == 0 else hidden_states[first], span)
+        labels, positions = targets[last]
+        loss = net.loss(hidden, labels, last, chunk, positions)
+        losses[last] = loss.item()
+        weights = {
+            p: phase.weight(span, block) for block in range(first, last + 1) for p in net.block_parameters(block)
+        }
+        weights |= dict.fromkeys(net.head_parameters(last), 1.0)
+        gradients = torch.autograd.grad(loss * scales[last], list(weights))
+        for (parameter, weight), gradient in zip(weights.items(), gradients, strict=True):
+            name, part = names[parameter], weight * gradient
+            total[name] = total[name] + part if name in total else part
+    return losses, total
+
+
 def train(
     config: Config,
-    spans: Sequence[Span],
+    objective: Sequence[Span] | Sequence[Phase],
     micro_batches: Sequence[tuple[Tensor, Tensor]],
     micro_batches_per_update: int,
     optimizer: dict,
@@ -180,70 +273,100 @@ def train(
     seed: int,
     chunk_tokens: int,
     *,
+    phase_of_update: Sequence[int] | None = None,
+    delayed: bool = False,
+    heads: HeadOptions | None = None,
+    dtype: torch.dtype = torch.float32,
+    gradients_of: int | None = None,
     clip_formula: str = "torch",
     replicas: int = 1,
     averaging: str = "accumulate_then_average",
     fault: str | None = None,
 ) -> Result:
-    """Train from the seed, one update for each learning rate, in fp32 on the CPU, with the caller's thread count.
+    """Train from the seed, one update for each learning rate, on the CPU, with the caller's thread count.
 
-    `spans` cover all blocks in order. `micro_batches` holds (input_ids, labels), int64 [b, T] each, of all updates in
-    order; labels[t] belongs to the prediction at position t. `fault` plants an error that a parity test has to find.
-    With one span, "no_detach" and "stale_weights" have no border to act on.
+    `objective`: the phases, or the spans of the only one. `phase_of_update`: the number of each update's phase. Every
+    phase has a span for every head. Blocks (with the first, the embedding) that are in no span of any phase are never
+    trained; those in no span of an update's phase stay as they are in that update.
+
+    `micro_batches` holds (input_ids, labels), int64 [b, T] each, of all updates in order; labels[t] belongs to the
+    prediction at position t. `delayed`: the gradient of update u is taken at the weights after max(0, u - 1) updates
+    (PipeDream-2BW, arXiv 2006.09503, section 3.1). `dtype`: weights are made in fp32, then cast; Llama's norms and
+    rotary embeddings compute in fp32 all the same. `gradients_of`: the update whose gradients the result holds.
+
+    `fault` plants an error that a parity test has to find: gradients that stop nowhere, a loss divided by the label
+    tokens of its micro-batch, hidden states from the weights of one update before. With one span, "no_detach" and
+    "stale_weights" have no border to act on.
     """
-    assert [span[0] for span in spans] == [0, *(last + 1 for _, last in spans[:-1])], spans
-    assert spans[-1][1] == config.num_hidden_layers - 1, spans
+    phases = list(objective) if isinstance(objective[0], Phase) else [Phase(objective)]
+    ends = sorted(last for _, last in phases[0].spans)
+    assert all(sorted(last for _, last in phase.spans) == ends for phase in phases), "every head has one span"
+    assert len(set(ends)) == len(ends) and ends[-1] == config.num_hidden_layers - 1 and ends[0] >= 0
+    assert all(0 <= first <= last + 1 for phase in phases for first, last in phase.spans)
     assert len(micro_batches) == micro_batches_per_update * len(learning_rates)
     assert micro_batches_per_update % replicas == 0
+    assert not delayed or len(ends) == 1
     assert fault in FAULTS and clip_formula in CLIP_FORMULAS and averaging in AVERAGING
     torch.set_flush_denormal(True)  # a condition of bit equality, as the thread count is
 
-    net = Net(config, spans).train()
+    net = Net(config, phases[0].spans, heads).train()
     net.initialise(seed)
-    span_parameters = [net.span_parameters(span) for span in spans]
-    optimizers = [make_optimizer(parameters, optimizer) for parameters in span_parameters]
-    everything = [parameter for parameters in span_parameters for parameter in parameters]
-    assert {id(parameter) for parameter in everything} == {id(parameter) for parameter in net.parameters()}
+    net.to(dtype)
+    reached = {block for phase in phases for first, last in phase.spans for block in range(first, last + 1)}
+    wanted = {parameter for block in reached for parameter in net.block_parameters(block)}
+    wanted |= {parameter for block in ends for parameter in net.head_parameters(block)}
+    trained = {name: parameter for name, parameter in net.named().items() if parameter in wanted}
+    step = make_optimizer(list(trained.values()), optimizer)
     result = Result([], [], {})
-    stale = net
+    history: list[Net] = []  # history[v]: as after v updates
 
     for update, learning_rate in enumerate(learning_rates):
-        batch = micro_batches[update * micro_batches_per_update :][:micro_batches_per_update]
-        label_tokens = sum(int((labels != -100).sum()) for _, labels in batch)
-        sums = [0.0 for _ in spans]
-        gradients: list[list[Tensor]] = [[] for _ in everything]
+        history.append(copy.deepcopy(net))
+        net.refresh(update, history)
+        before = history[max(0, update - 1)]
+        at = before if delayed else net  # where gradients are taken
+        below = before if fault == "stale_weights" else at
+        phase = phases[phase_of_update[update] if phase_of_update else 0]
+        through = Phase([(0, last) for _, last in phase.spans], phase.own_weight) if fault == "no_detach" else phase
 
-        for ids, labels in batch:
-            hidden = net.embed(ids)
-            for index, span in enumerate(spans):
-                if index > 0 and fault != "no_detach":
-                    hidden = hidden.detach()
-                given, hidden = hidden, net.run_blocks(hidden, span)
-                loss = net.loss(hidden, labels, span[1], chunk_tokens)
-                sums[index] += loss.item()
-                tokens = int((labels != -100).sum()) if fault == "loss_scale" else label_tokens
-                (loss * (replicas / tokens)).backward(retain_graph=fault == "no_detach")
-                if fault == "stale_weights":
-                    hidden = stale.run_blocks(given, span)
-            for parameter, kept in zip(everything, gradients, strict=True):
-                assert parameter.grad is not None
-                kept.append(parameter.grad)
-                parameter.grad = None
+        batch = range(update * micro_batches_per_update, (update + 1) * micro_batches_per_update)
+        targets = [{block: net.targets(micro_batches[i][1], block, i) for block in ends} for i in batch]
+        counts = [{block: int((labels != -100).sum()) for block, (labels, _) in one.items()} for one in targets]
+        tokens = {block: sum(one[block] for one in counts) for block in ends}
+        sums = dict.fromkeys(ends, 0.0)
+        gradients: dict[str, list[Tensor]] = {name: [] for name in trained}
+        for i, own_targets, own_counts in zip(batch, targets, counts, strict=True):
+            divisors = own_counts if fault == "loss_scale" else tokens
+            scales = {block: replicas / divisors[block] for block in ends}
+            losses, found = micro_batch_gradients(
+                at, below, through, micro_batches[i][0], own_targets, scales, chunk_tokens
+            )
+            for block in ends:
+                sums[block] += losses[block]
+            for name, kept in gradients.items():
+                if name in found:
+                    kept.append(found[name])
+        result.losses.append([sums[block] / tokens[block] for block in ends])
 
-        for parameter, kept in zip(everything, gradients, strict=True):
-            parameter.grad = combine(kept, replicas, averaging)
-        if fault == "stale_weights":
-            stale = copy.deepcopy(net)
+        for name, parameter in trained.items():
+            parameter.grad = combine(gradients[name], replicas, averaging) if gradients[name] else None
+        if update == gradients_of:
+            result.gradients = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
         norms = []
-        for parameters, step in zip(span_parameters, optimizers, strict=True):
-            norms.append(clip_gradients(parameters, step, clip, clip_formula))
-            for group in step.param_groups:
-                group["lr"] = learning_rate
-            if math.isfinite(norms[-1]):  # otherwise this span, and no other, skips the update
-                step.step()
-            step.zero_grad()
-        result.losses.append([total / label_tokens for total in sums])
+        for run in phase.runs(config.num_hidden_layers):
+            members = [p for block in run for p in [*net.block_parameters(block), *net.head_parameters(block)]]
+            members = [parameter for parameter in members if parameter.grad is not None]
+            if not members:  # blocks that are not trained
+                continue
+            norms.append(clip_gradients(members, clip, clip_formula))
+            if not math.isfinite(norms[-1]):  # then these, and no others, skip the update
+                for parameter in members:
+                    parameter.grad = None
         result.grad_norms.append(norms)
+        for group in step.param_groups:
+            group["lr"] = learning_rate
+        step.step()
+        step.zero_grad()
 
-    result.weights = net.named_weights()
+    result.weights = {name: parameter.detach().clone() for name, parameter in net.named().items()}
     return result

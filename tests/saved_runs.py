@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lptransformer import checkpoint, cost, family, partition, run_folder
+from lptransformer import checkpoint, cost, family, objective, partition, run_folder
 from lptransformer import config as configuration
-from lptransformer.objective import chunked
 from lptransformer.prepare import prepare_all
 from lptransformer.stage import make_stage
 
@@ -30,6 +29,7 @@ def make_run(
     folder: Path,
     *,
     model: Mapping[str, Any] | None = None,
+    head: Mapping[str, Any] | None = None,
     chunks: int = 2,
     pipeline: int = 1,
     tokenizer: str = "bytes",
@@ -54,7 +54,7 @@ def make_run(
         },
         "objective": {"chunks": chunks},
         "parallel": {"pipeline": pipeline},
-        "head": {"chunk_tokens": 24},
+        "head": {"chunk_tokens": 24, **(head or {})},
         "run": {"dir": str(folder / "run")},
     }
     if tokenizer == "sentencepiece":
@@ -72,14 +72,15 @@ def make_run(
     run_folder.create(run, config, model_config.to_dict(), data.tokenizer_folder, {"valid": valid_sets}, ["a test"])
     parts = family.anatomy(model_config)
     costs = cost.model_costs(parts.block_parameters, parts.hidden_size, parts.vocab_size, WINDOW)
-    plans = partition.cut(chunked(config.model.num_layers, chunks), pipeline, costs)
+    goal = objective.build(config.model.num_layers, "chunked", chunks=chunks)
+    plans = partition.cut(goal, pipeline, costs)
     for update in updates:
         for plan in plans:
-            options = {"seed": update, "chunk_tokens": 24, "pretrained": config.model.pretrained}
+            options = {"seed": update, "head": config.head, "pretrained": config.model.pretrained}
             stage = make_stage(plan, model_config, parts, **options)
             place = checkpoint.stage_folder(run, update, plan.index)
             checkpoint.begin_stage(place)
-            weights = {name: _shaken(name, weight.detach(), update) for name, weight in stage.named_parameters()}
+            weights = {name: _shaken(name, tensor, update) for name, tensor in stage.state_dict().items()}
             weights = {name: weight.to(dtype) for name, weight in weights.items()}
             position = {"epoch": 0, "offset": update}
             checkpoint.write_stage(place, weights, checkpoint.describe(plan, len(plans), update, position))

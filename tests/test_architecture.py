@@ -15,17 +15,20 @@ PACKAGE = ROOT / "lptransformer"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 PURE = {"errors", "config", "config_sections", "config_text", "config_checks", "deepspeed_keys"}
-PURE |= {"objective", "cost", "partition", "schedule", "run_folder", "launcher", "__main__"}
+PURE |= {"objective", "cost", "partition", "gradients", "schedule", "run_folder", "launcher", "__main__"}
+PURE |= {"flops", "halving", "sweep_file", "records", "comparison", "pareto", "documents", "result_tables", "plots"}
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "safetensors", "sentencepiece", "matplotlib", "numpy"}
 ALLOWED = {
-    "deepspeed": {"world", "deepspeed_stage"},
+    "deepspeed": {"world", "deepspeed_stage", "pipeline_baseline"},
     "transformers": {"family", "pieces", "tokenizer", "optimizer", "export"},
     "datasets": {"prepare", "token_set"},
     "sentencepiece": {"tokenizer"},
-    "matplotlib": {"progress"},
+    "matplotlib": {"progress", "plots", "figures", "diagnosis"},
 }
 WHOLE_CONFIGURATION = {"build", "train", "launcher", "run_folder", "__main__"}
-WITHOUT_DEEPSPEED = {"evaluate", "export", "report", "run_folder", "data", "stage", "checkpoint"}
+WHOLE_CONFIGURATION |= {"sweep_file", "run_record"}
+WITHOUT_DEEPSPEED = {"evaluate", "export", "report", "sweep", "run_folder", "data", "stage", "checkpoint"}
+WITHOUT_DEEPSPEED |= {"diagnosis"}
 
 
 def imports(module: str, top_level_only: bool = False) -> set[str]:

@@ -16,7 +16,7 @@ from lptransformer import config as configuration
 from lptransformer import deepspeed_keys
 from lptransformer.config import check_depth, check_world_size, differences, load, resume_differences, to_dict, to_yaml
 from lptransformer.config_checks import FAMILIES
-from lptransformer.config_sections import KEYS, TYPED
+from lptransformer.config_sections import KEYS, PLAIN, TYPED
 from lptransformer.errors import ConfigError, ModelError, UserError
 
 DATA = {"data": {"train": "books/*.txt"}}
@@ -180,8 +180,12 @@ def test_yaml_round_trip(tmp_path: Path, source: dict[str, Any], comments: bool)
 
 
 def test_yaml_shows_every_key_that_has_a_meaning() -> None:
-    shown = {f"{section}.{key}" for section, keys in to_dict(load(DATA)).items() for key in keys}
-    assert {key for key in KEYS if not key.startswith("deepspeed.")} - shown == {"optimizer.momentum"}
+    sections = to_dict(load(DATA))
+    shown = {key for key in PLAIN if key in sections}
+    shown |= {f"{section}.{key}" for section in TYPED for key in sections[section]}
+    unshown = {"optimizer.momentum", "head.rank", "objective.trained_blocks"}
+    unshown |= {f"objective.{key}" for key in ("overlap", "own_weight", "first_head")}
+    assert {key for key in KEYS if not key.startswith("deepspeed.")} - shown == unshown
 
 
 # ------------------------------------------------------------------------------------------------------ unknown keys
@@ -270,9 +274,9 @@ WRONG = [
     ("parallel.partition", [0, 4], '"balanced" or a list of block counts, each 1 or more'),
     ("parallel.timeout_seconds", 0, "a number above 0"),
     ("parallel.in_flight", 0, "a whole number, 1 or more"),
-    ("objective.name", "chunkd", "one of chunked, greedy; did you mean chunked?"),
+    ("objective.name", "chunkd", "deep_supervision, delayed; did you mean chunked?"),
     ("objective.chunks", 0, "a whole number or a list of block counts, each 1 or more"),
-    ("head.kind", "shared", "one of private"),
+    ("head.kind", "pooled", "one of private, shared, low_rank"),
     ("optimizer.beta1", 1, "a number, 0 or more and below 1"),
     ("optimizer.eps", 0, "a number above 0"),
     ("run.dir", 20260101, "text (in quotes when it looks like a number) or null"),
@@ -392,6 +396,20 @@ CROSS = [
     ('data.train={"a":{"files":"x","weight":2},"b":"y"}', "data.train.b has no weight", "or none of them"),
     ("data.valid.a.files=x data.valid.a.weight=2", "data.valid.a.weight = 2.0", "not mixed"),
     ("objective.name=greedy objective.chunks=2", "objective.chunks = 2", "objective.name = 'greedy'"),
+    ("objective.name=backprop objective.chunks=2", "objective.chunks = 2", "objective.name = 'backprop'"),
+    ("objective.overlap=2", "objective.overlap = 2", "objective.name = 'chunked' (by default)"),
+    ("objective.own_weight=0.5", "objective.own_weight = 0.5", "objective.name = 'chunked'"),
+    ("objective.first_head=true", "objective.first_head = True", "objective.name = 'chunked'"),
+    ("objective.trained_blocks=2", "objective.trained_blocks = 2", "objective.name = 'chunked'"),
+    ("objective.name=last objective.chunks=2", "objective.chunks = 2", "objective.name = 'last'"),
+    ("objective.name=last objective.trained_blocks=5", "objective.trained_blocks = 5", "model.num_layers = 4"),
+    ("objective.name=overlapping objective.overlap=2", "objective.overlap = 2", "objective.chunks = 2 (by default)"),
+    ("objective.name=overlapping objective.chunks=5", "objective.chunks = 5", "model.num_layers = 4"),
+    ("objective.name=deep_supervision objective.chunks=[1,2]", "is 3 blocks in all", "model.num_layers = 4"),
+    ("objective.name=last objective.backprop_every=3", "objective.backprop_every = 3", "objective.name = 'last'"),
+    ("objective.name=backprop objective.backprop_share=0.5", "objective.backprop_share = 0.5", "name = 'backprop'"),
+    ("objective.name=delayed objective.backprop_every=2", "objective.backprop_every = 2", "name = 'delayed'"),
+    ("train.dtype=fp64 parallel.data=2", "parallel.data = 2", "train.dtype = 'fp64'"),
     ("optimizer.name=sgd optimizer.beta1=0.5", "optimizer.beta1 = 0.5", "optimizer.name = 'sgd'"),
     ("optimizer.name=sgd optimizer.eps=1e-6", "optimizer.eps = 1e-06", "optimizer.name = 'sgd'"),
     ("optimizer.momentum=0.5", "optimizer.momentum = 0.5", "optimizer.name = 'adamw' (by default)"),
@@ -417,6 +435,13 @@ ALLOWED = [
     "optimizer.name=sgd optimizer.momentum=0",
     "model.family=llama model.num_key_value_heads=2",
     "objective.name=greedy objective.chunks=null",
+    "objective.name=greedy objective.backprop_every=10 objective.backprop_share=0.1",
+    "objective.name=overlapping objective.chunks=4 objective.overlap=3",
+    "objective.name=overlapping objective.overlap=0 objective.own_weight=1",
+    "objective.name=last objective.trained_blocks=4",
+    "objective.name=deep_supervision objective.chunks=4 parallel.pipeline=3",
+    "objective.name=delayed objective.chunks=4 parallel.pipeline=4",
+    "train.dtype=fp64 parallel.pipeline=2",
 ]
 
 
@@ -471,6 +496,14 @@ def test_zero_stage(overrides: str, stage: int) -> None:
         ("deepspeed.data_types.grad_accum_dtype=bf16", ("grad_accum_dtype = 'bf16'", "train.dtype = 'fp32'", "fp32")),
         (f"{STAGE}=3 parallel.pipeline=3", (f"{STAGE} = 3", "objective.chunks = 2", "parallel.pipeline = 3", "saved")),
         (f"{STAGE}=3 parallel.pipeline=2 parallel.partition=[1,3]", ("parallel.partition = [1, 3]", "[2, 2]")),
+        (f"{STAGE}=3 objective.name=overlapping", (f"{STAGE} = 3", "objective.name = 'overlapping'", "saved")),
+        (f"{STAGE}=3 objective.name=deep_supervision", ("objective.name = 'deep_supervision'", "saved")),
+        (f"{STAGE}=3 objective.backprop_every=4", (f"{STAGE} = 3", "objective.backprop_every = 4", "saved")),
+        (f"{STAGE}=3 objective.backprop_share=0.1", ("objective.backprop_share = 0.1", "saved")),
+        (f"{STAGE}=3 objective.name=backprop parallel.pipeline=2", ("objective.name = 'backprop'", "saved")),
+        (f"{STAGE}=1 objective.name=delayed", (f"{STAGE} = 1", "objective.name = 'delayed'", "only ZeRO 0")),
+        (f"{STAGE}=1 train.dtype=fp64", (f"{STAGE} = 1", "train.dtype = 'fp64'", "ZeRO 0")),
+        ("train.dtype=bf16 objective.name=delayed", ("objective.name = 'delayed'", "only ZeRO 0")),
     ],
 )
 def test_zero_options_that_cannot_work(overrides: str, parts: tuple[str, ...]) -> None:
@@ -482,6 +515,9 @@ def test_zero_3_where_runs_end_at_pipeline_ranks(more: str) -> None:
     load(DATA, [f"{STAGE}=3", *more.split()])
     load(DATA, [f"{STAGE}=3", "objective.name=greedy", "parallel.pipeline=2", "parallel.partition=[1,3]"])
     load(DATA, [f"{STAGE}=2", "parallel.pipeline=3"])
+    load(DATA, [f"{STAGE}=3", "objective.name=backprop"])
+    load(DATA, [f"{STAGE}=3", "objective.name=overlapping", "objective.overlap=0", "parallel.pipeline=2"])
+    load(DATA, [f"{STAGE}=3", "objective.name=last", "parallel.pipeline=4"])
 
 
 @pytest.mark.parametrize(
@@ -720,6 +756,7 @@ def test_differences() -> None:
         ("train.eval_every=7", False),
         ("parallel.timeout_seconds=7", False),
         ("parallel.in_flight=7", False),
+        ("parallel.in_flight=7 head.kind=shared", True),
         ("train.steps=7", True),
         ("train.steps=7 train.lr_scheduler=constant", True),
         ("train.seed=7", True),
@@ -738,6 +775,8 @@ def test_resume_differences(change: str, listed: bool) -> None:
 def test_steps_may_change_where_the_learning_rate_does_not_depend_on_them(name: str) -> None:
     source = {**DATA, "train": {"lr_scheduler": name}}
     assert resume_differences(to_dict(load(source)), to_dict(load(source, ["train.steps=7"]))) == []
+    source["objective"] = {"backprop_share": 0.5}
+    assert resume_differences(to_dict(load(source)), to_dict(load(source, ["train.steps=7"]))) != []
 
 
 # ------------------------------------------------------------------------------------------------------------- speed

@@ -25,7 +25,7 @@ from engine_jobs import (
     run_ahead,
     train,
 )
-from parity import compare, expected, gather, learning_rates, spans_of, whole_model_config
+from parity import compare, expected, gather, learning_rates, runs_of, whole_model_config
 from torch import Tensor
 
 from lptransformer.channel import Control
@@ -282,7 +282,7 @@ def test_evaluation_sums_equal_the_plain_forward(pool: Pool, stage: int) -> None
     apart = by_stage(start(pool, (*overrides, "parallel.pipeline=2"), 3, evaluate=True))
     replicas = start(pool, (*overrides, "parallel.pipeline=2", "parallel.data=2"), 3, evaluate=True)
 
-    net = reference.Net(whole_model_config(config, stream.vocab_size), spans_of(config))
+    net = reference.Net(whole_model_config(config, stream.vocab_size), runs_of(config))
     weights = expected(overrides, 3, clip_formula="zero3" if stage == 3 else "torch").weights
     sums = [0.0, 0.0]
     with torch.no_grad():
@@ -293,7 +293,7 @@ def test_evaluation_sums_equal_the_plain_forward(pool: Pool, stage: int) -> None
             parameter.copy_(weights[name])
         for batch in RandomValidSet(stream).batches(config.train.micro_batch_size):
             hidden = net.embed(batch.input_ids)
-            for index, span in enumerate(spans_of(config)):
+            for index, span in enumerate(runs_of(config)):
                 hidden = net.run_blocks(hidden, span)
                 sums[index] += net.loss(hidden, batch.labels, span[1], config.head.chunk_tokens).item()
 

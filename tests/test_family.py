@@ -16,23 +16,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Cohere2Config,
     CohereConfig,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    GraniteMoeConfig,
+    HyperCLOVAXConfig,
     LlamaConfig,
     MistralConfig,
+    NanoChatConfig,
     OPTConfig,
     PhiConfig,
     Qwen3Config,
+    RecurrentGemmaConfig,
     T5Config,
+    VaultGemmaConfig,
     ZambaConfig,
 )
 from transformers.activations import ACT2FN
 
 from lptransformer import family, pieces
 from lptransformer.errors import ModelError
+from lptransformer.head import Head, Readout
+from lptransformer.loss import LogitRule
 from lptransformer.pieces import Piece
 
 VOCAB, BLOCKS = 61, 4
@@ -70,6 +78,28 @@ CONFIGS: dict[str, Any] = {
     ),
     "opt, tied": OPTConfig(**{**LIKE_LLAMA, "ffn_dim": 48, "word_embed_proj_dim": 32}),
 }
+# Families that scale or cap their logits, with numbers that matter at the logits of a tiny model.
+MULTIPLIED = {"embedding_multiplier": 12.0, "residual_multiplier": 0.5, "logits_scaling": 7.0}
+RULES: dict[str, LogitRule] = {
+    "gemma2, tied": LogitRule(cap=0.5),
+    "vaultgemma, tied": LogitRule(cap=0.7),
+    "cohere, tied": LogitRule(factor=0.3),
+    "cohere2 with a window, tied": LogitRule(factor=3.0),
+    "granite": LogitRule(divisor=7.0),
+    "granite, tied": LogitRule(divisor=7.0),
+    "granite with experts": LogitRule(divisor=7.0),
+    "hyperclovax": LogitRule(factor=7.0),
+}
+CONFIGS |= {
+    "gemma2, tied": Gemma2Config(**GROUPED, head_dim=8, sliding_window=4, final_logit_softcapping=0.5),
+    "vaultgemma, tied": VaultGemmaConfig(**GROUPED, head_dim=8, sliding_window=4, final_logit_softcapping=0.7),
+    "cohere, tied": CohereConfig(**GROUPED, logit_scale=0.3),
+    "cohere2 with a window, tied": Cohere2Config(**GROUPED, logit_scale=3.0, sliding_window=4),
+    "granite": GraniteConfig(**GROUPED, **MULTIPLIED, tie_word_embeddings=False),
+    "granite, tied": GraniteConfig(**GROUPED, **MULTIPLIED, tie_word_embeddings=True),
+    "granite with experts": GraniteMoeConfig(**GROUPED, **MULTIPLIED, num_local_experts=4, num_experts_per_tok=2),
+    "hyperclovax": HyperCLOVAXConfig(**GROUPED, **MULTIPLIED),
+}
 every_family = pytest.mark.parametrize("name", CONFIGS)
 every_cut = pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{len(cut)} pieces")
 
@@ -99,13 +129,21 @@ def input_ids() -> Tensor:
 
 
 @torch.no_grad()
-def joined_logits(joined: list[Piece]) -> Tensor:
+def joined_hidden_states(joined: list[Piece]) -> Tensor:
     hidden_states = joined[0].base.eval()(input_ids=input_ids(), use_cache=False).last_hidden_state
     for piece in joined[1:]:
         hidden_states = piece.base.eval()(inputs_embeds=hidden_states, use_cache=False).last_hidden_state
-    last = joined[-1]
+    return hidden_states
+
+
+def last_head(config: Any, last: Piece, chunk_tokens: int = 16) -> Head:
     assert last.norm is not None and last.readout is not None
-    return torch.nn.functional.linear(last.norm(hidden_states), last.readout.weight)
+    return Head(last.norm, Readout(last.readout.weight, chunk_tokens, family.anatomy(config).logit_rule))
+
+
+@torch.no_grad()
+def joined_logits(config: Any, joined: list[Piece]) -> Tensor:
+    return last_head(config, joined[-1]).logits(joined_hidden_states(joined))
 
 
 def make(config: Any, cut: list[range], folder: Path | None = None, seed: int | None = 0) -> list[Piece]:
@@ -138,7 +176,8 @@ def test_loaded_pieces_joined_give_the_logits_of_the_whole_model(
     whole = AutoModelForCausalLM.from_pretrained(folders[name])
     with torch.no_grad():
         expected = whole(input_ids()).logits
-    assert torch.equal(joined_logits(make(family.read_config(folders[name]), cut, folders[name])), expected)
+    config = family.read_config(folders[name])
+    assert torch.equal(joined_logits(config, make(config, cut, folders[name])), expected)
 
 
 @every_cut
@@ -150,7 +189,48 @@ def test_new_pieces_joined_give_the_logits_of_the_whole_model(name: str, cut: li
     whole = AutoModelForCausalLM.from_config(config).eval()
     whole.load_state_dict(weights_of(config, joined))
     with torch.no_grad():
-        assert torch.equal(joined_logits(joined), whole(input_ids()).logits)
+        assert torch.equal(joined_logits(config, joined), whole(input_ids()).logits)
+
+
+@every_family
+def test_the_loss_of_the_last_head_and_its_gradients_are_those_of_the_whole_model(
+    name: str, folders: dict[str, Path]
+) -> None:
+    """Scales and caps are inside the chunked loss."""
+    config = family.read_config(folders[name])
+    (piece,) = make(config, ONE_PIECE, folders[name])
+    head = last_head(config, piece)
+    config.tie_word_embeddings = False  # a gradient of the readout that is its own
+    whole = AutoModelForCausalLM.from_config(config).eval()
+    whole.load_state_dict(weights_of(config, [piece]))
+    expected = whole(input_ids(), labels=input_ids()).loss
+    expected.backward()
+    hidden_states = joined_hidden_states([piece])
+    labels = torch.cat([input_ids()[:, 1:], torch.full((3, 1), -100)], 1)
+    loss, total = head(hidden_states, labels, 1 / (labels != -100).sum().item())
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(total, expected * 57, rtol=1e-6, atol=0)
+    gradient = whole.get_output_embeddings().weight.grad
+    torch.testing.assert_close(head.readout.weight.grad, gradient, rtol=1e-5, atol=1e-7)
+    norm = dict(whole.get_submodule(family.anatomy(config).norm).named_parameters())
+    assert norm
+    for key, parameter in head.norm.named_parameters():
+        torch.testing.assert_close(parameter.grad, norm[key].grad, rtol=1e-5, atol=1e-7)
+
+
+@every_family
+def test_the_rule_for_logits_is_found(name: str) -> None:
+    assert family.anatomy(CONFIGS[name]).logit_rule == RULES.get(name, LogitRule())
+
+
+def test_a_rule_for_logits_that_no_number_of_the_configuration_gives_is_not_found() -> None:
+    config = Gemma2Config(**GROUPED, head_dim=8, final_logit_softcapping=30.0, attn_logit_softcapping=50.0)
+    plain = torch.linspace(-100, 100, 99)
+    assert family._find_logit_rule(config, plain, LogitRule(cap=50.0)(plain)) == LogitRule(cap=50.0)
+    assert family._find_logit_rule(config, plain, LogitRule(30.0, 1.0, 50.0)(plain)) == LogitRule(30.0, 1.0, 50.0)
+    for logits in (LogitRule(cap=31.0)(plain), plain * 2, plain.clamp(-30, 30), plain + 1):
+        assert family._find_logit_rule(config, plain, logits) is None
 
 
 @every_family
@@ -250,7 +330,7 @@ def test_auxiliary_heads_are_like_the_models_own_and_differ_from_block_to_block(
     config = CONFIGS["llama"]
     parts = family.anatomy(config)
     heads = [pieces.new_head(config, parts, block, seed=0) for block in (0, 1, 0)]
-    readouts = [readout.weight for _, readout in heads]
+    readouts = [readout.weight for _, _, readout in heads]
     assert readouts[0].shape == (VOCAB, 32) and type(heads[0][0]).__name__ == "LlamaRMSNorm"
     assert torch.equal(readouts[0], readouts[2]) and not torch.equal(readouts[0], readouts[1])
 
@@ -286,10 +366,8 @@ class Unfilled(torch.nn.Module):
 ZAMBA = {**LIKE_LLAMA, "attention_head_dim": 16, "num_key_value_heads": 4, "tie_word_embeddings": False}
 UNCUTTABLE = {
     "blocks return tuples": (BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=4, n_head=4), "blocks are left out"),
-    "scaled inputs and logits": (GraniteConfig(**GROUPED, embedding_multiplier=12.0), "it does more than run"),
-    "scaled logits": (GraniteConfig(**GROUPED, logits_scaling=8.0), "it does more than run"),
-    "scaled logits of another kind": (CohereConfig(**GROUPED, logit_scale=0.0625), "it does more than run"),
-    "capped logits": (Gemma2Config(**GROUPED, head_dim=8), "it does more than run"),
+    "final norm before the blocks too": (NanoChatConfig(**GROUPED), "it uses its final norm 2 times"),
+    "scaled inputs": (RecurrentGemmaConfig(**GROUPED), "it does more than run"),
     "head with a bias": (PhiConfig(**LIKE_LLAMA), "a head that is one matrix"),
     "projected embedding": (OPTConfig(**LIKE_LLAMA, word_embed_proj_dim=16), "project_in|project_out"),
     "blocks that see the embedding": (ZambaConfig(**ZAMBA), "its blocks take more hidden states"),

@@ -18,7 +18,7 @@ import torch
 import yaml
 from distributed import Pool
 from engine_jobs import Trained, load_config, make_stream, train
-from parity import compare, expected, gather, learning_rates, spans_of, whole_model_config
+from parity import compare, expected, gather, learning_rates, runs_of, whole_model_config
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM
 
@@ -159,7 +159,7 @@ def test_two_replicas_with_active_clipping_at_zero_1_and_2_are_close_to_the_plai
 @pytest.mark.parametrize("pipeline", [2, 3])
 def test_runs_of_unequal_length(pool: Pool, results: Cached, pipeline: int) -> None:
     overrides = ("model.family=llama", "objective.chunks=[3,3,2]")
-    assert spans_of(load_config(overrides)) == [(0, 2), (3, 5), (6, 7)]
+    assert runs_of(load_config(overrides)) == [(0, 2), (3, 5), (6, 7)]
     wanted = expected(overrides, UPDATES)
     assert clip_is_active(wanted, overrides)
     compare(run(pool, results, (*overrides, f"parallel.pipeline={pipeline}")), wanted)
@@ -214,7 +214,7 @@ def test_one_chunk_equals_ordinary_training_of_the_whole_model(
     config = load_config(overrides)
     stream, options, sizes = make_stream(config), config.optimizer, config.train
     hf_config = whole_model_config(config, stream.vocab_size)
-    seeded = reference.Net(hf_config, spans_of(config))
+    seeded = reference.Net(hf_config, runs_of(config))
     seeded.initialise(sizes.seed)
     model = AutoModelForCausalLM.from_config(hf_config)
     model.load_state_dict(seeded.model.state_dict())

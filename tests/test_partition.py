@@ -3,39 +3,60 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objective_cases import (
+    all_compositions,
+    any_spans,
+    compositions,
+    every_objective,
+    every_placement,
+    objectives,
+    placements,
+    wanted_at_border,
+)
 
 from lptransformer.cost import ModelCosts, model_costs
 from lptransformer.errors import ConfigError
-from lptransformer.objective import Span, chunked, greedy
+from lptransformer.objective import Objective, build
 from lptransformer.partition import StagePlan, cut, rank_sizes, table
 
-COSTS = ModelCosts(block_flops=3.0, head_flops=5.0)
+COSTS = ModelCosts(block_flops=3.0, head_flops=5.0, auxiliary_flops=4.0)
 
 
-def compositions(total: int, parts: int) -> list[tuple[int, ...]]:
-    """All ways to write `total` as a sum of `parts` numbers, each 1 or more, in order."""
-    cuts = itertools.combinations(range(1, total), parts - 1)
-    return [tuple(b - a for a, b in itertools.pairwise((0, *c, total))) for c in cuts]
+def chunked(num_blocks: int, chunks: int | list[int]) -> Objective:
+    return build(num_blocks, "chunked", chunks=chunks)
 
 
-def price(sizes: tuple[int, ...] | list[int], spans: tuple[Span, ...], costs: ModelCosts) -> tuple[int, float]:
-    """Borders between ranks that carry a gradient, and the cost of the costliest rank."""
-    ends = {span.last for span in spans}
-    lasts = [sum(sizes[: i + 1]) - 1 for i in range(len(sizes))]
-    rank_costs = []
-    for size, last in zip(sizes, lasts, strict=True):
-        heads = len(ends & set(range(last - size + 1, last + 1)))
-        rank_costs.append(size * costs.block_flops + heads * costs.head_flops)
-    return len(set(lasts) - ends), max(rank_costs)
+def price(sizes: Sequence[int], objective: Objective, costs: ModelCosts) -> tuple[int, float]:
+    """Gradients that cross borders between ranks, in all phases, and the FLOPs of the costliest rank.
+
+    A forward pass costs once and a backward twice; blocks that no loss reaches have no backward.
+    """
+    starts = list(itertools.accumulate(sizes, initial=0))
+    gradients = sum(len(wanted_at_border(phase, start)) for phase in objective.phases for start in starts[1:-1])
+    spans = [span for phase in objective.phases for span in phase.spans]
+    flops = []
+    for first, after in itertools.pairwise(starts):
+        of_rank = 0.0
+        for block in range(first, after):
+            of_rank += costs.block_flops * (3 if any(span.first <= block <= span.last for span in spans) else 1)
+            if block == objective.num_blocks - 1:
+                of_rank += 3 * costs.head_flops
+            elif any(span.last == block for span in spans):
+                of_rank += 3 * costs.auxiliary_flops
+        flops.append(of_rank)
+    return gradients, max(flops)
 
 
-def check(stages: list[StagePlan], spans: tuple[Span, ...], pipeline: int) -> None:
+def check(stages: Sequence[StagePlan], objective: Objective, pipeline: int) -> None:
     """What must hold of any partition, said from the spans alone."""
-    num_blocks = spans[-1].last + 1
+    num_blocks = objective.num_blocks
+    spans = [span for phase in objective.phases for span in phase.spans]
     assert [s.index for s in stages] == list(range(len(stages)))
     blocks = [block for s in stages for block in range(s.first_block, s.last_block + 1)]
     assert blocks == list(range(num_blocks)), "every block once, in order"
@@ -44,99 +65,125 @@ def check(stages: list[StagePlan], spans: tuple[Span, ...], pipeline: int) -> No
     assert ranks == sorted(ranks) and set(ranks) == set(range(pipeline)), "consecutive stages, no empty rank"
     assert [s.is_first for s in stages] == [True] + [False] * (len(stages) - 1)
     assert [s.is_last for s in stages] == [False] * (len(stages) - 1) + [True]
-    ends = {span.last for span in spans}
     for stage in stages:
-        span = spans[stage.span]
-        assert span.first <= stage.first_block and stage.last_block <= span.last, "within one span"
-        assert stage.has_head == (stage.last_block in ends)
-        assert stage.gradient_above == (stage.last_block not in ends)
-        assert stage.gradient_below == (stage.first_block != span.first)
+        assert stage.has_head == any(span.last == stage.last_block for span in spans)
+        reached = [any(span.first <= b <= span.last for span in spans) for b in range(num_blocks)]
+        assert set(reached[stage.first_block : stage.last_block + 1]) == {stage.trained}
     for below, above in itertools.pairwise(stages):
-        assert below.gradient_above == above.gradient_below
-        assert below.span != above.span or below.pipeline_rank != above.pipeline_rank, "no border without a reason"
+        between_ranks = below.pipeline_rank != above.pipeline_rank
+        end_of_span = any(above.first_block in (span.first, span.last + 1) for span in spans)
+        end_of_run = any(above.first_block in phase.clip_at for phase in objective.phases)
+        assert between_ranks or end_of_span or end_of_run, "no border without a reason"
+    inside = {block for s in stages for block in range(s.first_block + 1, s.last_block + 1)}
+    assert not inside & {border for span in spans for border in (span.first, span.last + 1)}, "a span ends in no stage"
+    assert not inside & {border for phase in objective.phases for border in phase.clip_at}
 
 
-@pytest.mark.parametrize("num_blocks", range(1, 9))
-def test_every_block_is_in_exactly_one_stage_for_all_chunks_and_ranks(num_blocks: int) -> None:
-    for chunks in range(1, num_blocks + 1):
-        spans = chunked(num_blocks, chunks)
-        for pipeline in range(1, num_blocks + 1):
-            check(cut(spans, pipeline, COSTS), spans, pipeline)
-            for sizes in compositions(num_blocks, pipeline):
-                stages = cut(spans, pipeline, COSTS, sizes)
-                check(stages, spans, pipeline)
-                on_rank = [sum(s.num_blocks for s in stages if s.pipeline_rank == r) for r in range(pipeline)]
+def test_every_block_is_in_exactly_one_stage_in_all_small_cases() -> None:
+    for num_blocks in range(1, 5):
+        for objective in every_objective(num_blocks):
+            for sizes, stages in zip(all_compositions(num_blocks), every_placement(objective), strict=True):
+                check(stages, objective, len(sizes))
+                on_rank = [sum(s.num_blocks for s in stages if s.pipeline_rank == r) for r in range(len(sizes))]
                 assert on_rank == list(sizes), "as the user gave them"
 
 
-@pytest.mark.parametrize("head_flops", [0.0, 0.5, 3.0, 5.0, 40.0])
-@pytest.mark.parametrize("num_blocks", range(1, 9))
-def test_balanced_is_the_best_of_all_partitions(num_blocks: int, head_flops: float) -> None:
-    costs = ModelCosts(3.0, head_flops)
-    for chunks in range(1, num_blocks + 1):
-        spans = chunked(num_blocks, chunks)
-        for pipeline in range(1, num_blocks + 1):
-            best = min(price(sizes, spans, costs) for sizes in compositions(num_blocks, pipeline))
-            assert price(rank_sizes(spans, pipeline, costs), spans, costs) == best
-
-
 @settings(deadline=None)  # a busy machine is no error
+@given(placements(objectives(most_blocks=24) | any_spans()))
+def test_every_block_is_in_exactly_one_stage(case: tuple[Objective, list[StagePlan]]) -> None:
+    objective, stages = case
+    check(stages, objective, stages[-1].pipeline_rank + 1)
+
+
+STAGES: list[tuple[Objective, list[int], str]] = [
+    # objective, blocks on every rank, its stages: blocks, h where there is a head, - where nothing is trained
+    (build(4, "backprop"), [4], "0-3h"),
+    (build(4, "backprop"), [1, 3], "0-0 1-3h"),
+    (build(6, "chunked", chunks=2), [6], "0-2h 3-5h"),
+    (build(6, "chunked", chunks=2), [4, 2], "0-2h 3-3 4-5h"),
+    (build(6, "last", trained_blocks=2), [6], "0-3- 4-5h"),
+    (build(6, "last", trained_blocks=2), [2, 4], "0-1- 2-3- 4-5h"),
+    (build(6, "deep_supervision", chunks=3), [6], "0-1h 2-3h 4-5h"),
+    (build(6, "delayed", chunks=3), [6], "0-1 2-3 4-5h"),
+    (build(8, "overlapping", chunks=4, overlap=1, own_weight=0.5, first_head=False), [8], "0-1 2-3h 4-5h 6-7h"),
+    (build(8, "overlapping", chunks=4, overlap=2, own_weight=0.5, first_head=False), [8], "0-1 2-5h 6-7h"),
+    (build(8, "overlapping", chunks=4, overlap=2, own_weight=0.5, first_head=True), [3, 5], "0-1h 2-2 3-3h 4-5h 6-7h"),
+    (build(4, "greedy", backprop_every=3), [2, 2], "0-0h 1-1h 2-2h 3-3h"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(STAGES)))
+def test_stages_by_hand(number: int) -> None:
+    objective, sizes, wanted = STAGES[number]
+    stages = cut(objective, len(sizes), COSTS, sizes)
+    said = [f"{s.first_block}-{s.last_block}" + "h" * s.has_head + "-" * (not s.trained) for s in stages]
+    assert " ".join(said) == wanted
+
+
+# ------------------------------------------------------------------------------------------------------ balanced
+
+
+@pytest.mark.parametrize(("head_flops", "auxiliary_flops"), [(0.0, 0.0), (0.5, 3.0), (5.0, 5.0), (40.0, 1.0)])
+def test_balanced_is_the_best_of_all_partitions(head_flops: float, auxiliary_flops: float) -> None:
+    costs = ModelCosts(3.0, head_flops, auxiliary_flops)
+    for num_blocks in range(1, 5):
+        for objective in every_objective(num_blocks):
+            for pipeline in range(1, num_blocks + 1):
+                best = min(price(sizes, objective, costs) for sizes in compositions(num_blocks, pipeline))
+                assert price(rank_sizes(objective, pipeline, costs), objective, costs) == best, (objective, pipeline)
+
+
+@settings(deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=5),
+    objective=objectives(most_blocks=12) | any_spans(),
     pipeline=st.integers(1, 6),
     block_flops=st.integers(1, 100),
     head_flops=st.integers(0, 1000),
+    auxiliary_flops=st.integers(0, 1000),
 )
-def test_balanced_with_uneven_runs_and_any_costs(
-    lengths: list[int], pipeline: int, block_flops: int, head_flops: int
+def test_balanced_with_any_costs(
+    objective: Objective, pipeline: int, block_flops: int, head_flops: int, auxiliary_flops: int
 ) -> None:
-    spans, costs = chunked(sum(lengths), lengths), ModelCosts(block_flops, head_flops)
-    pipeline = min(pipeline, sum(lengths))
-    check(cut(spans, pipeline, costs), spans, pipeline)
-    best = min(price(sizes, spans, costs) for sizes in compositions(sum(lengths), pipeline))
-    assert price(rank_sizes(spans, pipeline, costs), spans, costs) == best
+    costs = ModelCosts(block_flops, head_flops, auxiliary_flops)
+    pipeline = min(pipeline, objective.num_blocks)
+    best = min(price(sizes, objective, costs) for sizes in compositions(objective.num_blocks, pipeline))
+    sizes = rank_sizes(objective, pipeline, costs)
+    assert price(sizes, objective, costs) == best
+    assert cut(objective, pipeline, costs) == cut(objective, pipeline, costs, sizes)
 
 
 def test_heads_count_in_the_balance() -> None:
     """Four runs on two ranks, but the last run's blocks are many: with a costly head two and two, else by blocks."""
-    spans = chunked(8, [1, 1, 1, 5])
-    assert rank_sizes(spans, 2, ModelCosts(1.0, 0.0)) == [3, 5]
-    assert rank_sizes(spans, 2, ModelCosts(1.0, 100.0)) == [2, 6]
+    runs = chunked(8, [1, 1, 1, 5])
+    assert rank_sizes(runs, 2, ModelCosts(1.0, 0.0, 0.0)) == [3, 5]
+    assert rank_sizes(runs, 2, ModelCosts(1.0, 100.0, 100.0)) == [2, 6]
+    assert rank_sizes(runs, 2, ModelCosts(1.0, 100.0, 0.0)) == [3, 5]  # cheap auxiliary heads
+
+
+def test_blocks_that_are_not_trained_cost_a_third() -> None:
+    assert rank_sizes(build(8, "last", trained_blocks=2), 2, ModelCosts(1.0, 0.0, 0.0)) == [6, 2]
+    assert rank_sizes(build(12, "last", trained_blocks=1), 2, ModelCosts(1.0, 0.0, 0.0)) == [7, 5]
 
 
 def test_no_border_carries_a_gradient_where_that_can_be_had() -> None:
     stages = cut(chunked(8, [1, 7]), 2, COSTS)
-    assert [s.num_blocks for s in stages] == [1, 7] and not any(s.gradient_above for s in stages)
+    assert [s.num_blocks for s in stages] == [1, 7] and all(s.has_head for s in stages)
 
 
-def test_a_span_over_two_ranks() -> None:
-    below, above = cut(chunked(4, 1), 2, COSTS, [3, 1])
-    assert (below.first_block, below.last_block, below.pipeline_rank, below.has_head) == (0, 2, 0, False)
-    assert (above.first_block, above.last_block, above.pipeline_rank, above.has_head) == (3, 3, 1, True)
-    assert below.gradient_above and above.gradient_below and not above.gradient_above and below.span == above.span
+def test_where_every_border_carries_one_gradient_the_balance_alone_counts() -> None:
+    """Losses that are added up travel as one gradient, so all borders of deep supervision are alike."""
+    heads_for_free = ModelCosts(1.0, 0.0, 0.0)
+    for name in ("backprop", "deep_supervision", "delayed"):
+        assert rank_sizes(build(8, name, chunks=4), 2, heads_for_free) == [4, 4], name
 
 
-def test_chunked_spans() -> None:
-    assert chunked(8, 3) == (Span(0, 2), Span(3, 5), Span(6, 7))  # the longer ones first
-    assert chunked(8, [1, 5, 2]) == (Span(0, 0), Span(1, 5), Span(6, 7))
-    assert greedy(3) == chunked(3, 3) == (Span(0, 0), Span(1, 1), Span(2, 2))
-    assert chunked(3, 1) == (Span(0, 2),)
+def test_a_loss_that_no_block_below_takes_crosses_no_border() -> None:
+    """With own_weight 1 at overlap 1 every run trains itself: cuts between runs are free, those within are not."""
+    options: dict[str, Any] = {"chunks": [1, 3], "overlap": 1, "own_weight": 1.0, "first_head": True}
+    assert rank_sizes(build(4, "overlapping", **options), 2, ModelCosts(1.0, 0.0, 0.0)) == [1, 3]
 
 
-@settings(deadline=None)  # a busy machine is no error
-@given(num_blocks=st.integers(1, 40), data=st.data())
-def test_chunks_are_as_equal_as_possible(num_blocks: int, data: st.DataObject) -> None:
-    spans = chunked(num_blocks, data.draw(st.integers(1, num_blocks)))
-    assert [block for span in spans for block in range(span.first, span.last + 1)] == list(range(num_blocks))
-    sizes = [span.last - span.first + 1 for span in spans]
-    assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
-
-
-@pytest.mark.parametrize("chunks", [0, 9, -1, [], [4, 5], [8, 0], [9, -1]])
-def test_chunks_that_do_not_fit_are_refused(chunks: int | list[int]) -> None:
-    with pytest.raises(ConfigError, match="objective.chunks") as caught:
-        chunked(8, chunks)
-    assert str(chunks) in str(caught.value) and "8" in str(caught.value)
+# ----------------------------------------------------------------------------------------------- what does not fit
 
 
 def test_more_ranks_than_blocks_are_refused() -> None:
@@ -144,25 +191,35 @@ def test_more_ranks_than_blocks_are_refused() -> None:
         cut(chunked(4, 2), 5, COSTS)
 
 
-@pytest.mark.parametrize("sizes", [[4, 5], [8], [4, 2, 2], [8, 0], [9, -1], [3, 4]])
+@pytest.mark.parametrize("sizes", [[4, 5], [8], [4, 2, 2], [8, 0], [9, -1], [3, 4], []])
 def test_a_partition_that_does_not_place_every_block_once_is_refused(sizes: list[int]) -> None:
     with pytest.raises(ConfigError, match="parallel.partition is") as caught:
         cut(chunked(8, 2), 2, COSTS, sizes)
     assert str(sizes) in str(caught.value) and "add up to 8" in str(caught.value)
 
 
+# ------------------------------------------------------------------------------------------------------- for people
+
+
 def test_costs_of_a_model() -> None:
     costs = model_costs(block_parameters=1000, hidden_size=8, vocab_size=100, sequence_length=16)
-    assert costs == ModelCosts(block_flops=2000 + 2 * 16 * 8, head_flops=2 * 8 * 100)
+    assert costs.block_flops == 2000 + 2 * 16 * 8
+    assert costs.head_flops == costs.auxiliary_flops == 2 * 8 * 100
 
 
 def test_the_table_for_people() -> None:
-    rows = table(cut(chunked(4, 2), 2, ModelCosts(1e6, 2e6), [3, 1]), ModelCosts(1e6, 2e6))
+    costs = ModelCosts(block_flops=1e6, head_flops=2e6, auxiliary_flops=1e6)
+    rows = table(cut(chunked(4, 2), 2, costs, [3, 1]), costs)
     assert [(row["stage"], row["pipeline rank"], row["blocks"]) for row in rows] == [
         (0, 0, "0-1"),
         (1, 0, "2-2"),
         (2, 1, "3-3"),
     ]
-    assert [row["head"] for row in rows] == ["auxiliary", "none (gradient from above)", "own"]
-    assert [row["MFLOP/token"] for row in rows] == [4.0, 1.0, 3.0]
-    assert [row["share"] for row in rows] == ["50.0%", "12.5%", "37.5%"]
+    assert [row["head"] for row in rows] == ["private", "none", "the model's own"]
+    assert [row["MFLOP/token"] for row in rows] == [3.0, 1.0, 3.0]
+    assert [row["share"] for row in rows] == ["42.9%", "14.3%", "42.9%"]
+
+
+def test_the_table_shows_what_is_not_trained() -> None:
+    rows = table(cut(build(4, "last", trained_blocks=1), 2, COSTS, [2, 2]), COSTS)
+    assert [row["head"] for row in rows] == ["none, not trained", "none, not trained", "the model's own"]

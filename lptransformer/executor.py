@@ -1,0 +1,281 @@
+"""Executes the actions of a schedule on the stages of one pipeline rank: what is computed, kept, sent and received.
+
+One phase of the objective after another may need another schedule; which one an update takes is the engine's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lptransformer.channel import Control, Header, Kind, Neighbours
+from lptransformer.clipping import ClipGroup, local_clip_groups
+from lptransformer.deepspeed_stage import FrozenStage, Outcome, TrainedStage
+from lptransformer.gradients import Duty, crossing, duties, flows
+from lptransformer.objective import Objective
+from lptransformer.partition import StagePlan
+from lptransformer.schedule import Action, Pattern, one_update
+from lptransformer.stage import Pull
+from lptransformer.token_set import Batch
+from lptransformer.world import World
+
+LocalStage = TrainedStage | FrozenStage
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """How a head's loss is taken: at which positions, and over how many label tokens of the whole update.
+
+    `positions` gives int64 [b, k] for the number of a micro-batch since the start of the run, or None for all.
+    """
+
+    label_tokens: int
+    positions: Callable[[int], Tensor | None] = lambda micro_batch: None
+
+
+@dataclass
+class Pass:
+    """A forward pass that waits for its backward."""
+
+    inputs: Tensor
+    hidden_states: Tensor
+    loss: Tensor | None
+    loss_gradient: Tensor | None  # at the hidden states, where the head is split off
+    pull: Pull | None
+
+
+@dataclass
+class Update:
+    """What an update has come to so far."""
+
+    number: int
+    control: Control = Control.NOTHING
+    loss_sums: dict[int, list[Tensor]] = field(default_factory=dict)
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PhaseWork:
+    """The schedule of a phase on this pipeline rank, and what its actions need to know."""
+
+    pattern: Pattern
+    duties: list[Duty]
+    clip_groups: dict[int, ClipGroup]
+    slots_below: list[int]  # the flows that cross the border below this rank: which channel each one takes
+    slots_above: list[int]
+
+
+def plan_phases(
+    world: World, stages: Sequence[StagePlan], objective: Objective, local: Mapping[int, LocalStage], rounds: int
+) -> list[PhaseWork]:
+    """The work of every phase; `rounds` are the micro-batches of this replica in an update."""
+    trained = {index: stage for index, stage in local.items() if isinstance(stage, TrainedStage)}
+    return [
+        PhaseWork(
+            one_update(stages, phase, world.pipeline_rank, rounds, objective.delayed),
+            duties(phase, stages),
+            local_clip_groups(world, stages, phase, trained, str(number)),
+            crossing(flows(phase, stages), min(local)),
+            crossing(flows(phase, stages), max(local) + 1),
+        )
+        for number, phase in enumerate(objective.phases)
+    ]
+
+
+class Executor:
+    """The stages of this process at work."""
+
+    def __init__(
+        self,
+        world: World,
+        local: Mapping[int, LocalStage],
+        neighbours: Neighbours,
+        head_losses: Mapping[int, HeadLoss],
+        micro_batches: int,
+        batch: Callable[[int], Batch],
+        decide: Callable[[], Control],
+    ) -> None:
+        """`micro_batches` are those of an update, over all replicas; `batch` gives one by its number since the start.
+
+        `decide` is asked on pipeline rank 0, once per update, what is to follow it; `head_losses` is by stage.
+        """
+        self.world = world
+        self.local = local
+        self.neighbours = neighbours
+        self.head_losses = head_losses
+        self.rounds = micro_batches // world.data_size  # micro-batches of this replica in an update
+        self.batch = batch
+        self.decide = decide
+        self._actions: dict[str, Callable[[LocalStage, Action], None]] = {
+            "R": self._receive,
+            "F": self._forward,
+            "S": self._send,
+            "P": self._pull,
+            "RG": self._receive_gradient,
+            "B": self._backward,
+            "SG": self._send_gradient,
+            "U": self._update,
+        }
+        # Keyed by the number of the micro-batch since the start of the run.
+        self._batches: dict[int, Batch] = {}
+        self._hidden: dict[tuple[int, int], Tensor] = {}  # (stage, micro-batch): its output, detached
+        self._passes: dict[tuple[int, int], Pass] = {}
+        self._gradients: dict[tuple[int, int, int], Tensor] = {}  # (stage, micro-batch, flow): at the stage's output
+        self._norms: dict[int, Tensor | None] = {}
+        self._next: Update | None = None  # the update whose first forward passes were made in the one before
+
+    def run(self, work: PhaseWork, number: int) -> Update:
+        """All actions of update `number` (counted from 0), in the order of the schedule."""
+        pattern, self._work = work.pattern, work
+        self._now = self._next or self._begin(number)
+        assert self._now.number == number
+        self._do(pattern.body if self._next else (*pattern.fill, *pattern.body))
+        self._next = None
+        if pattern.goes_on and not self._now.control:
+            self._next = self._begin(number + 1)
+            self._do(pattern.goes_on)
+        else:
+            self._do(pattern.drains)
+        self._do(pattern.updates)
+        ended = (number + 1) * self.rounds
+        left = [key for kept in (self._hidden, self._passes, self._gradients) for key in kept if key[1] < ended]
+        assert not left, f"an update left something behind: {left}"
+        self._batches = {key: batch for key, batch in self._batches.items() if key >= ended}
+        self._norms.clear()
+        return self._now
+
+    def _begin(self, number: int) -> Update:
+        return Update(number, loss_sums={index: [] for index in self.local})
+
+    def _do(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            self._actions[action.op](self.local[action.stage], action)
+
+    def index(self, micro_batch: int) -> int:
+        """The number within the update of this replica's `micro_batch`-th micro-batch."""
+        return micro_batch % self.rounds * self.world.data_size + self.world.data_rank
+
+    def _of(self, action: Action) -> tuple[Update, int]:
+        """The update that an action belongs to, and its micro-batch counted from the start, on this replica."""
+        assert action.micro_batch is not None, f"{action} is of no micro-batch"
+        update = self._now if action.micro_batch < self.rounds else self._next
+        assert update is not None
+        return update, self._now.number * self.rounds + action.micro_batch
+
+    def _number(self, micro_batch: int) -> int:
+        """The number since the start of the run, over all replicas."""
+        return micro_batch * self.world.data_size + self.world.data_rank
+
+    def _batch(self, micro_batch: int) -> Batch:
+        if micro_batch not in self._batches:
+            self._batches[micro_batch] = self.batch(self._number(micro_batch))
+        return self._batches[micro_batch]
+
+    def _show_weights(self, stage: LocalStage, update: Update) -> None:
+        """Delayed gradients: those of one update before, for an update that is not made yet when its turn comes."""
+        if isinstance(stage, TrainedStage) and stage.versions is not None:
+            stage.versions.show(before=update is self._now)
+
+    # ------------------------------------------------------------------------------------------ compute
+
+    def _forward(self, stage: LocalStage, action: Action) -> None:
+        update, micro_batch = self._of(action)
+        plan, duty, batch = stage.plan, self._work.duties[stage.plan.index], self._batch(micro_batch)
+        if plan.is_first:
+            inputs = batch.input_ids.to(self.world.device)
+        else:
+            inputs = self._hidden.pop((plan.index - 1, micro_batch)).requires_grad_(bool(duty.below))
+        scale, positions = 0.0, None
+        if plan.has_head:
+            how = self.head_losses[plan.index]
+            # DeepSpeed averages gradients over replicas: they have to add up to the mean over tokens.
+            scale, positions = self.world.data_size / how.label_tokens, how.positions(self._number(micro_batch))
+            positions = None if positions is None else positions.to(self.world.device)
+        labels = batch.labels.to(self.world.device)
+        self._show_weights(stage, update)
+        hidden_states, loss, loss_sum, loss_gradient, pull = stage.forward(inputs, labels, scale, positions, duty.split)
+        if loss_sum is not None:
+            update.loss_sums[plan.index].append(loss_sum)
+        if plan.trained:
+            self._passes[plan.index, micro_batch] = Pass(inputs, hidden_states, loss, loss_gradient, pull)
+        if not plan.is_last:
+            self._hidden[plan.index, micro_batch] = hidden_states.detach()
+
+    def _pull(self, stage: LocalStage, action: Action) -> None:
+        index, flow, (_, micro_batch) = action.stage, action.flow, self._of(action)
+        assert flow is not None
+        waiting, duty = self._passes[index, micro_batch], self._work.duties[index]
+        parts = [waiting.loss_gradient] if duty.own == flow else []
+        parts += [self._gradients[index, micro_batch, number] for number, _ in duty.above if number == flow]
+        gradient = _sum([part for part in parts if part is not None])
+        assert waiting.pull is not None and gradient is not None
+        self._gradients[index - 1, micro_batch, flow] = waiting.pull(gradient)
+
+    def _backward(self, stage: LocalStage, action: Action) -> None:
+        index, (update, micro_batch) = action.stage, self._of(action)
+        done, duty = self._passes.pop((index, micro_batch)), self._work.duties[index]
+        weighed = [(self._gradients.pop((index, micro_batch, flow)), weight) for flow, weight in duty.above]
+        if done.loss_gradient is not None and duty.loss_weight is not None:
+            weighed.insert(0, (done.loss_gradient, duty.loss_weight))
+        gradient = _sum([part if weight == 1.0 else part * weight for part, weight in weighed if weight != 0.0])
+        # What comes from above enters as a vector-Jacobian product.
+        terms = [done.loss, None if gradient is None else (done.hidden_states * gradient).sum()]
+        loss = _sum([term for term in terms if term is not None])
+        assert loss is not None and isinstance(stage, TrainedStage)
+        self._show_weights(stage, update)
+        stage.backward(loss)
+        if duty.down is not None:
+            assert done.inputs.grad is not None
+            self._gradients[index - 1, micro_batch, duty.down] = done.inputs.grad
+
+    def _update(self, stage: LocalStage, action: Action) -> None:
+        assert isinstance(stage, TrainedStage)
+        group = self._work.clip_groups[action.stage]
+        if id(group) not in self._norms:
+            self._norms[id(group)] = group.norm()
+        self._now.outcomes[action.stage] = stage.update(self._norms[id(group)])
+
+    # ------------------------------------------------------------------------------------------ messages
+
+    def _receive(self, stage: LocalStage, action: Action) -> None:
+        assert self.neighbours.below is not None
+        update, micro_batch = self._of(action)
+        header, hidden_states = self.neighbours.below.receive()
+        self._check(header, Kind.TRAIN, update, micro_batch)
+        update.control |= header.control
+        self._hidden[action.stage - 1, micro_batch] = hidden_states
+
+    def _send(self, stage: LocalStage, action: Action) -> None:
+        assert self.neighbours.above is not None
+        update, micro_batch = self._of(action)
+        if self.world.pipeline_rank == 0 and (micro_batch + 1) % self.rounds == 0:
+            update.control = self.decide()
+        header = Header(Kind.TRAIN, update.number, self.index(micro_batch), update.control)
+        self.neighbours.above.send(header, self._hidden.pop((action.stage, micro_batch)))
+
+    def _receive_gradient(self, stage: LocalStage, action: Action) -> None:
+        assert action.flow is not None
+        update, micro_batch = self._of(action)
+        header, gradient = self.neighbours.gradients_above[self._work.slots_above.index(action.flow)].receive()
+        self._check(header, Kind.GRADIENT, update, micro_batch)
+        self._gradients[action.stage, micro_batch, action.flow] = gradient
+
+    def _send_gradient(self, stage: LocalStage, action: Action) -> None:
+        assert action.flow is not None
+        update, micro_batch = self._of(action)
+        header = Header(Kind.GRADIENT, update.number, self.index(micro_batch))
+        gradient = self._gradients.pop((action.stage - 1, micro_batch, action.flow))
+        self.neighbours.gradients_below[self._work.slots_below.index(action.flow)].send(header, gradient)
+
+    def _check(self, header: Header, kind: Kind, update: Update, micro_batch: int) -> None:
+        expected = (kind, update.number, self.index(micro_batch))
+        assert (header.kind, header.update, header.micro_batch) == expected, f"expected {expected}, received {header}"
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor | None:
+    total = None
+    for part in parts:
+        total = part if total is None else total + part
+    return total

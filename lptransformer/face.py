@@ -1,0 +1,45 @@
+"""The face of a training engine: what it takes and gives, whichever engine it is.
+
+`train_batch() -> UpdateResult`, `eval_batch(name) -> reports`, `save_checkpoint(run)`, `load_checkpoint(run)`,
+`request(control)` and `close()` are all that train.py knows of engine.py and pipeline_baseline.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from lptransformer.channel import Control
+from lptransformer.metrics import EvaluationReport, StageReport
+from lptransformer.token_set import Batch
+
+Report = StageReport | EvaluationReport
+
+
+class Stream(Protocol):
+    """Micro-batches by their number since the start of the run; the same on every pipeline rank."""
+
+    def batch(self, index: int) -> Batch: ...
+
+    def position(self, index: int) -> dict[str, int]: ...
+
+    def index(self, position: Mapping[str, int]) -> int: ...
+
+
+class ValidSet(Protocol):
+    """A validation set: micro-batches of full shape, padded with positions that have no label."""
+
+    def batches(self, micro_batch_size: int) -> Iterable[Batch]: ...
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """After an update: how many there were, what pipeline rank 0 wants to follow, and reports.
+
+    On global rank 0 `reports` holds what has arrived from all processes since the last call, elsewhere this process's.
+    """
+
+    update: int
+    control: Control
+    reports: list[Report]

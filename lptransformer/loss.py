@@ -1,0 +1,107 @@
+"""The chunked cross-entropy that all LM heads share, and what a family does to its logits before it.
+
+The logits of a micro-batch, [tokens, vocabulary], never exist at once: the loss and its gradients are taken chunk of
+rows by chunk of rows during the forward pass, so the backward pass costs nothing but a scaling and holds no logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class LogitRule:
+    """What some families do to the logits: a factor, a divisor, then a soft cap, cap * tanh(logits / cap).
+
+    Factor and divisor are kept apart because their roundings differ.
+    """
+
+    factor: float = 1.0
+    divisor: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.factor != 1.0:
+            logits = logits * self.factor
+        if self.divisor != 1.0:
+            logits = logits / self.divisor
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits
+
+
+PLAIN = LogitRule()
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        scale: float,
+        chunk_tokens: int,
+        rule: LogitRule,
+        train_hidden: bool,
+        train_weight: bool,
+    ) -> tuple[Tensor, Tensor]:
+        starts = range(0, hidden.shape[0], chunk_tokens)
+        losses: dict[int, Tensor] = {}
+        grad_hidden = torch.empty_like(hidden) if train_hidden else None
+        grad_weight: Tensor | None = None
+        # Last chunk first: the order in which autograd would add up the gradients of the weight.
+        for start in reversed(starts):
+            rows = slice(start, start + chunk_tokens)
+            logits = F.linear(hidden[rows], weight).detach().requires_grad_(train_hidden or train_weight)
+            with torch.enable_grad():
+                exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                loss = F.cross_entropy(rule(exact), labels[rows], ignore_index=IGNORE_INDEX, reduction="sum")
+            losses[start] = loss.detach()
+            if train_hidden or train_weight:
+                (grad_logits,) = torch.autograd.grad(loss, logits, torch.full_like(loss, scale))
+                if grad_hidden is not None:
+                    grad_hidden[rows] = grad_logits @ weight
+                if train_weight:
+                    product = grad_logits.T @ hidden[rows]
+                    grad_weight = product if grad_weight is None else grad_weight.add_(product)
+        total = losses[0]
+        for start in starts[1:]:
+            total = total + losses[start]
+        ctx.save_for_backward(grad_hidden, grad_weight, total)
+        ctx.mark_non_differentiable(total)
+        return total * scale, total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, total = ctx.saved_tensors
+        # x - x is 0 for every finite x and NaN otherwise: a loss that is not finite poisons its gradients, so that the
+        # gradient norm alone decides whether an update is skipped, on every replica alike and without a host sync.
+        factor = grads[0] + (total - total)
+        scaled = [None if grad is None else grad * factor.to(grad.dtype) for grad in (grad_hidden, grad_weight)]
+        return (*scaled, None, None, None, None, None, None)
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, scale: float, chunk_tokens: int, rule: LogitRule = PLAIN
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of `rule(hidden @ weight.T)` against `labels`, summed over rows, without the whole logits.
+
+    hidden [tokens, hidden_size], weight [vocab_size, hidden_size], labels [tokens] int64 with IGNORE_INDEX where there
+    is no loss. Returns (sum times `scale`, to be called backward on; sum, for logs), both scalars in nats, in fp32 or
+    the higher precision of `hidden`. Logits are cast to that before rule and loss. With equal `chunk_tokens`, loss and
+    gradients are bit for bit those of the plain loop over chunks of rows. A gradient that nobody asks for (a weight
+    that is a read-only copy) is not computed.
+    """
+    train_hidden, train_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    loss, total = _ChunkedCrossEntropy.apply(
+        hidden, weight, labels, scale, chunk_tokens, rule, train_hidden, train_weight
+    )
+    return loss, total

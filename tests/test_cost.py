@@ -1,0 +1,103 @@
+"""Counted costs against what torch counts when a tiny stage runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
+
+from lptransformer import family, objective, partition
+from lptransformer.config_sections import HeadSection
+from lptransformer.cost import ModelCosts, loss_positions, model_costs
+from lptransformer.head import Head, token_positions
+from lptransformer.stage import make_stage
+
+VOCAB, HIDDEN, LENGTH, ROWS = 320, 64, 16, 2
+SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "max_position_embeddings": LENGTH}
+CONFIG = LlamaConfig(**SIZES, num_hidden_layers=4, num_attention_heads=4, intermediate_size=160)
+CONFIG._attn_implementation = "eager"  # plain products, which torch counts
+PARTS = family.anatomy(CONFIG)
+PLANS = partition.cut(objective.build(4, "chunked", chunks=2), 1, ModelCosts(1, 1, 1))
+HEADS: dict[str, dict[str, Any]] = {
+    "private": {},
+    "shared": {"kind": "shared"},
+    "low rank": {"kind": "low_rank", "rank": 8},
+    "private, a third": {"token_fraction": 0.3},
+    "shared, a third": {"kind": "shared", "token_fraction": 0.3},
+    "private, 2 blocks": {"blocks": 2},
+    "shared, 1 block, a third": {"kind": "shared", "blocks": 1, "token_fraction": 0.3},
+    "low rank, 2 averaged blocks": {"kind": "low_rank", "rank": 8, "blocks": 2, "ema_decay": 0.5},
+}
+
+
+def head(**options: Any) -> Head:
+    found = make_stage(PLANS[0], CONFIG, PARTS, seed=0, head=HeadSection(**options)).head
+    assert found is not None
+    return found
+
+
+def costs(**options: Any) -> ModelCosts:
+    averaged = options.pop("ema_decay", None) is not None
+    sizes = PARTS.block_parameters, HIDDEN, VOCAB, LENGTH
+    more = {"embedding_parameters": PARTS.embedding_parameters, "norm_parameters": PARTS.norm_parameters}
+    return model_costs(*sizes, **more, averaged_blocks=averaged, **options)
+
+
+def measured(one: Head, fraction: float) -> tuple[float, float]:
+    """FLOPs per token of a forward pass without gradients, and of what training takes on top of it."""
+    hidden_states = torch.randn(ROWS, LENGTH, HIDDEN, requires_grad=True)
+    labels = torch.randint(0, VOCAB, (ROWS, LENGTH))
+    positions = None if fraction == 1.0 else token_positions(0, 1, 0, ROWS, LENGTH, fraction)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        one(hidden_states, labels, 1.0, positions)
+    with FlopCounterMode(display=False) as both:
+        one(hidden_states, labels, 1.0, positions)[0].backward()
+    tokens = ROWS * LENGTH
+    return forward.get_total_flops() / tokens, (both.get_total_flops() - forward.get_total_flops()) / tokens
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_flops_of_a_head(name: str) -> None:
+    """To the last one: torch counts all pairs of positions in attention where half of them count, and no norms."""
+    options = HEADS[name]
+    counted, blocks = costs(**options), options.get("blocks", 0)
+    forward, backward = measured(head(**options), options.get("token_fraction", 1.0))
+    half_of_attention, norms = blocks * 2 * LENGTH * HIDDEN, blocks * 2 * 2 * HIDDEN
+    assert forward == counted.auxiliary_flops + half_of_attention - norms
+    passes = 1 if "ema_decay" in options else 2
+    assert backward == counted.auxiliary_backward_flops + 2 * half_of_attention - passes * norms
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_weights_of_a_head(name: str) -> None:
+    options = HEADS[name]
+    one, counted = head(**options), costs(**options)
+    assert counted.auxiliary_parameters == sum(parameter.numel() for parameter in one.parameters())
+    assert counted.auxiliary_copied == sum(
+        one.get_buffer(copied.target.removeprefix("head.")).numel() for copied in one.copies
+    )
+
+
+def test_weights_of_the_model() -> None:
+    counted = costs()
+    stages = [make_stage(plan, CONFIG, PARTS, seed=0, head=HeadSection()) for plan in PLANS]
+    whole = 4 * counted.block_parameters + counted.embedding_parameters
+    assert sum(p.numel() for stage in stages for p in stage.body.parameters()) == whole
+    assert stages[-1].head is not None
+    assert sum(p.numel() for p in stages[-1].head.parameters()) == counted.head_parameters
+
+
+def test_cheap_heads_are_cheaper_in_the_order_that_one_expects() -> None:
+    full, shared, third, low = (costs(**HEADS[name]) for name in ("private", "shared", "private, a third", "low rank"))
+    assert full.auxiliary_flops == shared.auxiliary_flops == full.head_flops == 2 * HIDDEN * VOCAB
+    assert full.auxiliary_backward_flops == 2 * shared.auxiliary_backward_flops
+    assert low.auxiliary_flops < third.auxiliary_flops < full.auxiliary_flops
+    assert full.head_flops == low.head_flops and full.block_flops == third.block_flops
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(1.0, 15), (0.5, 8), (0.3, 4), (1e-9, 1)])
+def test_positions_that_count(fraction: float, count: int) -> None:
+    assert loss_positions(LENGTH, fraction) == count

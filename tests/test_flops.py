@@ -1,0 +1,83 @@
+"""lptransformer.flops against numbers worked out by hand: 8 equal blocks of forward cost 1, heads of 10 (30 in all)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lptransformer import flops, objective
+from lptransformer.cost import ModelCosts
+
+COSTS = ModelCosts(block_flops=1.0, head_flops=10.0, auxiliary_flops=10.0, auxiliary_backward_flops=20.0)
+OVERLAPPING = {"chunks": 4, "overlap": 1, "own_weight": 0.5, "first_head": False}
+
+
+def usual(name: str, costs: ModelCosts = COSTS, num_blocks: int = 8, **options: Any) -> tuple[float, float]:
+    built = objective.build(num_blocks, name, **options)
+    found = flops.of_phase(built, built.usual, costs)
+    return found.total, found.serial
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "total", "serial"),
+    [
+        ("backprop", {}, 24 + 30, 24 + 30),  # all of it, one after another
+        ("chunked", {"chunks": 1}, 24 + 30, 24 + 30),
+        ("chunked", {"chunks": 2}, 24 + 60, 12 + 30),
+        ("chunked", {"chunks": [2, 6]}, 24 + 60, 18 + 30),  # the longest chunk decides
+        ("greedy", {}, 24 + 8 * 30, 3 + 30),
+        ("last", {"trained_blocks": 2}, 6 + 3 * 2 + 30, 6 + 30),  # 6 frozen blocks: forward only, and never waited for
+        ("deep_supervision", {"chunks": 4}, 24 + 4 * 30, 24 + 30),
+        ("delayed", {"chunks": 4}, 24 + 30, (24 + 30) / 2),
+        # Runs 1 to 4 of 2 blocks: {1,2} {2,3} {3,4}. Pulls in runs 2 and 3; run 4 has no other loss and needs none.
+        # Serial: forward of 3 and 4, the head, the ordinary backward of 4, then of 3.
+        ("overlapping", OVERLAPPING, 24 + 2 * 2 + 3 * 30, 2 + 2 + 30 + 4 + 4),
+        # own_weight 1: every run has a head of its own and listens to no other, as in chunked.
+        ("overlapping", {**OVERLAPPING, "own_weight": 1.0, "first_head": True}, 24 + 4 * 30, 6 + 30),
+        ("overlapping", {**OVERLAPPING, "overlap": 0}, 24 + 4 * 30, 6 + 30),
+    ],
+)
+def test_an_update(name: str, options: dict[str, Any], total: float, serial: float) -> None:
+    assert usual(name, **options) == (total, serial)
+
+
+def test_the_overlapping_cycle_that_pulls() -> None:
+    """Runs of 1, 6 and 1 blocks: {1,2} and {2,3}. Run 2 pulls; its cycle with run 3 is not the costliest one."""
+    total, serial = usual("overlapping", **{**OVERLAPPING, "chunks": [1, 6, 1]})
+    assert total == 24 + 6 + 2 * 30
+    through_run_1 = 1 + 6 + 30 + 6 + 2  # forward of 1 and 2, head 2, pull of 2, backward of 1
+    through_run_3 = 6 + 1 + 30 + 2 + 12  # forward of 2 and 3, head 3, backward of 3 and of 2
+    assert serial == max(through_run_1, through_run_3)
+
+
+def test_a_turn_above_the_bottom_can_be_the_costliest() -> None:
+    """Runs of 1 and 7 with a head behind each: the pull of run 2 is cheaper than its own backward, run 1 is short."""
+    _, serial = usual("overlapping", chunks=[1, 7], overlap=1, own_weight=0.5, first_head=True)
+    down_to_run_1 = 1 + 7 + 30 + 14 + 2  # run 2 has no other loss: its ordinary backward hands down
+    assert serial == down_to_run_1
+    _, serial = usual("overlapping", num_blocks=9, chunks=[1, 7, 1], overlap=1, own_weight=0.5, first_head=True)
+    turn_at_run_2 = 7 + 30 + 14
+    assert serial == max(turn_at_run_2, 1 + 7 + 30 + 7 + 2, 7 + 1 + 30 + 2 + 14) == 54
+
+
+def test_what_a_cheap_head_saves() -> None:
+    shared = ModelCosts(1.0, 10.0, auxiliary_flops=10.0, auxiliary_backward_flops=10.0)
+    assert usual("chunked", shared, chunks=2) == (24 + 30 + 20, 12 + 30)
+
+
+def test_hybrid_is_the_mean_over_its_phases() -> None:
+    """Global updates: all blocks by the last head; the auxiliary heads learn and move no block."""
+    hybrid = objective.build(8, "chunked", chunks=2, backprop_every=5)
+    local, whole = (flops.of_phase(hybrid, phase, COSTS) for phase in hybrid.phases)
+    assert (local.total, local.serial) == (24 + 60, 12 + 30)
+    assert (whole.total, whole.serial) == (24 + 60, 24 + 30)
+    spent = flops.spent(hybrid, COSTS, updates=10, steps=100)
+    assert (spent.total, spent.serial) == (10 * 84, 8 * 42 + 2 * 54)
+    late = objective.build(8, "chunked", chunks=2, backprop_share=0.25)
+    assert flops.spent(late, COSTS, updates=7, steps=8).serial == 6 * 42 + 1 * 54  # the last 2 of 8 are global
+
+
+def test_spent_counts_updates() -> None:
+    backprop = objective.build(8, "backprop")
+    assert flops.spent(backprop, COSTS, updates=7, steps=100) == flops.UpdateFlops(7 * 54, 7 * 54)

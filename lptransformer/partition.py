@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lptransformer.cost import ModelCosts
 from lptransformer.errors import ConfigError
-from lptransformer.objective import Objective
+from lptransformer.objective import Objective, Phase
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ def rank_sizes(objective: Objective, pipeline: int, costs: ModelCosts) -> list[i
     num_blocks, heads, trained = objective.num_blocks, objective.heads, objective.trained
     if pipeline > num_blocks:
         raise ConfigError(f"parallel.pipeline is {pipeline}: a model of {num_blocks} blocks takes 1 to {num_blocks}")
-    spans = [span for phase in objective.phases for span in phase.spans]
-    crossing = [sum(block in span and block + 1 in span for span in spans) for block in range(num_blocks)]
+    crossing = [sum(_gradients_across(phase, block) for phase in objective.phases) for block in range(num_blocks)]
     cost_up_to = [0.0]
     for block in range(num_blocks):
         passes = 3 if block in trained else 1  # forward, and two backward
@@ -67,6 +66,14 @@ def rank_sizes(objective: Objective, pipeline: int, costs: ModelCosts) -> list[i
     return best[num_blocks][2]
 
 
+def _gradients_across(phase: Phase, block: int) -> int:
+    """How many gradients cross the border behind a block, in one message each."""
+    down = [
+        span for span in phase.spans if block + 1 in span and any(phase.weight(span, b) > 0 for b in range(block + 1))
+    ]
+    return len({span.first if phase.own_weight is None else span for span in down})
+
+
 def _head_flops(block: int, num_blocks: int, costs: ModelCosts) -> float:
     return costs.head_flops if block == num_blocks - 1 else costs.auxiliary_flops
 
@@ -77,8 +84,7 @@ def cut(
     """The stages in order. Every block is in exactly one stage.
 
     Cuts are the ends and starts of the spans of all phases, of their clip groups, and the borders between pipeline
-    ranks. `partition` is
-    "balanced" or the number of blocks on every pipeline rank.
+    ranks. `partition` is "balanced" or the number of blocks on every pipeline rank.
     Raises ConfigError when a given partition does not place every block once on `pipeline` ranks.
     """
     num_blocks = objective.num_blocks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -28,6 +29,10 @@ def save(run: Path, update: int) -> None:
     (stage / "complete").touch()
 
 
+def open_files() -> list[str]:
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+
+
 def main(arguments: list[str]) -> None:
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda signum, frame: stopped.append(signum))
@@ -39,8 +44,11 @@ def main(arguments: list[str]) -> None:
     if rate == 0.5:
         print("lptransformer: stage 0 skipped 10 updates in a row", file=sys.stderr)
         raise SystemExit(1)
-    if (run / "checkpoints").exists() != ("--resume" in arguments):
-        raise SystemExit("a checkpoint is there, and the sweep does not know")
+    saved = [int(folder.name[5:]) for folder in (run / "checkpoints").glob("step-*")]
+    if bool(saved) != ("--resume" in arguments) or max(saved, default=0) >= until:
+        raise SystemExit(f"updates {saved} are saved, and the sweep does not know")
+    if not any(os.readlink(f"/proc/self/fd/{fd}").endswith("sweep.lock") for fd in open_files()):
+        raise SystemExit("the lock of the sweep was not handed on")
     end = 2.0 + abs(math.log10(rate / 0.01)) + 0.1 * int(options.get("train.seed", 0))
     if rate == 0.25 and not (run / "checkpoints").exists():
         make_run(run, overrides, lambda update, block: end, updates=7, every=1000)

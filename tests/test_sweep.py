@@ -301,7 +301,9 @@ def test_a_run_that_fails_does_not_hold_up_a_rung(pretend: list[list[str]]) -> N
 
 def test_stopped_by_a_signal_and_started_again(pretend: list[list[str]]) -> None:
     found = read(write(grid={"train.learning_rate": [0.25, 0.3]}, methods={"m": {}}))
-    supervisor = sweep.Supervisor(found, processes=1)
+    found.folder.mkdir(parents=True)
+    lock = (found.folder / "sweep.lock").open("w")
+    supervisor = sweep.Supervisor(found, processes=1, lock=lock.fileno())
     watched = Path("runs/s/m/learning_rate=0.25/metrics.jsonl")
 
     class Stopping(SweepDisplay):
@@ -312,8 +314,7 @@ def test_stopped_by_a_signal_and_started_again(pretend: list[list[str]]) -> None
                 os.kill(os.getpid(), signal.SIGTERM)
 
     supervisor.display = Stopping(supervisor.states, 80)
-    Path("runs/s").mkdir(parents=True)
-    with pytest.raises(SystemExit) as end:
+    with lock, pytest.raises(SystemExit) as end:
         supervisor.work()
     assert end.value.code == 128 + signal.SIGTERM
     assert [state["status"] for state in status().values()] == ["stopped", "waiting"]

@@ -6,7 +6,6 @@ docs/design.md), so a run over any number of processes equals the plain one-proc
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +17,9 @@ from lptransformer import checkpoint, run_folder
 from lptransformer.channel import Control, Frame, Header, Kind, Neighbours, open_channels
 from lptransformer.errors import TrainingError
 from lptransformer.executor import Executor, HeadLoss, LocalStage, Update, plan_phases
-from lptransformer.face import Report, Stream, UpdateResult, ValidSet
+from lptransformer.face import Report, Stream, UpdateResult, ValidSet, gather_reports
 from lptransformer.gradients import crossing, flows
-from lptransformer.metrics import EvaluationReport, StageReport, report_from_dict
+from lptransformer.metrics import EvaluationReport, StageReport
 from lptransformer.mirror import Mirror
 from lptransformer.objective import Objective
 from lptransformer.partition import StagePlan
@@ -105,7 +104,7 @@ class LocalUpdateEngine:
         seconds, idle_seconds = time.perf_counter() - started, self.waited_seconds - waited
         if self._stop_requested and self.world.pipeline_rank > 0:
             self.world.store.set(STOP_KEY, "")
-        reports = self._tell([self._report(index, done, seconds, idle_seconds) for index in self.local])
+        reports = gather_reports(self.world, [self._report(index, done, seconds, idle_seconds) for index in self.local])
         self._stop_when_skipping(reports, done)
         return UpdateResult(self.update, done.control, reports)
 
@@ -139,7 +138,8 @@ class LocalUpdateEngine:
                     self.neighbours.above.send(Header(Kind.EVALUATE, self.update, index), inputs)
         for stage in self.local.values():
             stage.train(True)
-        return self._tell(
+        return gather_reports(
+            self.world,
             [
                 EvaluationReport(
                     update=self.update,
@@ -150,7 +150,7 @@ class LocalUpdateEngine:
                     label_tokens=label_tokens,
                 )
                 for index, nll_sum in sums.items()
-            ]
+            ],
         )
 
     def save_checkpoint(self, run: str | Path) -> None:
@@ -210,7 +210,7 @@ class LocalUpdateEngine:
         self.mirror.close(self.update)
         self.neighbours.flush()
         self.world.wait_for_the_end()
-        reports = self._tell([]) if self.world.global_rank == 0 else []
+        reports = gather_reports(self.world, []) if self.world.global_rank == 0 else []
         self.neighbours = Neighbours()
         leave(self.world)
         return reports
@@ -242,15 +242,6 @@ class LocalUpdateEngine:
             idle_seconds=idle_seconds,
             peak_memory_bytes=peak_memory_bytes(self.world.device),
         )
-
-    def _tell(self, reports: list[Report]) -> list[Report]:
-        """Reports go to global rank 0 through the store: no collective, nobody waits."""
-        if self.world.global_rank != 0:
-            self.world.store.queue_push("reports", json.dumps([report.to_dict() for report in reports]))
-            return reports
-        while self.world.store.queue_len("reports"):
-            reports = reports + [report_from_dict(r) for r in json.loads(self.world.store.queue_pop("reports", True))]
-        return reports
 
     def _stop_when_skipping(self, reports: list[Report], done: Update) -> None:
         for index, stage in self.local.items():

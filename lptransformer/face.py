@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from lptransformer.channel import Control
-from lptransformer.metrics import EvaluationReport, StageReport
+from lptransformer.metrics import EvaluationReport, StageReport, report_from_dict
 from lptransformer.token_set import Batch
+from lptransformer.world import World
 
 Report = StageReport | EvaluationReport
 
@@ -43,3 +45,16 @@ class UpdateResult:
     update: int
     control: Control
     reports: list[Report]
+
+
+def gather_reports(world: World, reports: list[Report]) -> list[Report]:
+    """Reports go to global rank 0 through the store: no collective, nobody waits.
+
+    There: these and all that have arrived since the last call. Elsewhere: these.
+    """
+    if world.global_rank != 0:
+        world.store.queue_push("reports", json.dumps([report.to_dict() for report in reports]))
+        return reports
+    while world.store.queue_len("reports"):
+        reports = reports + [report_from_dict(r) for r in json.loads(world.store.queue_pop("reports", True))]
+    return reports

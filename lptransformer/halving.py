@@ -19,8 +19,8 @@ class Halving:
     keep: float = 0.5
 
     def kept(self, settings: int) -> int:
-        """How many of so many settings go on to the next rung: rounded up, so at least one."""
-        return math.ceil(settings * self.keep - 1e-9)
+        """How many of so many settings go on to the next rung: rounded to the nearest, a half up; at least one."""
+        return max(1, math.floor(settings * self.keep + 0.5))
 
 
 def targets(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import json
 import math
 import shutil
 import time
@@ -32,8 +31,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from lptransformer import checkpoint, run_folder
 from lptransformer.channel import Control
 from lptransformer.errors import RunError, TrainingError
-from lptransformer.face import Report, Stream, UpdateResult, ValidSet
-from lptransformer.metrics import EvaluationReport, StageReport, report_from_dict
+from lptransformer.face import Report, Stream, UpdateResult, ValidSet, gather_reports
+from lptransformer.metrics import EvaluationReport, StageReport
 from lptransformer.partition import StagePlan
 from lptransformer.processes import peak_memory_bytes
 from lptransformer.stage import Stage
@@ -144,7 +143,7 @@ class PipelineBaseline:
             idle_seconds=self._waited_seconds - waited if self.world.device.type == "cpu" else math.nan,
             peak_memory_bytes=peak_memory_bytes(self.world.device),
         )
-        reports = self._tell([report])
+        reports = gather_reports(self.world, [report])
         self.skipped_in_a_row = 0 if math.isfinite(mean_loss) and not skipped else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= self.max_skipped_updates:
             raise TrainingError(
@@ -167,8 +166,9 @@ class PipelineBaseline:
                 batches = _pairs(self._own_batches(name))
                 self.engine.eval_batch(batches, bcast_loss=False, num_micro_batches=micro_batches)
         nll_sum = sum(loss.item() for loss in self._loss_sums) if self.plan.has_head else None
-        return self._tell(
-            [EvaluationReport(self.update, name, self.plan.index, self.world.data_rank, nll_sum, label_tokens)]
+        return gather_reports(
+            self.world,
+            [EvaluationReport(self.update, name, self.plan.index, self.world.data_rank, nll_sum, label_tokens)],
         )
 
     def save_checkpoint(self, run: str | Path) -> None:
@@ -248,7 +248,7 @@ class PipelineBaseline:
     def close(self) -> list[Report]:
         """Leave the run, when every process has come to its end; returns the last reports on global rank 0."""
         self.world.wait_for_the_end()
-        reports = self._tell([]) if self.world.global_rank == 0 else []
+        reports = gather_reports(self.world, []) if self.world.global_rank == 0 else []
         leave(self.world)
         return reports
 
@@ -290,15 +290,6 @@ class PipelineBaseline:
     def _own_batches(self, name: str) -> Iterator[Batch]:
         rounds = whole_rounds(self.valid[name].batches(self.micro_batch_size), self.world.data_size)
         return islice(rounds, self.world.data_rank, None, self.world.data_size)
-
-    def _tell(self, reports: list[Report]) -> list[Report]:
-        """Reports go to global rank 0 through the store."""
-        if self.world.global_rank != 0:
-            self.world.store.queue_push("reports", json.dumps([report.to_dict() for report in reports]))
-            return reports
-        while self.world.store.queue_len("reports"):
-            reports = reports + [report_from_dict(r) for r in json.loads(self.world.store.queue_pop("reports", True))]
-        return reports
 
 
 class _Layer(nn.Module):

@@ -21,15 +21,19 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which most people can tell apart, and four more.
 COLOURS: tuple[str, ...] = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B")
 COLOURS += ("#7F7F7F", "#6A3D9A", "#B8B000", "#17BECF")
+Look = dict[str, Any]
 _COSTS = {"total_flops": "total FLOPs", "serial_flops": "serial FLOPs", "seconds": "training time (seconds)"}
 
 
-def colours(methods: Sequence[str]) -> dict[str, str]:
-    """A colour per method, by its place among them."""
-    return {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(dict.fromkeys(methods))}
+def looks(methods: Sequence[str]) -> dict[str, Look]:
+    """How the lines of every method look, by its place among them: a colour, and dashes where colours come again."""
+    return {
+        method: {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3]}
+        for i, method in enumerate(dict.fromkeys(methods))
+    }
 
 
-def draw_methods(chosen: Sequence[Choice], name: str, colour: Mapping[str, str], out: Path) -> Path:
+def draw_methods(chosen: Sequence[Choice], name: str, look: Mapping[str, Look], out: Path) -> Path:
     """The last exit's loss of every method's best setting, over tokens and over seconds; thin lines are other seeds.
 
     The legend is in the order of the last losses.
@@ -39,20 +43,20 @@ def draw_methods(chosen: Sequence[Choice], name: str, colour: Mapping[str, str],
     for place, (key, label) in zip(axes, (("tokens", "training tokens"), ("seconds", _COSTS["seconds"])), strict=True):
         for method, run, first in runs:
             x, y = _columns(run, name, key)
-            place.plot(x, y, color=colour[method], linewidth=1.5 if first else 0.7, alpha=1 if first else 0.5)
-            place.plot(x[-1:], y[-1:], "o", color=colour[method], markersize=3)
+            place.plot(x, y, **look[method], linewidth=1.5 if first else 0.7, alpha=1 if first else 0.5)
+            place.plot(x[-1:], y[-1:], "o", color=look[method]["color"], markersize=3)
         place.set_xlabel(label)
         _count_axis(place)
     _show_late_part(axes[0], [run for _, run, _ in runs], name)
     axes[0].set_ylabel(f"loss on {name} (nats per token)")
     ends = [(choice.method, _columns(next(iter(choice.runs.values())), name, "seconds")) for choice in chosen]
     ordered = sorted((end for end in ends if end[1][1]), key=lambda end: -end[1][1][-1])
-    handles = [axes[1].plot([], [], color=colour[method], label=method)[0] for method, _ in ordered]
+    handles = [axes[1].plot([], [], **look[method], label=method)[0] for method, _ in ordered]
     axes[1].legend(handles=handles, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     return save(figure, out / f"methods-{name}")
 
 
-def draw_exits(chosen: Sequence[Choice], name: str, key: str, colour: Mapping[str, str], out: Path) -> Path:
+def draw_exits(chosen: Sequence[Choice], name: str, key: str, look: Mapping[str, Look], out: Path) -> Path:
     """A panel per method: every exit over `key` (tokens or seconds), deeper exits darker; training losses behind."""
     columns = min(3, len(chosen))
     rows = math.ceil(len(chosen) / columns)
@@ -63,7 +67,7 @@ def draw_exits(chosen: Sequence[Choice], name: str, key: str, colour: Mapping[st
         heads = run["evaluations"].get(name, {"columns": []})["columns"][5:]
         ends = ends_of[choice.method] = []
         for i, block in enumerate(heads):
-            shade = _lighter(colour[choice.method], 0.75 * (1 - (i + 1) / len(heads)))
+            shade = _lighter(look[choice.method]["color"], 0.75 * (1 - (i + 1) / len(heads)))
             x, y = _columns(run, name, key, block)
             place.plot(*_training(run, key, block), color=shade, linewidth=0.6, alpha=0.35)
             place.plot(x, y, color=shade, linewidth=1.5, marker="o", markersize=2.5)
@@ -86,7 +90,7 @@ def draw_exits(chosen: Sequence[Choice], name: str, key: str, colour: Mapping[st
 
 
 def draw_fronts(
-    of_cost: Mapping[str, Mapping[str, Sequence[pareto.Point]]], name: str, colour: Mapping[str, str], out: Path
+    of_cost: Mapping[str, Mapping[str, Sequence[pareto.Point]]], name: str, look: Mapping[str, Look], out: Path
 ) -> Path:
     """Validation loss against what it cost: every evaluation is a point, every method's Pareto front a step line."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
@@ -96,12 +100,12 @@ def draw_fronts(
         for method, points in of_method.items():
             good = [point for point in points if point.cost > 0 and math.isfinite(point.loss)]
             x, y = [point.cost for point in good], [point.loss for point in good]
-            place.plot(x, y, ".", color=colour[method], markersize=5, alpha=0.3, markeredgewidth=0)
+            place.plot(x, y, ".", color=look[method]["color"], markersize=5, alpha=0.3, markeredgewidth=0)
             front = pareto.front(good)
             if front:
                 furthest = max(x)
                 steps = [*((p.cost, p.loss) for p in front), (furthest, front[-1].loss)]
-                place.step(*zip(*steps, strict=True), where="post", color=colour[method], linewidth=1.6, label=method)
+                place.step(*zip(*steps, strict=True), where="post", **look[method], linewidth=1.6, label=method)
         place.set_xscale("log")
         place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         place.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -63,7 +63,13 @@ def compare(
     With `document` its tables are made anew (documents.py), under names that begin with `prefix`.
     Raises RunError where there is nothing to compare, or the question names what no run has.
     """
-    found = [record for path in paths for record in run_record.collect(path)]
+    everything = [record for path in paths for record in run_record.collect(path)]
+    found = [record for record in everything if record["evaluations"]]
+    if not found:
+        raise RunError(f"{', '.join(map(str, paths))}: no run there has been evaluated yet (train.eval_every)")
+    for record in everything:
+        if not record["evaluations"]:
+            print(f"left out, because it has not been evaluated yet: {record['name']}")
     methods = list(dict.fromkeys(record["method"] for record in found))
     if question.baseline is None and "backprop" in methods:
         question = replace(question, baseline="backprop")
@@ -72,12 +78,12 @@ def compare(
         table(result.title, result.columns, result.rows)
         print()
     out.mkdir(parents=True, exist_ok=True)
-    chosen, colour = choices(found, question.choose), plots.colours(methods)
+    chosen, look = choices(found, question.choose), plots.looks(methods)
     drawn = []
     for name in dict.fromkeys(name for record in found for name in record["evaluations"]):
-        drawn.append(plots.draw_methods(chosen, name, colour, out))
-        drawn += [plots.draw_exits(chosen, name, key, colour, out) for key in ("tokens", "seconds")]
-        drawn.append(plots.draw_fronts({cost: points(found, name, cost) for cost in COSTS}, name, colour, out))
+        drawn.append(plots.draw_methods(chosen, name, look, out))
+        drawn += [plots.draw_exits(chosen, name, key, look, out) for key in ("tokens", "seconds")]
+        drawn.append(plots.draw_fronts({cost: points(found, name, cost) for cost in COSTS}, name, look, out))
     print("plots (and .svg): " + "  ".join(map(str, drawn)))
     if document is not None:
         print(f"{document}: {', '.join(documents.update(document, results, prefix))}")

@@ -85,7 +85,9 @@ def _tokens(run: Record, name: str) -> int:
 
 def _exits(chosen: Sequence[Choice], name: str) -> ResultTable:
     """A column for every block with a head; every cell is a mean over seeds."""
-    blocks = {choice.method: next(iter(choice.runs.values()))["evaluations"][name]["columns"][5:] for choice in chosen}
+    none: dict[str, list[int]] = {"columns": []}
+    of_method = {choice.method: next(iter(choice.runs.values()))["evaluations"] for choice in chosen}
+    blocks = {method: sets.get(name, none)["columns"][5:] for method, sets in of_method.items()}
     heads = sorted({block for of in blocks.values() for block in of})
     rows = [
         (
@@ -123,15 +125,19 @@ def _costs(records: Sequence[Record], name: str, question: Question) -> list[Res
     methods = [method for method in fronts["seconds"] if all(fronts[cost][method] for cost in COSTS)]
     if not methods:
         return []
-    # The most that every method has spent, and the best loss that every method has reached.
-    budgets = {cost: min(max(p.cost for p in all_points[cost][method]) for method in methods) for cost in COSTS}
+    most = {cost: {method: max(p.cost for p in all_points[cost][method]) for method in methods} for cost in COSTS}
+    # What the baseline has spent, or else what every method has; and the best loss that every method has reached.
+    base = question.baseline if question.baseline in methods else None
+    budgets = {cost: most[cost][base] if base else min(most[cost].values()) for cost in COSTS}
     goal = max(fronts["seconds"][method][-1].loss for method in methods)
     at_cost, to_loss = [], []
     for method in methods:
-        best = [pareto.within(fronts[cost][method], budgets[cost]) for cost in COSTS]
-        at_cost.append(
-            (method, *(f"{point.told:.4f} ({math.exp(point.told):.2f})" if point else "-" for point in best))
-        )
+        cells = []
+        for cost in COSTS:
+            best = pareto.within(fronts[cost][method], budgets[cost])
+            mark = "" if most[cost][method] >= 0.99 * budgets[cost] else " (less spent)"
+            cells.append(f"{best.told:.4f} ({math.exp(min(best.told, 700)):.2f}){mark}" if best else "-")
+        at_cost.append((method, *cells))
         reached = [pareto.reaching(fronts[cost][method], goal) for cost in COSTS]
         to_loss.append((method, *(short(point.cost) if point else "-" for point in reached)))
     heads = tuple(f"{short(budgets[cost])} {what}" for cost, what in COSTS.items())

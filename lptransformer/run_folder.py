@@ -31,7 +31,7 @@ COMMAND_VARIABLE = "LPTRANSFORMER_COMMAND"  # what a person typed, for the proce
 CONTENTS = (
     *(CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL),
     *("metrics.jsonl", "metrics.csv", "loss.png", "checkpoints", "tensorboard"),
-    *("diagnosis.json", "diagnosis.png", "diagnosis.svg"),
+    *("diagnosis.json", "diagnosis.png", "diagnosis.svg", "record.json"),
 )
 
 

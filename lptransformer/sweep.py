@@ -263,7 +263,8 @@ class Supervisor:
         if only_if_old and path.is_file() and metrics.is_file() and path.stat().st_mtime >= metrics.stat().st_mtime:
             self.records[run.name] = records.read(path)[0]
             return
-        overrides = {key: value for key, value in run.overrides.items() if not key.startswith(("data.", "run."))}
+        paths = ("data.", "run.", "model.pretrained")
+        overrides = {key: value for key, value in run.overrides.items() if not key.startswith(paths)}
         identity = {"name": run.name, "method": run.method, "overrides": overrides, "score": asdict(self.sweep.score)}
         with contextlib.suppress(UserError):  # it has not got anywhere yet
             self.records[run.name] = build(run.folder, {**identity, "processes_at_once": self.processes})

@@ -43,12 +43,12 @@ def test_an_update(name: str, options: dict[str, Any], total: float, serial: flo
 
 
 def test_the_overlapping_cycle_that_pulls() -> None:
-    """Runs of 1, 6 and 1 blocks: {1,2} and {2,3}. Run 2 pulls; its cycle with run 3 is not the costliest one."""
-    total, serial = usual("overlapping", **{**OVERLAPPING, "chunks": [1, 6, 1]})
-    assert total == 24 + 6 + 2 * 30
-    through_run_1 = 1 + 6 + 30 + 6 + 2  # forward of 1 and 2, head 2, pull of 2, backward of 1
+    """Runs of 4, 6 and 1 blocks: {1,2} and {2,3}. Run 2 pulls the loss of head 2."""
+    total, serial = usual("overlapping", num_blocks=11, **{**OVERLAPPING, "chunks": [4, 6, 1]})
+    assert total == 33 + 6 + 2 * 30
+    through_run_1 = 4 + 6 + 30 + 6 + 8  # forward of 1 and 2, head 2, pull of 2, backward of 1
     through_run_3 = 6 + 1 + 30 + 2 + 12  # forward of 2 and 3, head 3, backward of 3 and of 2
-    assert serial == max(through_run_1, through_run_3)
+    assert serial == through_run_1 > through_run_3
 
 
 def test_a_turn_above_the_bottom_can_be_the_costliest() -> None:

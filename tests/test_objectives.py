@@ -48,7 +48,10 @@ def run(pool: Pool, overrides: tuple[str, ...], updates: int) -> reference.Resul
     )
 
 
-@pytest.mark.parametrize("pipeline", [1, 2, 4])
+SLOW = [pytest.mark.slow]  # what its neighbour would show as well
+
+
+@pytest.mark.parametrize("pipeline", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 4])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_algebra_of_every_objective(pool: Pool, objective: str, pipeline: int) -> None:
     overrides = (*OBJECTIVES[objective], *SGD, "train.dtype=fp64", "train.grad_clip=0.05")
@@ -68,8 +71,14 @@ HEADS: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("pipeline", [1, 2, 4])
-@pytest.mark.parametrize("objective", ["chunked", "overlapping"])
+@pytest.mark.parametrize(
+    ("objective", "pipeline"),
+    [
+        pytest.param(objective, ranks, marks=[] if (objective, ranks) == ("chunked", 4) else SLOW)
+        for objective in ("chunked", "overlapping")
+        for ranks in (1, 2, 4)
+    ],
+)
 @pytest.mark.parametrize("head", HEADS)
 def test_the_algebra_of_every_head(pool: Pool, head: str, objective: str, pipeline: int) -> None:
     """Seven updates: read-only copies come two updates late at their first refresh."""
@@ -94,7 +103,7 @@ ONE_ORDER: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("pipeline", [1, 4])
+@pytest.mark.parametrize("pipeline", [pytest.param(1, marks=SLOW), 4])
 @pytest.mark.parametrize("case", ONE_ORDER)
 def test_bit_for_bit_where_sums_have_one_order(pool: Pool, case: str, pipeline: int) -> None:
     """fp32, AdamW, accumulation, active clipping."""
@@ -150,7 +159,7 @@ def test_bf16_does_not_depend_on_the_placement(pool: Pool, objective: str) -> No
 # --------------------------------------------------------------------------------------------- the gradient law
 
 
-@pytest.mark.parametrize("pipeline", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("pipeline", [pytest.param(1, marks=SLOW), 2])
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if "delayed" not in name])
 def test_a_head_moves_the_blocks_of_its_span_and_no_others(pool: Pool, objective: str, pipeline: int) -> None:
     """SGD, no clipping, other labels for one head in one update: what its span trains changes, all else is the same
@@ -199,7 +208,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("pipeline", [1, 2])
+@pytest.mark.parametrize("pipeline", [pytest.param(1, marks=SLOW), 2])
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_run_goes_on_where_it_was_saved(pool: Pool, tmp_path: Path, case: str, pipeline: int) -> None:
     """Ten updates equal five, saving, loading and five more: with weights of one update before, and versions of

@@ -13,7 +13,7 @@ from fake_runs import falling, make_run
 
 from lptransformer import pareto, plots, records, run_record
 from lptransformer.__main__ import parser
-from lptransformer.comparison import choices, depth_gain_kept, difference, estimate, find
+from lptransformer.comparison import choices, deciding_set, depth_gain_kept, difference, estimate, find
 from lptransformer.documents import ResultTable, markdown, update
 from lptransformer.errors import RunError
 from lptransformer.launcher import run
@@ -164,6 +164,15 @@ def test_the_setting_is_chosen_on_one_set_and_told_on_the_other() -> None:
     assert other.setting == "0.1 (lowest tried)"
 
 
+def test_the_sweep_says_which_set_decides() -> None:
+    runs = [record("a", 0.1, loss=2.0, told=1.0), record("a", 0.2, loss=1.0, told=2.0)]
+    for one in runs:
+        one["score"] = {"set": "report", "exit_block": 1}
+    assert deciding_set(runs) == ("report", 1)
+    assert choices(runs)[0].setting.startswith("0.1")
+    assert deciding_set(runs, choose="choose") == ("choose", None)
+
+
 def test_an_optimum_inside_the_grid_is_not_marked() -> None:
     (choice,) = choices([record("a", rate, loss) for rate, loss in ((0.1, 2.0), (0.2, 1.9), (0.4, 2.1))])
     assert choice.setting == "0.2"
@@ -238,6 +247,11 @@ def test_a_front_holds_what_nothing_beats() -> None:
         assert not any(p.cost <= point.cost and p.loss < point.loss for p in cloud)
 
 
+def test_of_points_with_the_same_cost_or_loss_the_better_one_stays() -> None:
+    best = Point(1, 1.0, 0.5)
+    assert pareto.front([Point(1, 2.0, 0.1), Point(2, 1.0, 0.2), best, Point(1, 3.0, 0.3)]) == [best]
+
+
 def test_reading_a_front() -> None:
     front = pareto.front([Point(1, 3.0, 0.1), Point(2, 2.0, 0.2), Point(2, 2.5, 0.3), Point(4, 2.2, 0.4)])
     assert pareto.within(front, 3) == Point(2, 2.0, 0.2) and pareto.within(front, 0.5) is None
@@ -279,6 +293,15 @@ def test_the_tables_of_a_comparison() -> None:
     assert to_loss == {"backprop": ("50M", "5M", "25"), "few": ("100M", "10M", "50"), "local": ("100M", "10M", "50")}
     assert found["cost"].rows[0][:4] == ("backprop", "1,000", "2 MiB", "50%")
     assert len(found["runs"].rows) == 4
+
+
+def test_equal_cost_is_what_the_baseline_spent() -> None:
+    runs = [record("backprop", 0.1, 1.0), record("long", 0.1, 0.5, updates=200), record("short", 0.1, 2.0, updates=50)]
+    found = by_name(tables(runs, Question("backprop")))["equal-cost-choose"]
+    assert found.columns[3] == "50 seconds"
+    assert [row[3] for row in found.rows] == ["1.0000 (2.72)", "1.5000 (4.48)", "2.0000 (7.39) (less spent)"]
+    found = by_name(tables(runs, Question()))["equal-cost-choose"]
+    assert found.columns[3] == "25 seconds" and [row[3][:6] for row in found.rows] == ["2.0000", "-", "2.0000"]
 
 
 def test_numbers_with_units() -> None:
@@ -346,9 +369,23 @@ def test_labels_at_the_ends_of_lines_do_not_cover_each_other() -> None:
     assert boxes[0].y1 > axes.get_window_extent().y0
 
 
-def test_every_method_has_its_colour() -> None:
-    found = plots.colours(["a", "b", "a", "c"])
-    assert list(found) == ["a", "b", "c"] and len(set(found.values())) == 3
+def test_every_method_has_a_look_of_its_own() -> None:
+    found = plots.looks([*(f"m{i}" for i in range(20)), "m0"])
+    assert len(found) == 20 and len({tuple(look.values()) for look in found.values()}) == 20
+
+
+def test_runs_that_are_not_evaluated_yet_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fresh = {**record("local", 0.2, 1.0), "evaluations": {}}
+    records.write(Path("r.json"), [record("local", 0.1, 1.2), fresh])
+    run(parser(), ["report", "r.json"])
+    assert "not been evaluated yet: local 0.2 0" in capsys.readouterr().out
+    records.write(Path("r.json"), [fresh])
+    with pytest.raises(SystemExit):
+        run(parser(), ["report", "r.json"])
+    assert "train.eval_every" in capsys.readouterr().err
 
 
 def test_reports_from_the_command_line(
@@ -374,7 +411,7 @@ def test_reports_from_the_command_line(
             for cost in ("total_flops", "serial_flops", "seconds")
         },
         "choose",
-        plots.colours(["backprop", "local", "few"]),
+        plots.looks(["backprop", "local", "few"]),
         Path("report"),
     )
     assert {path: path.read_bytes() for path in before} == before, "the same records give the same bytes"

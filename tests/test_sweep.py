@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from fake_runs import BASE
+from fake_runs import BASE, make_run
 from rich.console import Console
 
 from lptransformer import records, sweep, sweep_folder
@@ -91,6 +91,12 @@ def test_a_method_can_have_its_own_values_for_an_axis(folder: Path) -> None:
     found = read(write(methods=methods, grid={"train.learning_rate": [0.1, 0.2]}))
     rates = [(one.method, one.config.train.learning_rate) for one in found.runs]
     assert rates == [("a", 0.1), ("a", 0.2), ("b", 0.5), ("b", 0.7), ("b", 0.9)]
+
+
+def test_a_method_s_keys_win_over_those_for_all(folder: Path) -> None:
+    methods = {"a": {"train.steps": 10}, "b": {}}
+    found = read(write(set={"train.steps": 20}, grid=None, methods=methods))
+    assert [one.config.train.steps for one in found.runs] == [10, 20]
 
 
 def test_the_command_line_is_the_same_for_all_runs_and_wins(folder: Path) -> None:
@@ -199,6 +205,11 @@ def test_what_diverged_or_failed_is_out_and_one_setting_always_goes_on() -> None
     assert targets(settings, Halving((10, 20), 0.3), known(scored), {"c"}) == {"a": 10, "b": 20, "c": 10}
     all_failed = targets(settings, Halving((10, 20), 0.3), known({}), {"a", "b", "c"})
     assert sorted(all_failed.values()) == [10, 10, 20]  # it ends, whatever happens
+
+
+@pytest.mark.parametrize(("keep", "of", "kept"), [(0.5, 3, 2), (0.34, 3, 1), (0.5, 1, 1), (0.1, 3, 1), (0.5, 8, 4)])
+def test_how_many_go_on(keep: float, of: int, kept: int) -> None:
+    assert Halving((10, 20), keep).kept(of) == kept
 
 
 def test_the_plan_counts_every_rung() -> None:
@@ -380,6 +391,17 @@ def test_a_dry_run_lists_the_runs_and_makes_nothing(
     run(parser(), ["sweep", "s.yaml", "--dry-run"])
     out = capsys.readouterr().out
     assert "8 runs in runs/s" in out and out.count("waiting") == 8 and not Path("runs").exists() and not pretend
+
+
+def test_a_score_counts_when_all_sets_are_evaluated(folder: Path) -> None:
+    (one,) = (found := read(write(grid=None, methods={"m": {}}))).runs
+    assert sweep_folder.scores(one, found) == {} and sweep_folder.newest(one, found) == (0, None)
+    make_run(one.folder, loss=lambda update, block: float(update + block), updates=20)
+    assert sweep_folder.scores(one, found) == {10: 13.0, 20: 23.0}
+    metrics = one.folder / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))  # killed before the second set
+    assert sweep_folder.scores(one, found) == {10: 13.0}
+    assert sweep_folder.newest(one, found) == (20, 23.0)
 
 
 def test_why_a_process_ended(tmp_path: Path) -> None:

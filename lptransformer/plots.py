@@ -14,6 +14,7 @@ from lptransformer import pareto
 from lptransformer.comparison import LEARNING_RATE, Choice, flat
 from lptransformer.figures import new_figure, save
 from lptransformer.metrics import Record
+from lptransformer.records import exit_blocks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
 COLOURS: tuple[str, ...] = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B")
 COLOURS += ("#7F7F7F", "#6A3D9A", "#B8B000", "#17BECF")
 Look = dict[str, Any]
-_COSTS = {"total_flops": "total FLOPs", "serial_flops": "serial FLOPs", "seconds": "training time (seconds)"}
+_COSTS = {
+    "total_flops": "total FLOPs",
+    "serial_flops": "serial FLOPs",
+    "pipeline_flops": "FLOPs of one of 8 pipeline ranks",
+    "seconds": "training time (seconds)",
+}
 
 
 def looks(methods: Sequence[str]) -> dict[str, Look]:
@@ -64,7 +70,7 @@ def draw_exits(chosen: Sequence[Choice], name: str, key: str, look: Mapping[str,
     ends_of: dict[str, list[tuple[float, float, str, Any]]] = {}
     for place, choice in zip(axes, chosen, strict=False):
         run = next(iter(choice.runs.values()))
-        heads = run["evaluations"].get(name, {"columns": []})["columns"][5:]
+        heads = exit_blocks(run["evaluations"].get(name, {"columns": []}))
         ends = ends_of[choice.method] = []
         for i, block in enumerate(heads):
             shade = _lighter(look[choice.method]["color"], 0.75 * (1 - (i + 1) / len(heads)))

@@ -11,8 +11,8 @@ A record is a plain dictionary, made from the run folder by run_record.py:
     flops           forward of a block, forward and backward of heads, per token
     stages          [{stage, blocks, pipeline_rank, idle_share, memory_bytes, and per update what it hands on:
                       hidden_states_bytes up, gradients_bytes down, mean over the phases, were each stage a rank}]
-    evaluations     {set: {"columns": [update, tokens, seconds, total_flops, serial_flops, blocks with a head...],
-                      "rows": [...]}}  nll per token; perplexity and the rest follow from it and the texts
+    evaluations     {set: {"columns": [update, tokens, seconds, total_flops, serial_flops, pipeline_flops,
+                      blocks with a head...], "rows": [...]}}  nll per token; the rest follows from it and the texts
     training        {"columns": [update, seconds, blocks with a head...], "rows": [...]}  mean losses, 200 rows at most
 """
 
@@ -30,6 +30,11 @@ from lptransformer.metrics import Perplexity, Record, TextCounts, perplexity
 FORMAT = 1
 RECORD, RECORDS = "record.json", "records.json"
 IDENTITY = ("name", "method", "overrides", "score", "processes_at_once")
+
+
+def exit_blocks(table: Record) -> list[int]:
+    """The blocks with a head in a table of evaluations."""
+    return [column for column in table["columns"] if isinstance(column, int)]
 
 
 def write(path: Path, records: Record | Sequence[Record]) -> None:

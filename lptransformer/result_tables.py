@@ -19,9 +19,14 @@ from lptransformer.comparison import (
 )
 from lptransformer.documents import ResultTable
 from lptransformer.metrics import Record
-from lptransformer.records import final_loss, in_all_units
+from lptransformer.records import exit_blocks, final_loss, in_all_units
 
-COSTS = {"total_flops": "total FLOPs", "serial_flops": "serial FLOPs", "seconds": "seconds"}
+COSTS = {
+    "total_flops": "total FLOPs",
+    "serial_flops": "serial FLOPs",
+    "pipeline_flops": "FLOPs of one of 8 pipeline ranks",
+    "seconds": "seconds",
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def _exits(chosen: Sequence[Choice], name: str) -> ResultTable:
     """A column for every block with a head; every cell is a mean over seeds."""
     none: dict[str, list[int]] = {"columns": []}
     of_method = {choice.method: next(iter(choice.runs.values()))["evaluations"] for choice in chosen}
-    blocks = {method: sets.get(name, none)["columns"][5:] for method, sets in of_method.items()}
+    blocks = {method: exit_blocks(sets.get(name, none)) for method, sets in of_method.items()}
     heads = sorted({block for of in blocks.values() for block in of})
     rows = [
         (

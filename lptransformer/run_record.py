@@ -10,7 +10,7 @@ from statistics import fmean, median
 from typing import Any
 
 from lptransformer import config as configuration
-from lptransformer import cost, family, flops, gradients, objective, partition, run_folder
+from lptransformer import cost, family, flops, gradients, objective, partition, run_folder, simulate
 from lptransformer.config import Config
 from lptransformer.errors import ModelError, RunError
 from lptransformer.metrics import Record
@@ -18,6 +18,7 @@ from lptransformer.records import FORMAT, IDENTITY, RECORD, RECORDS, read
 from lptransformer.run_log import read_metrics
 from lptransformer.sources import MANIFEST
 
+PIPELINE_RANKS = 8  # of the pipeline in which every run is simulated, or as many as there are blocks
 CURVE_NUMBERS, CURVE_ROWS = 800, 200  # the most that a record holds of the training loss
 _BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 
@@ -135,18 +136,23 @@ def _evaluations(
     micro_batch = train.micro_batch_size * config.data.sequence_length
     places = {record["update"]: record for record in metrics if "stages" in record}
     tables: dict[str, Any] = {}
+    ranks = min(PIPELINE_RANKS, goal.num_blocks)
+    of_phase = simulate.pipeline_flops(goal, costs, ranks, train.micro_batches_per_update)
     for record in metrics:
         if "evaluation" not in record or record["update"] not in places:
             continue
-        place, exits = places[record["update"]], record["exits"]
-        spent = flops.spent(goal, costs, record["update"], train.steps)
-        columns = ["update", "tokens", "seconds", "total_flops", "serial_flops", *(one["last_block"] for one in exits)]
+        place, exits, update = places[record["update"]], record["exits"], record["update"]
+        spent = flops.spent(goal, costs, update, train.steps)
+        in_pipeline = sum(of_phase[goal.phase_at(done, train.steps)] for done in range(update))
+        columns = ["update", "tokens", "seconds", "total_flops", "serial_flops", "pipeline_flops"]
+        columns += [one["last_block"] for one in exits]
         row = [
-            record["update"],
+            update,
             place["tokens"],
             _short(place["seconds"]),
             _short(spent.total * micro_batch * train.micro_batches_per_update),
             _short(spent.serial * micro_batch),
+            _short(in_pipeline * micro_batch),
             *(_short(one["nll_per_token"]) for one in exits),
         ]
         tables.setdefault(record["evaluation"], {"columns": columns, "rows": []})["rows"].append(row)

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from lptransformer.cost import ModelCosts
 from lptransformer.gradients import clip_groups
 from lptransformer.objective import Objective
-from lptransformer.partition import StagePlan
+from lptransformer.partition import StagePlan, cut
 from lptransformer.schedule import Action, Pattern, one_update
 
 
@@ -153,6 +154,24 @@ def simulate(
                 moved = True
         assert moved, f"deadlock: {[str(todo[r][position[r]][1]) for r in range(ranks) if position[r] < len(todo[r])]}"
     return timeline
+
+
+def pipeline_flops(objective: Objective, costs: ModelCosts, ranks: int, micro_batches: int) -> list[float]:
+    """For every phase what an update takes in steady state on `ranks` pipeline ranks, balanced, with links that cost
+    nothing: in FLOPs of one rank, per token of a micro-batch. What 1F1B and local updates are compared by.
+    """
+    stages = cut(objective, ranks, costs)
+    found = []
+    for phase in objective.phases:
+        seconds = []
+        for stage in stages:
+            forward = stage.num_blocks * costs.block_flops
+            head = 3 * costs.head_flops if stage.is_last else costs.auxiliary_flops + costs.auxiliary_backward_flops
+            seconds.append(StageSeconds(forward + stage.has_head * head, 2 * forward, forward))
+        alone = Objective(objective.num_blocks, phase, delayed=objective.delayed)
+        timeline = simulate(alone, stages, seconds, micro_batches=micro_batches, updates=16)
+        found.append(timeline.steady_update_seconds())
+    return found
 
 
 def _run(

@@ -33,11 +33,14 @@ def record(
     method: str, learning_rate: float, loss: float, seed: int = 0, told: float | None = None, updates: int = 100
 ) -> dict[str, Any]:
     """A record with two evaluations, of which the first is 1 nat worse; on `report` the loss is `told`."""
-    columns = ["update", "tokens", "seconds", "total_flops", "serial_flops", 1, 3]
+    columns = ["update", "tokens", "seconds", "total_flops", "serial_flops", "pipeline_flops", 1, 3]
 
     def rows(end: float) -> list[list[float]]:
         half = updates // 2
-        return [[u, 10 * u, 0.5 * u, 1e6 * u, 1e5 * u, end + 1 + d, end + d] for u, d in ((half, 1.0), (updates, 0.0))]
+        return [
+            [u, 10 * u, 0.5 * u, 1e6 * u, 1e5 * u, 2e5 * u, end + 1 + d, end + d]
+            for u, d in ((half, 1.0), (updates, 0.0))
+        ]
 
     sets = {"choose": rows(loss), "report": rows(loss if told is None else told)}
     return {
@@ -75,15 +78,17 @@ def test_a_record_says_what_the_run_was(tmp_path: Path) -> None:
     assert found["tokens_per_update"] == 3 * 2 * 256
     assert found["tokens_per_second"] == 510 and found["seconds"] == 80
     table = found["evaluations"]["report"]
-    assert table["columns"] == ["update", "tokens", "seconds", "total_flops", "serial_flops", 1, 3]
+    assert table["columns"] == ["update", "tokens", "seconds", "total_flops", "serial_flops", "pipeline_flops", 1, 3]
     last = table["rows"][-1]
     assert last[:3] == [40, 40800, 80.0]
-    assert last[5:] == pytest.approx([falling(2.5)(40, 1), falling(2.5)(40, 3)], abs=1e-5)
+    assert last[6:] == pytest.approx([falling(2.5)(40, 1), falling(2.5)(40, 3)], abs=1e-5)
     # 4 blocks and two heads; two micro-batches beside each other; serial is one chunk of 2 blocks and its head.
     block, head = found["flops"]["block"], found["flops"]["head"]
     assert block == 2 * found["model"]["block_parameters"] + 2 * 256 * 16 and head == 3 * 2 * 16 * 257
     assert last[3] == pytest.approx(40 * 2 * 3 * 256 * (12 * block + 2 * head), rel=1e-5)
     assert last[4] == pytest.approx(40 * 3 * 256 * (6 * block + head), rel=1e-5)
+    # On four ranks each chunk is laid over two, which run 1F1B: three steps for two micro-batches.
+    assert last[5] == pytest.approx(40 * 3 * 256 * (9 * block + 2 * head), rel=1e-5)
     sent = [(stage["hidden_states_bytes"], stage["gradients_bytes"]) for stage in found["stages"]]
     assert sent == [(3 * 2 * 256 * 16 * 4, 0), (0, 0)]
     assert [stage["memory_bytes"] for stage in found["stages"]] == [2**20, 2**21]
@@ -287,10 +292,14 @@ def test_the_tables_of_a_comparison() -> None:
     assert found["exits-choose"].columns == ("method", "after block 1", "after block 3")
     assert found["exits-choose"].rows[0] == ("backprop", "2.000", "1.000")
     at_cost = dict((row[0], row[1:]) for row in found["equal-cost-report"].rows)
-    assert at_cost["local"] == (f"1.6000 ({math.exp(1.6):.2f})",) * 3
+    assert at_cost["local"] == (f"1.6000 ({math.exp(1.6):.2f})",) * 4
     to_loss = dict((row[0], row[1:]) for row in found["equal-loss-choose"].rows)
     # The worst method's best loss is 2.0: backprop has it halfway, at update 50.
-    assert to_loss == {"backprop": ("50M", "5M", "25"), "few": ("100M", "10M", "50"), "local": ("100M", "10M", "50")}
+    assert to_loss == {
+        "backprop": ("50M", "5M", "10M", "25"),
+        "few": ("100M", "10M", "20M", "50"),
+        "local": ("100M", "10M", "20M", "50"),
+    }
     assert found["cost"].rows[0][:4] == ("backprop", "1,000", "2 MiB", "50%")
     assert len(found["runs"].rows) == 4
 
@@ -298,10 +307,10 @@ def test_the_tables_of_a_comparison() -> None:
 def test_equal_cost_is_what_the_baseline_spent() -> None:
     runs = [record("backprop", 0.1, 1.0), record("long", 0.1, 0.5, updates=200), record("short", 0.1, 2.0, updates=50)]
     found = by_name(tables(runs, Question("backprop")))["equal-cost-choose"]
-    assert found.columns[3] == "50 seconds"
-    assert [row[3] for row in found.rows] == ["1.0000 (2.72)", "1.5000 (4.48)", "2.0000 (7.39) (less spent)"]
+    assert found.columns[4] == "50 seconds"
+    assert [row[4] for row in found.rows] == ["1.0000 (2.72)", "1.5000 (4.48)", "2.0000 (7.39) (less spent)"]
     found = by_name(tables(runs, Question()))["equal-cost-choose"]
-    assert found.columns[3] == "25 seconds" and [row[3][:6] for row in found.rows] == ["2.0000", "-", "2.0000"]
+    assert found.columns[4] == "25 seconds" and [row[4][:6] for row in found.rows] == ["2.0000", "-", "2.0000"]
 
 
 def test_numbers_with_units() -> None:
@@ -408,7 +417,7 @@ def test_reports_from_the_command_line(
     plots.draw_fronts(
         {
             cost: points(records.read(Path("r.json")), "choose", cost)
-            for cost in ("total_flops", "serial_flops", "seconds")
+            for cost in ("total_flops", "serial_flops", "pipeline_flops", "seconds")
         },
         "choose",
         plots.looks(["backprop", "local", "few"]),

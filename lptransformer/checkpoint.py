@@ -62,7 +62,9 @@ def write_stage(
 
 
 def finish_stage(folder: Path) -> None:
-    for path in (folder / WEIGHTS, folder / STATE):
+    for path in (folder / WEIGHTS, folder / STATE, folder / OTHERS):
+        if not path.exists():  # the last, where there is nothing else
+            continue
         with path.open("rb") as file:
             os.fsync(file.fileno())
     (folder / COMPLETE).touch()

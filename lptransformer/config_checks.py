@@ -21,9 +21,10 @@ def zero_stage(config: Config) -> int:
 def state_bytes(config: Config) -> int:
     """What a trained weight takes with its gradient and the optimizer's state, before ZeRO divides it."""
     bytes_of = {"fp32": 4, "fp64": 8, "bf16": 4}[config.train.dtype]
+    versions = int(config.objective.name == "delayed")
     moments = 2 if config.optimizer.name == "adamw" else int(config.optimizer.momentum > 0)
     weight_and_gradient = 2 + 2 + 4 if config.train.dtype == "bf16" else 2 * bytes_of  # bf16: and a master weight
-    return weight_and_gradient + moments * bytes_of
+    return weight_and_gradient + (moments + versions) * bytes_of
 
 
 def head_in_words(config: Config) -> str:
@@ -151,6 +152,10 @@ def _objective(config: Config, num_layers: int, layers: str) -> Iterator[str]:
     runs = chunks if isinstance(chunks, int) else len(chunks)
     if objective.name == "overlapping" and objective.overlap >= runs:
         yield f"{at('objective.overlap')} is not below the number of runs ({at('objective.chunks')})"
+    if objective.backprop_every is not None and objective.backprop_every > config.train.steps:
+        yield f"{at('objective.backprop_every')} is more than {at('train.steps')}: no update would be a global one"
+    if objective.backprop_share > 0 and round(objective.backprop_share * config.train.steps) == 0:
+        yield f"{at('objective.backprop_share')} of {at('train.steps')} is no update: give more, or 0"
     if objective.name == "last" and objective.trained_blocks > num_layers:
         yield f"{at('objective.trained_blocks')} is more than {layers}: give at most {num_layers}"
 
@@ -229,6 +234,10 @@ def _deepspeed(config: Config) -> Iterator[str]:
     stage_at, stage = at("deepspeed.zero_optimization.stage"), config.value("deepspeed.zero_optimization.stage")
     if stage not in (None, 0, 1, 2, 3):
         yield f"{stage_at}: must be 0, 1, 2 or 3"
+    delayed = config.objective.name == "delayed"
+    if delayed and (bf16 or zero_stage(config) > 0):
+        what = at("train.dtype") if bf16 else stage_at
+        yield f"{what} with {at('objective.name')}: two versions of the weights are kept, in fp32 at ZeRO 0 only"
     if bf16 and stage == 0:
         yield (
             f"{stage_at} with {at('train.dtype')}: DeepSpeed steps the optimizer once with zero gradients when it is "
@@ -238,8 +247,6 @@ def _deepspeed(config: Config) -> Iterator[str]:
         yield f"{stage_at} with {at('train.dtype')}: fp64 is for checking algebra, at ZeRO 0 only"
     if config.train.dtype == "fp64" and config.parallel.data > 1:
         yield f"{at('parallel.data')} with {at('train.dtype')}: DeepSpeed averages no fp64 gradients; give 1 replica"
-    if config.objective.name == "delayed" and zero_stage(config) > 0:
-        yield f"{stage_at} with {at('objective.name')}: two versions of the weights are kept, which only ZeRO 0 allows"
     key = "deepspeed.data_types.grad_accum_dtype"
     accumulate = config.value(key)
     if accumulate not in (None, "fp32", "bf16") or (accumulate == "bf16" and not bf16):

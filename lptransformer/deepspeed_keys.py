@@ -81,6 +81,7 @@ _GONE = "DeepSpeed 0.19.8 no longer has it"
 REFUSED: dict[str, str] = {
     "zero_optimization.compute_grad_norm": "clipping, skipped updates and the display need the gradient norm",
     "zero_optimization.memory_efficient_linear": "true would change matrix products of the whole process; it is off",
+    "data_types.buffer_dtype": "it would round the copies of other stages' weights that heads hold",
     "activation_checkpointing": "the blocks of Hugging Face models do not read it, so it would do nothing",
     **_because("managed_gradient_accumulation gradient_allreduce_op zero_allow_untested_optimizer", _SET_HERE),
     **_because("tensor_parallel expert_parallel sequence_parallel_size hybrid_engine autotuning compile", _NOT_HERE),

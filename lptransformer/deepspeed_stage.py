@@ -55,7 +55,7 @@ def deepspeed_config(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an update did. The norm is before clipping, over the span; not finite when the update was skipped."""
+    """What an update did. The norm is before clipping, over the clip group; not finite when the update was skipped."""
 
     grad_norm: float
     skipped: bool

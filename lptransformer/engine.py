@@ -96,7 +96,7 @@ class LocalUpdateEngine:
         started, waited = time.perf_counter(), self.waited_seconds
         phase = self.objective.phase_at(self.update, self.steps)
         self.mirror.before(self.update)
-        done = self.executor.run(self.work[phase], self.update)
+        done = self.executor.run(self.work[phase], self.update, is_last=self.update + 1 >= self.steps)
         self.mirror.after(self.update + 1)
         if self.world.pipeline_size == 1:
             done.control = self._decide()
@@ -112,8 +112,15 @@ class LocalUpdateEngine:
         """Sums of the losses of every local head over all windows of the validation set `name`.
 
         Every process calls this at the same update; replica i takes each i-th micro-batch. No pipeline rank waits for
-        the ones after it.
+        the ones after it. Where gradients are delayed, the update before must have been asked for it by `request`.
+
+        Raises TrainingError where it was not.
         """
+        if not self.executor.between_updates:
+            raise TrainingError(
+                "the next update has begun, because gradients are delayed: ask for an evaluation with "
+                "engine.request(Control.EVALUATE) before the update that it is to follow"
+            )
         sums = {index: 0.0 for index in self.local}
         label_tokens = 0
         for stage in self.local.values():
@@ -172,7 +179,9 @@ class LocalUpdateEngine:
         Returns its number of updates. Raises RunError when there is none, DataError when its place in the data is none
         of this stream's.
         """
+        assert self.executor.between_updates, "a run that is under way with delayed gradients is not turned back"
         update = checkpoint.latest(run) if update is None else update
+        self.mirror.close(self.update)
         for index, stage in self.local.items():
             folder = checkpoint.stage_folder(run, update, index)
             assert self.stream.index(checkpoint.read_state(folder)["position"]) == update * self.micro_batches
@@ -211,7 +220,9 @@ class LocalUpdateEngine:
         self.neighbours.flush()
         self.world.wait_for_the_end()
         reports = gather_reports(self.world, []) if self.world.global_rank == 0 else []
-        self.neighbours = Neighbours()
+        self.neighbours = self.executor.neighbours = Neighbours()  # what holds groups lets them go
+        self.mirror.links.clear()
+        self.work = []
         leave(self.world)
         return reports
 

@@ -126,14 +126,19 @@ class Executor:
         self._norms: dict[int, Tensor | None] = {}
         self._next: Update | None = None  # the update whose first forward passes were made in the one before
 
-    def run(self, work: PhaseWork, number: int) -> Update:
-        """All actions of update `number` (counted from 0), in the order of the schedule."""
+    @property
+    def between_updates(self) -> bool:
+        """Whether nothing of the next update has begun: so it is but for delayed gradients."""
+        return self._next is None
+
+    def run(self, work: PhaseWork, number: int, is_last: bool) -> Update:
+        """All actions of update `number` (counted from 0), in the order of the schedule; the run may end with it."""
         pattern, self._work = work.pattern, work
         self._now = self._next or self._begin(number)
         assert self._now.number == number
         self._do(pattern.body if self._next else (*pattern.fill, *pattern.body))
         self._next = None
-        if pattern.goes_on and not self._now.control:
+        if pattern.goes_on and not self._now.control and not is_last:
             self._next = self._begin(number + 1)
             self._do(pattern.goes_on)
         else:

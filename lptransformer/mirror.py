@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lptransformer.channel import breaks_in_our_words
 from lptransformer.deepspeed_stage import FrozenStage, TrainedStage
 from lptransformer.partition import StagePlan
 from lptransformer.world import World
@@ -46,11 +47,15 @@ class Link:
         group: dist.ProcessGroup | None,
         lag: int,
         refresh_every: int,
+        name: str,
     ) -> None:
+        self.name = name
         self.names = list(names)
         self.source, self.target, self.group = source, target, group
         self.lag, self.refresh_every = lag, refresh_every
         self.applied = 0  # the version in use
+        held = target.tensors([name for _, name in self.names]) if target is not None else {}
+        self._shapes = [(held[name].shape, held[name].dtype) for _, name in self.names] if held else []
         self.arrived: deque[Tensor] = deque()  # the versions after it that are here, each one flat
         self.waited_seconds = 0.0
         self._posted: deque[tuple[Tensor, dist.Work]] = deque()
@@ -64,18 +69,15 @@ class Link:
         """The version in use in an update (counted from 0)."""
         return max(0, (update - self.lag) // self.refresh_every * self.refresh_every)
 
-    def publish(self, updates: int) -> None:
-        """After `updates` updates of the source: send its weights, if it is time."""
-        if self.source is None or updates % self.refresh_every:
-            return
-        weights = self.source.tensors([name for name, _ in self.names])
-        flat = torch.cat([weights[name].flatten() for name, _ in self.names])
+    def publish(self, flat: Tensor) -> None:
+        """Send the source's weights, as they are now."""
         if self.group is None:
             self.arrived.append(flat)
             return
         self.flush()
         flat = flat.cpu()
-        self._sending = (flat, self.group.send([flat], 1, 0))
+        with breaks_in_our_words(self.name):
+            self._sending = (flat, self.group.send([flat], 1, 0))
 
     def use(self, update: int) -> None:
         """Before an update of the target: bring the version that it is to use, waiting if it is not there."""
@@ -84,8 +86,8 @@ class Link:
         while self.applied < self.version(update):
             if not self.arrived:
                 self._receive()
-            parts = self.arrived.popleft().split([tensor.numel() for tensor in self._held])
-            tensors = [part.view_as(tensor) for part, tensor in zip(parts, self._held, strict=True)]
+            parts = self.arrived.popleft().split([shape.numel() for shape, _ in self._shapes])
+            tensors = [part.view(shape) for part, (shape, _) in zip(parts, self._shapes, strict=True)]
             self.target.refresh({target: one for (_, target), one in zip(self.names, tensors, strict=True)})
             self.applied += self.refresh_every
 
@@ -100,26 +102,24 @@ class Link:
         """Wait until the version on the way has left."""
         if self._sending is not None:
             started = time.perf_counter()
-            self._sending[1].wait()
+            with breaks_in_our_words(self.name):
+                self._sending[1].wait()
             self.waited_seconds += time.perf_counter() - started
             self._sending = None
 
-    @property
-    def _held(self) -> list[Tensor]:
-        assert self.target is not None
-        tensors = self.target.tensors([target for _, target in self.names])
-        return [tensors[target] for _, target in self.names]
-
     def _post(self) -> None:
         assert self.group is not None
-        buffer = torch.cat([tensor.flatten() for tensor in self._held]).cpu()
-        self._posted.append((buffer, self.group.recv([buffer], 0, 0)))
+        (dtype,) = {dtype for _, dtype in self._shapes}
+        buffer = torch.empty(sum(shape.numel() for shape, _ in self._shapes), dtype=dtype)
+        with breaks_in_our_words(self.name):
+            self._posted.append((buffer, self.group.recv([buffer], 0, 0)))
 
     def _receive(self) -> None:
         assert self._posted, "a version that nobody sends"
         buffer, work = self._posted.popleft()
         started = time.perf_counter()
-        work.wait()
+        with breaks_in_our_words(self.name):
+            work.wait()
         self.waited_seconds += time.perf_counter() - started
         self.arrived.append(buffer)
         self._post()
@@ -147,7 +147,13 @@ class Mirror:
                 if here != there:
                     group = world.group(f"copy/{source}-{index}", int(world.pipeline_rank == here), 2)
                 self.links[index, source] = Link(
-                    names, local.get(source), local.get(index), group, lags[index], refresh_every
+                    names,
+                    local.get(source),
+                    local.get(index),
+                    group,
+                    lags[index],
+                    refresh_every,
+                    f"of copies from stage {source} to stage {index}",
                 )
 
     @property
@@ -160,9 +166,16 @@ class Mirror:
             link.use(update)
 
     def after(self, updates: int) -> None:
-        """After `updates` updates: local weights that others follow are sent."""
-        for link in self.links.values():
-            link.publish(updates)
+        """After `updates` updates: local weights that others follow are sent. Heads that follow the same share them."""
+        made: dict[tuple[int, tuple[str, ...]], Tensor] = {}
+        for (_, source), link in self.links.items():
+            if link.source is None or updates % link.refresh_every:
+                continue
+            names = tuple(name for name, _ in link.names)
+            if (source, names) not in made:
+                weights = link.source.tensors(names)
+                made[source, names] = torch.cat([weights[name].flatten() for name in names])
+            link.publish(made[source, names])
 
     def pending(self, stage: int, updates: int) -> dict[str, Tensor]:
         """The versions that a stage holds and does not use yet; waits for those of the updates made."""

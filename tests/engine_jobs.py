@@ -232,6 +232,8 @@ def train(
     try:
         _remember(engine, trained)
         for _ in range(updates):
+            if every_update is not None:
+                engine.request(Control.EVALUATE | Control.SAVE)
             for report in own_reports(engine, engine.train_batch().reports):
                 trained.reports[report.stage].append(report)
             _remember(engine, trained)

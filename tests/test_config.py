@@ -409,6 +409,8 @@ CROSS = [
     ("objective.name=last objective.backprop_every=3", "objective.backprop_every = 3", "objective.name = 'last'"),
     ("objective.name=backprop objective.backprop_share=0.5", "objective.backprop_share = 0.5", "name = 'backprop'"),
     ("objective.name=delayed objective.backprop_every=2", "objective.backprop_every = 2", "name = 'delayed'"),
+    ("objective.backprop_every=2000", "objective.backprop_every = 2000", "train.steps = 1000 (by default)"),
+    ("objective.backprop_share=0.0001", "objective.backprop_share = 0.0001", "train.steps = 1000", "no update"),
     ("train.dtype=fp64 parallel.data=2", "parallel.data = 2", "train.dtype = 'fp64'"),
     ("optimizer.name=sgd optimizer.beta1=0.5", "optimizer.beta1 = 0.5", "optimizer.name = 'sgd'"),
     ("optimizer.name=sgd optimizer.eps=1e-6", "optimizer.eps = 1e-06", "optimizer.name = 'sgd'"),
@@ -501,9 +503,9 @@ def test_zero_stage(overrides: str, stage: int) -> None:
         (f"{STAGE}=3 objective.backprop_every=4", (f"{STAGE} = 3", "objective.backprop_every = 4", "saved")),
         (f"{STAGE}=3 objective.backprop_share=0.1", ("objective.backprop_share = 0.1", "saved")),
         (f"{STAGE}=3 objective.name=backprop parallel.pipeline=2", ("objective.name = 'backprop'", "saved")),
-        (f"{STAGE}=1 objective.name=delayed", (f"{STAGE} = 1", "objective.name = 'delayed'", "only ZeRO 0")),
+        (f"{STAGE}=1 objective.name=delayed", (f"{STAGE} = 1", "objective.name = 'delayed'", "at ZeRO 0 only")),
         (f"{STAGE}=1 train.dtype=fp64", (f"{STAGE} = 1", "train.dtype = 'fp64'", "ZeRO 0")),
-        ("train.dtype=bf16 objective.name=delayed", ("objective.name = 'delayed'", "only ZeRO 0")),
+        ("train.dtype=bf16 objective.name=delayed", ("train.dtype = 'bf16'", "objective.name = 'delayed'", "fp32")),
     ],
 )
 def test_zero_options_that_cannot_work(overrides: str, parts: tuple[str, ...]) -> None:

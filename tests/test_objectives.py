@@ -14,9 +14,11 @@ import pytest
 import reference
 import torch
 from distributed import Pool
-from engine_jobs import Tamper, load_config, train
+from engine_jobs import Tamper, load_config, open_engine, train
 from parity import compare, expected, gather, phases_of
 
+from lptransformer.channel import Control
+from lptransformer.errors import TrainingError
 from lptransformer.partition import StagePlan
 
 UPDATES = 4
@@ -146,6 +148,55 @@ def test_zero_1_and_2_where_borders_carry_gradients(pool: Pool, objective: str, 
     overrides = (*OBJECTIVES[objective], *SGD, "train.grad_clip=0", "parallel.pipeline=2", "parallel.data=2")
     partitioned = run(pool, (*overrides, f"deepspeed.zero_optimization.stage={stage}"), UPDATES)
     compare(partitioned, run(pool, overrides, UPDATES), tolerance=2e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("head", ["shared", "blocks that follow the next ones"])
+def test_copies_with_two_replicas_where_zero_holds_the_weights(pool: Pool, head: str, stage: int) -> None:
+    """Against ZeRO 0 with the same replicas, without clipping; seven updates, so that copies were refreshed."""
+    overrides = (*CHUNKED, *HEADS[head], *SGD, "train.grad_clip=0", "parallel.pipeline=2", "parallel.data=2")
+    partitioned = run(pool, (*overrides, f"deepspeed.zero_optimization.stage={stage}"), 7)
+    compare(partitioned, run(pool, overrides, 7), tolerance=2e-6)
+
+
+def test_delayed_gradients_of_two_replicas(pool: Pool) -> None:
+    overrides = (*OBJECTIVES["delayed"], "train.grad_clip=0.05", "parallel.data=2")
+    wanted = expected(overrides, UPDATES, replicas=2)
+    compare(run(pool, (*overrides, "parallel.pipeline=2"), UPDATES), wanted)
+
+
+@pytest.mark.parametrize("case", ["delayed", "all at once"])
+def test_evaluating_and_saving_in_between_change_nothing(pool: Pool, tmp_path: Path, case: str) -> None:
+    """The pipeline drains for it where gradients are delayed, and waits for copies on their way."""
+    overrides = (*RESUMED[case], "parallel.pipeline=2")
+    plain = pool.run(2, train, overrides, 6)
+    disturbed = pool.run(2, partial(train, every_update=tmp_path), overrides, 6)
+    for one, other in zip(plain, disturbed, strict=True):
+        for index, weights in one.weights.items():
+            assert [r.loss_sum for r in one.reports[index]] == [r.loss_sum for r in other.reports[index]]
+            assert all(torch.equal(tensor, other.weights[index][name]) for name, tensor in weights.items())
+
+
+def test_an_evaluation_that_delayed_gradients_were_not_told_of_is_refused(pool: Pool) -> None:
+    overrides = (*OBJECTIVES["delayed"], "parallel.pipeline=2")
+    below, _ = pool.run(2, evaluate_unasked, overrides)
+    assert "engine.request(Control.EVALUATE)" in below
+
+
+def evaluate_unasked(overrides: tuple[str, ...]) -> str:
+    """An evaluation on pipeline rank 0 behind an update that nothing was asked to follow."""
+    engine = open_engine(overrides)
+    engine.train_batch()
+    said = ""
+    if engine.world.pipeline_rank == 0:
+        try:
+            engine.eval_batch("valid")
+        except TrainingError as error:
+            said = str(error)
+    engine.request(Control.STOP)
+    engine.train_batch()
+    engine.close()
+    return said
 
 
 @pytest.mark.parametrize("objective", ["overlapping", "hybrid chunked"])

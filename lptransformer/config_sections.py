@@ -164,7 +164,9 @@ class TrainSection(Section):
         default="cosine", description="linear, cosine, constant or constant_with_warmup"
     )
     warmup_steps: Whole = Field(default=0, description="updates until the learning rate is at its peak")
-    grad_clip: NotNegative = Field(default=1.0, description="greatest gradient norm of what clips together, usually a chunk (0: off)")
+    grad_clip: NotNegative = Field(
+        default=1.0, description="greatest gradient norm of what clips together, usually a chunk (0: off)"
+    )
     dtype: Literal["fp32", "bf16", "fp64"] = Field(
         default="fp32", description="fp32, bf16 with fp32 master weights, or fp64 (to check algebra)"
     )

@@ -141,7 +141,7 @@ def test_two_names_of_one_thing_give_the_same_bits(pool: Pool, case: str) -> Non
     compare(first, second)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=SLOW)])
 @pytest.mark.parametrize("objective", ["overlapping", "hybrid chunked", "deep supervision", "last"])
 def test_zero_1_and_2_where_borders_carry_gradients(pool: Pool, objective: str, stage: int) -> None:
     """Against ZeRO 0 with the same two replicas, without clipping: sums of two replicas have one order."""
@@ -150,7 +150,7 @@ def test_zero_1_and_2_where_borders_carry_gradients(pool: Pool, objective: str, 
     compare(partitioned, run(pool, overrides, UPDATES), tolerance=2e-6)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 @pytest.mark.parametrize("head", ["shared", "blocks that follow the next ones"])
 def test_copies_with_two_replicas_where_zero_holds_the_weights(pool: Pool, head: str, stage: int) -> None:
     """Against ZeRO 0 with the same replicas, without clipping; seven updates, so that copies were refreshed."""
@@ -210,8 +210,13 @@ def test_bf16_does_not_depend_on_the_placement(pool: Pool, objective: str) -> No
 # --------------------------------------------------------------------------------------------- the gradient law
 
 
+def slow_unless(name: str) -> object:
+    quick = ("backprop", "overlapping", "overlapping by 2", "last", "deep supervision", "hybrid chunked")
+    return name if name in quick else pytest.param(name, marks=SLOW)
+
+
 @pytest.mark.parametrize("pipeline", [pytest.param(1, marks=SLOW), 2])
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if "delayed" not in name])
+@pytest.mark.parametrize("objective", [slow_unless(name) for name in OBJECTIVES if "delayed" not in name])
 def test_a_head_moves_the_blocks_of_its_span_and_no_others(pool: Pool, objective: str, pipeline: int) -> None:
     """SGD, no clipping, other labels for one head in one update: what its span trains changes, all else is the same
     bit for bit. In hybrid runs the second update, a global one, is looked at too."""

@@ -129,11 +129,7 @@ def plan_model(config: Config, vocab_size: int, end_of_text_id: int | None) -> M
         config.data.sequence_length,
         embedding_parameters=parts.embedding_parameters,
         norm_parameters=parts.norm_parameters,
-        kind=config.head.kind,
-        rank=config.head.rank,
-        blocks=config.head.blocks,
-        averaged_blocks=config.head.ema_decay is not None,
-        token_fraction=config.head.token_fraction,
+        **config.head.cost_options(),
     )
     objective = objectives.build(hf_config.num_hidden_layers, **config.objective.model_dump())
     stages = partition.cut(objective, config.parallel.pipeline, costs, config.parallel.partition)

@@ -143,6 +143,11 @@ class HeadSection(Section):
     )
     chunk_tokens: Count = Field(default=1024, description="rows of logits that exist at once")
 
+    def cost_options(self) -> dict[str, Any]:
+        """What cost.model_costs wants to know of an auxiliary head."""
+        same = self.model_dump(include={"kind", "rank", "blocks", "token_fraction"})
+        return {**same, "averaged_blocks": self.ema_decay is not None}
+
 
 class OptimizerSection(Section):
     name: Literal["adamw", "sgd"] = Field(default="adamw", description="adamw or sgd; one for every stage")

@@ -109,17 +109,12 @@ def _costs(run: Path, config: Config, model: Mapping[str, Any]) -> tuple[family.
         parts = family.anatomy(family.saved_config(model))
     except ModelError as error:
         raise RunError(f"{run / run_folder.MODEL}: {error}") from None
-    head = config.head
     return parts, cost.model_costs(
         parts.block_parameters,
         parts.hidden_size,
         parts.vocab_size,
         config.data.sequence_length,
-        kind=head.kind,
-        rank=head.rank,
-        blocks=head.blocks,
-        averaged_blocks=head.ema_decay is not None,
-        token_fraction=head.token_fraction,
+        **config.head.cost_options(),
     )
 
 

@@ -24,8 +24,8 @@ EXIT_COLUMNS = ("model", "nats/token", "perplexity", "bits/byte", "word perplexi
 def report(run: Path, baselines: bool = False) -> None:
     """Print the last evaluation of every exit, and speed, idle share and memory of every stage.
 
-    Writes loss.png and record.json into the run folder. With `baselines`, also a unigram and a bigram model of the
-    training text, on the same validation text.
+    Writes loss.png and record.json into the run folder. With `baselines`, also unigram, bigram and trigram models of
+    the training text, on the same validation text.
     Raises RunError where the folder holds no run, or one without an update.
     """
     config = run_folder.read_config(run)
@@ -114,8 +114,8 @@ def _ngram_rows(sets: dict[str, Any], name: str) -> list[tuple[str, ...]]:
     valid, token_set = ids(sets["valid"][name])
     vocab, counts = token_set.manifest["vocab_size"], text_counts(token_set.manifest)
     rows = []
-    for model, nll in (("unigram", ngram.unigram_nll), ("bigram", ngram.bigram_nll)):
-        nats = nll(train, valid, vocab)
+    for order, model in ngram.NAMES.items():
+        nats = ngram.nll(train, valid, vocab, order)
         assert math.isfinite(nats)
         numbers = perplexity(nats * len(valid), len(valid), counts)
         rows.append(_row(f"{model} model of the training text", vars(numbers)))

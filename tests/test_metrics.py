@@ -27,7 +27,7 @@ from lptransformer.metrics import (
     perplexity,
     report_from_dict,
 )
-from lptransformer.ngram import bigram_nll, unigram_nll
+from lptransformer.ngram import nll
 from lptransformer.run_log import MetricsWriter, read_metrics
 
 STAGES = [(0, 0, 1), (1, 2, 2), (2, 3, 5)]
@@ -392,52 +392,51 @@ def test_without_tensorboard_there_is_no_folder_for_it(tmp_path: Path, monkeypat
 # --- n-gram baselines
 
 
-def brute_force_nll(train: list[int], valid: list[int], vocab: int) -> tuple[float, float]:
-    """The two models token by token, from counters."""
-    tokens, pairs = Counter(train), Counter(itertools.pairwise(train))
+def brute_force_nll(train: list[int], valid: list[int], vocab: int, order: int) -> float:
+    """The model token by token, from counters."""
+    grams = {n: Counter(tuple(train[i : i + n]) for i in range(len(train) - n + 1)) for n in range(1, order + 1)}
 
-    def unigram(b: int) -> float:
-        return (tokens[b] + 1) / (len(train) + vocab)
+    def p(token: int, context: tuple[int, ...]) -> float:
+        if not context:
+            return (grams[1][(token,)] + 1) / (len(train) + vocab)
+        after = {gram[-1]: n for gram, n in grams[len(context) + 1].items() if gram[:-1] == context}
+        shorter = p(token, context[1:])
+        return (after.get(token, 0) + len(after) * shorter) / (sum(after.values()) + len(after)) if after else shorter
 
-    def bigram(a: int, b: int) -> float:
-        count = sum(n for (first, _), n in pairs.items() if first == a)
-        followers = sum(first == a for first, _ in pairs)
-        return (pairs[a, b] + followers * unigram(b)) / (count + followers) if count else unigram(b)
-
-    for a in range(vocab):
-        assert sum(bigram(a, b) for b in range(vocab)) == pytest.approx(1.0)
-    unigram_sum = -sum(math.log(unigram(b)) for b in valid)
-    bigram_sum = -math.log(unigram(valid[0])) - sum(math.log(bigram(a, b)) for a, b in itertools.pairwise(valid))
-    return unigram_sum / len(valid), bigram_sum / len(valid)
+    contexts = [tuple(valid[max(0, i - order + 1) : i]) for i in range(len(valid))]
+    for context in contexts:
+        assert sum(p(token, context) for token in range(vocab)) == pytest.approx(1.0)
+    return -sum(math.log(p(token, context)) for token, context in zip(valid, contexts, strict=True)) / len(valid)
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("chunk", [1, 3, 1 << 20])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
-def test_ngrams_equal_the_brute_force(chunk: int, dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ngram, "_BIGRAM_CHUNK", chunk)
+def test_ngrams_equal_the_brute_force(order: int, chunk: int, dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ngram, "_CHUNK", chunk)
     rng = np.random.default_rng(0)
     vocab = 12
     train = rng.integers(0, 9, 60) ** 2 % 11  # some tokens are never seen
     valid = rng.integers(0, vocab, 50)
-    expected = brute_force_nll(train.tolist(), valid.tolist(), vocab)
-    assert unigram_nll(train.astype(dtype), valid.astype(dtype), vocab) == pytest.approx(expected[0], rel=1e-12)
-    assert bigram_nll(train.astype(dtype), valid.astype(dtype), vocab) == pytest.approx(expected[1], rel=1e-12)
+    expected = brute_force_nll(train.tolist(), valid.tolist(), vocab, order)
+    assert nll(train.astype(dtype), valid.astype(dtype), vocab, order) == pytest.approx(expected, rel=1e-12)
 
 
 def test_ngrams_of_large_vocabularies_do_not_overflow() -> None:
     vocab = 256_000
     ids = np.array([255_999, 255_998] * 50, dtype=np.uint32)
-    assert bigram_nll(ids, ids[:10], vocab) < 2.0 < unigram_nll(ids, ids[:10], vocab)
+    assert nll(ids, ids[:10], vocab, 3) < nll(ids, ids[:10], vocab, 2) < 2.0 < nll(ids, ids[:10], vocab, 1)
 
 
 def test_ngrams_at_the_edges() -> None:
-    assert unigram_nll([], [1, 2], 4) == pytest.approx(math.log(4))
-    assert bigram_nll([], [1, 2], 4) == pytest.approx(math.log(4))
-    assert bigram_nll([3], [1, 2], 4) == pytest.approx(math.log(5))
-    assert math.isnan(unigram_nll([1], [], 4)) and math.isnan(bigram_nll([1], [], 4))
-    for ids in ([0, 4], [-1]):
-        with pytest.raises(AssertionError, match="outside"):
-            bigram_nll(ids, [1], 4)
+    for order in (1, 2, 3):
+        assert nll([], [1, 2], 4, order) == pytest.approx(math.log(4))
+        assert math.isnan(nll([1], [], 4, order))
+        assert nll([3], [1, 2], 4, order) == pytest.approx(math.log(5))
+        assert math.isfinite(nll([3, 2, 1], [1], 4, order))
+        for ids in ([0, 4], [-1]):
+            with pytest.raises(AssertionError, match="outside"):
+                nll(ids, [1], 4, order)
 
 
 def test_bigrams_use_the_order_of_the_tokens() -> None:
@@ -445,5 +444,5 @@ def test_bigrams_use_the_order_of_the_tokens() -> None:
     steps = rng.choice([1, 2], size=20_000)
     chain = np.cumsum(steps) % 16  # two possible next tokens: log 2 nats; the tokens alone are uniform
     train, valid = chain[:15_000], chain[15_000:]
-    assert unigram_nll(train, valid, 16) == pytest.approx(math.log(16), abs=0.01)
-    assert bigram_nll(train, valid, 16) == pytest.approx(math.log(2), abs=0.02)
+    assert nll(train, valid, 16, 1) == pytest.approx(math.log(16), abs=0.01)
+    assert nll(train, valid, 16, 2) == pytest.approx(math.log(2), abs=0.02)

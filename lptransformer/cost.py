@@ -30,6 +30,10 @@ class ModelCosts:
     auxiliary_parameters: int = 0
     auxiliary_copied: int = 0
 
+    def head_training_flops(self, is_last: bool) -> float:
+        """FLOPs per token of a head's forward and backward pass: of the last one, or of an auxiliary one."""
+        return 3 * self.head_flops if is_last else self.auxiliary_flops + self.auxiliary_backward_flops
+
 
 def loss_positions(sequence_length: int, token_fraction: float) -> int:
     """How many of the `sequence_length` - 1 positions of a window that have a label the loss of a fraction sees."""

@@ -80,6 +80,4 @@ def spent(objective: Objective, costs: ModelCosts, updates: int, steps: int) -> 
 
 def _head(block: int, objective: Objective, costs: ModelCosts) -> float:
     """Forward and backward of the head after a block."""
-    if block == objective.num_blocks - 1:
-        return 3 * costs.head_flops
-    return costs.auxiliary_flops + costs.auxiliary_backward_flops
+    return costs.head_training_flops(block == objective.num_blocks - 1)

@@ -18,9 +18,9 @@ def nll(train_ids: npt.ArrayLike, valid_ids: npt.ArrayLike, vocab: int, order: i
     Order 1 is the token frequencies with one added to every count. Every higher order is interpolated with the one
     below (Witten and Bell 1991, method C): `P(b | a) = (count(a b) + followers(a) P'(b)) / (count(a) + followers(a))`,
     where a is a context of order - 1 tokens, followers(a) the number of distinct tokens seen after it, and P' the model
-    with a context shorter by its first token, which decides alone after a context that was never seen. Nothing is fitted
-    to the valid text. Its first tokens have shorter contexts, so all orders score the same tokens; nan where there are
-    none. Ids are integers in 0..vocab-1.
+    with a context shorter by its first token, which decides alone after a context that was never seen. Nothing is
+    fitted to the valid text. Its first tokens have shorter contexts, so all orders score the same tokens; nan where
+    there are none. Ids are integers in 0..vocab-1.
     """
     assert order >= 1 and vocab**order < 2**63, f"order {order} of {vocab} ids"
     train, valid = _checked(train_ids, vocab), _checked(valid_ids, vocab)

@@ -47,8 +47,8 @@ def rank_sizes(objective: Objective, pipeline: int, costs: ModelCosts) -> list[i
     cost_up_to = [0.0]
     for block in range(num_blocks):
         passes = 3 if block in trained else 1  # forward, and two backward
-        head_flops = _head_flops(block, num_blocks, costs) if block in heads else 0
-        cost_up_to.append(cost_up_to[-1] + passes * costs.block_flops + 3 * head_flops)
+        head_flops = costs.head_training_flops(block == num_blocks - 1) if block in heads else 0
+        cost_up_to.append(cost_up_to[-1] + passes * costs.block_flops + head_flops)
 
     best: dict[int, tuple[int, float, list[int]]] = {0: (0, 0.0, [])}  # blocks placed -> (crossing, cost, sizes)
     for rank in range(pipeline):
@@ -72,10 +72,6 @@ def _gradients_across(phase: Phase, block: int) -> int:
         span for span in phase.spans if block + 1 in span and any(phase.weight(span, b) > 0 for b in range(block + 1))
     ]
     return len({span.first if phase.own_weight is None else span for span in down})
-
-
-def _head_flops(block: int, num_blocks: int, costs: ModelCosts) -> float:
-    return costs.head_flops if block == num_blocks - 1 else costs.auxiliary_flops
 
 
 def cut(

@@ -63,8 +63,8 @@ def build(run: Path, identity: Mapping[str, Any] | None = None) -> Record:
         "texts": _texts(run),
         "flops": {
             "block": costs.block_flops,
-            "head": 3 * costs.head_flops,
-            "auxiliary": costs.auxiliary_flops + costs.auxiliary_backward_flops,
+            "head": costs.head_training_flops(is_last=True),
+            "auxiliary": costs.head_training_flops(is_last=False),
         },
         "stages": [
             {

@@ -48,7 +48,7 @@ def price(sizes: Sequence[int], objective: Objective, costs: ModelCosts) -> tupl
             if block == objective.num_blocks - 1:
                 of_rank += 3 * costs.head_flops
             elif any(span.last == block for span in spans):
-                of_rank += 3 * costs.auxiliary_flops
+                of_rank += costs.auxiliary_flops + costs.auxiliary_backward_flops
         flops.append(of_rank)
     return gradients, max(flops)
 
@@ -125,7 +125,7 @@ def test_stages_by_hand(number: int) -> None:
 
 @pytest.mark.parametrize(("head_flops", "auxiliary_flops"), [(0.0, 0.0), (0.5, 3.0), (5.0, 5.0), (40.0, 1.0)])
 def test_balanced_is_the_best_of_all_partitions(head_flops: float, auxiliary_flops: float) -> None:
-    costs = ModelCosts(3.0, head_flops, auxiliary_flops)
+    costs = ModelCosts(3.0, head_flops, auxiliary_flops, auxiliary_flops)  # as of a shared readout
     for num_blocks in range(1, 5):
         for objective in every_objective(num_blocks):
             for pipeline in range(1, num_blocks + 1):
@@ -144,7 +144,7 @@ def test_balanced_is_the_best_of_all_partitions(head_flops: float, auxiliary_flo
 def test_balanced_with_any_costs(
     objective: Objective, pipeline: int, block_flops: int, head_flops: int, auxiliary_flops: int
 ) -> None:
-    costs = ModelCosts(block_flops, head_flops, auxiliary_flops)
+    costs = ModelCosts(block_flops, head_flops, auxiliary_flops, 2 * auxiliary_flops)
     pipeline = min(pipeline, objective.num_blocks)
     best = min(price(sizes, objective, costs) for sizes in compositions(objective.num_blocks, pipeline))
     sizes = rank_sizes(objective, pipeline, costs)
@@ -156,7 +156,7 @@ def test_heads_count_in_the_balance() -> None:
     """Four runs on two ranks, but the last run's blocks are many: with a costly head two and two, else by blocks."""
     runs = chunked(8, [1, 1, 1, 5])
     assert rank_sizes(runs, 2, ModelCosts(1.0, 0.0, 0.0)) == [3, 5]
-    assert rank_sizes(runs, 2, ModelCosts(1.0, 100.0, 100.0)) == [2, 6]
+    assert rank_sizes(runs, 2, ModelCosts(1.0, 100.0, 100.0, 200.0)) == [2, 6]
     assert rank_sizes(runs, 2, ModelCosts(1.0, 100.0, 0.0)) == [3, 5]  # cheap auxiliary heads
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,18 @@ def parser() -> argparse.ArgumentParser:
     sub = command("config", show_config, "Print every resolved value of a configuration.")
     sub.add_argument("config", help="YAML file of the run")
 
+    text = "What a run would take on given machines, before anything is started, and which method to use there."
+    sub = command("plan", plan, text)
+    sub.add_argument("config", help="YAML file of the run")
+    sub.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
+    text = "processes per machine (default: those of the configuration)"
+    sub.add_argument("--gpus-per-node", type=int, metavar="N", help=text)
+    sub.add_argument("--gpu", metavar="NAME", help="device in devices.yaml (default: this machine, measured)")
+    sub.add_argument("--link", metavar="NAME", help="link between machines in devices.yaml, for example 100gbit")
+    sub.add_argument("--calibrate", action="store_true", help="measure this machine, also where --gpu is given")
+    sub.add_argument("--vocab-size", type=int, metavar="N", help="entries of the vocabulary (default: the tokenizer's)")
+    sub.add_argument("--json", metavar="FILE", help="write the whole plan as JSON")
+
     sub = command("evaluate", evaluate, "Perplexity of every exit of a run, by the `blocks` convention.")
     sub.add_argument("run_folder", metavar="RUN", help="run folder")
     sub.add_argument("--data", action="append", metavar="FILES", help="text or jsonl files (a glob), or a prepared set")
@@ -50,8 +63,9 @@ def parser() -> argparse.ArgumentParser:
     text = "run folder, or for a comparison several, folders of sweeps, files of records"
     sub.add_argument("runs", metavar="RUN", nargs="+", help=text)
     sub.add_argument("--baselines", action="store_true", help="one run: add n-gram models of the training text")
+    sub.add_argument("--trace", action="store_true", help="one run: the schedule as executed, if run.trace recorded it")
+    sub.add_argument("--out", metavar="DIR", help="folder for plots (default: report; with --trace: the run folder)")
     compared = sub.add_argument_group("comparison of several runs")
-    compared.add_argument("--out", default="report", metavar="DIR", help="folder for the plots (default: report)")
     compared.add_argument("--baseline", metavar="METHOD", help="differences are to this one (default: backprop)")
     compared.add_argument("--deep", metavar="METHOD", help="with --shallow: share of the depth gain that is kept")
     compared.add_argument("--shallow", metavar="METHOD", help="backprop with fewer blocks")
@@ -121,6 +135,23 @@ def show_config(args: argparse.Namespace) -> None:
     print(configuration.to_yaml(configuration.load(args.config, args.overrides)), end="")
 
 
+def plan(args: argparse.Namespace) -> None:
+    config = configuration.load(args.config, args.overrides)
+    from lptransformer import plan as planning
+
+    request = planning.Request(args.nodes, args.gpus_per_node, args.gpu, args.link, args.vocab_size, args.calibrate)
+    made = planning.make(config, request)
+    from lptransformer.plan_tables import print_plan
+
+    print_plan(made)
+    if args.json:
+        text = json.dumps(made.to_dict(), indent=1) + "\n"
+        try:
+            Path(args.json).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json={args.json}: cannot be written: {error.strerror}") from None
+
+
 def evaluate(args: argparse.Namespace) -> None:
     no_overrides(args)
     from lptransformer.evaluate import evaluate_run, print_evaluations, to_json
@@ -147,18 +178,24 @@ def report(args: argparse.Namespace) -> None:
     no_overrides(args)
     if (args.deep is None) != (args.shallow is None):
         raise UserError("--deep and --shallow belong together: give both methods, or neither")
-    from lptransformer.report import compare
+    from lptransformer.report import compare, report_trace
     from lptransformer.report import report as report_run
     from lptransformer.result_tables import Question
 
     paths = [Path(run) for run in args.runs]
+    if args.trace:
+        if len(paths) > 1 or args.baselines:
+            what = "--baselines" if args.baselines else f"{len(paths)} folders"
+            raise UserError(f"--trace with {what}: it is a report of its own, about one run")
+        report_trace(paths[0], Path(args.out) if args.out else paths[0])
+        return
     if len(paths) == 1 and (run_folder.holds_run(paths[0]) or not paths[0].exists()):
         report_run(paths[0], baselines=args.baselines)
         return
     if args.baselines:
         raise UserError("--baselines is for the report of one run: name one run folder, or leave it out")
     question = Question(args.baseline, args.deep, args.shallow, args.choose)
-    compare(paths, Path(args.out), question, Path(args.markdown) if args.markdown else None, args.name)
+    compare(paths, Path(args.out or "report"), question, Path(args.markdown) if args.markdown else None, args.name)
 
 
 def diagnose(args: argparse.Namespace) -> None:

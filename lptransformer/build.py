@@ -223,6 +223,7 @@ def build_engine(
         valid,
         _head_losses(config, plan),
         _copy_lags(config, plan),
+        _roundings(config, plan),
         hidden_size=plan.parts.hidden_size,
         dtype=DTYPES[train.dtype],
         steps=train.steps,
@@ -233,6 +234,7 @@ def build_engine(
         refresh_every=config.head.refresh_every,
         max_skipped_updates=train.max_skipped_updates,
         channel=config.parallel.channel,
+        trace=config.run.trace,
     )
 
 
@@ -252,6 +254,12 @@ def _head_losses(config: Config, plan: ModelPlan) -> dict[int, HeadLoss]:
 
 def _positions(seed: int, block: int, rows: int, length: int, fraction: float, micro_batch: int) -> torch.Tensor:
     return token_positions(seed, block, micro_batch, rows, length, fraction)
+
+
+def _roundings(config: Config, plan: ModelPlan) -> dict[int, str]:
+    """The stages whose output is rounded: those at the end of a chunk, on any placement."""
+    kind = config.train.border_dtype
+    return {stage.index: kind for stage in plan.stages if kind and stage.has_head and not stage.is_last}
 
 
 def _copy_lags(config: Config, plan: ModelPlan) -> dict[int, int]:

@@ -13,12 +13,13 @@ import enum
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lptransformer import rounding
 from lptransformer.errors import TrainingError
 from lptransformer.world import World
 
@@ -53,22 +54,29 @@ class Header:
 
 @dataclass(frozen=True)
 class Frame:
-    """Shape, dtype and device of the tensor in every message, and the backend that carries it."""
+    """Shape, dtype and device of the tensor in every message, the backend that carries it, and how it is rounded."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     backend: str = "gloo"
+    rounding: str | None = None
 
     def buffer(self) -> Tensor:
         """One message. gloo moves host memory (pinned, beside a GPU); NCCL moves device memory."""
-        num_bytes = HEADER_BYTES + torch.Size(self.shape).numel() * self.dtype.itemsize
+        num_bytes = HEADER_BYTES + rounding.num_bytes(self.shape, self.dtype, self.rounding)
         if self.backend == "nccl":
             return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
         return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
-    def payload(self, buffer: Tensor) -> Tensor:
-        return buffer[HEADER_BYTES:].view(self.dtype).view(self.shape)
+    def write(self, buffer: Tensor, tensor: Tensor) -> None:
+        assert (tuple(tensor.shape), tensor.dtype) == (self.shape, self.dtype), f"{tensor.shape} {tensor.dtype}: {self}"
+        buffer[HEADER_BYTES:].copy_(rounding.encode(tensor, self.rounding))
+
+    def read(self, buffer: Tensor) -> Tensor:
+        """The tensor of a message, in memory of its own."""
+        payload = buffer[HEADER_BYTES:].to(self.device, copy=True)
+        return rounding.decode(payload, self.shape, self.dtype, self.rounding)
 
     def stream(self) -> torch.cuda.Stream | None:
         """NCCL: one stream per direction, so that a transfer never waits for the compute of the other direction."""
@@ -90,7 +98,7 @@ class Sender:
         self.flush()
         ints = torch.tensor([header.kind, header.update, header.micro_batch, header.control] + [0] * (HEADER_INTS - 4))
         self.buffer[:HEADER_BYTES].view(torch.int64).copy_(ints)
-        self.frame.payload(self.buffer).copy_(tensor.detach())
+        self.frame.write(self.buffer, tensor)
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             if self.stream:
                 self.stream.wait_stream(torch.cuda.current_stream(self.frame.device))
@@ -137,7 +145,7 @@ class Receiver:
             torch.cuda.current_stream(self.frame.device).synchronize()
         self.waited_seconds += time.perf_counter() - started
         kind, update, micro_batch, control, *_ = buffer[:HEADER_BYTES].cpu().view(torch.int64).tolist()
-        tensor = self.frame.payload(buffer).to(self.frame.device, copy=True)
+        tensor = self.frame.read(buffer)
         self._post(buffer)
         return Header(Kind(kind), update, micro_batch, Control(control)), tensor
 
@@ -172,25 +180,33 @@ class Neighbours:
 
 
 def open_channels(
-    world: World, frame: Frame, in_flight: int, *, gradients_below: int, gradients_above: int
+    world: World,
+    frame: Frame,
+    in_flight: int,
+    *,
+    rounding_below: str | None,
+    rounding_above: str | None,
+    gradients_below: int,
+    gradients_above: int,
 ) -> Neighbours:
     """Connect this process to the same replica of the pipeline ranks below and above.
 
-    The two numbers say how many flows of gradients cross the borders at once. Borders are opened in ascending order on
-    every rank, so that the groups of two neighbours meet.
+    How hidden states are rounded at the two borders, and how many flows of gradients cross them at once. Borders are
+    opened in ascending order on every rank, so that the groups of two neighbours meet.
     """
     neighbours, rank = Neighbours(), world.pipeline_rank
     if rank > 0:
         border = f"{rank - 1}-{rank}"
         group = world.group(f"hidden/{border}", 1, 2, frame.backend)
-        neighbours.below = Receiver(group, 0, frame, in_flight, f"of hidden states {border}")
+        hidden = replace(frame, rounding=rounding_below)
+        neighbours.below = Receiver(group, 0, hidden, in_flight, f"of hidden states {border}")
         for flow in range(gradients_below):
             group = world.group(f"gradient/{border}/{flow}", 1, 2, frame.backend)
             neighbours.gradients_below.append(Sender(group, 0, frame, f"of gradients {border}"))
     if rank < world.pipeline_size - 1:
         border = f"{rank}-{rank + 1}"
         group = world.group(f"hidden/{border}", 0, 2, frame.backend)
-        neighbours.above = Sender(group, 1, frame, f"of hidden states {border}")
+        neighbours.above = Sender(group, 1, replace(frame, rounding=rounding_above), f"of hidden states {border}")
         for flow in range(gradients_above):
             group = world.group(f"gradient/{border}/{flow}", 0, 2, frame.backend)
             neighbours.gradients_above.append(Receiver(group, 1, frame, in_flight, f"of gradients {border}"))

@@ -40,7 +40,7 @@ def head_in_words(config: Config) -> str:
 
 def check(config: Config) -> None:
     """Raises ConfigError for the first contradiction between keys of a resolved configuration."""
-    rules = (_lone, _model, _train, _deepspeed, _pipeline_baseline)
+    rules = (_lone, _model, _train, _trace, _deepspeed, _pipeline_baseline)
     for problem in itertools.chain.from_iterable(rule(config) for rule in rules):
         raise ConfigError(problem)
     check_depth(config, config.model.num_layers, config.model.max_position_embeddings, "")
@@ -122,8 +122,30 @@ def _train(config: Config) -> Iterator[str]:
             f"{at('train.warmup_steps')} has no effect with {at('train.lr_scheduler')}: set it to 0, or "
             "train.lr_scheduler=constant_with_warmup"
         )
+    hybrid = next((key for key in ("backprop_every", "backprop_share") if getattr(config.objective, key)), None)
+    if train.border_dtype and hybrid:
+        yield (
+            f"{at('train.border_dtype')} with {at(f'objective.{hybrid}')}: a border that carries a gradient is not "
+            "rounded. Remove one of them"
+        )
+    if train.border_dtype == "bf16" == train.dtype:
+        yield f"{at('train.border_dtype')} has no meaning with {at('train.dtype')}: remove it, or give int8"
     if train.eval_every and not config.data.valid:
         yield f"{at('train.eval_every')}, but there is nothing to evaluate on: give data.valid, or set it to 0"
+
+
+def _trace(config: Config) -> Iterator[str]:
+    if config.run.trace is None:
+        return
+    (first, last), at = config.run.trace, config.at
+    if first < 1:
+        yield f"{at('run.trace')}: updates are counted from 1; give [1, {last}]"
+    if first > last:
+        yield f"{at('run.trace')}: the first update to record comes before the last; give [{last}, {first}]"
+    if last > config.train.steps:
+        yield f"{at('run.trace')}: the last update to record is above {at('train.steps')}"
+    if config.engine == "deepspeed_pipeline":
+        yield f"{at('run.trace')} with {at('engine')}: the actions of DeepSpeed's own pipeline are not recorded"
 
 
 def _depth(config: Config, num_layers: int, layers: str) -> Iterator[str]:

@@ -175,6 +175,10 @@ class TrainSection(Section):
     dtype: Literal["fp32", "bf16", "fp64"] = Field(
         default="fp32", description="fp32, bf16 with fp32 master weights, or fp64 (to check algebra)"
     )
+    border_dtype: Annotated[Literal["bf16", "int8"] | None, "bf16, int8 or null"] = Field(
+        default=None,
+        description="chunked, greedy: hidden states from chunk to chunk in bf16, or int8 with a scale per token",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32), "a whole number from 0 to 4294967295"] = Field(
         default=0, description="seed of the weights and of the data order"
     )
@@ -185,6 +189,10 @@ class TrainSection(Section):
 
 class RunSection(Section):
     dir: MaybeText = Field(default=None, description="run folder (null: runs/ and the name of the file)")
+    trace: Annotated[
+        Annotated[list[int], Field(min_length=2, max_length=2)] | None,
+        "two numbers of updates, the first and the last, counted from 1, or null",
+    ] = Field(default=None, description="[first, last] updates to record, for `report --trace` (null: none)")
 
 
 def origin_of(key: str, origins: dict[str, str]) -> str:
@@ -241,6 +249,7 @@ ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     **{f"objective.{key}": ("objective.name", ("overlapping",)) for key in ("overlap", "own_weight", "first_head")},
     "objective.trained_blocks": ("objective.name", ("last",)),
     **{f"objective.backprop_{key}": ("objective.name", (*_RUNS, "greedy")) for key in ("every", "share")},
+    "train.border_dtype": ("objective.name", ("chunked", "greedy")),
     **{f"optimizer.{key}": ("optimizer.name", ("adamw",)) for key in ("beta1", "beta2", "eps")},
     "optimizer.momentum": ("optimizer.name", ("sgd",)),
     "head.rank": ("head.kind", ("low_rank",)),

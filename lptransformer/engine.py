@@ -6,6 +6,7 @@ docs/design.md), so a run over any number of processes equals the plain one-proc
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +16,17 @@ import torch
 
 from lptransformer import checkpoint, run_folder
 from lptransformer.channel import Control, Frame, Header, Kind, Neighbours, open_channels
+from lptransformer.deepspeed_stage import TrainedStage
 from lptransformer.errors import TrainingError
 from lptransformer.executor import Executor, HeadLoss, LocalStage, Update, plan_phases
 from lptransformer.face import Report, Stream, UpdateResult, ValidSet, gather_reports
 from lptransformer.gradients import crossing, flows
-from lptransformer.metrics import EvaluationReport, StageReport
+from lptransformer.metrics import EvaluationReport, StageReport, TraceReport
 from lptransformer.mirror import Mirror
 from lptransformer.objective import Objective
 from lptransformer.partition import StagePlan
 from lptransformer.processes import peak_memory_bytes
+from lptransformer.recorder import COPIES, Recorder
 from lptransformer.token_set import whole_rounds
 from lptransformer.world import World, any_replica, leave
 
@@ -43,6 +46,7 @@ class LocalUpdateEngine:
         valid: Mapping[str, ValidSet],
         head_losses: Mapping[int, HeadLoss],
         copy_lags: Mapping[int, int],
+        roundings: Mapping[int, str],
         *,
         hidden_size: int,
         dtype: torch.dtype,
@@ -54,6 +58,7 @@ class LocalUpdateEngine:
         refresh_every: int,
         max_skipped_updates: int,
         channel: str,
+        trace: Sequence[int] | None = None,
     ) -> None:
         self.world = world
         self.objective = objective
@@ -75,16 +80,19 @@ class LocalUpdateEngine:
             world,
             Frame((micro_batch_size, sequence_length, hidden_size), dtype, world.device, channel),
             in_flight,
+            rounding_below=roundings.get(min(self.local) - 1),
+            rounding_above=roundings.get(max(self.local)),
             gradients_below=max(len(crossing(one, min(self.local))) for one in of_phases),
             gradients_above=max(len(crossing(one, max(self.local) + 1)) for one in of_phases),
         )
         self.executor = Executor(
-            world, self.local, self.neighbours, head_losses, self.micro_batches, stream.batch, self._decide
+            world, self.local, self.neighbours, head_losses, roundings, self.micro_batches, stream.batch, self._decide
         )
         self.work = plan_phases(world, stages, objective, self.local, self.micro_batches // world.data_size)
         self.mirror = Mirror(world, stages, self.local, copy_lags, refresh_every)
         self._requested = Control.NOTHING
         self._stop_requested = False
+        self._recorder = self._recorder_of(*trace) if trace else None
 
     # ------------------------------------------------------------------------------------------ the four calls
 
@@ -94,17 +102,24 @@ class LocalUpdateEngine:
         Raises TrainingError when a stage has skipped too many updates in a row, or a neighbour has gone.
         """
         started, waited = time.perf_counter(), self.waited_seconds
+        recorder = self._recorder if self._recorder and self._recorder.wants(self.update + 1) else None
+        if recorder:
+            recorder.begin(started)
+        self.executor.recorder = recorder
         phase = self.objective.phase_at(self.update, self.steps)
-        self.mirror.before(self.update)
+        with recorder.action(COPIES) if recorder and self.mirror.links else contextlib.nullcontext():
+            self.mirror.before(self.update)
         done = self.executor.run(self.work[phase], self.update, is_last=self.update + 1 >= self.steps)
-        self.mirror.after(self.update + 1)
+        with recorder.action(COPIES) if recorder and self.mirror.links else contextlib.nullcontext():
+            self.mirror.after(self.update + 1)
         if self.world.pipeline_size == 1:
             done.control = self._decide()
         self.update += 1
         seconds, idle_seconds = time.perf_counter() - started, self.waited_seconds - waited
         if self._stop_requested and self.world.pipeline_rank > 0:
             self.world.store.set(STOP_KEY, "")
-        reports = gather_reports(self.world, [self._report(index, done, seconds, idle_seconds) for index in self.local])
+        own: list[Report] = [self._report(index, done, seconds, idle_seconds) for index in self.local]
+        reports = gather_reports(self.world, [*own, *([self._trace(recorder, seconds)] if recorder else [])])
         self._stop_when_skipping(reports, done)
         return UpdateResult(self.update, done.control, reports)
 
@@ -138,9 +153,10 @@ class LocalUpdateEngine:
                     assert (header.kind, header.update, header.micro_batch) == (Kind.EVALUATE, self.update, index)
                 labels = batch.labels.to(self.world.device)
                 for stage_index, stage in self.local.items():
-                    inputs, _, loss_sum, _, _ = stage.forward(inputs, labels, 1.0)
+                    hidden_states, _, loss_sum, _, _ = stage.forward(inputs, labels, 1.0)
                     if loss_sum is not None:
                         sums[stage_index] += loss_sum.item()
+                    inputs = self.executor.handed_over(stage_index, hidden_states)
                 if self.neighbours.above is not None:
                     self.neighbours.above.send(Header(Kind.EVALUATE, self.update, index), inputs)
         for stage in self.local.values():
@@ -252,6 +268,28 @@ class LocalUpdateEngine:
             seconds=seconds,
             idle_seconds=idle_seconds,
             peak_memory_bytes=peak_memory_bytes(self.world.device),
+        )
+
+    def _recorder_of(self, first: int, last: int) -> Recorder:
+        """What records the updates `first` to `last`, counted from 1."""
+        recorder = Recorder(first, last, lambda: self.waited_seconds)
+        for stage in self.local.values():
+            if isinstance(stage, TrainedStage) and stage.plan.has_head:
+                recorder.watch_head(stage.engine.module.head)
+        return recorder
+
+    def _trace(self, recorder: Recorder, seconds: float) -> TraceReport:
+        plans = [stage.plan for stage in self.local.values()]
+        return TraceReport(
+            update=self.update,
+            pipeline_rank=self.world.pipeline_rank,
+            data_rank=self.world.data_rank,
+            device=self.world.device.type,
+            stages=[[plan.index, plan.first_block, plan.last_block] for plan in plans],
+            micro_batches=self.executor.rounds,
+            start=recorder.started,
+            seconds=seconds,
+            actions=recorder.actions,
         )
 
     def _stop_when_skipping(self, reports: list[Report], done: Update) -> None:

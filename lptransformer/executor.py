@@ -16,6 +16,8 @@ from lptransformer.deepspeed_stage import FrozenStage, Outcome, TrainedStage
 from lptransformer.gradients import Duty, crossing, duties, flows
 from lptransformer.objective import Objective
 from lptransformer.partition import StagePlan
+from lptransformer.recorder import Recorder
+from lptransformer.rounding import rounded
 from lptransformer.schedule import Action, Pattern, one_update
 from lptransformer.stage import Pull
 from lptransformer.token_set import Batch
@@ -93,21 +95,25 @@ class Executor:
         local: Mapping[int, LocalStage],
         neighbours: Neighbours,
         head_losses: Mapping[int, HeadLoss],
+        roundings: Mapping[int, str],
         micro_batches: int,
         batch: Callable[[int], Batch],
         decide: Callable[[], Control],
     ) -> None:
         """`micro_batches` are those of an update, over all replicas; `batch` gives one by its number since the start.
 
-        `decide` is asked on pipeline rank 0, once per update, what is to follow it; `head_losses` is by stage.
+        `decide` is asked on pipeline rank 0, once per update, what is to follow it; `head_losses` is by stage, and so
+        is `roundings`: how the hidden states are rounded that a stage hands over.
         """
         self.world = world
         self.local = local
         self.neighbours = neighbours
         self.head_losses = head_losses
+        self.roundings = roundings
         self.rounds = micro_batches // world.data_size  # micro-batches of this replica in an update
         self.batch = batch
         self.decide = decide
+        self.recorder: Recorder | None = None  # while an update is recorded
         self._actions: dict[str, Callable[[LocalStage, Action], None]] = {
             "R": self._receive,
             "F": self._forward,
@@ -156,7 +162,11 @@ class Executor:
 
     def _do(self, actions: Sequence[Action]) -> None:
         for action in actions:
-            self._actions[action.op](self.local[action.stage], action)
+            if self.recorder is None:
+                self._actions[action.op](self.local[action.stage], action)
+                continue
+            with self.recorder.action(str(action)):
+                self._actions[action.op](self.local[action.stage], action)
 
     def index(self, micro_batch: int) -> int:
         """The number within the update of this replica's `micro_batch`-th micro-batch."""
@@ -206,7 +216,12 @@ class Executor:
         if plan.trained:
             self._passes[plan.index, micro_batch] = Pass(inputs, hidden_states, loss, loss_gradient, pull)
         if not plan.is_last:
-            self._hidden[plan.index, micro_batch] = hidden_states.detach()
+            self._hidden[plan.index, micro_batch] = self.handed_over(plan.index, hidden_states)
+
+    def handed_over(self, index: int, hidden_states: Tensor) -> Tensor:
+        """What a stage's output is for the one that follows, detached; a channel rounds what it carries by itself."""
+        kind = self.roundings.get(index) if index + 1 in self.local else None
+        return rounded(hidden_states.detach(), kind)
 
     def _pull(self, stage: LocalStage, action: Action) -> None:
         index, flow, (_, micro_batch) = action.stage, action.flow, self._of(action)

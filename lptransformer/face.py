@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lptransformer.channel import Control
-from lptransformer.metrics import EvaluationReport, StageReport, report_from_dict
+from lptransformer.metrics import EvaluationReport, StageReport, TraceReport, report_from_dict
 from lptransformer.token_set import Batch
 from lptransformer.world import World
 
-Report = StageReport | EvaluationReport
+Report = StageReport | EvaluationReport | TraceReport
 
 
 class Stream(Protocol):

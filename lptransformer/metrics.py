@@ -112,8 +112,33 @@ class EvaluationReport:
         return asdict(self)
 
 
-def report_from_dict(data: Mapping[str, Any]) -> StageReport | EvaluationReport:
-    """The inverse of `to_dict` of either report."""
+@dataclass(frozen=True)
+class TraceReport:
+    """What one process did in one update, when it was asked to record it (recorder.py).
+
+    `stages` are its (stage, first block, last block), `micro_batches` those of this replica in an update. `start` is
+    when the update began, in seconds of the wall clock, `seconds` how long it took. `actions` are in order, each
+    [text, start, end, seconds that it waited, seconds in the head]; starts and ends count from `start`.
+    """
+
+    update: int
+    pipeline_rank: int
+    data_rank: int
+    device: str
+    stages: list[list[int]]
+    micro_batches: int
+    start: float
+    seconds: float
+    actions: list[list[Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def report_from_dict(data: Mapping[str, Any]) -> StageReport | EvaluationReport | TraceReport:
+    """The inverse of `to_dict` of any report."""
+    if "actions" in data:
+        return TraceReport(**data)
     return EvaluationReport(**data) if "evaluation" in data else StageReport(**data)
 
 

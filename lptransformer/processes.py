@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -30,6 +34,17 @@ def use_fair_share_of_cores(local_processes: int | None = None) -> None:
         launched = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or launched_size()
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (local_processes or int(launched))))
     torch.set_flush_denormal(True)
+
+
+@contextlib.contextmanager
+def on_stop_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM call `handler` (signal number, frame) instead of what they did before."""
+    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, earlier in before.items():
+            signal.signal(signum, earlier)
 
 
 def check_devices(channel: str, replicas: int, engine: str = "local") -> None:

@@ -5,6 +5,7 @@ environment.json  versions, commit, command    loss.png                     the 
 tokenizer/        the run's own tokenizer      checkpoints/                 see checkpoint.py
 data.json         the token sets, with counts  diagnosis.*                  what `diagnose` found
 model.json        the model's configuration, in the words of the library
+trace.jsonl       recorded updates (run.trace), and trace.json, trace.png, trace.svg that `report --trace` makes of them
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ CONTENTS = (
     *(CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL),
     *("metrics.jsonl", "metrics.csv", "loss.png", "checkpoints", "tensorboard"),
     *("diagnosis.json", "diagnosis.png", "diagnosis.svg", "record.json"),
+    *("trace.jsonl", "trace.json", "trace.png", "trace.svg"),
 )
 
 

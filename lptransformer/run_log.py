@@ -94,6 +94,14 @@ def read_metrics(folder: str | Path) -> list[Record]:
     return records
 
 
+def read_updates(folder: str | Path) -> list[Record]:
+    """The records of updates among `read_metrics`. Raises RunError where there is none yet."""
+    updates = [record for record in read_metrics(folder) if "stages" in record]
+    if not updates:
+        raise RunError(f"{folder} has no update in its metrics yet: train first")
+    return updates
+
+
 def _with_words(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return _WORDS[str(float(value))]

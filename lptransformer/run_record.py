@@ -15,7 +15,7 @@ from lptransformer.config import Config
 from lptransformer.errors import ModelError, RunError
 from lptransformer.metrics import Record
 from lptransformer.records import FORMAT, IDENTITY, RECORD, RECORDS, read
-from lptransformer.run_log import read_metrics
+from lptransformer.run_log import read_metrics, read_updates
 from lptransformer.sources import MANIFEST
 
 PIPELINE_RANKS = 8  # of the pipeline in which every run is simulated, or as many as there are blocks
@@ -29,10 +29,7 @@ def build(run: Path, identity: Mapping[str, Any] | None = None) -> Record:
     Raises RunError where the folder holds no run, or one without an update.
     """
     config = run_folder.read_config(run)
-    metrics = read_metrics(run)
-    updates = [record for record in metrics if "stages" in record]
-    if not updates:
-        raise RunError(f"{run} has no update in its metrics yet: train first")
+    updates = read_updates(run)
     model = run_folder.read_model_config(run)
     parts, costs = _costs(run, config, model)
     goal = objective.build(model_blocks(model), **config.objective.model_dump())
@@ -40,6 +37,9 @@ def build(run: Path, identity: Mapping[str, Any] | None = None) -> Record:
     train = config.train
     positions = train.micro_batch_size * train.micro_batches_per_update * config.data.sequence_length
     hidden_bytes = positions * parts.hidden_size * _BYTES[train.dtype]
+    handed_up = hidden_bytes
+    if train.border_dtype is not None:  # int8: and four bytes of scale for a token
+        handed_up = positions * (2 * parts.hidden_size if train.border_dtype == "bf16" else parts.hidden_size + 4)
     steady = updates[len(updates) // 10 :]  # without the start, where memory and caches are cold
     done = updates[-1]["update"]
     identity = identity or _known_identity(run) or {"name": str(run), "method": method_name(config)}
@@ -73,12 +73,12 @@ def build(run: Path, identity: Mapping[str, Any] | None = None) -> Record:
                 "pipeline_rank": plan.pipeline_rank,
                 "idle_share": _short(median(_entry(record, plan.last_block)["idle_share"] for record in steady)),
                 "memory_bytes": max(_entry(record, plan.last_block)["memory_bytes"] for record in updates),
-                "hidden_states_bytes": 0 if plan.is_last else hidden_bytes,
+                "hidden_states_bytes": 0 if plan.is_last else handed_up if plan.has_head else hidden_bytes,
                 "gradients_bytes": round(hidden_bytes * _crossing(goal, plans, plan.index, train.steps)),
             }
             for plan in plans
         ],
-        "evaluations": _evaluations(metrics, goal, costs, config),
+        "evaluations": _evaluations(read_metrics(run), goal, costs, config),
         "training": _curve(updates),
     }
 

@@ -10,18 +10,17 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from lptransformer import checkpoint, halving, records, run_folder, sweep_folder
 from lptransformer.errors import TrainingError, UserError
 from lptransformer.metrics import Record
 from lptransformer.prepare import prepare_all
+from lptransformer.processes import on_stop_signals
 from lptransformer.progress import table
 from lptransformer.run_log import JSONL_NAME
 from lptransformer.run_record import build
@@ -90,7 +89,7 @@ class Supervisor:
             self._record(run, only_if_old=True)
         self._write_records()
         read = 0.0
-        with self._noting_signals(), self.display:
+        with on_stop_signals(lambda signum, frame: self.signals.append(signum)), self.display:
             while True:
                 self._hand_on_signals()
                 for name in [name for name, (child, _) in self.children.items() if child.poll() is not None]:
@@ -216,18 +215,6 @@ class Supervisor:
             for folder in (run.folder / "checkpoints").glob("step-*"):
                 if folder.name != f"step-{kept:08d}":
                     shutil.rmtree(folder)
-
-    @contextlib.contextmanager
-    def _noting_signals(self) -> Iterator[None]:
-        def note(signum: int, frame: Any) -> None:
-            self.signals.append(signum)
-
-        before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
 
     def _hand_on_signals(self) -> None:
         """Every Ctrl-C and SIGTERM goes to every run: the first makes it save and stop, a third Ctrl-C ends it."""

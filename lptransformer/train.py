@@ -15,11 +15,12 @@ from lptransformer.config import Config
 from lptransformer.config_checks import head_in_words, state_bytes
 from lptransformer.errors import TrainingError
 from lptransformer.face import Report, UpdateResult
-from lptransformer.metrics import Aggregator, text_counts
+from lptransformer.metrics import Aggregator, TraceReport, text_counts
 from lptransformer.prepare import Prepared
-from lptransformer.processes import launched_rank
+from lptransformer.processes import launched_rank, on_stop_signals
 from lptransformer.progress import Progress, plot_losses, table
 from lptransformer.run_log import MetricsWriter, read_metrics
+from lptransformer.trace import TraceWriter
 from lptransformer.world import lost_processes_in_our_words
 
 
@@ -87,12 +88,8 @@ def stopping_cleanly(engine: Engine) -> Iterator[None]:
         if interrupts == 2:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # works inside a wait, where no handler of Python's runs
 
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_stop_signals(stop):
         yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 class Desk:
@@ -123,6 +120,7 @@ class Desk:
             self.stages, engine.world.data_size, texts, update=engine.update, tokens=tokens, seconds=seconds
         )
         self.writer = MetricsWriter(folder, resume_at=engine.update if resume else None)
+        self.trace = TraceWriter(folder) if config.run.trace else None
         self.progress = Progress(until or config.train.steps, self.stages)
         rows = partition.table(engine.stages, plan.costs, head_in_words(config), state_bytes(config))
         table(f"run folder: {folder}", list(rows[0]), [list(row.values()) for row in rows])
@@ -144,6 +142,10 @@ class Desk:
         if not self.open:
             return
         for report in reports:
+            if isinstance(report, TraceReport):
+                assert self.trace is not None
+                self.trace.write(report)
+                continue
             for record in self.aggregator.add(report):
                 self.writer.write(record)
                 if "evaluation" in record:

@@ -117,6 +117,7 @@ def expected(overrides: tuple[str, ...], updates: int, **formulas: Any) -> refer
         phase_of_update=phase_of_update(config, updates),
         delayed=config.objective.name == "delayed",
         heads=head_options(config),
+        border=train.border_dtype,
         dtype=torch.float64 if train.dtype == "fp64" else torch.float32,
         **formulas,
     )

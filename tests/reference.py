@@ -16,7 +16,7 @@ from hashlib import sha256
 from typing import Any
 
 import torch
-from reference_objectives import AuxiliaryHead, HeadOptions, Phase, Span
+from reference_objectives import ROUNDINGS, AuxiliaryHead, HeadOptions, Phase, Span
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -46,7 +46,9 @@ class Result:
 class Net(nn.Module):
     """The whole model and an auxiliary head after every span but the one that ends with the last block."""
 
-    def __init__(self, config: Config, spans: Sequence[Span], options: HeadOptions | None = None) -> None:
+    def __init__(
+        self, config: Config, spans: Sequence[Span], options: HeadOptions | None = None, border: str | None = None
+    ) -> None:
         super().__init__()
         assert config.tie_word_embeddings is False
         dropouts = ("embd_pdrop", "resid_pdrop", "attn_pdrop", "attention_dropout")
@@ -67,6 +69,7 @@ class Net(nn.Module):
         self.options = options or HeadOptions()
         self.last_block = len(self.blocks) - 1
         ends = sorted(last for _, last in spans if last != self.last_block)
+        self.border, self.rounded_after = border, ends if border else []
         self.head = nn.ModuleDict({str(block): self.new_head(block) for block in ends})
 
     def new_head(self, block: int) -> AuxiliaryHead:
@@ -97,10 +100,12 @@ class Net(nn.Module):
         return self.run(hidden, self.blocks[span[0] : span[1] + 1])
 
     def hidden_states(self, ids: Tensor) -> list[Tensor]:  # [b, T] -> [b, T, H] each
-        """The input of every block and the output of the last one, without a graph."""
+        """The input of every block and the output of the last one, without a graph; rounded behind auxiliary heads."""
         states = [self.embed(ids).detach()]
         for block in range(len(self.blocks)):
             states.append(self.run_blocks(states[-1], (block, block)).detach())
+            if block in self.rounded_after:
+                states[-1] = ROUNDINGS[self.border](states[-1])
         return states
 
     def targets(self, labels: Tensor, block: int, micro_batch: int) -> Targets:
@@ -276,6 +281,7 @@ def train(
     phase_of_update: Sequence[int] | None = None,
     delayed: bool = False,
     heads: HeadOptions | None = None,
+    border: str | None = None,
     dtype: torch.dtype = torch.float32,
     gradients_of: int | None = None,
     clip_formula: str = "torch",
@@ -292,7 +298,8 @@ def train(
     `micro_batches` holds (input_ids, labels), int64 [b, T] each, of all updates in order; labels[t] belongs to the
     prediction at position t. `delayed`: the gradient of update u is taken at the weights after max(0, u - 1) updates
     (PipeDream-2BW, arXiv 2006.09503, section 3.1). `dtype`: weights are made in fp32, then cast; Llama's norms and
-    rotary embeddings compute in fp32 all the same. `gradients_of`: the update whose gradients the result holds.
+    rotary embeddings compute in fp32 all the same. `border`: how hidden states are rounded where a span begins (a key
+    of ROUNDINGS). `gradients_of`: the update whose gradients the result holds.
 
     `fault` plants an error that a parity test has to find: gradients that stop nowhere, a loss divided by the label
     tokens of its micro-batch, hidden states from the weights of one update before. With one span, "no_detach" and
@@ -309,7 +316,7 @@ def train(
     assert fault in FAULTS and clip_formula in CLIP_FORMULAS and averaging in AVERAGING
     torch.set_flush_denormal(True)  # a condition of bit equality, as the thread count is
 
-    net = Net(config, phases[0].spans, heads).train()
+    net = Net(config, phases[0].spans, heads, border).train()
     net.initialise(seed)
     net.to(dtype)
     reached = {block for phase in phases for first, last in phase.spans for block in range(first, last + 1)}

@@ -108,3 +108,12 @@ class AuxiliaryHead(nn.Module):
         if self.kind == "shared":
             return F.linear(features, self.copied_readout) * self.temperature
         return self.up(features) if self.kind == "low_rank" else self.readout(features)
+
+
+def _int8_per_token(hidden: Tensor) -> Tensor:
+    """Every token's values as whole numbers of 127ths of its largest one."""
+    unit = hidden.abs().max(dim=-1, keepdim=True).values / 127
+    return (hidden / unit).round() * unit
+
+
+ROUNDINGS = {"bf16": lambda hidden: hidden.bfloat16().to(hidden.dtype), "int8": _int8_per_token}

@@ -23,7 +23,7 @@ ALLOWED = {
     "transformers": {"family", "pieces", "tokenizer", "optimizer", "export"},
     "datasets": {"prepare", "token_set"},
     "sentencepiece": {"tokenizer"},
-    "matplotlib": {"progress", "plots", "figures", "diagnosis"},
+    "matplotlib": {"progress", "plots", "figures", "diagnosis", "trace_plot"},
 }
 WHOLE_CONFIGURATION = {"build", "train", "launcher", "run_folder", "__main__"}
 WHOLE_CONFIGURATION |= {"sweep_file", "run_record"}

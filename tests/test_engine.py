@@ -310,6 +310,16 @@ def test_evaluation_sums_equal_the_plain_forward(pool: Pool, stage: int) -> None
         assert sum(part.nll_sum or 0.0 for part in parts) == pytest.approx(nll_sum, rel=1e-6)
 
 
+@pytest.mark.slow  # test_evaluation_sums_equal_the_plain_forward with one more option
+def test_evaluation_sums_of_rounded_hidden_states_do_not_depend_on_the_placement(pool: Pool) -> None:
+    overrides = ("objective.chunks=2", "train.border_dtype=int8")
+    together = by_stage(start(pool, overrides, 2, evaluate=True))
+    apart = by_stage(start(pool, (*overrides, "parallel.pipeline=2"), 2, evaluate=True))
+    exact = by_stage(start(pool, ("objective.chunks=2",), 2, evaluate=True))
+    here, there, without = (one[1].evaluations[1].nll_sum for one in (together, apart, exact))
+    assert here == there != without
+
+
 @pytest.mark.parametrize("mode", [MODES[0], *map(slow, MODES[1:])], ids=str)
 def test_evaluating_and_saving_in_between_change_nothing(pool: Pool, tmp_path: Path, mode: tuple[int, str]) -> None:
     overrides = (*FOUR_STAGES, *zero(*mode))

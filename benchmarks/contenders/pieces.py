@@ -1,0 +1,39 @@
+"""What the peers that are plain torch are made of: the same optimizer, the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lptransformer.build import plan_model
+from lptransformer.config import Config
+from lptransformer.optimizer import build_optimizer
+from lptransformer.stage import Stage, make_stage
+
+
+def optimizer_of(config: Config, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    options = config.optimizer
+    return build_optimizer(
+        parameters,
+        options.name,
+        learning_rate=config.train.learning_rate,
+        weight_decay=options.weight_decay,
+        betas=(options.beta1, options.beta2),
+        eps=options.eps,
+        momentum=options.momentum,
+    )
+
+
+def label_tokens_of(config: Config) -> int:
+    """The label tokens of an update."""
+    train = config.train
+    return train.micro_batches_per_update * train.micro_batch_size * (config.data.sequence_length - 1)
+
+
+def whole_model(config: Config, vocab_size: int) -> Stage:
+    """The model as one stage, with its own head."""
+    plan = plan_model(config, vocab_size, None)
+    (stage,) = plan.stages
+    return make_stage(stage, plan.config, plan.parts, seed=config.train.seed, head=config.head)

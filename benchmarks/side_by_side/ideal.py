@@ -1,0 +1,83 @@
+"""What an ideal execution of a contender takes: the simulator with the seconds of its stages by themselves.
+
+Processes of one machine share its memory, so a stage is slower while other ranks compute. A schedule in which ranks
+wait computes part of its time alone. `sharing` counts that: every stage takes a mean of its seconds alone and beside
+the others, weighted by how much of its rank's work the simulation finds beside the work of others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+
+from contenders.face import Spec, Work
+
+from lptransformer.build import plan_model
+from lptransformer.simulate import StageSeconds, Timeline, simulate
+
+UPDATES = 32
+ROUNDS = 4  # of simulation and weighting; two are usually enough
+
+
+def update_seconds(
+    spec: Spec, work: Work, more: Sequence[str], beside: Mapping[int, StageSeconds], alone: Mapping[int, StageSeconds]
+) -> dict[str, float]:
+    """Seconds per update in steady state, with links that cost nothing: `plain` with the seconds of stages that compute
+    beside each other, and `sharing`. Seconds are by stage, `more` is what the kind changes in the configuration."""
+    config = spec.config_of(work, f"parallel.pipeline={work.ranks}", *more)
+    plan = plan_model(config, work.vocab_size, None)
+
+    def run(seconds: Mapping[int, StageSeconds]) -> Timeline:
+        return simulate(
+            plan.objective,
+            plan.stages,
+            [seconds[stage.index] for stage in plan.stages],
+            micro_batches=work.micro_batches,
+            updates=UPDATES,
+            in_flight=config.parallel.in_flight,
+        )
+
+    timeline = run(beside)
+    found = {"plain": timeline.steady_update_seconds()}
+    for _ in range(ROUNDS):
+        shares = shared_work(timeline, work.ranks)
+        timeline = run({s.index: mixed(alone[s.index], beside[s.index], shares[s.pipeline_rank]) for s in plan.stages})
+    return {**found, "sharing": timeline.steady_update_seconds()}
+
+
+def mixed(alone: StageSeconds, beside: StageSeconds, share: float) -> StageSeconds:
+    """Seconds of a stage of which a share is computed beside others."""
+    names = [field.name for field in fields(StageSeconds)]
+    return StageSeconds(**{n: getattr(alone, n) * (1 - share) + getattr(beside, n) * share for n in names})
+
+
+def shared_work(timeline: Timeline, ranks: int) -> list[float]:
+    """Of every rank, the share of its work in the second half of the updates during which another rank works too."""
+    half = len(timeline.ended[0]) // 2
+    busy = [[(e.start, e.end) for e in timeline.events if e.pipeline_rank == rank] for rank in range(ranks)]
+    shares = []
+    for rank in range(ranks):
+        others = _union([span for other in range(ranks) if other != rank for span in busy[other]])
+        own = [(e.start, e.end) for e in timeline.events if e.pipeline_rank == rank and e.update >= half]
+        total, shared, position = 0.0, 0.0, 0
+        for start, end in own:
+            total += end - start
+            while position < len(others) and others[position][1] <= start:
+                position += 1
+            for other_start, other_end in others[position:]:
+                if other_start >= end:
+                    break
+                shared += min(end, other_end) - max(start, other_start)
+        shares.append(shared / total if total else 0.0)
+    return shares
+
+
+def _union(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Spans of time without overlaps, in order."""
+    found: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((start, end))
+    return found

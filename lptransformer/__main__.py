@@ -27,6 +27,8 @@ def parser() -> argparse.ArgumentParser:
     sub = command("train", train, "Train on this machine; starts the deepspeed launcher when there are more processes.")
     sub.add_argument("config", help="YAML file of the run (configs/)")
     add_training_flags(sub)
+    sub.add_argument("--dry-run", action="store_true", help="check, print stages, memory and FLOPs, start nothing")
+    sub.add_argument("--mock-batch", action="store_true", help="with --dry-run: measure memory on random tokens too")
 
     sub = command("prepare", prepare, "Turn text, jsonl or parquet files into a tokenizer and token sets.")
     sub.add_argument("config", help="YAML file whose section `data` says what to prepare")
@@ -42,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--gpus-per-node", type=int, metavar="N", help=text)
     sub.add_argument("--gpu", metavar="NAME", help="device in devices.yaml (default: this machine, measured)")
     sub.add_argument("--link", metavar="NAME", help="link between machines in devices.yaml, for example 100gbit")
-    sub.add_argument("--calibrate", action="store_true", help="measure this machine, also where --gpu is given")
+    sub.add_argument("--calibrate", action="store_true", help="measure this machine (what no --gpu does too)")
     sub.add_argument("--vocab-size", type=int, metavar="N", help="entries of the vocabulary (default: the tokenizer's)")
     sub.add_argument("--json", metavar="FILE", help="write the whole plan as JSON")
 
@@ -94,17 +96,24 @@ def train(args: argparse.Namespace) -> None:
     # All that one process can check and make is done before others are started.
     run_folder.check(Path(config.run.dir), config, args.resume, args.overwrite)
     check_until(config, args.until, args.resume)
+    if args.mock_batch and not args.dry_run:
+        raise UserError("--mock-batch belongs to --dry-run: give both, or neither")
     import torch
 
     from lptransformer.prepare import prepare_all
     from lptransformer.processes import check_devices
 
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed chooses anyway, with a warning
     check_devices(config.parallel.channel, config.parallel.data)
+    if args.dry_run:
+        from lptransformer.dry_run import dry_run
+
+        dry_run(config, args.mock_batch)
+        return
     prepared = prepare_all(**config.data.model_dump())
     if args.resume:
         run_folder.check_data(Path(config.run.dir), prepared.folders())
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed chooses anyway, with a warning
     processes = config.parallel.pipeline * config.parallel.data
     if processes > 1:
         flags = [flag for flag in ("--resume", "--overwrite") if getattr(args, flag[2:])]

@@ -17,7 +17,7 @@ class ModelCosts:
     Forward FLOPs per token of one block (f / number of blocks), of the LM head (g, as the README names them), and of an
     auxiliary head with its extra blocks; backward FLOPs per token of the auxiliary head. Numbers of weights: of the
     embedding, one block, the head with its norm; of an auxiliary head those that are trained (they have gradients and
-    optimizer state) and those that are read-only copies.
+    optimizer state), those of them that are its readout, and those that are read-only copies.
     """
 
     block_flops: float
@@ -29,6 +29,7 @@ class ModelCosts:
     head_parameters: int = 0
     auxiliary_parameters: int = 0
     auxiliary_copied: int = 0
+    auxiliary_readout: int = 0
 
     def head_training_flops(self, is_last: bool) -> float:
         """FLOPs per token of a head's forward and backward pass: of the last one, or of an auxiliary one."""
@@ -78,4 +79,5 @@ def model_costs(
         head_parameters=norm_parameters + full,
         auxiliary_parameters=norm_parameters + (1 if shared else readout) + blocks_trained * block_parameters,
         auxiliary_copied=(full if shared else 0) + blocks_copied * block_parameters,
+        auxiliary_readout=0 if shared else rank * vocab_size if kind == "low_rank" else full,
     )

@@ -82,10 +82,12 @@ def simulate(
     micro_batches: int,
     updates: int,
     in_flight: int = 2,
-    link: Link = Link(),
+    link: Link | Sequence[Link] = Link(),
     clip: bool = True,
 ) -> Timeline:
     """Run `updates` updates of the objective; `seconds` are by stage, `micro_batches` those of a replica.
+
+    `link` is what joins two pipeline ranks, or a link for every border from the bottom up.
 
     With `clip` stages that clip together wait for each other. Raises AssertionError where the schedules do not fit.
     """
@@ -93,12 +95,19 @@ def simulate(
     todo = [list(_run(objective, stages, rank, micro_batches, updates)) for rank in range(ranks)]
     groups = [_partners(objective, stages, phase) for phase in range(len(objective.phases))] if clip else []
     clock, position = [0.0] * ranks, [0] * ranks
+    links = [link] * (ranks - 1) if isinstance(link, Link) else list(link)
+    assert len(links) == ranks - 1, "a link for every border"
     timeline = Timeline(ended=[[] for _ in range(ranks)])
     # By (stage, op, flow) of the sender: when each message was taken, and when its transfer ended.
     taken: dict[tuple[int, str, int | None], list[float]] = {}
     arrived: dict[tuple[int, str, int | None], list[float]] = {}
     sent: dict[tuple[int, str, int | None], list[float]] = {}  # when each was handed over
     ready: dict[tuple[int, int], float] = {}  # (stage, update): when it came to its update
+
+    def wire(channel: tuple[int, str, int | None]) -> Link:
+        """What a channel runs over, by the stage and operation of its sender."""
+        rank = stages[channel[0]].pipeline_rank
+        return links[rank if channel[1] == "S" else rank - 1]
 
     def transfer(channel: tuple[int, str, int | None]) -> None:
         """Let messages leave whose receive is posted."""
@@ -108,7 +117,7 @@ def simulate(
                 return
             posted = gone[number - in_flight] if number >= in_flight else 0.0
             leaves = max(sent[channel][number], done[-1] if done else 0.0, posted)
-            done.append(leaves + link.message_seconds)
+            done.append(leaves + wire(channel).message_seconds)
 
     def step(rank: int) -> bool:
         """Do the next action of a rank if what it waits for is known; whether that was so."""
@@ -131,7 +140,7 @@ def simulate(
             number = len(taken[channel])
             if number >= len(arrived[channel]):
                 return False
-            clock[rank] = max(start, arrived[channel][number] + link.latency_seconds)
+            clock[rank] = max(start, arrived[channel][number] + wire(channel).latency_seconds)
             taken[channel].append(clock[rank])
         else:
             if action.op == "U" and clip:

@@ -1,0 +1,173 @@
+"""Where local updates pay: throughput against ranks, micro-batches, link and vocabulary, predicted. No torch, a minute.
+
+    python benchmarks/map.py --out docs/benchmarks/plan
+
+A model of 32 blocks of width 2048 (1.6 billion weights in its blocks) on A100s, one per node: a pipeline over all of
+them, or replicas on all of them. A micro-batch is 8 windows of 2048 tokens; every method may cut it into smaller ones
+and has its best size. Memory is not asked. What varies stands below each panel, what does not in its title.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from lptransformer import memory, objective
+from lptransformer.cost import model_costs
+from lptransformer.devices import Cluster, table
+from lptransformer.figures import new_figure, save
+from lptransformer.memory import ActivationBytes
+from lptransformer.plots import COLOURS
+from lptransformer.predict_local import of_objective
+from lptransformer.predict_rivals import RIVALS, data_parallel, of_rival
+from lptransformer.workload import Candidate, Work, balanced_sizes
+
+WIDTH, BLOCKS, LENGTH, ROWS = 2048, 32, 2048, 8
+BASE = {"ranks": 8, "micro_batches": 8, "link": "100gbit", "vocabulary": 32768}
+AXES: dict[str, list[int] | list[str]] = {
+    "ranks": [2, 4, 8, 16, 32],
+    "micro_batches": [1, 2, 4, 8, 16, 32, 64],
+    "link": ["100mbit", "1gbit", "10gbit", "25gbit", "100gbit", "400gbit"],
+    "vocabulary": [256, 4096, 32768, 131072, 262144],
+}
+LABELS = {
+    "ranks": "GPUs, one per node",
+    "micro_batches": "micro-batches of 8 windows per update",
+    "link": "link between nodes",
+    "vocabulary": "vocabulary",
+}
+MAP_LINKS = ("1gbit", "25gbit", "100gbit")
+LOCAL = ("chunked, full heads", "chunked, heads on 1/4 of the tokens")
+EXACT = ("1F1B", "interleaved", "zero bubble", "data parallel")
+
+
+def work(micro_batches: int, vocabulary: int, token_fraction: float) -> Work:
+    """An update of so many micro-batches of `ROWS` windows, in bf16."""
+    block = 50_331_648  # 12 x 2048 x 2048: a plain or a gated MLP alike
+    costs = model_costs(
+        block,
+        WIDTH,
+        vocabulary,
+        LENGTH,
+        embedding_parameters=vocabulary * WIDTH,
+        norm_parameters=WIDTH,
+        token_fraction=token_fraction,
+    )
+    kept = ActivationBytes(34.0 * ROWS * LENGTH * WIDTH, 0.0, 2.0 * ROWS * LENGTH * WIDTH, 0.0, 2)
+    states = memory.state_bytes("bf16")
+    return Work(
+        costs,
+        BLOCKS,
+        WIDTH,
+        vocabulary,
+        LENGTH,
+        ROWS,
+        micro_batches,
+        "bf16",
+        kept,
+        0.0,
+        2.0 * WIDTH,
+        1024,
+        states,
+        30.0,
+        token_fraction=token_fraction,
+    )
+
+
+def speeds(ranks: int, micro_batches: int, link: str, vocabulary: int) -> dict[str, float]:
+    """Tokens per second of every method that can be."""
+    cluster = Cluster(table().device("a100"), ranks, 1, table().link(link))
+    found: dict[str, float] = {}
+
+    def add(name: str, candidate: Candidate | None) -> None:
+        if candidate is not None:
+            found[name] = max(found.get(name, 0.0), candidate.evaluate().tokens_per_second)
+
+    for rows in (8, 4, 2, 1):
+        for name, fraction in zip(LOCAL, (1.0, 0.25), strict=True):
+            one = work(micro_batches, vocabulary, fraction).cut_smaller(rows)
+            costs = one.costs
+            heads = (costs.head_training_flops(True), costs.head_training_flops(False))
+            sizes = balanced_sizes(BLOCKS, ranks, 3 * costs.block_flops, *heads)
+            goal = objective.build(BLOCKS, "chunked", chunks=sizes)
+            add(name, of_objective("chunked", goal, one, cluster, ranks, 1, zero_stage=1, sizes=sizes))
+        one = work(micro_batches, vocabulary, 1.0).cut_smaller(rows)
+        for rival in RIVALS:
+            add(rival.family, of_rival(rival, one, cluster, ranks, 1, zero_stage=1, recompute=0.0))
+        if one.micro_batches % ranks == 0:
+            add("data parallel", data_parallel(one, cluster, ranks, zero_stage=1, recompute=0.0))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/plan"), metavar="DIR")
+    out: Path = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    cache: dict[str, dict[str, float]] = {}
+
+    def at(**point: int | str) -> dict[str, float]:
+        key = " ".join(f"{name}={value}" for name, value in point.items())
+        if key not in cache:
+            cache[key] = speeds(**point)  # type: ignore[arg-type]
+        return cache[key]
+
+    lines(at, out)
+    maps(at, out)
+    rounded = {key: {name: float(f"{value:.5g}") for name, value in found.items()} for key, found in cache.items()}
+    (out / "map.json").write_text(json.dumps(rounded, indent=1) + "\n")
+    print(f"{len(cache)} points: {out / 'lines.png'} {out / 'map.png'} {out / 'map.json'}")
+
+
+def lines(at: Callable[..., dict[str, float]], out: Path) -> None:
+    """Speed over that of 1F1B, one panel for each axis."""
+    figure, axes = new_figure(2, 2, (11, 8))
+    for place, (axis, values) in zip(axes, AXES.items(), strict=True):
+        points = [at(**{**BASE, axis: value}) for value in values]
+        for colour, name in zip(COLOURS[1:], (*LOCAL, "zero bubble", "interleaved", "data parallel"), strict=False):
+            found = [(i, point[name] / point["1F1B"]) for i, point in enumerate(points) if name in point]
+            place.plot(*zip(*found, strict=True), marker="o", markersize=3, color=colour, label=name)
+        place.axhline(1.0, color=COLOURS[0], linewidth=1, label="1F1B")
+        place.set_xticks(range(len(values)), [f"{value:,}" if isinstance(value, int) else value for value in values])
+        place.set_xlabel(LABELS[axis])
+        place.set_ylabel("tokens/s over those of 1F1B")
+        place.set_yscale("log")
+        place.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["0.25", "0.5", "1", "2", "4", "8"])
+        place.minorticks_off()
+        rest = {name: value for name, value in BASE.items() if name != axis}
+        place.set_title(", ".join(f"{name.replace('_', '-')} {value}" for name, value in rest.items()), loc="left")
+    axes[0].legend(frameon=False)
+    save(figure, out / "lines")
+
+
+def maps(at: Callable[..., dict[str, float]], out: Path) -> None:
+    """The best local speed over the best exact one: ranks x micro-batches, a panel for each link."""
+    from matplotlib.colors import LogNorm
+
+    ranks, micro_batches = AXES["ranks"], AXES["micro_batches"]
+    figure, axes = new_figure(1, len(MAP_LINKS), (4.3 * len(MAP_LINKS), 4.0))
+    for place, link in zip(axes, MAP_LINKS, strict=True):
+        rows = []
+        for m in micro_batches:
+            points = [at(**{**BASE, "ranks": p, "micro_batches": m, "link": link}) for p in ranks]
+            best = [[max(point.get(name, 0.0) for name in names) for names in (LOCAL, EXACT)] for point in points]
+            rows.append([local / exact for local, exact in best])
+        place.imshow(rows, origin="lower", aspect="auto", cmap="RdBu", norm=LogNorm(0.25, 4))
+        for y, row in enumerate(rows):
+            for x, ratio in enumerate(row):
+                colour = "white" if ratio > 2.2 or ratio < 0.45 else "black"
+                place.text(x, y, f"{ratio:.2f}", ha="center", va="center", fontsize=8, color=colour)
+        place.set_xticks(range(len(ranks)), [str(value) for value in ranks])
+        place.set_yticks(range(len(micro_batches)), [str(value) for value in micro_batches])
+        place.grid(False)
+        place.set_title(f"{link}, vocabulary {BASE['vocabulary']}", loc="left")
+        place.set_xlabel(LABELS["ranks"])
+    axes[0].set_ylabel(LABELS["micro_batches"])
+    figure.suptitle("best with local updates / best with backprop, tokens per second (blue: local updates ahead)")
+    save(figure, out / "map")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""What a configuration would take on a cluster, before anything is started: every method at its best split.
+
+The sizes come from the library's own configuration of the model; no weights are allocated and no data is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lptransformer import config as configuration
+from lptransformer import cost, memory, objective
+from lptransformer.advice import advise
+from lptransformer.config import Config
+from lptransformer.config_checks import head_in_words
+from lptransformer.devices import HOST_MEMORY, Cluster, Device, table
+from lptransformer.errors import ConfigError, UserError
+from lptransformer.predict_local import of_objective
+from lptransformer.predict_rivals import RIVALS, data_parallel, of_rival
+from lptransformer.workload import Candidate, Prediction, Work, balanced_sizes, best, splits
+
+if TYPE_CHECKING:
+    from lptransformer.family import Anatomy
+
+# Shares of the blocks whose activations others may make again, where all of them do not fit.
+AGAIN = (0.0, 0.25, 0.5, 0.75, 1.0)
+HERE = ("this", "cpu")  # --gpu for this machine
+BYTE_VOCABULARY = 259  # 256 bytes and three specials (tokenizer.py)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for. Without a `gpu`, or with one of `HERE`, this machine is measured."""
+
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    gpu: str | None = None
+    link: str | None = None
+    vocab_size: int | None = None
+    calibrate: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`configured` is the run as the configuration has it (None: its split is another one than that of the cluster),
+    `methods` are all, each at its best, in ascending order of time; those that do not fit come last."""
+
+    cluster: Cluster
+    work: Work
+    configured: Prediction | None
+    methods: list[Prediction]
+    advice: list[str]
+
+    @property
+    def ratio(self) -> float:
+        """R: FLOPs of the body over those of one head."""
+        return self.work.num_blocks * self.work.costs.block_flops / self.work.costs.head_flops
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON. Times are in seconds, sizes in bytes, of one process or one update."""
+        whole = asdict(self)
+        for one, prediction in zip(whole["methods"], self.methods, strict=True):
+            one["idle_share"] = prediction.idle_share
+        return {**whole, "body_to_head": self.ratio}
+
+
+def make(config: Config, request: Request) -> Plan:
+    """The plan of a configuration. Raises UserError for a cluster that cannot be, ConfigError where no split fits."""
+    processes = config.parallel.pipeline * config.parallel.data
+    per_node = request.gpus_per_node
+    for flag, number in (("--nodes", request.nodes), ("--gpus-per-node", per_node)):
+        if number is not None and number < 1:
+            raise UserError(f"{flag}={number}: give a whole number, 1 or more")
+    if per_node is None:
+        if processes % request.nodes:
+            raise UserError(
+                f"--nodes={request.nodes}: the {processes} processes of the configuration (parallel.pipeline x "
+                "parallel.data) cannot be shared equally; give --gpus-per-node"
+            )
+        per_node = processes // request.nodes
+    if request.nodes > 1 and request.link is None:
+        raise UserError(f"--nodes={request.nodes} needs --link: what is between the nodes (one of {_links()})")
+    if request.calibrate and request.gpu not in (None, *HERE):
+        raise UserError(f"--calibrate measures this machine, --gpu={request.gpu} is another: give one of the two")
+    device = None if request.gpu in (None, *HERE) else table().device(str(request.gpu))
+    if device is not None and config.train.dtype not in device.flops:
+        raise UserError(f"--gpu={request.gpu} has no number for {config.at('train.dtype')}")
+    link = None if request.link is None else table().link(request.link)
+
+    hf_config, parts = _model(config, _vocab_size(config, request.vocab_size))
+    work = _work(config, hf_config, parts)
+    if device is None:
+        device = _this_machine(config, hf_config, parts, work, per_node)
+    cluster = Cluster(device, request.nodes, per_node, link or device.intra_link)
+    if device.key in ("this", "laptop-core") or config.parallel.channel == "nccl":
+        work = replace(work, channel=None)
+    configured = _configured(config, work, cluster).evaluate() if processes == cluster.size else None
+    methods = list(_methods(config, work, cluster))
+    if not methods:
+        raise ConfigError(
+            f"no split of {cluster.size} processes: at most {work.num_blocks} pipeline ranks (blocks), and replicas "
+            f"must divide {config.at('train.micro_batches_per_update')} x "
+            f"{config.at('train.micro_batch_size')} windows: give fewer devices or more micro-batches"
+        )
+    methods.sort(key=lambda one: (not one.fits, one.step_seconds))
+    return Plan(cluster, work, configured, methods, advise(methods, work, cluster))
+
+
+def _links() -> str:
+    return ", ".join(table().links)
+
+
+def _vocab_size(config: Config, given: int | None) -> int | None:
+    """Entries of the vocabulary, without a tokenizer being there; None: the model's own."""
+    if given is not None:
+        if given < 2:
+            raise UserError(f"--vocab-size={given}: give a whole number, 2 or more")
+        return given
+    if config.model.pretrained is not None:
+        return None
+    if config.data.tokenizer == "sentencepiece":
+        return config.data.vocab_size
+    if config.data.tokenizer == "bytes":
+        return BYTE_VOCABULARY
+    from lptransformer import tokenizer
+
+    try:
+        return tokenizer.load(config.data.tokenizer).vocab_size
+    except UserError as error:
+        raise UserError(f"{error}; or give --vocab-size N") from None
+
+
+def _model(config: Config, vocab_size: int | None) -> tuple[Any, Anatomy]:
+    """The library's configuration of the model, and its parts."""
+    from lptransformer import family
+
+    model = config.model
+    if model.pretrained is not None:
+        hf_config = family.read_config(model.pretrained)
+        if vocab_size is not None:
+            hf_config.vocab_size = vocab_size
+    else:
+        sizes = model.model_dump(exclude={"family", "pretrained", "max_position_embeddings"})
+        longest = model.max_position_embeddings or config.data.sequence_length
+        hf_config = family.new_config(
+            model.family, **sizes, vocab_size=vocab_size, max_position_embeddings=longest, end_of_text_id=None
+        )
+    return hf_config, family.anatomy(hf_config)
+
+
+def _work(config: Config, hf_config: Any, parts: Anatomy) -> Work:
+    from lptransformer import activations
+
+    train, head, optimizer = config.train, config.head, config.optimizer
+    length = config.data.sequence_length
+    costs = cost.model_costs(
+        parts.block_parameters,
+        parts.hidden_size,
+        parts.vocab_size,
+        length,
+        embedding_parameters=parts.embedding_parameters,
+        norm_parameters=parts.norm_parameters,
+        **head.cost_options(),
+    )
+    kept = activations.count(
+        hf_config,
+        parts,
+        micro_batch_size=train.micro_batch_size,
+        sequence_length=length,
+        chunk_tokens=head.chunk_tokens,
+        dtype=train.dtype,
+    )
+    states = memory.state_bytes(
+        train.dtype, optimizer.name, optimizer.momentum > 0, int(config.objective.name == "delayed")
+    )
+    size = memory.BYTES[train.dtype]
+    per_token = {None: parts.hidden_size * size, "bf16": parts.hidden_size * 2, "int8": parts.hidden_size + 4}
+    rows = min(head.chunk_tokens, train.micro_batch_size * length)
+    return Work(
+        costs=costs,
+        num_blocks=hf_config.num_hidden_layers,
+        hidden_size=parts.hidden_size,
+        vocab_size=parts.vocab_size,
+        sequence_length=length,
+        micro_batch_size=train.micro_batch_size,
+        micro_batches=train.micro_batches_per_update,
+        dtype=train.dtype,
+        activations=kept,
+        logit_bytes=kept.logits / rows,
+        token_bytes=per_token[train.border_dtype],
+        chunk_tokens=head.chunk_tokens,
+        states=states,
+        # The gradient twice (norm, step), weights and moments read and written; bf16 weights written.
+        update_bytes=2 * states.gradients + 2 * states.optimizer + states.weights * (1 if size == 2 else 2),
+        in_flight=config.parallel.in_flight,
+        head_blocks=head.blocks,
+        token_fraction=head.token_fraction,
+        channel=table().links[HOST_MEMORY],
+    )
+
+
+def _this_machine(config: Config, hf_config: Any, parts: Anatomy, work: Work, processes: int) -> Device:
+    from lptransformer.calibrate import measure
+
+    return measure(
+        hf_config,
+        parts,
+        work.costs,
+        micro_batch_size=config.train.micro_batch_size,
+        sequence_length=config.data.sequence_length,
+        chunk_tokens=config.head.chunk_tokens,
+        dtype=config.train.dtype,
+        optimizer=config.optimizer.name,
+        processes=processes,
+    )
+
+
+def _configured(config: Config, work: Work, cluster: Cluster) -> Candidate:
+    goal = objective.build(work.num_blocks, **config.objective.model_dump())
+    partition = config.parallel.partition
+    return of_objective(
+        config.objective.name,
+        goal,
+        work,
+        cluster,
+        config.parallel.pipeline,
+        config.parallel.data,
+        zero_stage=configuration.zero_stage(config),
+        sizes=None if isinstance(partition, str) else partition,
+        head=head_in_words(config),
+        steps=config.train.steps,
+    )
+
+
+def _methods(config: Config, work: Work, cluster: Cluster) -> Sequence[Prediction]:
+    """Every method at its best split, size of micro-batch and ZeRO stage."""
+    ways = splits(cluster, work, work.num_blocks)
+    base = configuration.zero_stage(config)
+    head, steps = head_in_words(config), config.train.steps
+    of: dict[str, list[Candidate]] = {}
+
+    def add(method: str, options: Iterable[Candidate | None]) -> None:
+        """The first of some options, from the plainest on, that fits; all of them where none does."""
+        tried = [one for one in options if one is not None]
+        plainest = next((one for one in tried if one.fits), None)
+        of.setdefault(method, []).extend(tried if plainest is None else [plainest])
+
+    def zero_stages(data: int, most: int) -> list[int]:
+        return [base] if data == 1 else sorted({min(base, most), *range(max(1, base), most + 1)})
+
+    name, chunks = config.objective.name, config.objective.chunks
+    numbers = f"({chunks if isinstance(chunks, int) else len(chunks)})" if name in ("chunked", "overlapping") else ""
+    own = objective.build(work.num_blocks, **config.objective.model_dump())
+    local_only = name in ("chunked", "greedy") and len(own.phases) == 1
+    for pipeline, data, smaller in ways:
+        place = {"pipeline": pipeline, "data": data, "head": head, "steps": steps}
+
+        def here(
+            method: str,
+            goal: objective.Objective,
+            most: int,
+            sizes: list[int] | None = None,
+            work: Work = smaller,
+            place: dict[str, Any] = place,
+        ) -> None:
+            """A method of this program on this split."""
+            stages = zero_stages(place["data"], most)
+            add(method, (of_objective(method, goal, work, cluster, **place, zero_stage=z, sizes=sizes) for z in stages))
+
+        if name != "backprop":
+            most = 3 if local_only and pipeline <= len(own.usual.spans) else 0 if name == "delayed" else 2
+            here(f"{name}{numbers}, as configured", own, most)
+        if pipeline > 1:
+            sizes = _chunks(smaller, pipeline)
+            overlap: dict[str, Any] = {"overlap": 1, "own_weight": 0.5, "first_head": False}
+            here("chunked, one per rank", objective.build(work.num_blocks, "chunked", chunks=sizes), 3, sizes)
+            here(
+                "overlapping, one per rank",
+                objective.build(work.num_blocks, "overlapping", chunks=sizes, **overlap),
+                2,
+                sizes,
+            )
+        for rival in RIVALS:
+            zero = base if data == 1 else min(max(1, base), 2)
+            options = [of_rival(rival, smaller, cluster, pipeline, data, zero_stage=zero, recompute=r) for r in AGAIN]
+            add(rival.family, options)
+        if pipeline == 1:
+            title = "data parallel" if data > 1 else "one process"
+            zeros = [base] if data == 1 else [1, 3]
+            for zero in zeros:
+                options = [data_parallel(smaller, cluster, data, zero_stage=zero, recompute=r) for r in AGAIN]
+                add(title, options)
+                if options[0] is not None and options[0].fits:
+                    break  # ZeRO 3 is for what does not fit otherwise
+    found = [best(candidates) for candidates in of.values()]
+    return [one for one in found if one is not None]
+
+
+def _chunks(work: Work, parts: int) -> list[int]:
+    """Blocks of every chunk, a chunk per pipeline rank, with the heads counted."""
+    costs = work.costs
+    return balanced_sizes(
+        work.num_blocks,
+        parts,
+        3 * costs.block_flops,
+        costs.head_training_flops(True),
+        costs.head_training_flops(False),
+    )

@@ -1,0 +1,105 @@
+"""A plan as people read it: tables of ranks and methods, then the recommendation with its reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lptransformer.devices import Device
+from lptransformer.plan import Plan
+from lptransformer.progress import table
+from lptransformer.workload import USABLE_MEMORY, Prediction
+
+_RANKS: tuple[str, ...] = ("pipeline rank", "blocks", "head", "parameters", "MFLOP/token", "weights", "gradients")
+_RANKS += ("optimizer", "activations", "of micro-batches", "messages, logits", "total", "idle")
+_METHODS: tuple[str, ...] = ("method", "pipeline x data", "micro-batch", "m", "ZeRO", "recompute", "seconds/update")
+_METHODS += ("tokens/s", "idle", "memory", "fits", "border up", "border down", "ring")
+
+
+def print_plan(plan: Plan) -> None:
+    cluster, work = plan.cluster, plan.work
+    print(
+        f"{cluster.nodes} node(s) of {cluster.devices_per_node} x {cluster.device.name}, "
+        f"{USABLE_MEMORY * cluster.device.memory_bytes / 1e9:.1f} GB usable each; within a node "
+        f"{cluster.device.intra_link.name}" + (f", between nodes {cluster.link.name}" if cluster.nodes > 1 else "")
+    )
+    if cluster.device.parameter_seconds is not None:
+        _print_measured(cluster.device, work.dtype)
+    print(
+        f"{work.num_blocks} blocks of width {work.hidden_size}, vocabulary {work.vocab_size:,}, {work.dtype}; an "
+        f"update is {work.micro_batches} micro-batches x {work.micro_batch_size} windows x {work.sequence_length} "
+        f"tokens = {work.tokens:,} tokens; R = {plan.ratio:.2f}\n"
+    )
+    shown = plan.configured or next((one for one in plan.methods if one.ranks), None)
+    if shown is not None:
+        what = "the run as configured" if plan.configured else f"{shown.method}, best split"
+        place = f"{shown.pipeline} pipeline rank(s) x {shown.data} replica(s)"
+        time = f"{_seconds(shown.step_seconds)} s/update, {shown.tokens_per_second:,.0f} tokens/s"
+        table(f"partition: {what}, {place}, ZeRO {shown.zero_stage}; {time}", _RANKS, _rank_rows(shown))
+        print()
+    table("methods, each at its best (bytes: memory of one process; traffic per update)", _METHODS, _rows(plan.methods))
+    print()
+    for line in plan.advice:
+        print(f"- {line}")
+
+
+def _print_measured(device: Device, dtype: str) -> None:
+    rate, wire = device.flops[dtype] * device.achievable, device.intra_link
+    heads = device.flops[dtype] * (device.achievable_head or device.achievable)
+    print(
+        f"measured: blocks {rate / 1e9:,.1f} GFLOP/s, heads {heads / 1e9:,.1f} GFLOP/s, optimizer "
+        f"{(device.parameter_seconds or 0) * 1e9:.2f} ns per weight, memory {device.memory_bandwidth / 1e9:.1f} GB/s, "
+        f"loopback {wire.latency_seconds * 1e6:.0f} us and {wire.bytes_per_second / 1e9:.2f} GB/s"
+    )
+
+
+def _rank_rows(one: Prediction) -> list[tuple[object, ...]]:
+    return [
+        (
+            rank.pipeline_rank,
+            rank.blocks,
+            rank.head,
+            f"{rank.parameters / 1e6:,.1f} M",
+            f"{rank.forward_flops / 1e6:,.1f}",
+            _size(rank.memory.weights + rank.memory.copies),
+            _size(rank.memory.gradients),
+            _size(rank.memory.optimizer),
+            _size(rank.memory.activations),
+            rank.memory.held,
+            _size(rank.memory.messages + rank.memory.logits),
+            _size(rank.memory.total),
+            f"{rank.idle_share:.1%}",
+        )
+        for rank in one.ranks
+    ]
+
+
+def _rows(methods: Sequence[Prediction]) -> list[tuple[object, ...]]:
+    return [
+        (
+            one.method,
+            f"{one.pipeline} x {one.data}",
+            one.micro_batch_size,
+            one.micro_batches,
+            one.zero_stage,
+            f"{one.recompute:.0%}",
+            _seconds(one.step_seconds),
+            f"{one.tokens_per_second:,.0f}",
+            f"{one.idle_share:.1%}",
+            _size(one.memory_bytes),
+            "yes" if one.fits else "NO",
+            _size(one.up_bytes),
+            _size(one.down_bytes),
+            _size(one.reduced_bytes),
+        )
+        for one in methods
+    ]
+
+
+def _size(size: float) -> str:
+    if size == 0:
+        return "0"
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.4g}"

@@ -1,0 +1,121 @@
+"""The schedules of others take the time that their papers say."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lptransformer import rivals
+from lptransformer.rivals import ChunkSeconds, replay
+from lptransformer.simulate import Link, StageSeconds
+
+RANKS = [1, 2, 3, 4, 8]
+CASES = [(p, m) for p in RANKS for m in (1, 2, 5, 8, 16)]
+F, I, W = 1.0, 1.25, 0.75  # noqa: E741 (the names of the tasks)
+
+
+@pytest.mark.parametrize(("p", "m"), CASES)
+def test_1f1b(p: int, m: int) -> None:
+    outcome = replay(rivals.one_f_one_b(p, m), [ChunkSeconds(F, I, W)] * p)
+    assert outcome.seconds == pytest.approx((m + p - 1) * (F + I + W))
+    assert outcome.busy == pytest.approx([m * (F + I + W)] * p)
+    assert rivals.held_passes(rivals.one_f_one_b(p, m)) == [min(m, p - r) for r in range(p)]
+
+
+@pytest.mark.parametrize("v", [1, 2, 4])
+@pytest.mark.parametrize(("p", "groups"), [(1, 3), (2, 1), (2, 4), (4, 1), (4, 3), (8, 2)])
+def test_interleaved_divides_the_bubble(p: int, groups: int, v: int) -> None:
+    m = p * groups
+    of_chunk = ChunkSeconds(F / v, I / v, W / v)
+    outcome = replay(rivals.interleaved(p, m, v), [of_chunk] * (p * v))
+    assert outcome.seconds == pytest.approx(m * (F + I + W) + (p - 1) * (F + I + W) / v)
+    ahead = [2 * (p - 1 - r) + (v - 1) * p for r in range(p)]  # 2104.04473: forward passes before the first backward
+    assert rivals.held_passes(rivals.interleaved(p, m, v)) == [min(m * v, n + 1) for n in ahead]
+
+
+@pytest.mark.parametrize(("p", "m"), [(p, m) for p, m in CASES if m >= p])
+def test_zero_bubble_h1(p: int, m: int) -> None:
+    """A bubble of (p - 1)(f + input half - weight half), with no more activations than 1F1B."""
+    outcome = replay(rivals.zero_bubble_h1(p, m), [ChunkSeconds(1.0, 1.0, 1.0)] * p)
+    assert outcome.seconds == pytest.approx(3 * m + (p - 1) * (1 + 1 - 1))
+    outcome = replay(rivals.zero_bubble_h1(p, m), [ChunkSeconds(F, I, W)] * p)
+    assert outcome.seconds == pytest.approx(m * (F + I + W) + (p - 1) * (F + I - W))
+    assert max(rivals.held_passes(rivals.zero_bubble_h1(p, m))) <= p
+
+
+@pytest.mark.parametrize(("p", "m"), [(2, 4), (4, 8), (4, 20), (8, 16)])
+def test_zero_bubble_v_has_hardly_any_bubble(p: int, m: int) -> None:
+    """With three equal passes none but filling: p - 1 forward passes of half a rank's blocks."""
+    outcome = replay(rivals.zero_bubble_v(p, m), [ChunkSeconds(0.5, 0.5, 0.5)] * (2 * p))
+    assert outcome.busy == pytest.approx([3.0 * m] * p)
+    assert 3 * m < outcome.seconds <= 3 * m + 0.5 * (p - 1) + 1e-9
+    assert max(rivals.held_passes(rivals.zero_bubble_v(p, m))) <= 2 * p  # of half the size
+
+
+@pytest.mark.parametrize(("p", "m"), CASES)
+@pytest.mark.parametrize("name", ["one_f_one_b", "zero_bubble_h1", "zero_bubble_v"])
+def test_every_pass_is_made_once(name: str, p: int, m: int) -> None:
+    schedule = getattr(rivals, name)(p, m)
+    chunks = 2 * p if name == "zero_bubble_v" else p
+    ops = "FB" if name == "one_f_one_b" else "FIW"
+    tasks = sorted(task for tasks in schedule for task in tasks)
+    assert tasks == sorted((op, chunk, i) for op in ops for chunk in range(chunks) for i in range(m))
+    replay(schedule, [ChunkSeconds(1.0, 1.0, 1.0)] * chunks)  # no deadlock
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["one_f_one_b", "interleaved", "zero_bubble_h1", "zero_bubble_v"]),
+    st.integers(1, 4),
+    st.integers(1, 60),
+    st.data(),
+)
+def test_many_micro_batches_are_reckoned_from_few(name: str, p: int, m: int, data: st.DataObject) -> None:
+    v = {"interleaved": 2, "zero_bubble_v": 2}.get(name, 1)
+    m = m - m % p + p if name == "interleaved" else m
+    eighths = st.integers(1, 24).map(lambda n: n / 8)
+    seconds = [ChunkSeconds(*(data.draw(eighths) for _ in range(3))) for _ in range(p * v)]
+    links = [Link(data.draw(eighths) / 16, data.draw(eighths) / 16) for _ in range(p - 1)]
+
+    def make(count: int) -> rivals.Schedule:
+        return rivals.interleaved(p, count, 2) if name == "interleaved" else getattr(rivals, name)(p, count)
+
+    whole = replay(make(m), seconds, links)
+    reckoned = rivals.replay_many(make, m, p, seconds, links)
+    assert reckoned.busy == pytest.approx(whole.busy)
+    assert reckoned.seconds == pytest.approx(whole.seconds, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["one_f_one_b", "zero_bubble_h1", "zero_bubble_v"])
+def test_where_ranks_are_alike_it_is_exact(name: str) -> None:
+    seconds = [ChunkSeconds(F, I, W)] * (8 if name == "zero_bubble_v" else 4)
+    whole = replay(getattr(rivals, name)(4, 103), seconds, [Link(0.25, 0.5)] * 3)
+    reckoned = rivals.replay_many(lambda m: getattr(rivals, name)(4, m), 103, 4, seconds, [Link(0.25, 0.5)] * 3)
+    assert (reckoned.seconds, reckoned.busy) == (whole.seconds, whole.busy)
+
+
+def test_1f1b_is_the_engine_s_own_where_messages_cost_nothing() -> None:
+    from lptransformer import objective as objectives
+    from lptransformer.cost import ModelCosts
+    from lptransformer.partition import cut
+    from lptransformer.simulate import simulate
+
+    objective = objectives.build(4, "backprop")
+    stages = cut(objective, 4, ModelCosts(1.0, 0.0, 0.0))
+    seconds = [StageSeconds(1.0, 2.0), StageSeconds(1.5, 2.5), StageSeconds(0.5, 3.0), StageSeconds(2.0, 2.0)]
+    own = simulate(objective, stages, seconds, micro_batches=6, updates=4, in_flight=6)
+    theirs = replay(rivals.one_f_one_b(4, 6), [ChunkSeconds(s.forward, 1.0, s.backward - 1.0) for s in seconds])
+    assert own.steady_update_seconds() == pytest.approx(theirs.seconds)
+
+
+def test_messages_follow_one_another_on_a_wire() -> None:
+    """Two ranks, two micro-batches, each message 3 seconds: the second forward waits for the second message."""
+    outcome = replay(rivals.one_f_one_b(2, 2), [ChunkSeconds(1.0, 1.0, 0.0)] * 2, [Link(0.5, 3.0)])
+    # F0 is there at 1 + 3 + 0.5, F1 at 4 + 3 + 0.5; F0 B0 F1 B1 on rank 1 ends at 9.5; B1 goes down in 3.5; B1 is 1.
+    assert outcome.seconds == pytest.approx(9.5 + 3.5 + 1.0)
+
+
+def test_data_parallel() -> None:
+    assert rivals.data_parallel(4, 1.0, 2.0, reduction=1.5, pieces=10) == pytest.approx(4 * 3 + 0.15)
+    assert rivals.data_parallel(4, 1.0, 2.0, reduction=9.0, pieces=10, update=0.5) == pytest.approx(4 * 3 + 7 + 0.5)

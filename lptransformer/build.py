@@ -222,7 +222,7 @@ def build_engine(
         stream,
         valid,
         _head_losses(config, plan),
-        _copy_lags(config, plan),
+        copy_lags(config, plan),
         _roundings(config, plan),
         hidden_size=plan.parts.hidden_size,
         dtype=DTYPES[train.dtype],
@@ -262,7 +262,7 @@ def _roundings(config: Config, plan: ModelPlan) -> dict[int, str]:
     return {stage.index: kind for stage in plan.stages if kind and stage.has_head and not stage.is_last}
 
 
-def _copy_lags(config: Config, plan: ModelPlan) -> dict[int, int]:
+def copy_lags(config: Config, plan: ModelPlan) -> dict[int, int]:
     """The stages whose heads hold read-only copies, and the lag of those in updates.
 
     The hops are counted in heads, as if each were on a pipeline rank of its own, so that the lag (and with it the

@@ -136,3 +136,11 @@ def complaint(key: str, value: Any) -> str | None:
     if key in _COMPILED and not idle and not has_compiler():
         return "it needs a compiler, and none of g++, c++, clang++ was found: install one, or remove it"
     return None
+
+
+BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default for reduce_bucket_size
+
+
+def bucket_elements(weights: int) -> int:
+    """A bucket for reducing the gradients of so many weights: no more than DeepSpeed's default, 2 GB in fp32."""
+    return min(weights, BUCKET_ELEMENTS)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lptransformer import checkpoint
+from lptransformer.deepspeed_keys import bucket_elements
 from lptransformer.head import Copy
 from lptransformer.stage import Output, Stage
 from lptransformer.versions import TwoVersions
@@ -51,6 +52,12 @@ def deepspeed_config(
     if bf16:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     return config
+
+
+def _with_bucket(config: dict[str, Any], parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
+    """Where the user does not say how large the bucket for reducing gradients is, it is no larger than the stage."""
+    bucket = bucket_elements(sum(parameter.numel() for parameter in parameters))
+    return {**config, "zero_optimization": {"reduce_bucket_size": bucket, **config["zero_optimization"]}}
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,9 @@ class TrainedStage:
         self.grad_clip = grad_clip
         self.skipped_in_a_row = 0
         self._norm = torch.zeros(())  # what this update is clipped by
+        self._parameters = list(stage.parameters())  # to walk the modules takes time in every update
         self.engine, *_ = deepspeed.initialize(
-            model=stage, optimizer=optimizer, config=config, dist_init_required=False
+            model=stage, optimizer=optimizer, config=_with_bucket(config, self._parameters), dist_init_required=False
         )
         self.zero_stage: int = self.engine.zero_optimization_stage()
         assert not delayed or self.zero_stage == 0, "at ZeRO 1 to 3 the weights are DeepSpeed's"
@@ -120,7 +128,7 @@ class TrainedStage:
             self.engine._running_engine_step = False
         if self.zero_stage == 1:
             return self._own_norm().float().reshape(1)
-        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
 
     def update(self, norm: Tensor | None) -> Outcome:
@@ -158,7 +166,7 @@ class TrainedStage:
 
     def _clip_or_skip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """ZeRO 0: between the all-reduce of the gradients and the optimizer's step. No gradient, no step."""
-        parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
+        parameters = [p for p in self._parameters if p.grad is not None]
         if not bool(torch.isfinite(self._norm)):
             for parameter in parameters:
                 parameter.grad = None

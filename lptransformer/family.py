@@ -16,7 +16,15 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    masking_utils,
+)
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
@@ -314,6 +322,17 @@ def fill(model: PreTrainedModel) -> None:
     for name, buffer in buffers.items():
         if buffer.isnan().any():
             raise ModelError(f"{type(model).__name__} cannot be cut: nothing says what {name} begins with")
+
+
+@contextlib.contextmanager
+def whole_windows() -> Iterator[None]:
+    """For tensors without contents: the library cannot look whether a window holds several documents; it holds one."""
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
 
 
 @contextlib.contextmanager

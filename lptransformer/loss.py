@@ -72,6 +72,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if train_weight:
                     product = grad_logits.T @ hidden[rows]
                     grad_weight = product if grad_weight is None else grad_weight.add_(product)
+                    del product
+                del grad_logits  # or it would be there beside the next chunk's
+            del logits, exact, loss
         total = losses[0]
         for start in starts[1:]:
             total = total + losses[start]

@@ -66,9 +66,13 @@ def _seeded(seed: int, unit: str) -> Iterator[None]:
 
 
 def _allocate(config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool) -> PreTrainedModel:
-    """The owned parts in fp32 on the CPU: buffers (rotary frequencies) ready, weights not yet set."""
+    """The owned parts in fp32 on the CPU: buffers (rotary frequencies) ready, weights not yet set.
+
+    Under `torch.device("meta")` nothing is allocated: shapes only.
+    """
     model = family.empty_model(_piece_class(config, parts, blocks, embedding, final), config)
-    family.fill(model)
+    if torch.get_default_device().type != "meta":
+        family.fill(model)
     return model.train()
 
 
@@ -104,8 +108,9 @@ def new_head(
     norm, readout = model.get_submodule(parts.norm), model.get_submodule(parts.lm_head)
     down = None
     if rank is not None:
-        down = nn.utils.skip_init(nn.Linear, parts.hidden_size, rank, bias=False)
-        readout = nn.utils.skip_init(nn.Linear, rank, parts.vocab_size, bias=False)
+        device = torch.get_default_device()
+        down = nn.utils.skip_init(nn.Linear, parts.hidden_size, rank, bias=False, device=device)
+        readout = nn.utils.skip_init(nn.Linear, rank, parts.vocab_size, bias=False, device=device)
     if seed is not None:
         with _seeded(seed, f"head {block}"):
             for module in (norm, down, readout):

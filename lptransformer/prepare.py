@@ -269,6 +269,17 @@ def prepare_all(
     return prepared
 
 
+def vocabulary(train: Any, valid: Any, tokenizer: str, vocab_size: int) -> int:
+    """The number of ids that `prepare_all` would give, without making anything; its arguments, and its errors where
+    files or the tokenizer are missing."""
+    tokenizers.check_name(tokenizer)
+    train_sources, _ = parse_sources(train, "train"), parse_sources(valid, "valid")
+    if tokenizer != tokenizers.SENTENCEPIECE:
+        return tokenizers.load(tokenizer).vocab_size
+    prepared = next((source.prepared for source in train_sources if source.prepared), None)
+    return vocab_size if prepared is None else _tokenizer_beside(prepared)[0].vocab_size
+
+
 def _trained_tokenizer(sources: Sequence[Source], vocab_size: int, cache: Path, progress: bool) -> Path:
     """The folder of the SentencePiece tokenizer of these texts; trained unless it is there."""
     files = [path for source in sources for path in source.files]

@@ -7,11 +7,12 @@ the others, weighted by how much of its rank's work the simulation finds beside 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
 from contenders.face import Spec, Work
 
+from lptransformer import rivals
 from lptransformer.build import plan_model
 from lptransformer.simulate import StageSeconds, Timeline, simulate
 
@@ -43,6 +44,31 @@ def update_seconds(
         shares = shared_work(timeline, work.ranks)
         timeline = run({s.index: mixed(alone[s.index], beside[s.index], shares[s.pipeline_rank]) for s in plan.stages})
     return {**found, "sharing": timeline.steady_update_seconds()}
+
+
+def of_sleeps(spec: Spec, work: Work, more: Sequence[str], stage_seconds: float) -> float | None:
+    """Seconds per update in steady state of emulated stages: the same sleeps replayed. None where no schedule of
+    lptransformer.rivals is the contender's."""
+    if spec.kind == "torch_pipelining":
+        schedule = _RIVALS.get(spec.schedule or "")
+        if schedule is None:
+            return None
+        tasks = schedule(work.ranks, work.micro_batches)
+        chunks = 1 + max(chunk for of_rank in tasks for _, chunk, _ in of_rank)
+        part = stage_seconds * work.ranks / chunks / 3
+        return rivals.replay(tasks, [rivals.ChunkSeconds(part, part, part)] * chunks).seconds
+    config = spec.config_of(work, f"parallel.pipeline={work.ranks}", *more)
+    plan = plan_model(config, work.vocab_size, None)
+    block = stage_seconds * work.ranks / plan.objective.num_blocks / 3
+    sleeps = {s.index: StageSeconds(*(block * s.num_blocks * passes for passes in (1, 2, 1))) for s in plan.stages}
+    return update_seconds(spec, work, more, sleeps, sleeps)["plain"]
+
+
+_RIVALS: dict[str, Callable[[int, int], rivals.Schedule]] = {
+    "1F1B": rivals.one_f_one_b,
+    "Interleaved1F1B": lambda ranks, micro_batches: rivals.interleaved(ranks, micro_batches, 2),
+    "ZBVZeroBubble": rivals.zero_bubble_v,
+}
 
 
 def mixed(alone: StageSeconds, beside: StageSeconds, share: float) -> StageSeconds:

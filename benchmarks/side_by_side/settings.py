@@ -120,6 +120,10 @@ def emulated(one: cases.Section, logs: Path, wanted: Sequence[str] = ()) -> Data
             busy = record["processor_seconds_per_micro_batch"] / cores
             record["sleep_to_processor"] = stage / busy
             record["enough_sleep"] = stage / busy >= ENOUGH_SLEEP
+        for spec in specs:
+            record = case["contenders"][spec.name]
+            if "error" not in record:
+                record["simulated_seconds"] = ideal.of_sleeps(spec, work, cases.of_kind(spec.kind), stage)
         found.append(case)
     return {"setting": "emulated", "label": "emulated: stages sleep instead of computing", "cases": found}
 

@@ -89,6 +89,7 @@ def _real(found: Data) -> Iterator[ResultTable]:
 
     yield ResultTable("waiting", "Waiting for other pipeline ranks, share of the time by rank", columns, grid(waiting))
     yield _stages(found)
+    yield _simulated(found)
     yield _errors(found["cases"])
 
 
@@ -109,6 +110,25 @@ def _against_ideal(found: Data, other: str) -> ResultTable:
     columns += ("measured / ideal", "measured / ideal, sharing", "own ideal time / own time")
     title = f"Times as fast as {other}: measured, and by the simulator for ideal execution of both"
     return ResultTable(f"ideal-{_slug(other)}", title, columns, tuple(rows))
+
+
+def _simulated(found: Data) -> ResultTable:
+    """Every update that the simulator can predict: measured, simulated, and how far off."""
+    rows: list[tuple[Any, ...]] = []
+    for case in found["cases"]:
+        for name, record in case["contenders"].items():
+            if "error" in record:
+                continue
+            ideal = case["ideal"].get(name, {}) if "ideal" in case else {"plain": record["simulated_seconds"]}
+            cells = []
+            for kind in ("plain", "sharing") if "ideal" in case else ("plain",):
+                if (seconds := ideal.get(kind)) is not None:
+                    cells += [f"{1e3 * seconds:.0f}", f"{seconds / record['median'] - 1:+.1%}"]
+            if cells:
+                rows.append((name, case["ranks"], case["micro_batches"], f"{1e3 * record['median']:.0f}", *cells))
+    columns: tuple[str, ...] = ("contender", "ranks", "m", "measured", "simulated", "error")
+    columns += ("simulated, sharing memory", "error, sharing") if "ideal" in found["cases"][0] else ()
+    return ResultTable("simulator", "Milliseconds per update: measured (median) and simulated", columns, tuple(rows))
 
 
 def _stages(found: Data) -> ResultTable:
@@ -150,6 +170,7 @@ def _emulated(found: Data) -> Iterator[ResultTable]:
         title = f"Emulated: {ranks} pipeline ranks, m = {m}, {case['stage_seconds']} s per stage and micro-batch"
         title += f", {case['cores']} cores"
         yield ResultTable(f"{ranks}-ranks-m-{m}", title, columns, tuple(rows))
+    yield _simulated(found)
     yield _errors(found["cases"])
 
 

@@ -88,9 +88,10 @@ class Precision:
     """How weights are kept and trained: the configuration in numbers.
 
     `weight_bytes` and `gradient_bytes` of one number, `master_bytes` what the optimizer works on, `moments` numbers of
-    its state per weight, `versions` further versions of the weights (delayed gradients), `bucket_elements` of
-    a gradient bucket (None: as many as the stage has weights), and how many `buckets`. `fused_step`: the optimizer takes all tensors at once, as on a GPU, and
-    needs a temporary of every weight; else it goes tensor by tensor and needs `step_temporaries` of one.
+    its state per weight, `versions` further versions of the weights (delayed gradients), `bucket_elements` of a
+    gradient bucket (None: as many as the stage has weights), and how many `buckets`. `fused_step`: the optimizer takes
+    all tensors at once, as on a GPU, and needs a temporary of every weight; else it goes tensor by tensor and needs
+    `step_temporaries` of one.
     """
 
     weight_bytes: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def candidates(blocks: int, rank_of_stage: Sequence[int], heads: Sequence[float]
 
 def fastest(measured: Mapping[Split, Sequence[float]]) -> Split:
     """The split with the least median of seconds per update."""
-    return min(measured, key=lambda split: sorted(measured[split])[len(measured[split]) // 2])
+    return min(measured, key=lambda split: statistics.median(measured[split]))
 
 
 def read(path: Path) -> dict[str, dict[int, Split]]:

@@ -60,7 +60,10 @@ def specs(entries: Iterable[Mapping[str, Any]], work: Work) -> list[Spec]:
         if entry["kind"] not in WITHOUT_SPLIT:
             split = splits.equal(blocks_of(work), len(rank_of_stage(entry, work)))
             if entry["split"] == "best":
-                split = splits.best(scanned, entry["name"], work.micro_batches, promising(entry, work, 1)[0])
+                reckoned = promising(entry, work, 1)[0]
+                measured = splits.best(scanned, entry["name"], work.micro_batches, reckoned)
+                fits = (sum(measured), len(measured)) == (sum(reckoned), len(reckoned))  # it was measured on one model
+                split = measured if fits else reckoned
         found.append(spec_of(entry, split))
     return found
 

@@ -18,6 +18,8 @@ from lptransformer.metrics import Record
 from lptransformer.records import final_loss
 
 LEARNING_RATE = "train.learning_rate"
+# What runs of one setting may differ in: the seed, and what changes no weight.
+BESIDE = ("train.seed", "train.eval_every", "train.save_every")
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def _settings(records: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
     """Runs by method and setting, in the order in which they come."""
     found: dict[str, dict[str, list[Record]]] = {}
     for record in records:
-        values = {key: value for key, value in flat(record["config"]).items() if key != "train.seed"}
+        values = {key: value for key, value in flat(record["config"]).items() if key not in BESIDE}
         key = json.dumps(values, sort_keys=True)
         found.setdefault(record["method"], {}).setdefault(key, []).append(record)
     return found
@@ -144,7 +146,7 @@ def _describe(best: Record, runs: Sequence[Record]) -> str:
     """
     tables = [flat(run["config"]) for run in runs]
     own = flat(best["config"])
-    varied = [key for key in own if key != "train.seed" and len({json.dumps(t.get(key)) for t in tables}) > 1]
+    varied = [key for key in own if key not in BESIDE and len({json.dumps(t.get(key)) for t in tables}) > 1]
     words = []
     for key in dict.fromkeys((LEARNING_RATE, *varied)):
         value = own[key]

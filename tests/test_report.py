@@ -192,6 +192,13 @@ def test_seeds_are_one_setting_and_its_mean_decides() -> None:
     assert choice.estimate("choose").error == pytest.approx(0.1 / math.sqrt(3))
 
 
+def test_how_often_runs_were_evaluated_makes_no_other_setting() -> None:
+    runs = [record("a", 0.1, loss, seed) for seed, loss in enumerate((2.0, 3.0))]
+    runs[0]["config"]["train"]["eval_every"], runs[1]["config"]["train"]["eval_every"] = 0, 500
+    (choice,) = choices(runs)
+    assert sorted(choice.runs) == [0, 1] and choice.setting == "0.1"
+
+
 def test_runs_that_were_stopped_early_do_not_compete() -> None:
     (choice,) = choices([record("a", 0.1, loss=1.0, updates=50), record("a", 0.2, loss=2.0)])
     assert choice.setting.startswith("0.2")

@@ -218,9 +218,9 @@ def test_real_measures_everybody_at_the_same_sums(tmp_path: Path) -> None:
     shutil.copy(ROOT / "docs" / "benchmarks" / "performance.md", document)
     throughput("tables", str(out), "--markdown", str(document))
     written = tables.write(found, document)
-    other = tmp_path / "simulator.md"
-    shutil.copy(ROOT / "docs" / "benchmarks" / "simulator.md", other)
-    written += tables.write(found, other)
+    of_simulator = tmp_path / "simulator.md"
+    shutil.copy(ROOT / "docs" / "benchmarks" / "simulator.md", of_simulator)
+    written += tables.write(found, of_simulator)
     assert len(written) == len(tables.tables(found)), "the two documents have a place for every table"
 
 

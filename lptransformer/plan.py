@@ -114,8 +114,8 @@ def _links() -> str:
 def _vocab_size(config: Config, given: int | None) -> int | None:
     """Entries of the vocabulary, without a tokenizer being there; None: the model's own."""
     if given is not None:
-        if given < 2:
-            raise UserError(f"--vocab-size={given}: give a whole number, 2 or more")
+        if not 2 <= given < 2**31:
+            raise UserError(f"--vocab-size={given}: give a whole number from 2 to {2**31 - 1}")
         return given
     if config.model.pretrained is not None:
         return None
@@ -247,7 +247,7 @@ def _methods(config: Config, work: Work, cluster: Cluster) -> Sequence[Predictio
         of.setdefault(method, []).extend(tried if plainest is None else [plainest])
 
     def zero_stages(data: int, most: int) -> list[int]:
-        return [base] if data == 1 else sorted({min(base, most), *range(max(1, base), most + 1)})
+        return [min(base, most)] if data == 1 else sorted({min(base, most), *range(max(1, base), most + 1)})
 
     name, chunks = config.objective.name, config.objective.chunks
     numbers = f"({chunks if isinstance(chunks, int) else len(chunks)})" if name in ("chunked", "overlapping") else ""
@@ -282,7 +282,7 @@ def _methods(config: Config, work: Work, cluster: Cluster) -> Sequence[Predictio
                 sizes,
             )
         for rival in RIVALS:
-            zero = base if data == 1 else min(max(1, base), 2)
+            zero = min(base if data == 1 else max(1, base), 2)
             options = [of_rival(rival, smaller, cluster, pipeline, data, zero_stage=zero, recompute=r) for r in AGAIN]
             add(rival.family, options)
         if pipeline == 1:

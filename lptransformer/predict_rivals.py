@@ -187,7 +187,7 @@ def data_parallel(work: Work, cluster: Cluster, data: int, *, zero_stage: int, r
         step = compute + seen + update
         passes = 3 * rounds if zero_stage == 3 else 2
         return Prediction(
-            method="data parallel",
+            method="data parallel" if data > 1 else "one process",
             local=False,
             pipeline=1,
             data=data,

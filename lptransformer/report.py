@@ -12,7 +12,7 @@ from typing import Any
 
 from lptransformer import documents, ngram, plots, records, run_folder, run_record, trace, trace_plot
 from lptransformer.comparison import choices
-from lptransformer.errors import RunError
+from lptransformer.errors import RunError, UserError
 from lptransformer.metrics import Record, perplexity, text_counts
 from lptransformer.progress import plot_losses, table
 from lptransformer.result_tables import COSTS, Question, points, tables
@@ -82,13 +82,20 @@ def report_trace(run: Path, out: Path) -> None:
         rows = [(*row, f"{idle_share(beside, row[0]):.1%}") for row in rows]
     else:
         print(f"1F1B is not simulated: on {newest.device} the host's times are not those of the computation")
+    _make_folder(out)
     table(title, columns, rows)
-    out.mkdir(parents=True, exist_ok=True)
     (out / TIMELINE).write_text(json.dumps(trace.chrome(traces, str(run)), separators=(",", ":")) + "\n")
     picture = trace_plot.draw(
         _panels(_picture(newest), method, config.objective.name == "backprop", beside), out / "trace"
     )
     print(f"timeline for ui.perfetto.dev or chrome://tracing: {out / TIMELINE}   picture (and .svg): {picture}")
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out}: no folder can be made there ({error.strerror}); give another") from None
 
 
 def compare(
@@ -113,7 +120,7 @@ def compare(
     for result in results:
         table(result.title, result.columns, result.rows)
         print()
-    out.mkdir(parents=True, exist_ok=True)
+    _make_folder(out)
     chosen, look = choices(found, question.choose), plots.looks(methods)
     drawn = []
     for name in dict.fromkeys(name for record in found for name in record["evaluations"]):

@@ -119,13 +119,26 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)
-            TraceReport(**{key: value for key, value in line.items() if key != "session"})
+            _check(TraceReport(**{key: value for key, value in line.items() if key != "session"}))
             found.append({**line, "session": int(line["session"])})
         except (ValueError, TypeError, KeyError, AttributeError):
             if number == len(lines) and not text.endswith(b"\n"):
                 break  # a line that is being written
             raise RunError(f"{path}, line {number}, is no record of an update: the file was damaged") from None
     return found
+
+
+def _check(report: TraceReport) -> None:
+    """Raises ValueError or TypeError where a line has the names of a record and other contents."""
+    times = [report.start, report.seconds]
+    for text, *numbers in report.actions:
+        if text != COPIES:
+            parse(text)
+        if len(numbers) != 4:
+            raise ValueError(f"{text}: {len(numbers)} numbers")
+        times += numbers
+    if not report.actions or not all(isinstance(time, int | float) for time in times):
+        raise ValueError("no actions, or times that are no numbers")
 
 
 def slices(trace: Trace) -> list[Slice]:

@@ -316,6 +316,7 @@ MISTAKES = [
     (["--gpu", "h100", "--nodes", "0"], "--nodes=0"),
     (["--gpu", "h100", "--gpus-per-node", "-1"], "--gpus-per-node=-1"),
     (["--gpu", "h100", "--vocab-size", "1"], "--vocab-size=1"),
+    (["--gpu", "h100", "--vocab-size", "9999999999999999999"], "--vocab-size=9999999999999999999"),
     (["--gpu", "h100", "--parallel.pipeline=13", "--objective.chunks=12"], "parallel.pipeline = 13"),
     (["--gpu", "h100", "--gpus-per-node", "7"], "no split of 7 processes"),
     (["--gpu", "h100", "--data.tokenizer=nowhere/at/all"], "nowhere/at/all"),

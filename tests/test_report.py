@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from fake_runs import falling, make_run
 
-from lptransformer import pareto, plots, records, run_record
+from lptransformer import pareto, plots, records, report, run_record
 from lptransformer.__main__ import parser
 from lptransformer.comparison import choices, deciding_set, depth_gain_kept, difference, estimate, find
 from lptransformer.documents import ResultTable, markdown, update
-from lptransformer.errors import RunError
+from lptransformer.errors import RunError, UserError
 from lptransformer.launcher import run
 from lptransformer.pareto import Point
 from lptransformer.result_tables import Question, points, short, tables
@@ -197,6 +197,12 @@ def test_how_often_runs_were_evaluated_makes_no_other_setting() -> None:
     runs[0]["config"]["train"]["eval_every"], runs[1]["config"]["train"]["eval_every"] = 0, 500
     (choice,) = choices(runs)
     assert sorted(choice.runs) == [0, 1] and choice.setting == "0.1"
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out=.*file: no folder can be made there"):
+        report._make_folder(tmp_path / "file")
 
 
 def test_runs_that_were_stopped_early_do_not_compete() -> None:

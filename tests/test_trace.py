@@ -149,12 +149,22 @@ def test_a_line_that_was_cut_off_is_forgotten(tmp_path: Path) -> None:
     assert [one.updates for one in read(tmp_path, 2, 1)] == [[3, 4], [5]]
 
 
+def with_first(path: Path, **changes: Any) -> str:
+    """The file with other values in its first line."""
+    first, *others = path.read_text().splitlines()
+    return "\n".join([json.dumps(json.loads(first) | changes), *others, ""])
+
+
 @pytest.mark.parametrize(
     ("damage", "word"),
     [
         (lambda path: path.unlink(), "run.trace"),
         (lambda path: path.write_text("{}\n" + path.read_text()), "line 1"),
         (lambda path: path.write_text(path.read_text() + "[]\n"), "line 5"),
+        (lambda path: path.write_text(with_first(path, start="abc")), "line 1"),
+        (lambda path: path.write_text(with_first(path, actions=[])), "line 1"),
+        (lambda path: path.write_text(with_first(path, actions=[["zz", 0.0, 1.0, 0.0, 0.0]])), "line 1"),
+        (lambda path: path.write_text(with_first(path, actions=[["0F0", 0.0, 1.0, 0.0, 0.0, 0.0]])), "line 1"),
         (lambda path: path.write_text(""), "no update that all 2 processes"),
         (lambda path: path.write_text(path.read_text().splitlines()[0] + "\n"), "no update that all 2 processes"),
     ],

@@ -63,20 +63,12 @@ def ngrams(data: Prepared) -> list[dict[str, Any]]:
 
 def plain(config: Config, data: Prepared, tied: bool) -> dict[str, Any]:
     """Backprop by a plain loop; the loss on the first validation set after the last update."""
-    train, options = config.train, config.optimizer
+    train = config.train
     hf_config = plan_model(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id).config
     hf_config.tie_word_embeddings = tied
     torch.manual_seed(train.seed)
     model = AutoModelForCausalLM.from_config(hf_config)
-    optimizer = build_optimizer(
-        model.parameters(),
-        options.name,
-        learning_rate=train.learning_rate,
-        weight_decay=options.weight_decay,
-        betas=(options.beta1, options.beta2),
-        eps=options.eps,
-        momentum=options.momentum,
-    )
+    optimizer = build_optimizer(model.parameters(), config.optimizer, train.learning_rate)
     lr_scheduler = build_lr_scheduler(optimizer, train.lr_scheduler, train.steps, train.warmup_steps)
     sources = [source.tokens for source in data.train]
     stream = TrainStream(sources, None, seed=train.seed, micro_batch_size=train.micro_batch_size)

@@ -92,6 +92,10 @@ def parser() -> argparse.ArgumentParser:
 
 def train(args: argparse.Namespace) -> None:
     config = configuration.load(args.config, args.overrides)
+    if args.resume and config.train.auto_batch:
+        from lptransformer.auto_batch import recorded
+
+        config = recorded(config)
     assert config.run.dir is not None
     # All that one process can check and make is done before others are started.
     run_folder.check(Path(config.run.dir), config, args.resume, args.overwrite)
@@ -107,9 +111,10 @@ def train(args: argparse.Namespace) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed chooses anyway, with a warning
     check_devices(config.parallel.channel, config.parallel.data)
     if args.dry_run:
+        from lptransformer.auto_batch import previewed
         from lptransformer.dry_run import dry_run
 
-        dry_run(config, args.mock_batch)
+        dry_run(previewed(config), args.mock_batch)
         return
     prepared = prepare_all(**config.data.model_dump())
     if args.resume:
@@ -178,6 +183,11 @@ def sweep(args: argparse.Namespace) -> None:
     from lptransformer import sweep_file
 
     checked = sweep_file.read(args.sweep_file, args.overrides)  # before anything slow is imported
+    if run := next((run for run in checked.runs if run.config.train.auto_batch), None):
+        raise UserError(
+            f"{args.sweep_file}: run {run.name}: train.micro_batch_size is auto: runs with batches of different size "
+            "cannot be compared, and those that train at once share the memory; give a number"
+        )
     from lptransformer.sweep import run_sweep
 
     run_sweep(checked, args.processes, args.dry_run)

@@ -179,16 +179,7 @@ def build_engine(
         ).to(world.device, torch.float64 if train.dtype == "fp64" else None)
 
     def with_optimizer(stage: Stage) -> Built:
-        options = config.optimizer
-        optimizer = build_optimizer(
-            stage.parameters(),
-            options.name,
-            learning_rate=train.learning_rate,
-            weight_decay=options.weight_decay,
-            betas=(options.beta1, options.beta2),
-            eps=options.eps,
-            momentum=options.momentum,
-        )
+        optimizer = build_optimizer(stage.parameters(), config.optimizer, train.learning_rate)
         return stage, optimizer, build_lr_scheduler(optimizer, train.lr_scheduler, train.steps, train.warmup_steps)
 
     def build(stage_plan: StagePlan) -> LocalStage:

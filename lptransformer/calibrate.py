@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from lptransformer import family, pieces
+from lptransformer.config_sections import OptimizerSection
 from lptransformer.cost import ModelCosts
 from lptransformer.devices import Device, Wire
 from lptransformer.head import Readout
@@ -35,7 +36,7 @@ def measure(
     sequence_length: int,
     chunk_tokens: int,
     dtype: str,
-    optimizer: str,
+    optimizer: OptimizerSection,
     processes: int,
     seconds: float = 1.0,
 ) -> Device:
@@ -85,15 +86,13 @@ def _block(
     micro_batch_size: int,
     sequence_length: int,
     dtype: str,
-    optimizer: str,
+    optimizer: OptimizerSection,
     place: torch.device,
     seconds: float,
 ) -> tuple[float, float]:
     """FLOP/s of a block's forward and backward pass; seconds of the optimizer per weight, in fp32."""
     block = pieces.new_piece(config, parts, range(1), False, False, 0).base.to(place)
-    steps = build_optimizer(
-        block.parameters(), optimizer, learning_rate=1e-4, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, momentum=0.9
-    )
+    steps = build_optimizer(block.parameters(), optimizer, learning_rate=1e-4)
     for parameter in block.parameters():
         parameter.grad = torch.zeros_like(parameter)
     weights = sum(parameter.numel() for parameter in block.parameters())

@@ -128,6 +128,11 @@ def _train(config: Config) -> Iterator[str]:
             f"{at('train.border_dtype')} with {at(f'objective.{hybrid}')}: a border that carries a gradient is not "
             "rounded. Remove one of them"
         )
+    if train.auto_batch and config.engine == "deepspeed_pipeline":
+        yield (
+            f"train.micro_batch_size = auto with {at('engine')}: the memory of DeepSpeed's own pipeline is not "
+            "predicted; give a number"
+        )
     if train.border_dtype == "bf16" == train.dtype:
         yield f"{at('train.border_dtype')} has no meaning with {at('train.dtype')}: remove it, or give int8"
     if train.eval_every and not config.data.valid:

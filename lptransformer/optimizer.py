@@ -9,28 +9,25 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+from lptransformer.config_sections import OptimizerSection
+
 
 def build_optimizer(
     parameters: Iterable[nn.Parameter],
-    name: str,
-    *,
+    options: OptimizerSection,
     learning_rate: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
-    momentum: float,
 ) -> torch.optim.Optimizer:
     """AdamW or SGD. Weights of two and more dimensions decay; norms and biases do not."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps)
-    assert name == "sgd", name
-    return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum)
+    if options.name == "adamw":
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(options.beta1, options.beta2), eps=options.eps)
+    assert options.name == "sgd", options.name
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=options.momentum)
 
 
 def build_lr_scheduler(optimizer: torch.optim.Optimizer, name: str, steps: int, warmup_steps: int) -> LRScheduler:

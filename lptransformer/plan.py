@@ -211,7 +211,7 @@ def _this_machine(config: Config, hf_config: Any, parts: Anatomy, work: Work, pr
         sequence_length=config.data.sequence_length,
         chunk_tokens=config.head.chunk_tokens,
         dtype=config.train.dtype,
-        optimizer=config.optimizer.name,
+        optimizer=config.optimizer,
         processes=processes,
     )
 

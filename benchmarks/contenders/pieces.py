@@ -14,16 +14,7 @@ from lptransformer.stage import Stage, make_stage
 
 
 def optimizer_of(config: Config, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    options = config.optimizer
-    return build_optimizer(
-        parameters,
-        options.name,
-        learning_rate=config.train.learning_rate,
-        weight_decay=options.weight_decay,
-        betas=(options.beta1, options.beta2),
-        eps=options.eps,
-        momentum=options.momentum,
-    )
+    return build_optimizer(parameters, config.optimizer, config.train.learning_rate)
 
 
 def label_tokens_of(config: Config) -> int:

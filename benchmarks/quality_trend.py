@@ -1,0 +1,137 @@
+"""Does the gap to backprop grow with the tokens and with the size? From the records of several sweeps.
+
+    python benchmarks/quality_trend.py docs/benchmarks/quality/quality-{750,seeds,3000,width-128}.json
+
+Runs of the same width and the same number of updates stand together. Makes the tables `trend/...` in
+docs/benchmarks/quality.md anew and draws docs/benchmarks/quality/trend.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from lptransformer import documents, run_record
+from lptransformer.comparison import Choice, Estimate, choices, depth_gain_kept, difference, find
+from lptransformer.documents import ResultTable
+from lptransformer.figures import new_figure, save
+from lptransformer.metrics import Record
+from lptransformer.plots import looks
+from lptransformer.records import final_loss
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT, PICTURE = ROOT / "docs/benchmarks/quality.md", ROOT / "docs/benchmarks/quality/trend"
+DEEP, SHALLOW = "backprop", "backprop-2-blocks"
+Regime = tuple[int, int]  # width, updates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("records", nargs="+", type=Path, help="files of records, or folders of sweeps")
+    parser.add_argument("--set", default="report", help="the validation set (default: report)")
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="without suffix")
+    flags = parser.parse_args()
+    found = regimes([record for path in flags.records for record in run_record.collect(path)])
+    documents.update(flags.document, tables(found, flags.set), "trend")
+    print(draw(found, flags.set, flags.picture))
+
+
+def regimes(records: Sequence[Record]) -> dict[Regime, list[Choice]]:
+    """The methods of every width and number of updates that have backprop with all blocks, smallest first."""
+    grouped: dict[Regime, list[Record]] = {}
+    for record in records:
+        if record["complete"]:
+            grouped.setdefault((record["model"]["hidden_size"], record["steps"]), []).append(record)
+    chosen = {regime: choices(runs) for regime, runs in sorted(grouped.items())}
+    return {regime: methods for regime, methods in chosen.items() if DEEP in [one.method for one in methods]}
+
+
+def gap(choice: Choice, methods: Sequence[Choice], name: str) -> Estimate:
+    """What a method loses to backprop on a set, in percent of backprop's bits per byte; below zero where it gains."""
+    deep = find(methods, DEEP, "the baseline")
+    shared = [final_loss(run, name) for seed, run in deep.runs.items() if seed in choice.runs]
+    lost = difference(choice, deep, name)
+    scale = 100 * len(shared) / sum(shared) if shared else math.nan
+    return Estimate(lost.mean * scale, None if lost.error is None else lost.error * scale)
+
+
+def tokens(methods: Sequence[Choice]) -> int:
+    """The tokens that backprop has been trained on."""
+    run = next(iter(find(methods, DEEP, "the baseline").runs.values()))
+    table = next(iter(run["evaluations"].values()))
+    return int(table["rows"][-1][table["columns"].index("tokens")])
+
+
+def tables(found: dict[Regime, list[Choice]], name: str) -> list[ResultTable]:
+    """The gaps of every method, and the share of the depth gain that it keeps, a row per width and tokens."""
+    others = list(dict.fromkeys(one.method for methods in found.values() for one in methods if one.method != DEEP))
+    gaps, kept = [], []
+    for (width, _), methods in found.items():
+        by_name = {one.method: one for one in methods}
+        deep, shallow = by_name[DEEP], by_name.get(SHALLOW)
+        start = (width, f"{tokens(methods) / 1e6:.2f}M", len(deep.runs))
+        cells = [gap(by_name[one], methods, name).text(2, "+") if one in by_name else None for one in others]
+        gaps.append((*start, deep.estimate(name).text(4), *cells))
+        if shallow:
+            shares = [depth_gain_kept(by_name[o], deep, shallow, name) if o in by_name else None for o in others]
+            kept.append((*start, *(None if one is None else _percent(one) for one in shares)))
+    columns = ("width", "tokens", "seeds")
+    return [
+        ResultTable(
+            "gap",
+            f"{name}: bits per byte lost to backprop, percent",
+            (*columns, f"{DEEP}, nats/token", *others),
+            tuple(gaps),
+        ),
+        ResultTable("kept", f"{name}: depth gain kept", (*columns, *others), tuple(kept)),
+    ]
+
+
+def draw(found: dict[Regime, list[Choice]], name: str, path: Path) -> Path:
+    """Gaps over tokens, a line per method and width; bars are standard errors over seeds."""
+    figure, axes = new_figure(1, 1, (7.5, 4.2))
+    widths = sorted({width for width, _ in found})
+    methods = [m for m in dict.fromkeys(one.method for all_ in found.values() for one in all_) if m != DEEP]
+    look = looks([DEEP, *methods])
+    for width, style in zip(widths, ("-", "--", ":"), strict=False):
+        for method in methods:
+            points = [
+                (tokens(all_), gap(one, all_, name))
+                for (w, _), all_ in found.items()
+                if w == width
+                for one in all_
+                if one.method == method
+            ]
+            if points:
+                axes[0].errorbar(
+                    [count / 1e6 for count, _ in points],
+                    [one.mean for _, one in points],
+                    [one.error or 0.0 for _, one in points],
+                    color=look[method]["color"],
+                    linestyle=style,
+                    marker="o",
+                    markersize=4,
+                    capsize=3,
+                    label=f"{method}, width {width}",
+                )
+    axes[0].axhline(0, color="black", linewidth=0.8)
+    axes[0].set_xscale("log")
+    axes[0].set_xticks(sorted({tokens(methods) / 1e6 for methods in found.values()}))
+    axes[0].xaxis.set_major_formatter("{x:.2g}")
+    axes[0].minorticks_off()
+    axes[0].set_xlabel("training tokens (millions)")
+    axes[0].set_ylabel(f"bits per byte lost to backprop on {name} (%)")
+    axes[0].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    return save(figure, path)
+
+
+def _percent(share: Estimate) -> str:
+    error = "" if share.error is None else f" ± {100 * share.error:.0f}"
+    return f"{100 * share.mean:.0f}{error} %"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""`train.micro_batch_size: auto`: the number that fits, agreed on, recorded, and kept."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from lptransformer import auto_batch, free_memory, run_folder
+from lptransformer import config as configuration
+from lptransformer import train as training
+from lptransformer.__main__ import parser
+from lptransformer.build import ModelPlan, initialize, plan_model
+from lptransformer.config import Config
+from lptransformer.dry_run import EmptyModel
+from lptransformer.errors import ConfigError
+from lptransformer.launcher import run
+from lptransformer.world import leave
+
+TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune.\n" * 40
+CONFIG: dict[str, Any] = {
+    "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2},
+    "data": {"train": "text.txt", "valid": "text.txt", "tokenizer": "bytes", "sequence_length": 16},
+    "train": {"steps": 2, "micro_batch_size": "auto", "micro_batches_per_update": 2, "lr_scheduler": "constant"},
+    "run": {"dir": "run"},
+}
+BYTES = 259  # entries of the vocabulary
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to stand in, with a text and a small configuration."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
+    return tmp_path
+
+
+def given(*overrides: str) -> tuple[Config, ModelPlan]:
+    config = configuration.load(CONFIG, overrides)
+    return config, plan_model(config, BYTES, None)
+
+
+@cache
+def peak(size: int, *overrides: str) -> int:
+    """What is predicted for a number given by hand, of the pipeline rank that needs most."""
+    config, plan = given(*overrides, f"train.micro_batch_size={size}")
+    model = EmptyModel(config, plan)
+    return max(model.predict(config, rank).peak for rank in range(config.parallel.pipeline))
+
+
+def memory_for(size: int, *overrides: str) -> int:
+    """The memory of which 0.9 are just enough for a number."""
+    return int(peak(size, *overrides) / 0.9) + 2
+
+
+# ---------------------------------------------------------------------------------------------------- the number
+
+
+@pytest.mark.parametrize("overrides", [(), ("parallel.pipeline=2", "objective.name=backprop")])
+def test_the_number_fits_and_its_double_does_not(overrides: tuple[str, ...]) -> None:
+    config, plan = given(*overrides)
+    assert auto_batch.largest(config, plan, memory_for(2, *overrides), None) == 2
+    assert auto_batch.largest(config, plan, memory_for(4, *overrides) - 4, None) == 2
+    with pytest.raises(ConfigError, match="not even 1 fits.*more pipeline ranks"):
+        auto_batch.largest(config, plan, memory_for(1, *overrides) - 4, None)
+
+
+def test_zero_3_is_given_a_smaller_share() -> None:
+    config, plan = given("deepspeed.zero_optimization.stage=3")
+    memory = int(peak(4, "deepspeed.zero_optimization.stage=3") / 0.85)
+    assert auto_batch.largest(config, plan, memory, None) < 4
+
+
+def test_an_update_takes_no_more_than_an_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    config, plan = given()  # 2 micro-batches in an update
+    assert auto_batch.largest(config, plan, 2**40, 16) == 8
+    assert auto_batch.largest(config, plan, 2**40, 15) == 4
+    assert "an update of 16 would be more than an epoch, 15 windows" in capsys.readouterr().out
+    assert auto_batch.largest(config, plan, 2**40, 1) == 1
+
+
+def test_it_says_what_it_chose(capsys: pytest.CaptureFixture[str]) -> None:
+    config, plan = given()
+    auto_batch.largest(config, plan, memory_for(4), None)
+    said = capsys.readouterr().out
+    needed, has, more = (f"{size / 2**30:.3g} GiB" for size in (peak(4), memory_for(4), peak(8)))
+    for part in ("auto is 4.", needed, has, "90%", f"8 would need {more}", "4 x 2 = 8 windows"):
+        assert part in said
+
+
+# -------------------------------------------------------------------------------------------- who may read the word
+
+
+def test_the_word_is_never_taken_for_a_number() -> None:
+    config = configuration.load(CONFIG)
+    assert config.train.auto_batch
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_size is auto.*--train\.micro_batch_size=8"):
+        print(config.train.micro_batch_size)
+    again = configuration.load(yaml.safe_load(configuration.to_yaml(config)))
+    assert again.train.auto_batch and "micro_batch_size: auto" in configuration.to_yaml(again)
+    with pytest.raises(ConfigError, match="must be a whole number, 1 or more, or auto"):
+        configuration.load(CONFIG, ["train.micro_batch_size=atuo"])
+    with pytest.raises(ConfigError, match="deepspeed_pipeline"):
+        configuration.load(CONFIG, ["engine=deepspeed_pipeline", "objective.name=backprop"])
+
+
+@pytest.mark.parametrize("arguments", [["plan", "c.yaml", "--gpu=h100"], ["sweep", "s.yaml", "--dry-run"]])
+def test_other_commands_refuse_it(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    (folder / "s.yaml").write_text("base: c.yaml\ngrid: {train.seed: [0, 1]}\nscore: {set: valid}\n")
+    with pytest.raises(SystemExit) as end:
+        run(parser(), arguments)
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and "train.micro_batch_size is auto" in message and "give" in message
+    assert not (folder / "runs").exists()
+
+
+def test_the_engine_by_itself_refuses_it(folder: Path) -> None:
+    try:
+        with pytest.raises(ConfigError, match=r"train\.micro_batch_size is auto"):
+            initialize(CONFIG)
+    finally:
+        leave()
+
+
+def test_a_dry_run_shows_the_number(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(free_memory, "of_a_process", lambda local: memory_for(4))
+    run(parser(), ["train", "c.yaml", "--dry-run"])
+    said = capsys.readouterr().out
+    assert "auto is 4." in said and f"an update: {4 * 2 * 16} tokens" in said
+    assert sorted(path.name for path in folder.iterdir()) == ["c.yaml", "text.txt"]
+
+
+# ------------------------------------------------------------------------------------------------------- in training
+
+
+def weights(folder: Path, update: int) -> dict[str, bytes]:
+    files = sorted((folder / f"checkpoints/step-{update:08d}").glob("stage-*/weights.safetensors"))
+    assert files
+    return {f"{f.parent.name} {name}": t.numpy().tobytes() for f in files for name, t in load_file(f).items()}
+
+
+@pytest.mark.slow
+def test_a_run_records_the_number_keeps_it_and_is_the_run_of_that_number(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = memory_for(4)
+    monkeypatch.setattr(free_memory, "of_a_process", lambda local: memory)
+    by_hand = ["train", "c.yaml", "--train.micro_batch_size=4", "--run.dir=by-hand"]
+    for arguments in (["train", "c.yaml", "--until=1"], by_hand):
+        run(parser(), arguments)
+        leave()
+    recorded = (Path("run") / run_folder.CONFIG).read_text()
+    assert yaml.safe_load(recorded)["train"]["micro_batch_size"] == 4
+    memory = memory_for(1)  # would give another number now
+    run(parser(), ["train", "c.yaml", "--resume"])
+    leave()
+    assert (Path("run") / run_folder.CONFIG).read_text() == recorded
+    assert weights(Path("run"), 2) == weights(Path("by-hand"), 2)
+
+
+def train_with_memory(folder: str, memories: list[int], resume: bool, until: int) -> str:
+    """A process of a run, with a memory of its own; the run folder's configuration."""
+    os.chdir(folder)
+    rank = int(os.environ["RANK"])
+    free_memory.of_a_process = lambda local: memories[rank]
+    config = configuration.load("c.yaml", ["parallel.pipeline=2"])
+    training.train(config, resume=resume, until=until)
+    return (Path("run") / run_folder.CONFIG).read_text()
+
+
+@pytest.mark.slow
+def test_processes_agree_on_the_smallest_memory(folder: Path, pool: Any) -> None:
+    pipeline = "parallel.pipeline=2"
+    small, large = memory_for(2, pipeline), memory_for(8, pipeline)
+    for memories, resume, until in (([large, small], False, 1), ([large, large], True, 2)):
+        for text in pool.run(2, train_with_memory, str(folder), memories, resume, until):
+            assert yaml.safe_load(text)["train"]["micro_batch_size"] == 2
+
+
+def refused_for_memory(folder: str, memories: list[int]) -> str:
+    os.chdir(folder)
+    rank = int(os.environ["RANK"])
+    free_memory.of_a_process = lambda local: memories[rank]
+    config = configuration.load("c.yaml", ["parallel.pipeline=2"])
+    try:
+        training.train(config)
+    except (ConfigError, SystemExit) as error:
+        return f"{type(error).__name__} {error}"
+    return "trained"
+
+
+@pytest.mark.slow
+def test_where_nothing_fits_one_process_says_why_and_all_leave(folder: Path, pool: Any) -> None:
+    first, second = pool.run(2, refused_for_memory, str(folder), [2**40, 1000])
+    assert "not even 1 fits" in first and second == "SystemExit 2"
+    assert not (folder / "run").exists()
+
+
+# -------------------------------------------------------------------------------------------------- free memory
+
+
+def group(folder: Path, limit: str, used: int, cached: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(limit + "\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cached}\n")
+
+
+def test_limits_of_control_groups_count(tmp_path: Path) -> None:
+    own, root = tmp_path / "own", tmp_path / "cgroup"
+    own.write_text("0::/job/step\n")
+    group(root / "job" / "step", "max", 700, 0)
+    group(root / "job", "1000", 800, 50)
+    assert list(free_memory.cgroup_rooms(root, own)) == [250]
+
+    old = root / "memory" / "job"
+    old.mkdir(parents=True)
+    for name, value in (("limit_in_bytes", 900), ("usage_in_bytes", 500)):
+        (old / f"memory.{name}").write_text(f"{value}\n")
+    (old / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 30\n")
+    own.write_text("5:cpu:/job\n4:memory:/job\n0::/gone\n")
+    assert list(free_memory.cgroup_rooms(root, own)) == [430]
+    assert list(free_memory.cgroup_rooms(root, tmp_path / "no such file")) == []
+
+
+def test_processes_of_a_host_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free_memory.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(free_memory, "cgroup_rooms", lambda: [1001])
+    assert free_memory.of_a_process(4) == 250
+
+
+def test_pipeline_ranks_on_one_gpu_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    cuda = free_memory.torch.cuda
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(cuda, "mem_get_info", lambda device: ([10, 90][device], 100))
+    assert free_memory.of_a_process(4) == 45
+    assert free_memory.of_a_process(2) == 90

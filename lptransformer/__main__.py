@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,9 @@ from lptransformer import __version__, run_folder
 from lptransformer import config as configuration
 from lptransformer.errors import UserError
 from lptransformer.launcher import add_training_flags, check_until, launch, run
+
+# Flags of `report` that are about several runs.
+COMPARISON = ("baseline", "deep", "shallow", "choose", "markdown", "name")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     compared.add_argument("--shallow", metavar="METHOD", help="backprop with fewer blocks")
     compared.add_argument("--choose", metavar="SET", help="validation set that decides on settings (default: sweep's)")
     compared.add_argument("--markdown", metavar="FILE", help="document whose tables are made anew, or a new one")
-    compared.add_argument("--name", default="", help="begins the names of the tables in the document: NAME/TABLE")
+    compared.add_argument("--name", help="begins the names of the tables in the document: NAME/TABLE")
 
     text = "Local against true gradients, rank of hidden states, agreement of exits: tables and a plot."
     sub = command("diagnose", diagnose, text)
@@ -151,19 +153,19 @@ def show_config(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     config = configuration.load(args.config, args.overrides)
+    from lptransformer import output_file
     from lptransformer import plan as planning
 
+    target = None if args.json is None else Path(args.json)
+    if target is not None:
+        output_file.check(target, "--json")
     request = planning.Request(args.nodes, args.gpus_per_node, args.gpu, args.link, args.vocab_size, args.calibrate)
     made = planning.make(config, request)
-    from lptransformer.plan_tables import print_plan
+    from lptransformer.plan_tables import print_plan, to_json
 
     print_plan(made)
-    if args.json:
-        text = json.dumps(made.to_dict(), indent=1) + "\n"
-        try:
-            Path(args.json).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json={args.json}: cannot be written: {error.strerror}") from None
+    if target is not None:
+        output_file.write(target, to_json(made), "--json")
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -195,26 +197,36 @@ def sweep(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     no_overrides(args)
-    if (args.deep is None) != (args.shallow is None):
-        raise UserError("--deep and --shallow belong together: give both methods, or neither")
     from lptransformer.report import compare, report_trace
     from lptransformer.report import report as report_run
     from lptransformer.result_tables import Question
 
     paths = [Path(run) for run in args.runs]
+    compared = [f"--{name}" for name in COMPARISON if getattr(args, name) is not None]
     if args.trace:
-        if len(paths) > 1 or args.baselines:
-            what = "--baselines" if args.baselines else f"{len(paths)} folders"
-            raise UserError(f"--trace with {what}: it is a report of its own, about one run")
+        others = [f"{len(paths)} folders"] * (len(paths) > 1) + ["--baselines"] * args.baselines + compared
+        if others:
+            raise UserError(f"--trace with {', '.join(others)}: it is a report of its own, about one run")
         report_trace(paths[0], Path(args.out) if args.out else paths[0])
         return
     if len(paths) == 1 and (run_folder.holds_run(paths[0]) or not paths[0].exists()):
+        others = compared + ["--out"] * (args.out is not None)
+        if others and paths[0].exists():
+            raise UserError(
+                f"{paths[0]} with {', '.join(others)}: that is for comparisons (several runs, folders of sweeps, files "
+                "of records); the report of one run is written into its folder"
+            )
         report_run(paths[0], baselines=args.baselines)
         return
     if args.baselines:
         raise UserError("--baselines is for the report of one run: name one run folder, or leave it out")
+    if (args.deep is None) != (args.shallow is None):
+        raise UserError("--deep and --shallow belong together: give both methods, or neither")
+    if args.name is not None and args.markdown is None:
+        raise UserError(f"--name={args.name} belongs to --markdown: give both, or neither")
     question = Question(args.baseline, args.deep, args.shallow, args.choose)
-    compare(paths, Path(args.out or "report"), question, Path(args.markdown) if args.markdown else None, args.name)
+    document = None if args.markdown is None else Path(args.markdown)
+    compare(paths, Path(args.out or "report"), question, document, args.name or "")
 
 
 def diagnose(args: argparse.Namespace) -> None:

@@ -28,12 +28,14 @@ def advise(methods: Sequence[Prediction], work: Work, cluster: Cluster) -> list[
     if chosen is None:
         least = min(methods, key=lambda one: one.memory_bytes)
         return [
-            f"Nothing fits: what needs least is {name(least)} with {_gigabytes(least.memory_bytes)} of "
-            f"{_usable(cluster)} usable. More devices, shorter sequences or smaller micro-batches are needed."
+            f"Nothing fits: what needs least is {name(least)} with {_size(least.memory_bytes)} of "
+            f"{_usable(cluster)} usable. It takes more devices, devices with more memory, shorter sequences or a "
+            "smaller model; smaller micro-batches were tried."
         ]
     lines = [
-        f"Use {name(chosen)}, pipeline x data: {_seconds(chosen.step_seconds)} per update, "
-        f"{chosen.tokens_per_second:,.0f} tokens/s, {_gigabytes(chosen.memory_bytes)} of {_usable(cluster)} usable."
+        f"Use {chosen.method}, {chosen.pipeline} x {chosen.data} (pipeline x data), ZeRO {chosen.zero_stage}: "
+        f"{_seconds(chosen.step_seconds)} per update, {chosen.tokens_per_second:,.0f} tokens/s, "
+        f"{_size(chosen.memory_bytes)} of {_usable(cluster)} usable."
     ]
     fitting = [one for one in methods if one.fits]
     local = min((one for one in fitting if one.local), key=lambda one: one.step_seconds, default=None)
@@ -44,7 +46,13 @@ def advise(methods: Sequence[Prediction], work: Work, cluster: Cluster) -> list[
     lines += _memory(methods, cluster)
     lines += _pipelines(fitting)
     lines += _links(fitting, local)
-    lines += _heads(local, work)
+    if cluster.size > 1:
+        lines += _heads(local, work)
+    elif local is not None and exact is not None and local.memory_bytes < exact.memory_bytes:
+        lines.append(
+            "In one process local updates save memory, because activations are kept of one stage at a time: "
+            f"{_size(local.memory_bytes)}, where backprop takes {_size(exact.memory_bytes)}."
+        )
     if any(one.recompute for one in fitting):
         names = ", ".join(f"{one.recompute:.0%} in {name(one)}" for one in fitting if one.recompute)
         lines.append(
@@ -80,7 +88,7 @@ def _compare(local: Prediction, exact: Prediction, ratio: float) -> str:
 
 
 def _memory(methods: Sequence[Prediction], cluster: Cluster) -> list[str]:
-    missing = [f"{name(one)} ({_gigabytes(one.memory_bytes)})" for one in methods if not one.fits]
+    missing = [f"{name(one)} ({_size(one.memory_bytes)})" for one in methods if not one.fits]
     if not missing:
         return []
     return [f"Does not fit into {_usable(cluster)}, at its smallest: {'; '.join(missing)}."]
@@ -101,21 +109,21 @@ def _pipelines(fitting: Sequence[Prediction]) -> list[str]:
 def _links(fitting: Sequence[Prediction], local: Prediction | None) -> list[str]:
     lines = []
     for one in fitting:
-        if one.method == "data parallel":
+        if one.method == "data parallel" and one.data > 1:
             share = one.reduction_seconds / one.step_seconds
             lines.append(
-                f"Data parallel sends {_gigabytes(one.reduced_bytes)} per process and update around its ring; "
+                f"Data parallel sends {_size(one.reduced_bytes)} per process and update around its ring; "
                 f"{_seconds(one.reduction_seconds)} of that is not hidden behind compute, {share:.0%} of the update."
             )
     for one in fitting:
         if one is local and one.pipeline > 1:
             ring = ""
             if one.data > 1:
-                ring = f", and {_gigabytes(one.reduced_bytes)} per process around the ring of its replicas ("
+                ring = f", and {_size(one.reduced_bytes)} per process around the ring of its replicas ("
                 ring += f"{_seconds(one.reduction_seconds)}{_hidden(one)})"
-            returned = "nothing back" if one.down_bytes == 0 else f"{_gigabytes(one.down_bytes)} back"
+            returned = "nothing back" if one.down_bytes == 0 else f"{_size(one.down_bytes)} back"
             lines.append(
-                f"{name(one)} sends {_gigabytes(one.up_bytes)} per update up over a border between pipeline ranks, "
+                f"{name(one)} sends {_size(one.up_bytes)} per update up over a border between pipeline ranks, "
                 f"{returned}{ring}."
             )
     return lines
@@ -144,11 +152,13 @@ def _heads(local: Prediction | None, work: Work) -> list[str]:
 
 
 def _usable(cluster: Cluster) -> str:
-    return _gigabytes(USABLE_MEMORY * cluster.device.memory_bytes)
+    return _size(USABLE_MEMORY * cluster.device.memory_bytes)
 
 
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+def _size(size: float) -> str:
+    if size >= 1e9:
+        return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
 def _seconds(seconds: float) -> str:

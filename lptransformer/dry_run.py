@@ -32,6 +32,7 @@ MIB = 2**20
 def dry_run(config: Config, mock_batch: bool = False) -> None:
     """Check all that one process can, print the plan of the run and the memory of every pipeline rank.
 
+    Of `engine: deepspeed_pipeline` the stages and FLOPs alone are known: they are those of the engine local.
     Raises UserError where the run could not start. Training text has to be there, but need not be prepared.
     """
     if mock_batch and config.engine != "local":
@@ -44,6 +45,12 @@ def dry_run(config: Config, mock_batch: bool = False) -> None:
     rows = partition.table(plan.stages, plan.costs, head_in_words(config), state_bytes(config))
     table(f"dry run: {config.run.dir} is not touched", list(rows[0]), [list(row.values()) for row in rows])
     print(_flops_in_words(config, plan))
+    if config.engine != "local":
+        print(
+            f"no memory is predicted with {config.at('engine')}: what DeepSpeed's own pipeline keeps is not known; "
+            "--engine=local predicts what the same stages take under 1F1B of this program"
+        )
+        return
     model = EmptyModel(config, plan)
     memory = [model.predict(config, rank) for rank in range(config.parallel.pipeline)]
     table("predicted memory of one process, MiB", COLUMNS, [_row(rank, one) for rank, one in enumerate(memory)])

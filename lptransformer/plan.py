@@ -6,7 +6,8 @@ The sizes come from the library's own configuration of the model; no weights are
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from glob import glob
 from typing import TYPE_CHECKING, Any
 
 from lptransformer import config as configuration
@@ -18,7 +19,7 @@ from lptransformer.devices import HOST_MEMORY, Cluster, Device, table
 from lptransformer.errors import ConfigError, UserError
 from lptransformer.predict_local import of_objective
 from lptransformer.predict_rivals import RIVALS, data_parallel, of_rival
-from lptransformer.workload import Candidate, Prediction, Work, balanced_sizes, best, splits
+from lptransformer.workload import CPUS, Candidate, Prediction, Work, balanced_sizes, best, splits
 
 if TYPE_CHECKING:
     from lptransformer.family import Anatomy
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 # Shares of the blocks whose activations others may make again, where all of them do not fit.
 AGAIN = (0.0, 0.25, 0.5, 0.75, 1.0)
 HERE = ("this", "cpu")  # --gpu for this machine
-BYTE_VOCABULARY = 259  # 256 bytes and three specials (tokenizer.py)
+MOST_WINDOWS = 65_536  # of an update: schedules are replayed pass by pass, and nobody trains with larger batches
+LONGEST = 2**20  # tokens of a window: torch can still say how large the attention mask of MOST_WINDOWS of them is
+PIPELINE_ENGINE = "backprop, DeepSpeed's PipelineEngine"
+AS_CONFIGURED = ", as configured"  # ends the name of the configuration's own method among the others
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """`configured` is the run as the configuration has it (None: its split is another one than that of the cluster),
+    """`configured` is the run as the configuration has it (None: it has another number of processes than the cluster),
     `methods` are all, each at its best, in ascending order of time; those that do not fit come last."""
 
     cluster: Cluster
@@ -57,22 +61,54 @@ class Plan:
         """R: FLOPs of the body over those of one head."""
         return self.work.num_blocks * self.work.costs.block_flops / self.work.costs.head_flops
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON. Times are in seconds, sizes in bytes, of one process or one update."""
-        whole = asdict(self)
-        for one, prediction in zip(whole["methods"], self.methods, strict=True):
-            one["idle_share"] = prediction.idle_share
-        return {**whole, "body_to_head": self.ratio}
-
 
 def make(config: Config, request: Request) -> Plan:
     """The plan of a configuration. Raises UserError for a cluster that cannot be, ConfigError where no split fits."""
-    processes = config.parallel.pipeline * config.parallel.data
+    per_node = _devices_per_node(config, request)
+    processes, size = config.parallel.pipeline * config.parallel.data, request.nodes * per_node
+    device = None if request.gpu in (None, *HERE) else table().device(str(request.gpu))
+    if device is not None and config.train.dtype not in device.flops:
+        raise UserError(f"--gpu={request.gpu} has no number for {config.at('train.dtype')}")
+    link = None if request.link is None else table().link(request.link)
+    batch = f"{config.at('train.micro_batches_per_update')} x {config.at('train.micro_batch_size')} windows"
+    windows = config.train.micro_batches_per_update * config.train.micro_batch_size
+    if windows > MOST_WINDOWS:
+        raise UserError(f"{batch}: updates of up to {MOST_WINDOWS:,} windows can be planned")
+    if config.data.sequence_length > LONGEST:
+        raise UserError(f"{config.at('data.sequence_length')}: windows of up to {LONGEST:,} tokens can be planned")
+
+    hf_config, parts = _model(config, _vocab_size(config, request.vocab_size))
+    no_split = (
+        f"no split of {size} processes: at most {hf_config.num_hidden_layers} pipeline ranks (blocks), and replicas "
+        f"must divide {batch}: give fewer devices or more micro-batches"
+    )
+    if size > hf_config.num_hidden_layers * windows:  # the search over splits goes through all of them
+        raise ConfigError(no_split)
+    work = _work(config, hf_config, parts)
+    if device is None:
+        device = _this_machine(config, hf_config, parts, work, per_node)
+    cluster = Cluster(device, request.nodes, per_node, link or device.intra_link)
+    if device.key in CPUS or config.parallel.channel == "nccl":
+        work = replace(work, channel=None)
+    configured = _configured(config, work, cluster).evaluate() if processes == size else None
+    methods = list(_methods(config, work, cluster))
+    if not methods:
+        raise ConfigError(no_split)
+    methods.sort(key=lambda one: (not one.fits, one.step_seconds))
+    left_out = len(_objective(config, work).trained) < work.num_blocks
+    compared = [one for one in methods if not (left_out and one.method.endswith(AS_CONFIGURED))]
+    advice = [*advise(compared, work, cluster), *_remarks(config, work, cluster)]
+    return Plan(cluster, work, configured, methods, advice)
+
+
+def _devices_per_node(config: Config, request: Request) -> int:
+    """Raises UserError for flags that contradict each other, or the configuration."""
     per_node = request.gpus_per_node
     for flag, number in (("--nodes", request.nodes), ("--gpus-per-node", per_node)):
         if number is not None and number < 1:
             raise UserError(f"{flag}={number}: give a whole number, 1 or more")
     if per_node is None:
+        processes = config.parallel.pipeline * config.parallel.data
         if processes % request.nodes:
             raise UserError(
                 f"--nodes={request.nodes}: the {processes} processes of the configuration (parallel.pipeline x "
@@ -81,54 +117,67 @@ def make(config: Config, request: Request) -> Plan:
         per_node = processes // request.nodes
     if request.nodes > 1 and request.link is None:
         raise UserError(f"--nodes={request.nodes} needs --link: what is between the nodes (one of {_links()})")
+    if request.nodes == 1 and request.link is not None:
+        raise UserError(
+            f"--link={request.link} is what is between nodes, and --nodes is 1: give both, or neither (what is within "
+            "a node comes with the device)"
+        )
     if request.calibrate and request.gpu not in (None, *HERE):
         raise UserError(f"--calibrate measures this machine, --gpu={request.gpu} is another: give one of the two")
-    device = None if request.gpu in (None, *HERE) else table().device(str(request.gpu))
-    if device is not None and config.train.dtype not in device.flops:
-        raise UserError(f"--gpu={request.gpu} has no number for {config.at('train.dtype')}")
-    link = None if request.link is None else table().link(request.link)
-
-    hf_config, parts = _model(config, _vocab_size(config, request.vocab_size))
-    work = _work(config, hf_config, parts)
-    if device is None:
-        device = _this_machine(config, hf_config, parts, work, per_node)
-    cluster = Cluster(device, request.nodes, per_node, link or device.intra_link)
-    if device.key in ("this", "laptop-core") or config.parallel.channel == "nccl":
-        work = replace(work, channel=None)
-    configured = _configured(config, work, cluster).evaluate() if processes == cluster.size else None
-    methods = list(_methods(config, work, cluster))
-    if not methods:
-        raise ConfigError(
-            f"no split of {cluster.size} processes: at most {work.num_blocks} pipeline ranks (blocks), and replicas "
-            f"must divide {config.at('train.micro_batches_per_update')} x "
-            f"{config.at('train.micro_batch_size')} windows: give fewer devices or more micro-batches"
-        )
-    methods.sort(key=lambda one: (not one.fits, one.step_seconds))
-    return Plan(cluster, work, configured, methods, advise(methods, work, cluster))
+    return per_node
 
 
 def _links() -> str:
     return ", ".join(table().links)
 
 
+def _remarks(config: Config, work: Work, cluster: Cluster) -> list[str]:
+    """What has to be said of the run as it is configured."""
+    lines, pipeline, data = [], config.parallel.pipeline, config.parallel.data
+    trained = len(_objective(config, work).trained)
+    if trained < work.num_blocks:
+        lines.append(
+            f"{config.at('objective.name')} trains {trained} of {work.num_blocks} blocks: it is in the table, and not "
+            "among what is compared and recommended."
+        )
+    if pipeline * data != cluster.size:
+        lines.append(
+            f"The configuration is of {pipeline} x {data} processes (pipeline x data) and these machines have "
+            f"{cluster.size}: its own split is not among the above."
+        )
+    elif config.engine == "deepspeed_pipeline":
+        lines.append(
+            f"The run as configured ({config.at('engine')}) is 1F1B on its own partition, its gradients summed over "
+            "replicas after the last backward pass. Its memory is that of the same schedule in this program: what "
+            "DeepSpeed's PipelineEngine takes for buffers of its own is not counted. Local updates need engine: local."
+        )
+    return lines
+
+
 def _vocab_size(config: Config, given: int | None) -> int | None:
-    """Entries of the vocabulary, without a tokenizer being there; None: the model's own."""
+    """Entries of the vocabulary, as training would have it; None: the model's own. Text need not be there."""
+    from lptransformer.prepare import vocabulary
+
     if given is not None:
         if not 2 <= given < 2**31:
             raise UserError(f"--vocab-size={given}: give a whole number from 2 to {2**31 - 1}")
         return given
     if config.model.pretrained is not None:
         return None
-    if config.data.tokenizer == "sentencepiece":
-        return config.data.vocab_size
-    if config.data.tokenizer == "bytes":
-        return BYTE_VOCABULARY
-    from lptransformer import tokenizer
-
+    data = config.data.model_dump(include={"train", "valid", "tokenizer", "vocab_size"})
     try:
-        return tokenizer.load(config.data.tokenizer).vocab_size
+        return vocabulary(**{**data, "train": _there(data["train"]), "valid": _there(data["valid"])})
     except UserError as error:
         raise UserError(f"{error}; or give --vocab-size N") from None
+
+
+def _there(sources: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The sources without what their globs do not find."""
+    found = {
+        name: {**source, "files": [files for files in source["files"] if glob(files, recursive=True)]}
+        for name, source in sources.items()
+    }
+    return {name: source for name, source in found.items() if source["files"]}
 
 
 def _model(config: Config, vocab_size: int | None) -> tuple[Any, Anatomy]:
@@ -216,13 +265,18 @@ def _this_machine(config: Config, hf_config: Any, parts: Anatomy, work: Work, pr
     )
 
 
+def _objective(config: Config, work: Work) -> objective.Objective:
+    return objective.build(work.num_blocks, **config.objective.model_dump())
+
+
 def _configured(config: Config, work: Work, cluster: Cluster) -> Candidate:
-    goal = objective.build(work.num_blocks, **config.objective.model_dump())
-    partition = config.parallel.partition
+    """The run on its own split; DeepSpeed's pipelines have no channel of this program between their ranks."""
+    goal = _objective(config, work)
+    partition, ours = config.parallel.partition, config.engine == "local"
     return of_objective(
-        config.objective.name,
+        config.objective.name if ours else PIPELINE_ENGINE,
         goal,
-        work,
+        work if ours else replace(work, channel=None),
         cluster,
         config.parallel.pipeline,
         config.parallel.data,
@@ -251,7 +305,7 @@ def _methods(config: Config, work: Work, cluster: Cluster) -> Sequence[Predictio
 
     name, chunks = config.objective.name, config.objective.chunks
     numbers = f"({chunks if isinstance(chunks, int) else len(chunks)})" if name in ("chunked", "overlapping") else ""
-    own = objective.build(work.num_blocks, **config.objective.model_dump())
+    own = _objective(config, work)
     local_only = name in ("chunked", "greedy") and len(own.phases) == 1
     for pipeline, data, smaller in ways:
         place = {"pipeline": pipeline, "data": data, "head": head, "steps": steps}
@@ -264,13 +318,15 @@ def _methods(config: Config, work: Work, cluster: Cluster) -> Sequence[Predictio
             work: Work = smaller,
             place: dict[str, Any] = place,
         ) -> None:
-            """A method of this program on this split."""
+            """A method of this program on this split, where training would take it."""
+            if work.dtype == "fp64" and place["data"] > 1:
+                return  # config_checks.py
             stages = zero_stages(place["data"], most)
             add(method, (of_objective(method, goal, work, cluster, **place, zero_stage=z, sizes=sizes) for z in stages))
 
         if name != "backprop":
             most = 3 if local_only and pipeline <= len(own.usual.spans) else 0 if name == "delayed" else 2
-            here(f"{name}{numbers}, as configured", own, most)
+            here(f"{name}{numbers}{AS_CONFIGURED}", own, most)
         if pipeline > 1:
             sizes = _chunks(smaller, pipeline)
             overlap: dict[str, Any] = {"overlap": 1, "own_weight": 0.5, "first_head": False}

@@ -1,11 +1,14 @@
-"""A plan as people read it: tables of ranks and methods, then the recommendation with its reasons."""
+"""A plan for people, as tables and sentences, and for programs, as JSON."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 from lptransformer.devices import Device
-from lptransformer.plan import Plan
+from lptransformer.plan import PIPELINE_ENGINE, Plan
 from lptransformer.progress import table
 from lptransformer.workload import USABLE_MEMORY, Prediction
 
@@ -32,6 +35,8 @@ def print_plan(plan: Plan) -> None:
     shown = plan.configured or next((one for one in plan.methods if one.ranks), None)
     if shown is not None:
         what = "the run as configured" if plan.configured else f"{shown.method}, best split"
+        if shown.method == PIPELINE_ENGINE:
+            what += f" ({PIPELINE_ENGINE})"
         place = f"{shown.pipeline} pipeline rank(s) x {shown.data} replica(s)"
         time = f"{_seconds(shown.step_seconds)} s/update, {shown.tokens_per_second:,.0f} tokens/s"
         table(f"partition: {what}, {place}, ZeRO {shown.zero_stage}; {time}", _RANKS, _rank_rows(shown))
@@ -40,6 +45,27 @@ def print_plan(plan: Plan) -> None:
     print()
     for line in plan.advice:
         print(f"- {line}")
+
+
+def to_json(plan: Plan) -> str:
+    """The whole plan; docs/design.md, section Formats, has the keys."""
+    content = {
+        "cluster": asdict(plan.cluster),
+        "work": asdict(plan.work),
+        "body_to_head": plan.ratio,
+        "configured": None if plan.configured is None else _as_data(plan.configured),
+        "methods": [_as_data(one) for one in plan.methods],
+        "advice": plan.advice,
+    }
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def _as_data(one: Prediction) -> dict[str, Any]:
+    """A prediction with what follows from its numbers."""
+    data = {**asdict(one), "idle_share": one.idle_share}
+    for row, rank in zip(data["ranks"], one.ranks, strict=True):
+        row["memory"]["total"] = rank.memory.total
+    return data
 
 
 def _print_measured(device: Device, dtype: str) -> None:
@@ -98,7 +124,9 @@ def _rows(methods: Sequence[Prediction]) -> list[tuple[object, ...]]:
 def _size(size: float) -> str:
     if size == 0:
         return "0"
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+    if size >= 1e9:
+        return f"{size / 1e9:,.2f} GB"
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
 
 
 def _seconds(seconds: float) -> str:

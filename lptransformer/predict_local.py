@@ -7,14 +7,26 @@ them after every backward pass; ZeRO 3 gathers weights and scatters gradients in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lptransformer import memory, partition, rivals, simulate, wavefront
 from lptransformer.cost import ModelCosts
 from lptransformer.devices import Cluster
-from lptransformer.objective import Objective, Phase
+from lptransformer.gradients import crossing, flows
+from lptransformer.objective import Objective
 from lptransformer.partition import StagePlan
 from lptransformer.simulate import Link, StageSeconds
-from lptransformer.workload import USABLE_MEMORY, Candidate, Prediction, RankRow, Work, border_links, update_seconds
+from lptransformer.workload import (
+    Candidate,
+    Prediction,
+    RankRow,
+    Work,
+    border_links,
+    fits,
+    fused_step,
+    predicted,
+    update_seconds,
+)
 
 
 def stage_seconds(
@@ -63,38 +75,41 @@ def of_objective(
     """A method of this program: `goal` on pipeline ranks of `sizes` blocks (None: as partition.py balances them)."""
     stages = partition.cut(goal, pipeline, work.costs, "balanced" if sizes is None else list(sizes))
     rounds = work.micro_batches // data
+    if goal.delayed:  # every update copies one version of the weights to the other (versions.py)
+        moved = 2 * work.states.versions * work.states.weights
+        work = replace(work, update_bytes=work.update_bytes + moved)
     of_ranks = memory.predict(
+        goal,
         stages,
         work.costs,
         work.activations,
         work.states,
-        goal.phases,
         micro_batches=rounds,
-        dtype=work.dtype,
+        micro_batch_tokens=work.micro_batch_tokens,
+        chunk_tokens=work.chunk_tokens,
         zero_stage=zero_stage,
         replicas=data,
         in_flight=work.in_flight,
         head_blocks=work.head_blocks,
         token_fraction=work.token_fraction,
+        fused_step=fused_step(cluster.device),
     )
     seconds = stage_seconds(stages, work, cluster, data, zero_stage)
     most = max(rank.total for rank in of_ranks)
-    fits = most <= USABLE_MEMORY * cluster.device.memory_bytes
 
     def busy(rank: int) -> float:
         mine = [(stage, time) for stage, time in zip(stages, seconds, strict=True) if stage.pipeline_rank == rank]
         return sum(rounds * (time.forward + stage.trained * time.backward) + time.update for stage, time in mine)
 
     def evaluate() -> Prediction:
-        links = border_links(work, cluster, pipeline, data)
+        messages, down = _messages(goal, stages, work)
+        links = border_links(cluster, data, messages, work.channel)
         step, idle = _replayed(goal, stages, seconds, links, rounds, work.in_flight, steps)
         weights = [memory.weights_of(stage, work.costs)[0] * stage.trained for stage in stages]
         of_rank = [
             sum(w for w, s in zip(weights, stages, strict=True) if s.pipeline_rank == r) for r in range(pipeline)
         ]
         reduced = max(of_rank) * work.states.gradients
-        down = max((_flows_down(goal.phases, block) for block in _borders(stages)), default=0)
-        borders = work.micro_batches * (pipeline > 1)
         passes = {3: 3 * rounds, 2: rounds + 1}.get(zero_stage, 2)
         rows = []
         for rank in range(pipeline):
@@ -111,29 +126,27 @@ def of_objective(
                     idle[rank],
                 )
             )
-        return Prediction(
+        return predicted(
+            work,
+            cluster,
+            data,
             method=method,
             local=not _is_backprop(goal),
             pipeline=pipeline,
-            data=data,
-            micro_batch_size=work.micro_batch_size,
-            micro_batches=rounds,
             zero_stage=zero_stage,
             recompute=0.0,
             memory_bytes=most,
-            fits=fits,
             step_seconds=step,
-            tokens_per_second=work.tokens / step,
             idle_shares=idle,
-            up_bytes=borders * work.message_bytes,
-            down_bytes=borders * down * work.activations.rows,
+            up_bytes=work.micro_batches * max(messages, default=0.0),
+            down_bytes=work.micro_batches * max(down, default=0) * work.activations.rows,
             reduced_bytes=passes * (data - 1) / data * reduced,
             reduction_seconds=cluster.ring_seconds(reduced, data, passes),
             update_seconds=update_seconds(max(of_rank), work, cluster, data, zero_stage),
             ranks=rows,
         )
 
-    return Candidate(fits, most, max(busy(rank) for rank in range(pipeline)), evaluate)
+    return Candidate(fits(most, cluster), most, max(busy(rank) for rank in range(pipeline)), evaluate)
 
 
 def _replayed(
@@ -171,20 +184,19 @@ def _is_backprop(goal: Objective) -> bool:
     return whole and not goal.delayed
 
 
-def _borders(stages: Sequence[StagePlan]) -> list[int]:
-    """The last block of every pipeline rank but the last."""
-    return [a.last_block for a, b in zip(stages, stages[1:], strict=False) if a.pipeline_rank != b.pipeline_rank]
+def _messages(goal: Objective, stages: Sequence[StagePlan], work: Work) -> tuple[list[float], list[int]]:
+    """Of every border between pipeline ranks: bytes of a micro-batch's hidden states, and how many gradients come back.
 
-
-def _flows_down(phases: Sequence[Phase], block: int) -> float:
-    """Gradients that cross the border behind a block, in a phase that has most."""
-    most = 0
-    for phase in phases:
-        crossing = [
-            span for span in phase.spans if block in span and block + 1 in span and phase.weight(span, block) > 0
-        ]
-        most = max(most, len({span.first if phase.own_weight is None else span for span in crossing}))
-    return most
+    Hidden states are rounded behind a head whose border never carries a gradient (docs/design.md), and nowhere else.
+    """
+    of_phases = [flows(phase, stages) for phase in goal.phases]
+    messages, down = [], []
+    for below, above in zip(stages, stages[1:], strict=False):
+        if below.pipeline_rank != above.pipeline_rank:
+            down.append(max(len(crossing(one, above.index)) for one in of_phases))
+            rounded = below.has_head and down[-1] == 0
+            messages.append(work.rounded_bytes if rounded else work.activations.rows)
+    return messages, down
 
 
 def _head_name(stage: StagePlan, head: str) -> str:

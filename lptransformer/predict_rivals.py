@@ -8,21 +8,21 @@ forward pass more of these blocks). This program does not do that.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from lptransformer import memory, objective, partition, rivals
+from lptransformer import memory, rivals
 from lptransformer.cost import ModelCosts
 from lptransformer.devices import Cluster
-from lptransformer.memory import RankBytes
-from lptransformer.objective import Objective
 from lptransformer.rivals import ChunkSeconds
 from lptransformer.workload import (
-    USABLE_MEMORY,
     Candidate,
     Prediction,
     Work,
     balanced_sizes,
     border_links,
+    fits,
+    fused_step,
+    predicted,
     update_seconds,
 )
 
@@ -70,17 +70,25 @@ def of_rival(
     sample = rival.make(pipeline, min(rounds, 4 * pipeline))
     chunks = [sorted({chunk for _, chunk, _ in tasks}) for tasks in sample]
     weights = [_rival_weights(own, sizes, costs) for own in chunks]
-    of_ranks = [
-        _rival_bytes(
-            work, [sizes[c] for c in own], parts - 1 in own, held, weight, zero_stage, data, recompute, own[0] > 0
+    most = max(
+        _bytes(
+            work,
+            cluster,
+            weight,
+            held * sum(sizes[c] for c in own) / len(own),
+            zero_stage,
+            data,
+            recompute,
+            first=0 in own,
+            last=parts - 1 in own,
+            messages=2 * work.activations.rows * (1 + (own[0] > 0)),
         )
         for own, held, weight in zip(chunks, rivals.held_passes(sample), weights, strict=True)
-    ]
-    most = max(rank.total for rank in of_ranks)
+    )
     busy = [rounds * sum(seconds[c].forward + seconds[c].of("B") for c in own) for own in chunks]
 
     def evaluate() -> Prediction:
-        links = border_links(work, cluster, pipeline, data, channel=False)
+        links = border_links(cluster, data, [work.activations.rows] * (pipeline - 1))
         outcome = rivals.replay_many(lambda m: rival.make(pipeline, m), rounds, pipeline, seconds, links)
         tails, seen = [], 0.0
         for own, weight in zip(chunks, weights, strict=True):
@@ -93,19 +101,17 @@ def of_rival(
         idle = [1 - (of_rank + tail) / step for of_rank, tail in zip(outcome.busy, tails, strict=True)]
         traffic = work.micro_batches * work.activations.rows * rival.chunks
         heaviest = max(weights)
-        return Prediction(
+        return predicted(
+            work,
+            cluster,
+            data,
             method=rival.name,
             local=False,
             pipeline=pipeline,
-            data=data,
-            micro_batch_size=work.micro_batch_size,
-            micro_batches=rounds,
             zero_stage=zero_stage,
             recompute=recompute,
             memory_bytes=most,
-            fits=most <= USABLE_MEMORY * cluster.device.memory_bytes,
             step_seconds=step,
-            tokens_per_second=work.tokens / step,
             idle_shares=idle,
             up_bytes=traffic,
             down_bytes=traffic,
@@ -114,7 +120,7 @@ def of_rival(
             update_seconds=update_seconds(heaviest, work, cluster, data, zero_stage),
         )
 
-    return Candidate(most <= USABLE_MEMORY * cluster.device.memory_bytes, most, max(busy), evaluate)
+    return Candidate(fits(most, cluster), most, max(busy), evaluate)
 
 
 def _rival_weights(chunks: Sequence[int], sizes: Sequence[int], costs: ModelCosts) -> int:
@@ -122,57 +128,52 @@ def _rival_weights(chunks: Sequence[int], sizes: Sequence[int], costs: ModelCost
     return weights + (0 in chunks) * costs.embedding_parameters + (len(sizes) - 1 in chunks) * costs.head_parameters
 
 
-def _rival_bytes(
+def _bytes(
     work: Work,
-    sizes: Sequence[int],
-    head: bool,
-    held: int,
+    cluster: Cluster,
     weights: int,
+    blocks: float,
     zero_stage: int,
     data: int,
     recompute: float,
-    inner: bool,
-) -> RankBytes:
-    """Of one process: `held` passes of a chunk as long as the mean one, the head's loss once, two messages each way."""
-    of = work.activations
-    blocks = sum(sizes) / len(sizes)
-    kept = held * blocks * (recompute * of.rows + (1 - recompute) * of.block) + (of.block if recompute else 0.0)
-    kept += head * (of.norm + of.rows + work.costs.head_flops / 2 * of.readout_weight)
-    states = memory.of_states(weights, 0, 0, work.states, memory.BYTES[work.dtype], zero_stage, data)
-    messages = 2 * of.rows * (1 + inner)
-    return RankBytes(**states, activations=kept, messages=messages, logits=head * of.logits, held=held)
+    *,
+    first: bool,
+    last: bool,
+    messages: float = 0.0,
+) -> float:
+    """Of one process at its peak, which keeps the passes of so many `blocks`, and the head's loss once.
+
+    At ZeRO 3 it has the weights of the block at work and of the next one: DeepSpeed's own linear layers let them go in
+    between, where ours, whose autograd keeps them, cannot.
+    """
+    of, costs = work.activations, work.costs
+    readout = last * int(costs.head_flops / 2)
+    kept = blocks * (recompute * of.rows + (1 - recompute) * of.block) + (of.block if recompute else 0.0)
+    kept += last * (of.norm + of.rows) + readout * of.readout_weight
+    return memory.of_others(
+        weights,
+        memory.largest_tensor(int(blocks), costs, first, readout),
+        work.states.precision(zero_stage, data, fused_step(cluster.device)),
+        kept=kept,
+        logits=last * of.logits,
+        messages=messages,
+        gathered=2 * max(costs.block_parameters, costs.head_parameters) * work.states.weights,
+    )
 
 
 def data_parallel(work: Work, cluster: Cluster, data: int, *, zero_stage: int, recompute: float) -> Candidate:
     """The whole model in every process, trained by backprop."""
-    goal = Objective(work.num_blocks, objective.backprop(work.num_blocks))
     costs, device = work.costs, cluster.device
-    stages = partition.cut(goal, 1, costs, [work.num_blocks])
     rounds = work.micro_batches // data
-    (rank,) = memory.predict(
-        stages,
-        costs,
-        work.activations,
-        work.states,
-        goal.phases,
-        micro_batches=rounds,
-        dtype=work.dtype,
-        zero_stage=zero_stage,
-        replicas=data,
-        recompute=recompute,
-    )
-    if zero_stage == 3:  # the weights of one block at work and of the next one are gathered
-        gathered = 2 * max(costs.block_parameters, costs.head_parameters) * work.states.weights
-        rank = replace(rank, messages=rank.messages + gathered)
+    weights = _rival_weights([0], [work.num_blocks], costs)
+    most = _bytes(work, cluster, weights, work.num_blocks, zero_stage, data, recompute, first=True, last=True)
     tokens = work.micro_batch_tokens
     blocks = work.num_blocks * costs.block_flops
     head = device.head_seconds(tokens * costs.head_flops, work.dtype)
     forward = device.compute_seconds(tokens * blocks, work.dtype) + head
     backward = device.compute_seconds(tokens * (2 + recompute) * blocks, work.dtype) + 2 * head
     compute = rounds * (forward + backward)
-    weights, _ = memory.weights_of(stages[0], costs)
     update = update_seconds(weights, work, cluster, data, zero_stage)
-    fits = rank.total <= USABLE_MEMORY * device.memory_bytes
 
     def evaluate() -> Prediction:
         gradients = weights * work.states.gradients
@@ -186,19 +187,17 @@ def data_parallel(work: Work, cluster: Cluster, data: int, *, zero_stage: int, r
             seen = rivals.exposed_reduction(cluster.ring_seconds(gradients, data), backward, work.num_blocks)
         step = compute + seen + update
         passes = 3 * rounds if zero_stage == 3 else 2
-        return Prediction(
+        return predicted(
+            work,
+            cluster,
+            data,
             method="data parallel" if data > 1 else "one process",
             local=False,
             pipeline=1,
-            data=data,
-            micro_batch_size=work.micro_batch_size,
-            micro_batches=rounds,
             zero_stage=zero_stage,
             recompute=recompute,
-            memory_bytes=rank.total,
-            fits=fits,
+            memory_bytes=most,
             step_seconds=step,
-            tokens_per_second=work.tokens / step,
             idle_shares=[seen / step],
             up_bytes=0.0,
             down_bytes=0.0,
@@ -207,4 +206,4 @@ def data_parallel(work: Work, cluster: Cluster, data: int, *, zero_stage: int, r
             update_seconds=update,
         )
 
-    return Candidate(fits, rank.total, compute, evaluate)
+    return Candidate(fits(most, cluster), most, compute, evaluate)

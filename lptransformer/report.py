@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lptransformer import documents, ngram, plots, records, run_folder, run_record, trace, trace_plot
+from lptransformer import documents, ngram, output_file, plots, records, run_folder, run_record, trace, trace_plot
 from lptransformer.comparison import choices
 from lptransformer.errors import RunError, UserError
 from lptransformer.metrics import Record, perplexity, text_counts
@@ -104,8 +104,11 @@ def compare(
     """Print the tables of a comparison of run folders, sweep folders and files of records; draw its plots into `out`.
 
     With `document` its tables are made anew (documents.py), under names that begin with `prefix`.
-    Raises RunError where there is nothing to compare, or the question names what no run has.
+    Raises RunError where there is nothing to compare, or the question names what no run has, UserError where `out` or
+    `document` cannot be written.
     """
+    if document is not None:
+        output_file.check(document, "--markdown")
     everything = [record for path in paths for record in run_record.collect(path)]
     found = [record for record in everything if record["evaluations"]]
     if not found:
@@ -117,10 +120,10 @@ def compare(
     if question.baseline is None and "backprop" in methods:
         question = replace(question, baseline="backprop")
     results = tables(found, question)
+    _make_folder(out)
     for result in results:
         table(result.title, result.columns, result.rows)
         print()
-    _make_folder(out)
     chosen, look = choices(found, question.choose), plots.looks(methods)
     drawn = []
     for name in dict.fromkeys(name for record in found for name in record["evaluations"]):

@@ -4,7 +4,6 @@
     interleaved 1F1B  Narayanan et al., 2104.04473, section 2.2: v chunks of blocks per rank
     ZB-H1             Qi et al., 2401.10241, section 3: the backward pass in two halves, memory as in 1F1B
     ZB-V              Qi et al., 2405.15362: two chunks per rank in the shape of a V, memory as in 1F1B
-    data parallel     gradients summed in a ring during the last backward pass
 
 A task is (op, chunk, micro-batch); chunks are numbered from the embedding to the head. F is a forward pass, B a whole
 backward pass, I the half of it that gives the gradient at the input, W the half that gives the gradient of the weights.
@@ -236,10 +235,3 @@ def exposed_reduction(reduction: float, backward: float, pieces: int) -> float:
     is longer than the backward pass.
     """
     return max(reduction / pieces, reduction - backward)
-
-
-def data_parallel(
-    micro_batches: int, forward: float, backward: float, reduction: float, pieces: int, update: float = 0.0
-) -> float:
-    """Seconds of an update on every replica: compute, what is seen of the sum of gradients, the optimizer's step."""
-    return micro_batches * (forward + backward) + exposed_reduction(reduction, backward, pieces) + update

@@ -42,7 +42,7 @@ class MetricsWriter:
         if resume_at is None and jsonl_path.exists():
             raise RunError(f"{jsonl_path} already holds the records of a run; resume that run or use another folder")
         kept = [r for r in read_metrics(self.folder) if r["update"] <= (resume_at or 0)] if jsonl_path.exists() else []
-        _replace_file(jsonl_path, "".join(map(_json_line, kept)))
+        replace_file(jsonl_path, "".join(map(_json_line, kept)))
         self._columns = self._rewrite_csv(kept)
         self._jsonl = jsonl_path.open("a", encoding="utf-8")
         self._tensorboard = _open_tensorboard(self.folder / "tensorboard", resume_at)
@@ -72,7 +72,7 @@ class MetricsWriter:
         columns = list(dict.fromkeys(column for row in rows for column in row))
         lines = [_csv_line(columns)] if columns else []
         lines += [_csv_line(row.get(column) for column in columns) for row in rows]
-        _replace_file(self.folder / CSV_NAME, "".join(lines))
+        replace_file(self.folder / CSV_NAME, "".join(lines))
         return columns
 
 
@@ -136,7 +136,7 @@ def _flat(record: Record) -> Record:
     return row
 
 
-def _replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Either the old contents or the new ones are there, whenever the process dies."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8", newline="") as file:

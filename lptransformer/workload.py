@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lptransformer.cost import ModelCosts
-from lptransformer.devices import Cluster, Wire
+from lptransformer.devices import Cluster, Device, Wire
 from lptransformer.memory import ActivationBytes, RankBytes, StateBytes
 from lptransformer.simulate import Link
 
@@ -20,9 +21,9 @@ class Work:
     """What is trained: sizes, the update, and how this program is told to do it.
 
     `micro_batches` are those of an update over all replicas. `activations` are of a micro-batch of `micro_batch_size`
-    windows; `logit_bytes` of one row of logits; `token_bytes` of one token's hidden states in a message; `update_bytes`
-    what the optimizer reads and writes per weight. `channel` limits what a border has, where it is slower than the
-    link.
+    windows; `logit_bytes` of one row of logits; `token_bytes` of one token's hidden states in a message that may be
+    rounded (train.border_dtype); `update_bytes` what the optimizer reads and writes per weight. `channel` limits what a
+    border has, where it is slower than the link.
     """
 
     costs: ModelCosts
@@ -54,8 +55,8 @@ class Work:
         return self.micro_batch_size * self.sequence_length
 
     @property
-    def message_bytes(self) -> float:
-        """Of the hidden states of a micro-batch, as this program sends them."""
+    def rounded_bytes(self) -> float:
+        """Of the hidden states of a micro-batch where this program rounds them; elsewhere `activations.rows`."""
         return self.micro_batch_tokens * self.token_bytes
 
     def cut_smaller(self, micro_batch_size: int) -> Work:
@@ -125,6 +126,32 @@ class Candidate:
 
 # What a device has for the program: the rest is for its own context, buffers and holes between tensors.
 USABLE_MEMORY = 0.9  # assumed
+CPUS = ("this", "laptop-core")  # devices that take an optimizer's step tensor by tensor
+
+
+def fits(memory_bytes: float, cluster: Cluster) -> bool:
+    return memory_bytes <= USABLE_MEMORY * cluster.device.memory_bytes
+
+
+def fused_step(device: Device) -> bool:
+    """Whether the optimizer takes all tensors at once: footprint.Precision."""
+    return device.key not in CPUS
+
+
+def predicted(
+    work: Work, cluster: Cluster, data: int, *, memory_bytes: float, step_seconds: float, **others: Any
+) -> Prediction:
+    """A prediction with what follows from its split, memory and time; `others` are its other fields."""
+    return Prediction(
+        data=data,
+        micro_batch_size=work.micro_batch_size,
+        micro_batches=work.micro_batches // data,
+        memory_bytes=memory_bytes,
+        fits=fits(memory_bytes, cluster),
+        step_seconds=step_seconds,
+        tokens_per_second=work.tokens / step_seconds,
+        **others,
+    )
 
 
 def balanced_sizes(num_blocks: int, parts: int, block: float, last_head: float, other_head: float = 0.0) -> list[int]:
@@ -164,14 +191,13 @@ def update_seconds(weights: float, work: Work, cluster: Cluster, data: int, zero
     return cluster.device.update_seconds(share, work.update_bytes)
 
 
-def border_links(work: Work, cluster: Cluster, pipeline: int, data: int, channel: bool = True) -> list[Link]:
-    """A link per border for hidden states; of this program no faster than its channel."""
-    size = work.message_bytes if channel else work.activations.rows
+def border_links(cluster: Cluster, data: int, messages: Sequence[float], channel: Wire | None = None) -> list[Link]:
+    """A link per border, where a micro-batch's hidden states have `messages` bytes; no faster than the `channel`."""
     links = []
-    for wire in cluster.borders(pipeline, data):
+    for wire, size in zip(cluster.borders(len(messages) + 1, data), messages, strict=True):
         slowest = wire
-        if channel and work.channel is not None and work.channel.bytes_per_second < wire.bytes_per_second:
-            slowest = replace(work.channel, latency_seconds=max(work.channel.latency_seconds, wire.latency_seconds))
+        if channel is not None and channel.bytes_per_second < wire.bytes_per_second:
+            slowest = replace(channel, latency_seconds=max(channel.latency_seconds, wire.latency_seconds))
         links.append(Link(slowest.latency_seconds, size / slowest.bytes_per_second))
     return links
 

@@ -179,3 +179,18 @@ def test_a_mock_batch_without_a_dry_run_is_refused(tmp_path: Path, capsys: pytes
         run(parser(), ["train", str(tmp_path / "c.yaml"), "--mock-batch"])
     assert end.value.code == 2
     assert "--mock-batch belongs to --dry-run" in capsys.readouterr().err
+
+
+def test_no_memory_is_predicted_of_deepspeed_s_own_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("Some text to have.\n")
+    data = {"train": str(tmp_path / "text.txt"), "sequence_length": 32}
+    overrides = ["parallel.pipeline=2", "objective.name=backprop"]
+    for engine in ("local", "deepspeed_pipeline"):
+        config = configuration.load(
+            {**BASE, "data": data, "run": {"dir": str(tmp_path / "run")}}, [*overrides, f"engine={engine}"]
+        )
+        dry_run(config)
+        said = capsys.readouterr().out
+        assert "FLOPs" in said and "the model's own" in said
+        assert ("predicted memory" in said) == (engine == "local")
+        assert ("no memory is predicted with engine = 'deepspeed_pipeline'" in said) == (engine != "local")

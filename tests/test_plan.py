@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lptransformer.launcher import run
 from lptransformer.memory import ActivationBytes
 from lptransformer.partition import cut
 from lptransformer.plan import Plan, Request, make
+from lptransformer.plan_tables import to_json
 from lptransformer.predict_local import of_objective, stage_seconds
 from lptransformer.predict_rivals import RIVALS, data_parallel, of_rival
 from lptransformer.workload import Candidate, Prediction, Work, balanced_sizes, best
@@ -94,7 +96,7 @@ def test_local_updates_have_no_bubble_and_backprop_has_one() -> None:
     backprop = rival.evaluate()
     assert not backprop.local and backprop.idle_share > 3 / 8  # (p - 1) / (m + p - 1) at least
     assert backprop.down_bytes == backprop.up_bytes == 4 * one.activations.rows
-    assert (local.up_bytes, local.down_bytes) == (4 * one.message_bytes, 0)
+    assert (local.up_bytes, local.down_bytes) == (4 * one.activations.rows, 0)
 
 
 def test_the_engine_s_own_1f1b_and_the_rival_s_agree() -> None:
@@ -122,47 +124,6 @@ def test_data_parallel_by_hand() -> None:
     wanted = 4 * 3 * (body + head) + (ring - 2 * (body + head)) + weights / 2 * 32 / 3.35e12
     assert found.step_seconds == pytest.approx(wanted)
     assert found.reduced_bytes == pytest.approx(4 * weights)
-
-
-def test_memory_of_a_rank() -> None:
-    """1F1B keeps p, p - 1, ... micro-batches, local updates one; ZeRO divides what it says."""
-    one = work()
-    for name, held in (("backprop", [4, 3, 2, 1]), ("chunked", [1, 1, 1, 1]), ("overlapping", [2, 2, 2, 1])):
-        options: dict[str, Any] = {"chunks": 4, "overlap": 1, "own_weight": 0.5, "first_head": False}
-        goal = objective.build(BLOCKS, name, **options)
-        stages = cut(goal, 4, one.costs, [2, 2, 2, 2])
-        found = memory.predict(stages, one.costs, one.activations, one.states, goal.phases, micro_batches=8)
-        assert [rank.held for rank in found] == held
-        assert found[1].activations >= held[1] * 2 * 1e6
-        assert [rank.weights for rank in found] == [4 * memory.weights_of(stage, one.costs)[0] for stage in stages]
-    goal = objective.build(BLOCKS, "chunked", chunks=4)
-    stages = cut(goal, 4, one.costs, [2, 2, 2, 2])
-    parts = []
-    for zero in range(4):
-        (rank, *_) = memory.predict(
-            stages, one.costs, one.activations, one.states, goal.phases, micro_batches=8, zero_stage=zero, replicas=4
-        )
-        parts.append((rank.weights, rank.gradients, rank.optimizer))
-    w = parts[0][0]
-    assert parts == [(w, w, 2 * w), (w, w, w / 2), (w, w / 4, w / 2), (w / 4, w / 4, w / 2)]
-
-
-@pytest.mark.parametrize("name", ["backprop", "chunked", "overlapping", "deep_supervision", "last"])
-@pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 3), (2, 1), (4, 8), (4, 2)])
-def test_the_passes_held_are_those_of_the_schedule(name: str, ranks: int, micro_batches: int) -> None:
-    from lptransformer.schedule import one_update
-
-    options: dict[str, Any] = {"chunks": 4, "overlap": 1, "own_weight": 0.5, "first_head": False, "trained_blocks": 3}
-    goal = objective.build(BLOCKS, name, **options)
-    stages = cut(goal, ranks, work().costs)
-    counted = [0] * len(stages)
-    for rank in range(ranks):
-        open_passes = [0] * len(stages)
-        for action in one_update(stages, goal.usual, rank, micro_batches).alone:
-            if stages[action.stage].trained and action.op in "FB":
-                open_passes[action.stage] += 1 if action.op == "F" else -1
-                counted[action.stage] = max(counted[action.stage], open_passes[action.stage])
-    assert memory.held_passes(goal.usual, stages, micro_batches) == counted
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -205,7 +166,8 @@ def test_activations_are_what_autograd_keeps(family: str, groups: int | None, dt
 
 
 def prediction(method: str, seconds: float, local: bool, fits: bool = True, **more: Any) -> Prediction:
-    values: dict[str, Any] = {"pipeline": 2, "data": 2, "micro_batches": 4, "recompute": 0.0, **more}
+    values: dict[str, Any] = {"pipeline": 2, "data": 2, "micro_batches": 4, "recompute": 0.0, "memory_bytes": 1e9}
+    values |= {"reduced_bytes": 2e9, "reduction_seconds": 0.25, **more}
     return Prediction(
         method=method,
         local=local,
@@ -213,13 +175,10 @@ def prediction(method: str, seconds: float, local: bool, fits: bool = True, **mo
         step_seconds=seconds,
         micro_batch_size=1,
         zero_stage=1,
-        memory_bytes=1e9,
         tokens_per_second=1000 / seconds,
         idle_shares=[0.1, 0.3],
         up_bytes=1e6,
         down_bytes=0.0,
-        reduced_bytes=2e9,
-        reduction_seconds=0.25,
         update_seconds=0.1,
         **values,
     )
@@ -243,6 +202,21 @@ def test_local_updates_must_be_worth_another_result(local_seconds: float, wins: 
     assert any("docs/benchmarks/quality.md" in line for line in lines)
     assert any("not hidden behind compute, 12%" in line for line in lines), "what the link costs"
     assert any("1 + R" in line for line in lines)
+
+
+def test_a_process_alone_hears_nothing_of_links_and_pipelines() -> None:
+    local = prediction("chunked", 2.0, True, pipeline=1, data=1, memory_bytes=5e8)
+    for name in ("one process", "data parallel"):
+        exact = prediction(name, 1.0, False, pipeline=1, data=1, reduced_bytes=0.0, reduction_seconds=0.0)
+        said = " ".join(advise([exact, local], work(), cluster(per_node=1)))
+        assert not [word for word in ("sends", " ring", "1F1B", " 0.0 MB") if word in said]
+        assert "500.0 MB, where backprop takes 1.0 GB" in said
+
+
+def test_small_sizes_have_small_units() -> None:
+    exact = prediction("data parallel", 1.0, False, pipeline=1, data=2, reduced_bytes=33_333.0)
+    said = " ".join(advise([exact], work(), cluster()))
+    assert "sends 33.3 kB" in said
 
 
 def test_what_does_not_fit_is_said() -> None:
@@ -299,6 +273,7 @@ def test_local_updates_win_over_a_slow_link_with_few_micro_batches() -> None:
 def test_a_plan_as_json_and_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = PLANS / "gpt2-124m-laptop.yaml"
     out = tmp_path / "plan.json"
+    out.write_text("of before")
     run(parser(), ["plan", str(source), "--gpu", "laptop-core", "--json", str(out), "--model.num_layers=4"])
     text = capsys.readouterr().out
     for part in ("partition: the run as configured, 4 pipeline rank(s)", "seconds/update", "- Use ", "quality.md"):
@@ -306,6 +281,38 @@ def test_a_plan_as_json_and_as_text(tmp_path: Path, capsys: pytest.CaptureFixtur
     written = json.loads(out.read_text())
     assert [row["blocks"] for row in written["configured"]["ranks"]] == ["0-0", "1-1", "2-2", "3-3"]
     assert written["methods"][0]["step_seconds"] > 0 and written["advice"][0].startswith("Use ")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_json_is_even_and_described() -> None:
+    """The run as configured and the methods have the same keys, ranks their total; the document names them all."""
+    made = plan(["parallel.pipeline=2"], gpus_per_node=2)
+    written = json.loads(to_json(made))
+    assert made.configured is not None
+    for one, prediction in zip(
+        [written["configured"], *written["methods"]], [made.configured, *made.methods], strict=True
+    ):
+        assert set(one) == set(written["configured"])
+        assert one["idle_share"] == pytest.approx(sum(one["idle_shares"]) / len(one["idle_shares"]))
+        assert [row["memory"]["total"] for row in one["ranks"]] == [row.memory.total for row in prediction.ranks]
+        if one["ranks"]:
+            assert max(row["memory"]["total"] for row in one["ranks"]) == one["memory_bytes"]
+    described = (PLANS.parent.parent / "docs" / "design.md").read_text().split("**Plan.**")[1].split("\n\n")[0]
+    rank = written["configured"]["ranks"][0]
+    for key in [*written, *written["configured"], *rank, *rank["memory"]]:
+        assert f"`{key}`" in described, key
+
+
+def test_the_target_of_json_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lptransformer import plan as planning
+
+    def work(*_: object) -> None:
+        raise AssertionError("the work was done first")
+
+    monkeypatch.setattr(planning, "make", work)
+    for target in (tmp_path / "no" / "folder.json", tmp_path, ""):
+        with pytest.raises(SystemExit):
+            run(parser(), ["plan", str(PLANS / "gpt2-124m-laptop.yaml"), "--json", str(target)])
 
 
 MISTAKES = [
@@ -321,6 +328,11 @@ MISTAKES = [
     (["--gpu", "h100", "--gpus-per-node", "7"], "no split of 7 processes"),
     (["--gpu", "h100", "--data.tokenizer=nowhere/at/all"], "nowhere/at/all"),
     (["--gpu", "h100", "--json", "/no/such/folder/x.json"], "--json=/no/such/folder/x.json"),
+    (["--gpu", "h100", "--link", "1gbit"], "--nodes is 1"),
+    (["--gpu", "h100", "--nodes", "9999999999", "--gpus-per-node", "8", "--link", "1gbit"], "79999999992 processes"),
+    (["--gpu", "h100", "--train.micro_batch_size=auto"], "train.micro_batch_size is auto"),
+    (["--gpu", "h100", "--train.micro_batch_size=99999999999"], "up to 65,536 windows"),
+    (["--gpu", "h100", "--data.sequence_length=1000000000000"], "data.sequence_length = 1000000000000"),
 ]
 
 
@@ -341,11 +353,55 @@ def test_no_link_is_needed_on_one_node_and_no_tokenizer_is_trained(tmp_path: Pat
     assert plan(["data.tokenizer=bytes", "data.vocab_size=null"], gpus_per_node=1).work.vocab_size == 259
 
 
-def test_the_vocabulary_of_bytes_is_the_tokenizer_s() -> None:
-    from lptransformer import plan as planning
-    from lptransformer import tokenizer
+def test_the_vocabulary_is_the_one_of_training(tmp_path: Path) -> None:
+    """A tokenizer that lies beside prepared text counts, and not data.vocab_size."""
+    from lptransformer.prepare import prepare_all, vocabulary
 
-    assert tokenizer.load("bytes").vocab_size == planning.BYTE_VOCABULARY
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 50)
+    prepared = prepare_all(str(tmp_path / "text.txt"), None, "sentencepiece", 290, T, tmp_path / "cache", False)
+    folder = prepared.train[0].tokens.folder
+    data = configuration.load(SMALL, [f"data.train={folder}"]).data
+    wanted = vocabulary(**data.model_dump(include={"train", "valid", "tokenizer", "vocab_size"}))
+    assert wanted == 290 != V
+    assert plan([f"data.train={folder}"], gpus_per_node=1).work.vocab_size == wanted
+    assert plan([f"data.train=[{folder}/none.txt]"], gpus_per_node=1).work.vocab_size == V
+    shutil.rmtree(prepared.tokenizer_folder)
+    with pytest.raises(UserError, match="the tokenizer that made it is not in the folder above it.*--vocab-size N"):
+        plan([f"data.train={folder}"], gpus_per_node=1)
+
+
+def test_deepspeed_s_pipeline_is_planned_as_what_it_is() -> None:
+    """1F1B on its own partition, with the device's link and without this program's channel, under its own name."""
+    backprop = ["objective.name=backprop", "parallel.pipeline=2", "parallel.partition=[5, 3]"]
+    ours = plan(backprop, gpus_per_node=2)
+    theirs = plan([*backprop, "engine=deepspeed_pipeline"], gpus_per_node=2)
+    assert ours.configured is not None and theirs.configured is not None
+    assert ours.configured.method == "backprop"
+    assert theirs.configured.method == "backprop, DeepSpeed's PipelineEngine" and not theirs.configured.local
+    assert [rank.blocks for rank in theirs.configured.ranks] == ["0-4", "5-7"]
+    assert [rank.memory.held for rank in theirs.configured.ranks] == [2, 1], "1F1B"
+    assert theirs.configured.step_seconds < ours.configured.step_seconds, "no host memory between its ranks"
+    assert any("engine = 'deepspeed_pipeline'" in line for line in theirs.advice)
+    assert not any("PipelineEngine" in line for line in ours.advice)
+
+
+def test_fp64_is_offered_no_replicas() -> None:
+    """Training refuses them."""
+    for dtype, most in (("fp32", 2), ("fp64", 1)):
+        ours = [one for one in plan([f"train.dtype={dtype}"], gpus_per_node=2).methods if "chunk" in one.method]
+        assert max(one.data for one in ours) == most
+
+
+def test_what_trains_a_part_of_the_blocks_is_not_recommended() -> None:
+    made = plan(["objective.name=last"], gpus_per_node=2)
+    fastest = made.methods[0]
+    assert fastest.method == "last, as configured"
+    assert "last" not in made.advice[0] and any("trains 1 of 8 blocks" in line for line in made.advice)
+
+
+def test_a_cluster_of_another_size_is_told() -> None:
+    assert any("of 1 x 1 processes" in line for line in plan(gpus_per_node=2).advice)
+    assert not any("of 1 x 1 processes" in line for line in plan(gpus_per_node=1).advice)
 
 
 def test_this_machine_is_measured_where_no_device_is_named() -> None:

@@ -62,12 +62,7 @@ def test_the_study_s_document_is_what_its_records_give(tmp_path: Path) -> None:
     for command in commands:
         words = command.split()
         program = [sys.executable, *words[1:]]
-        for flag, value in (
-            ("--markdown", copy),
-            ("--document", copy),
-            ("--out", tmp_path),
-            ("--picture", tmp_path / "t"),
-        ):
+        for flag, value in (("--markdown", copy), ("--out", tmp_path)):
             if flag in words:
                 program[words.index(flag) + 1] = str(value)
         if "quality_trend" in command:

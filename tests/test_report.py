@@ -12,7 +12,7 @@ import pytest
 from fake_runs import falling, make_run
 
 from lptransformer import pareto, plots, records, report, run_record
-from lptransformer.__main__ import parser
+from lptransformer.__main__ import COMPARISON, parser
 from lptransformer.comparison import choices, deciding_set, depth_gain_kept, difference, estimate, find
 from lptransformer.documents import ResultTable, markdown, update
 from lptransformer.errors import RunError, UserError
@@ -447,6 +447,11 @@ def test_reports_from_the_command_line(
         (["r.json", "--baseline=full"], "there are backprop"),
         (["r.json", "--choose=emma"], "emma"),
         (["r.json", "--baselines"], "one run"),
+        (["r.json", "--name=x"], "--name=x belongs to --markdown"),
+        (["r.json", "--markdown=no/folder.md"], "--markdown=no/folder.md"),
+        (["r.json", "--markdown="], "--markdown=."),
+        *((["run", f"--{name}=x"], f"run with --{name}") for name in (*COMPARISON, "out")),
+        (["nowhere", "--name=x"], "nowhere"),
         (["nowhere", "r.json"], "nowhere"),
         (["nowhere"], "nowhere"),
     ],
@@ -460,6 +465,8 @@ def test_reports_that_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     records.write(Path("r.json"), [record("backprop", 0.1, 1.0)])
+    if arguments[0] == "run":
+        make_run(Path("run"))
     with pytest.raises(SystemExit) as end:
         run(parser(), ["report", *arguments])
     message = capsys.readouterr().err.strip()

@@ -116,6 +116,7 @@ def test_messages_follow_one_another_on_a_wire() -> None:
     assert outcome.seconds == pytest.approx(9.5 + 3.5 + 1.0)
 
 
-def test_data_parallel() -> None:
-    assert rivals.data_parallel(4, 1.0, 2.0, reduction=1.5, pieces=10) == pytest.approx(4 * 3 + 0.15)
-    assert rivals.data_parallel(4, 1.0, 2.0, reduction=9.0, pieces=10, update=0.5) == pytest.approx(4 * 3 + 7 + 0.5)
+def test_what_is_seen_of_a_sum_of_gradients() -> None:
+    """Beside the last backward pass: its last piece at least, and what is longer than the pass."""
+    assert rivals.exposed_reduction(1.5, backward=2.0, pieces=10) == pytest.approx(0.15)
+    assert rivals.exposed_reduction(9.0, backward=2.0, pieces=10) == pytest.approx(7.0)

@@ -14,7 +14,7 @@ from fake_runs import make_run
 
 from lptransformer import config as configuration
 from lptransformer import objective, partition, schedule, trace, trace_plot
-from lptransformer.__main__ import parser
+from lptransformer.__main__ import COMPARISON, parser
 from lptransformer.cost import ModelCosts
 from lptransformer.errors import ConfigError, RunError
 from lptransformer.launcher import run
@@ -393,6 +393,8 @@ def test_numbers_are_in_the_boxes_that_have_room(tmp_path: Path) -> None:
         (["nowhere", "--trace"], "no run folder"),
         (["run", "run", "--trace"], "about one run"),
         (["run", "--trace", "--baselines"], "--trace with --baselines"),
+        *((["run", "--trace", f"--{name}=x"], f"--trace with --{name}") for name in COMPARISON),
+        (["run", "--trace", "--deep=a", "--shallow=b"], "--trace with --deep, --shallow"),
     ],
 )
 def test_reports_of_traces_that_are_refused(

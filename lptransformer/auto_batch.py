@@ -1,7 +1,7 @@
 """`train.micro_batch_size: auto`: the largest power of two whose memory fits, found once, before a run starts.
 
 Every process says how much memory it has, and the smallest counts. Global rank 0 alone predicts what sizes take
-(dry_run.EmptyModel) and tells the others, through the launcher's store, before the worlds are joined. From then on the
+(empty_model.py) and tells the others, through the launcher's store, before the worlds are joined. From then on the
 configuration has a number, which config.yaml of the run keeps; a run that is resumed takes that one.
 """
 
@@ -19,7 +19,7 @@ from lptransformer import free_memory, run_folder
 from lptransformer.build import ModelPlan, plan_model
 from lptransformer.config import Config, zero_stage
 from lptransformer.data import TrainStream
-from lptransformer.dry_run import EmptyModel
+from lptransformer.empty_model import EmptyModel
 from lptransformer.errors import ConfigError, UserError
 from lptransformer.prepare import prepare_all, vocabulary
 from lptransformer.processes import launched_rank, launched_size

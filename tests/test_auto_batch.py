@@ -17,7 +17,7 @@ from lptransformer import train as training
 from lptransformer.__main__ import parser
 from lptransformer.build import ModelPlan, initialize, plan_model
 from lptransformer.config import Config
-from lptransformer.dry_run import EmptyModel
+from lptransformer.empty_model import EmptyModel
 from lptransformer.errors import ConfigError
 from lptransformer.launcher import run
 from lptransformer.world import leave

@@ -14,7 +14,8 @@ from lptransformer import footprint
 from lptransformer.__main__ import parser
 from lptransformer.allocations import recorded
 from lptransformer.build import plan_model
-from lptransformer.dry_run import EmptyModel, dry_run
+from lptransformer.dry_run import dry_run
+from lptransformer.empty_model import EmptyModel
 from lptransformer.footprint import PassBytes, Precision, StageState, StageTensors, stage_state
 from lptransformer.gradients import duties
 from lptransformer.launcher import run

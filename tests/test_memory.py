@@ -12,7 +12,7 @@ from lptransformer import config as configuration
 from lptransformer.build import ModelPlan, plan_model
 from lptransformer.config import Config, zero_stage
 from lptransformer.cost import model_costs
-from lptransformer.dry_run import EmptyModel
+from lptransformer.empty_model import EmptyModel
 from lptransformer.footprint import RankMemory
 from lptransformer.memory import ActivationBytes, RankBytes
 from lptransformer.partition import cut

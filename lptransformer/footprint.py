@@ -128,7 +128,8 @@ def stage_state(stage: StageTensors, how: Precision) -> StageState:
     # The optimizer's tensors are flat: one for the weights that decay, one for the others.
     flat = max(stage.decaying, size - stage.decaying) / size * own
     temporaries = own if how.fused_step else how.step_temporaries * flat
-    cast = 0 if zero == 3 else own * 4  # gradients of the own share, as the step takes them
+    # Gradients as the step takes them: of the own share at once, at ZeRO 3 of one flat tensor at a time.
+    cast = int(flat if zero == 3 else own) * 4
     partitioned = own * how.gradient_bytes
     return StageState(
         weights=weights,

@@ -63,8 +63,14 @@ MORE = {
             f"deepspeed.zero_optimization.stage={stage}",
             "deepspeed.zero_optimization.reduce_bucket_size=20000",
         )
-        for dtype, stage in itertools.product(("fp32", "bf16"), (1, 2))
+        for dtype, stage in itertools.product(("fp32", "bf16"), (1, 2, 3))
     },
+    "ZeRO 3, much weight": (
+        "deepspeed.zero_optimization.stage=3",
+        "model.hidden_size=256",
+        "data.sequence_length=16",
+        "train.micro_batch_size=1",
+    ),
 }
 
 

@@ -27,7 +27,7 @@ from typing import Any
 from lptransformer.errors import RunError
 from lptransformer.metrics import Perplexity, Record, TextCounts, perplexity
 
-FORMAT = 1
+FORMAT = 2
 RECORD, RECORDS = "record.json", "records.json"
 IDENTITY = ("name", "method", "overrides", "score", "processes_at_once")
 

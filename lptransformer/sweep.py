@@ -248,8 +248,9 @@ class Supervisor:
         """record.json of a run, where it has got anywhere."""
         path, metrics = run.folder / records.RECORD, run.folder / JSONL_NAME
         if only_if_old and path.is_file() and metrics.is_file() and path.stat().st_mtime >= metrics.stat().st_mtime:
-            self.records[run.name] = records.read(path)[0]
-            return
+            with contextlib.suppress(UserError):  # of another format: made again
+                self.records[run.name] = records.read(path)[0]
+                return
         paths = ("data.", "run.", "model.pretrained")
         overrides = {key: value for key, value in run.overrides.items() if not key.startswith(paths)}
         identity = {"name": run.name, "method": run.method, "overrides": overrides, "score": asdict(self.sweep.score)}

@@ -220,6 +220,7 @@ def _train(raw: dict[str, Any]) -> None:
     train(configuration.load(raw))
 
 
+@pytest.mark.slow
 def test_a_second_run_starts_from_the_export_and_gets_better_on_another_book(pool: Pool, tmp_path: Path) -> None:
     book = (BOOKS / "valid" / "wuthering-heights.txt").read_text(encoding="utf-8")
     novel = (BOOKS / "train" / "frankenstein.txt").read_text(encoding="utf-8")[:120_000]

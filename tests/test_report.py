@@ -44,7 +44,7 @@ def record(
 
     sets = {"choose": rows(loss), "report": rows(loss if told is None else told)}
     return {
-        "format": 2,
+        "format": records.FORMAT,
         "name": f"{method} {learning_rate:g} {seed}",
         "method": method,
         "score": CHOOSE,
@@ -152,8 +152,13 @@ def test_what_can_be_collected(tmp_path: Path) -> None:
     assert len(run_record.collect(tmp_path / "sweep" / "records.json")) == 1
     (tmp_path / "empty").mkdir()
     (tmp_path / "other.json").write_text('{"format": 0}')
-    (tmp_path / "broken.json").write_text('{"format": 2, "training": 3}')
-    for path, word in (("empty", "neither"), ("other.json", "format 1"), ("broken.json", "whole"), ("no", "neither")):
+    (tmp_path / "broken.json").write_text(json.dumps({"format": records.FORMAT, "training": 3}))
+    for path, word in (
+        ("empty", "neither"),
+        ("other.json", f"format {records.FORMAT}"),
+        ("broken.json", "whole"),
+        ("no", "neither"),
+    ):
         with pytest.raises(RunError, match=word):
             run_record.collect(tmp_path / path)
 

@@ -253,6 +253,10 @@ def test_a_sweep_from_start_to_end_and_again(pretend: list[list[str]], capsys: p
     run_sweep(found, processes=4)
     assert len(pretend) == 4, "what is complete is not trained again"
     assert records.read(Path("runs/s/records.json")) == made
+    path = found.runs[0].folder / "record.json"
+    path.write_text(path.read_text().replace(f'"format": {records.FORMAT}', '"format": 0'))
+    run_sweep(found, processes=4)
+    assert records.read(path) == made[:1] and len(pretend) == 4, "a record of another format is made again"
     more = read(write(grid={"train.learning_rate": [0.001, 0.01, 0.02]}))
     run_sweep(more, processes=4)
     assert [started[0] for started in pretend[4:]] == [f"{m}/learning_rate=0.02" for m in ("backprop", "chunked-2")]

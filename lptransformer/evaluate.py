@@ -174,7 +174,12 @@ def _share_with_children(job: Callable[[int, int], Sums], processes: int) -> Sum
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(processes - 1, context, initializer=_end_with_parent) as pool:
-            others = [pool.submit(job, rank, processes) for rank in range(1, processes)]
+            # Children begin with Ctrl-C held back, until they have imported what they need and can end in silence.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                others = [pool.submit(job, rank, processes) for rank in range(1, processes)]
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             shares = [job(0, processes), *(other.result() for other in others)]
     except BrokenProcessPool:
         raise TrainingError(
@@ -187,6 +192,7 @@ def _share_with_children(job: Callable[[int, int], Sums], processes: int) -> Sum
 def _end_with_parent() -> None:
     """In a child: Ctrl-C ends it without a traceback, and it does not outlive its parent."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     assert parent is not None
 

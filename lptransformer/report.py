@@ -107,7 +107,7 @@ def compare(
     Raises RunError where there is nothing to compare, or the question names what no run has, UserError where `out` or
     `document` cannot be written.
     """
-    if document is not None:
+    if document is not None and (out.exists() or document.resolve().parent != out.resolve()):  # else it is made
         output_file.check(document, "--markdown")
     everything = [record for path in paths for record in run_record.collect(path)]
     found = [record for record in everything if record["evaluations"]]

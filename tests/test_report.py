@@ -425,6 +425,8 @@ def test_reports_from_the_command_line(
     out = capsys.readouterr().out
     assert "depth gain kept" in out and "80 %" in out and "perplexity to backprop" in out
     assert "<!-- table:here/quality-choose -->" in Path("doc.md").read_text()
+    run(parser(), ["report", "r.json", "--out=new/folder", "--markdown=new/folder/tables.md"])
+    assert "<!-- table:quality-choose -->" in Path("new/folder/tables.md").read_text()
     drawn = sorted(path.name for path in Path("report").iterdir())
     stems = {f"{stem}-{name}" for stem in ("methods", "pareto") for name in ("choose", "report")}
     stems |= {f"exits-{name}-{key}" for name in ("choose", "report") for key in ("seconds", "tokens")}

@@ -20,6 +20,7 @@ from lptransformer.figures import new_figure, save
 from lptransformer.metrics import Record
 from lptransformer.plots import looks
 from lptransformer.records import final_loss
+from lptransformer.result_tables import share
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT, PICTURE = ROOT / "docs/benchmarks/quality.md", ROOT / "docs/benchmarks/quality/trend"
@@ -77,7 +78,7 @@ def tables(found: dict[Regime, list[Choice]], name: str) -> list[ResultTable]:
         gaps.append((*start, deep.estimate(name).text(4), *cells))
         if shallow:
             shares = [depth_gain_kept(by_name[o], deep, shallow, name) if o in by_name else None for o in others]
-            kept.append((*start, *(None if one is None else _percent(one) for one in shares)))
+            kept.append((*start, *(None if one is None else share(one) for one in shares)))
     columns = ("width", "tokens", "seeds")
     return [
         ResultTable(
@@ -126,11 +127,6 @@ def draw(found: dict[Regime, list[Choice]], name: str, path: Path) -> Path:
     axes[0].set_ylabel(f"bits per byte lost to backprop on {name} (%)")
     axes[0].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     return save(figure, path)
-
-
-def _percent(share: Estimate) -> str:
-    error = "" if share.error is None else f" ± {100 * share.error:.0f}"
-    return f"{100 * share.mean:.0f}{error} %"
 
 
 if __name__ == "__main__":

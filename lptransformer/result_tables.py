@@ -67,7 +67,7 @@ def _quality(chosen: Sequence[Choice], name: str, question: Question) -> ResultT
         row = [choice.method, choice.setting, str(len(choice.runs)), short(_tokens(run, name)), loss.text(4)]
         row += [f"{units.perplexity:.3f}", f"{units.bits_per_byte:.4f}", f"{units.word_perplexity:.1f}"]
         row += [_percent(difference(choice, base, name)) if choice is not base else "0"] if base else []
-        row += [_share(depth_gain_kept(choice, deep, shallow, name))] if deep and shallow else []
+        row += [share(depth_gain_kept(choice, deep, shallow, name))] if deep and shallow else []
         rows.append(tuple(row))
     return ResultTable(f"quality-{name}", f"{name}: the last exit at the end of training", tuple(columns), tuple(rows))
 
@@ -79,7 +79,8 @@ def _percent(of: Estimate) -> str:
     return text if text == "-" else f"{text} %"
 
 
-def _share(of: Estimate) -> str:
+def share(of: Estimate) -> str:
+    """A share with its error, in percent."""
     text = Estimate(100 * of.mean, None if of.error is None else 100 * of.error).text(0)
     return text if text == "-" else f"{text} %"
 

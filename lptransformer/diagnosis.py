@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lptransformer import figures, run_folder, run_model
+from lptransformer import figures, run_folder, run_model, whole_file
 from lptransformer import objective as objectives
 from lptransformer.diagnose import diagnose
 from lptransformer.errors import DataError, UserError
@@ -87,9 +87,7 @@ def _progress(batches: int) -> Progress:
 def write_diagnosis(run: Path, results: dict[str, Any]) -> Path:
     """diagnosis.json, diagnosis.png and diagnosis.svg in the run folder; returns the path of the first."""
     path = run / f"{NAME}.json"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(json.loads(to_json(results)), indent=1) + "\n")
-    temporary.replace(path)
+    whole_file.write_text(path, json.dumps(json.loads(to_json(results)), indent=1) + "\n")
     draw_diagnosis(results, run / NAME)
     return path
 

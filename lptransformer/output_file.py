@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lptransformer import whole_file
 from lptransformer.errors import UserError
-from lptransformer.run_log import replace_file
 
 
 def check(path: Path, flag: str) -> None:
@@ -19,7 +19,7 @@ def check(path: Path, flag: str) -> None:
             raise IsADirectoryError(None, "it is a folder")
         if final.exists() and not os.access(final, os.W_OK):
             raise PermissionError(None, "the file is not to be changed")
-        beside = final.with_name(final.name + ".tmp")  # where replace_file begins
+        beside = whole_file.beside(final)
         if not beside.exists():
             beside.touch()
             beside.unlink()
@@ -34,7 +34,7 @@ def write(path: Path, text: str, flag: str) -> None:
             with path.open("a", encoding="utf-8") as stream:
                 stream.write(text)
         else:
-            replace_file(path.resolve(), text)
+            whole_file.write_text(path.resolve(), text)
     except OSError as error:
         raise UserError(f"{flag}={path}: cannot be written: {error.strerror}") from None
 

@@ -22,6 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lptransformer import whole_file
 from lptransformer.metrics import Record, Stages
 
 
@@ -261,10 +262,8 @@ def plot_losses(records: Sequence[Record], path_png: str | Path, stages: Stages)
     if left.lines:
         left.legend(frameon=False)
 
-    path = Path(path_png)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    with whole_file.replacing(Path(path_png)) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def _exit_number(entries: Sequence[Record], stage: int, key: str) -> float:

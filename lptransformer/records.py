@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lptransformer import whole_file
 from lptransformer.errors import RunError
 from lptransformer.metrics import Perplexity, Record, TextCounts, perplexity
 
@@ -40,9 +41,7 @@ def exit_blocks(table: Record) -> list[int]:
 def write(path: Path, records: Record | Sequence[Record]) -> None:
     """One record, or a list of them, as JSON: the same bytes for the same records, a row of a table on one line."""
     text = _text(records) if isinstance(records, dict) else "[\n" + ",\n".join(map(_text, records)) + "\n]"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    whole_file.write_text(path, text + "\n")
 
 
 def _text(record: Record) -> str:

@@ -10,7 +10,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lptransformer import documents, ngram, output_file, plots, records, run_folder, run_record, trace, trace_plot
+from lptransformer import (
+    documents,
+    ngram,
+    output_file,
+    plots,
+    records,
+    run_folder,
+    run_record,
+    trace,
+    trace_plot,
+    whole_file,
+)
 from lptransformer.comparison import choices
 from lptransformer.errors import RunError, UserError
 from lptransformer.metrics import Record, perplexity, text_counts
@@ -84,7 +95,7 @@ def report_trace(run: Path, out: Path) -> None:
         print(f"1F1B is not simulated: on {newest.device} the host's times are not those of the computation")
     _make_folder(out)
     table(title, columns, rows)
-    (out / TIMELINE).write_text(json.dumps(trace.chrome(traces, str(run)), separators=(",", ":")) + "\n")
+    whole_file.write_text(out / TIMELINE, json.dumps(trace.chrome(traces, str(run)), separators=(",", ":")) + "\n")
     picture = trace_plot.draw(
         _panels(_picture(newest), method, config.objective.name == "backprop", beside), out / "trace"
     )

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from lptransformer import checkpoint, halving, records, run_folder, sweep_folder
+from lptransformer import checkpoint, halving, records, run_folder, sweep_folder, whole_file
 from lptransformer.errors import TrainingError, UserError
 from lptransformer.metrics import Record
 from lptransformer.prepare import prepare_all
@@ -264,7 +264,5 @@ class Supervisor:
         records.write(self.sweep.folder / records.RECORDS, in_order)
 
     def _write_status(self) -> None:
-        path = self.sweep.folder / STATUS
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps({name: asdict(state) for name, state in self.states.items()}, indent=1) + "\n")
-        temporary.replace(path)
+        text = json.dumps({name: asdict(state) for name, state in self.states.items()}, indent=1) + "\n"
+        whole_file.write_text(self.sweep.folder / STATUS, text)

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import random
 import sys
 import types
@@ -319,7 +320,7 @@ def test_a_failed_cut_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.M
     def killed(_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_log.os, "fsync", killed)
+    monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         MetricsWriter(tmp_path, resume_at=1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before

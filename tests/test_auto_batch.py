@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_run
 import yaml
 from safetensors.torch import load_file
 
@@ -22,24 +23,13 @@ from lptransformer.errors import ConfigError
 from lptransformer.launcher import run
 from lptransformer.world import leave
 
-TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune.\n" * 40
-CONFIG: dict[str, Any] = {
-    "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2},
-    "data": {"train": "text.txt", "valid": "text.txt", "tokenizer": "bytes", "sequence_length": 16},
-    "train": {"steps": 2, "micro_batch_size": "auto", "micro_batches_per_update": 2, "lr_scheduler": "constant"},
-    "run": {"dir": "run"},
-}
+CONFIG = small_run.CONFIG | {"train": {**small_run.CONFIG["train"], "micro_batch_size": "auto"}}
 BYTES = 259  # entries of the vocabulary
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to stand in, with a text and a small configuration."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    (tmp_path / "text.txt").write_text(TEXT)
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
-    return tmp_path
+    return small_run.stand_in(tmp_path, monkeypatch, CONFIG)
 
 
 def given(*overrides: str) -> tuple[Config, ModelPlan]:

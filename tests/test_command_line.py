@@ -14,29 +14,18 @@ import time
 from pathlib import Path
 
 import pytest
+import small_run
 import yaml
+from small_run import CONFIG, TEXT
 
 from lptransformer import deepspeed_keys
 from lptransformer.__main__ import parser
 from lptransformer.launcher import run
 
-TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune.\n" * 40
-CONFIG = {
-    "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2},
-    "data": {"train": "text.txt", "valid": "text.txt", "tokenizer": "bytes", "sequence_length": 16},
-    "train": {"steps": 2, "micro_batch_size": 2, "micro_batches_per_update": 2, "lr_scheduler": "constant"},
-    "run": {"dir": "run"},
-}
-
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to stand in, with a text and a small configuration."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    (tmp_path / "text.txt").write_text(TEXT)
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
-    return tmp_path
+    return small_run.stand_in(tmp_path, monkeypatch)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

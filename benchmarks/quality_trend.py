@@ -1,4 +1,6 @@
-"""Does the gap to backprop grow with the tokens and with the size? From the records of several sweeps.
+"""Does the gap to backprop grow with the tokens and with the size? And what lies between the other methods?
+
+From the records of several sweeps.
 
     python benchmarks/quality_trend.py docs/benchmarks/quality/quality-{750,seeds,3000,width-128}.json
 
@@ -25,6 +27,7 @@ from lptransformer.result_tables import share
 ROOT = Path(__file__).parents[1]
 DOCUMENT, PICTURE = ROOT / "docs/benchmarks/quality.md", ROOT / "docs/benchmarks/quality/trend"
 DEEP, SHALLOW = "backprop", "backprop-2-blocks"
+BESIDE = ("chunked-4", "deep-supervision-4")  # what else methods are compared with
 Regime = tuple[int, int]  # width, updates
 
 
@@ -50,11 +53,11 @@ def regimes(records: Sequence[Record]) -> dict[Regime, list[Choice]]:
     return {regime: methods for regime, methods in chosen.items() if DEEP in [one.method for one in methods]}
 
 
-def gap(choice: Choice, methods: Sequence[Choice], name: str) -> Estimate:
-    """What a method loses to backprop on a set, in percent of backprop's bits per byte; below zero where it gains."""
-    deep = find(methods, DEEP, "the baseline")
-    shared = [final_loss(run, name) for seed, run in deep.runs.items() if seed in choice.runs]
-    lost = difference(choice, deep, name)
+def gap(choice: Choice, methods: Sequence[Choice], name: str, baseline: str = DEEP) -> Estimate:
+    """What a method loses to another on a set, in percent of that one's bits per byte; below zero where it gains."""
+    other = find(methods, baseline, "the baseline")
+    shared = [final_loss(run, name) for seed, run in other.runs.items() if seed in choice.runs]
+    lost = difference(choice, other, name)
     scale = 100 * len(shared) / sum(shared) if shared else math.nan
     return Estimate(lost.mean * scale, None if lost.error is None else lost.error * scale)
 
@@ -67,15 +70,23 @@ def tokens(methods: Sequence[Choice]) -> int:
 
 
 def tables(found: dict[Regime, list[Choice]], name: str) -> list[ResultTable]:
-    """The gaps of every method, and the share of the depth gain that it keeps, a row per width and tokens."""
+    """The gaps of every method, to backprop and to others, and the share of the depth gain that it keeps.
+
+    A row per width and tokens.
+    """
     others = list(dict.fromkeys(one.method for methods in found.values() for one in methods if one.method != DEEP))
-    gaps, kept = [], []
+    gaps, beside, kept = [], [], []
     for (width, _), methods in found.items():
         by_name = {one.method: one for one in methods}
         deep, shallow = by_name[DEEP], by_name.get(SHALLOW)
         start = (width, f"{tokens(methods) / 1e6:.2f}M", len(deep.runs))
         cells = [gap(by_name[one], methods, name).text(2, "+") if one in by_name else None for one in others]
         gaps.append((*start, deep.estimate(name).text(4), *cells))
+        beside += [
+            (one, *start[:2], *(gap(by_name[o], methods, name, one).text(2, "+") if o in by_name else None for o in others))
+            for one in BESIDE
+            if one in by_name
+        ]
         if shallow:
             shares = [depth_gain_kept(by_name[o], deep, shallow, name) if o in by_name else None for o in others]
             kept.append((*start, *(None if one is None else share(one) for one in shares)))
@@ -86,6 +97,9 @@ def tables(found: dict[Regime, list[Choice]], name: str) -> list[ResultTable]:
             f"{name}: bits per byte lost to backprop, percent",
             (*columns, f"{DEEP}, nats/token", *others),
             tuple(gaps),
+        ),
+        ResultTable(
+            "beside", f"{name}: bits per byte lost to others, percent", ("to", *columns[:2], *others), tuple(beside)
         ),
         ResultTable("kept", f"{name}: depth gain kept", (*columns, *others), tuple(kept)),
     ]

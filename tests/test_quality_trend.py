@@ -44,10 +44,18 @@ def test_the_gap_is_in_percent_of_backprop_s_loss_of_the_same_seeds(tmp_path: Pa
     assert quality_trend.gap(shallow, methods, "report").mean == pytest.approx(100 * 0.5 / 2.0)  # seed 0 alone
 
 
+def test_methods_are_compared_with_others_than_backprop_too(tmp_path: Path) -> None:
+    named = [{**one, "method": "chunked-4"} if one["method"] == "chunked" else one for one in records(tmp_path)]
+    _, beside, _ = quality_trend.tables(quality_trend.regimes(named), "report")
+    ((to, _, _, itself, shallow),) = beside.rows
+    assert (to, itself) == ("chunked-4", "+0.00 ± 0.00")
+    assert shallow == f"{100 * 0.4 / 2.1:+.2f}"  # of the seed that both have
+
+
 def test_token_counts_have_rows_of_their_own_and_runs_that_are_not_complete_have_none(tmp_path: Path) -> None:
     half = make_run(tmp_path / "half", ("--train.steps=80", "--objective.name=backprop"), falling(1.0), updates=40)
     all_ = [*records(tmp_path), *records(tmp_path, 20), {**run_record.build(half), "method": "backprop"}]
-    gaps, kept = quality_trend.tables(quality_trend.regimes(all_), "report")
+    gaps, _, kept = quality_trend.tables(quality_trend.regimes(all_), "report")
     assert [row[0] for row in gaps.rows] == [16, 16] and len({row[1] for row in gaps.rows}) == 2
     assert kept.rows[0][-2:] == ("80 %", "0 %")  # (1.5 - 1.1) / (1.5 - 1.0), of the seed that all three have
 

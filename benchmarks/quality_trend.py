@@ -82,11 +82,10 @@ def tables(found: dict[Regime, list[Choice]], name: str) -> list[ResultTable]:
         start = (width, f"{tokens(methods) / 1e6:.2f}M", len(deep.runs))
         cells = [gap(by_name[one], methods, name).text(2, "+") if one in by_name else None for one in others]
         gaps.append((*start, deep.estimate(name).text(4), *cells))
-        beside += [
-            (one, *start[:2], *(gap(by_name[o], methods, name, one).text(2, "+") if o in by_name else None for o in others))
-            for one in BESIDE
-            if one in by_name
-        ]
+        for other in BESIDE:
+            if other in by_name:
+                lost = [gap(by_name[one], methods, name, other) if one in by_name else None for one in others]
+                beside.append((other, *start[:2], *(None if one is None else one.text(2, "+") for one in lost)))
         if shallow:
             shares = [depth_gain_kept(by_name[o], deep, shallow, name) if o in by_name else None for o in others]
             kept.append((*start, *(None if one is None else share(one) for one in shares)))

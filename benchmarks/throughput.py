@@ -3,6 +3,7 @@
     python benchmarks/throughput.py real --out docs/benchmarks/performance/real.json
     python benchmarks/throughput.py emulated --out docs/benchmarks/performance/emulated.json
     python benchmarks/throughput.py links --out docs/benchmarks/performance/links.json      # as root
+    python benchmarks/throughput.py emulated_links --out docs/benchmarks/performance/emulated_links.json    # as root
     python benchmarks/throughput.py tables docs/benchmarks/performance/*.json --markdown docs/benchmarks/performance.md
     python benchmarks/throughput.py scan                                                    # writes splits.yaml
 
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         "real": "real compute on two pipeline ranks",
         "emulated": "stages that sleep instead of computing, on 4 and 8 pipeline ranks",
         "links": "slow links between network namespaces (needs root)",
+        "emulated_links": "slow links, and stages that sleep instead of computing (needs root)",
         "scan": "measure splits for every contender with `split: best`",
     }
     for name, text in helps.items():

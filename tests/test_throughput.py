@@ -121,7 +121,7 @@ def test_the_split_of_a_contender_is_measured_at_the_nearest_number_or_reckoned(
     assert splits.read_measured(path) == {"peer": {8: {"[9, 7]": 1.0}}}
 
 
-@pytest.mark.parametrize("setting", ["real", "emulated", "links"])
+@pytest.mark.parametrize("setting", ["real", "emulated", "links", "emulated_links"])
 def test_every_contender_of_the_committed_configuration_has_a_split_that_fits(setting: str) -> None:
     one = cases.section(setting, smoke=False)
     ranks = [case[0] for case in one.get("cases", [])] or [one["ranks"]]
@@ -242,10 +242,12 @@ def test_emulated_measures_schedules_and_says_that_it_is_an_emulation(tmp_path: 
 
 
 @pytest.mark.slow
-def test_links_are_measured_or_said_not_to_be_and_nothing_is_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", ["links", "emulated_links"])
+def test_links_are_measured_or_said_not_to_be_and_nothing_is_left(setting: str, tmp_path: Path) -> None:
     out = tmp_path / "links.json"
-    throughput("links", "--smoke", "--out", str(out))
+    shown = throughput(setting, "--smoke", "--out", str(out)).stdout
     found = json.loads(out.read_text())
+    assert found["setting"] == setting and ("Emulated" in shown) == (setting == "emulated_links")
     if "not_measured" in found:
         assert found["cases"] == [] and "network namespaces" in found["not_measured"]
         return

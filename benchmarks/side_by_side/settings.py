@@ -19,6 +19,7 @@ from side_by_side.namespaces import ADDRESSES, NoNamespaces, Pair, joined_pair
 Data = dict[str, Any]
 WITH_IDEAL = ("local", "deepspeed_pipeline")
 ENOUGH_SLEEP = 20.0  # times the processor time
+EMULATED = "emulated: stages sleep instead of computing"
 
 
 def real(one: cases.Section, logs: Path, wanted: Sequence[str] = ()) -> Data:
@@ -119,15 +120,24 @@ def emulated(one: cases.Section, logs: Path, wanted: Sequence[str] = ()) -> Data
             # All updates of a turn, with one fill of the pipeline by forward passes, and nothing else.
             bound = record["turn_updates"] * micro_batches * stage + (ranks - 1) * stage / 3
             record["turn_to_bound"] = ratios.summary([seconds / bound for seconds in record["turn_seconds"]])
-            busy = record["processor_seconds_per_micro_batch"] / cores
-            record["sleep_to_processor"] = stage / busy
-            record["enough_sleep"] = stage / busy >= ENOUGH_SLEEP
+            record |= _sleep(record, stage)
         for spec in specs:
             record = case["contenders"][spec.name]
             if "error" not in record:
                 record["simulated_seconds"] = ideal.of_sleeps(spec, work, cases.of_kind(spec.kind), stage)
         found.append(case)
-    return {"setting": "emulated", "label": "emulated: stages sleep instead of computing", "cases": found}
+    return {"setting": "emulated", "label": EMULATED, "cases": found}
+
+
+def _sleep(record: Data, stage_seconds: float) -> Data:
+    """The sleep of a stage over the processor time of a micro-batch on all ranks and cores; whether it is enough."""
+    ratio = stage_seconds / (record["processor_seconds_per_micro_batch"] / groups.cores())
+    return {"sleep_to_processor": ratio, "enough_sleep": ratio >= ENOUGH_SLEEP}
+
+
+def emulated_links(one: cases.Section, logs: Path, wanted: Sequence[str] = ()) -> Data:
+    """The same with stages that sleep instead of computing: what the link costs, without the processor's own spread."""
+    return {**links(one, logs, wanted), "setting": "emulated_links", "label": EMULATED}
 
 
 def links(one: cases.Section, logs: Path, wanted: Sequence[str] = ()) -> Data:
@@ -142,7 +152,8 @@ def links(one: cases.Section, logs: Path, wanted: Sequence[str] = ()) -> Data:
 
 
 def _link_case(pair: Pair, name: str, one: cases.Section, logs: Path, wanted: Sequence[str]) -> Data:
-    work = cases.work_of({**one, **one["sizes"][name]}, one["ranks"], one["micro_batches"])
+    one = {**one, **one["sizes"][name]}
+    work = cases.work_of(one, one["ranks"], one["micro_batches"])
     _say(f"two network namespaces, {name}")
     specs = cases.specs(cases.named(one["contenders"], wanted), work)
     outcomes = {limit: _outcomes(specs, work, one) for limit in one["limits_mbit"]}
@@ -177,6 +188,8 @@ def _link_case(pair: Pair, name: str, one: cases.Section, logs: Path, wanted: Se
         records = {contender: outcome.record(work) for contender, outcome in of_limit.items()}
         for contender, record in records.items():
             free = outcomes[None][contender]
+            if "error" not in record and "stage_seconds" in one:
+                record |= _sleep(record, one["stage_seconds"])
             if "error" not in record and free.ran:
                 slower = ratios.speedups(record["seconds"], free.seconds)
                 record["to_no_limit"] = ratios.summary(slower)

@@ -38,7 +38,7 @@ def write(found: Data, path: Path) -> list[str]:
 
 
 def tables(found: Data) -> list[ResultTable]:
-    of_setting = {"real": _real, "emulated": _emulated, "links": _links}[found["setting"]]
+    of_setting = {"real": _real, "emulated": _emulated, "links": _links, "emulated_links": _links}[found["setting"]]
     return [_machine(found), *of_setting(found)]
 
 
@@ -160,7 +160,7 @@ def _emulated(found: Data) -> Iterator[ResultTable]:
                     None if None in waiting else f"{max(waiting):.1%}",
                     f"{1 - min(record['asleep_share']):.1%}",
                     f"{max(record['processor_share']):.1%}",
-                    f"{record['sleep_to_processor']:.0f}{'' if record['enough_sleep'] else ' (too little)'}",
+                    _sleep(record),
                 )
             )
         ranks, m = case["ranks"], case["micro_batches"]
@@ -175,6 +175,7 @@ def _emulated(found: Data) -> Iterator[ResultTable]:
 
 
 def _links(found: Data) -> Iterator[ResultTable]:
+    emulated = "label" in found
     rows: list[tuple[Any, ...]] = []
     for case in found["cases"]:
         for one in case["limits"]:
@@ -182,16 +183,25 @@ def _links(found: Data) -> Iterator[ResultTable]:
                 limit = "none" if one["mbit"] is None else f"{one['mbit']} Mbit/s"
                 carried = f"{one['measured_mbit']['median']:.0f}"
                 transfer = one["transfer_seconds"] and f"{1e3 * one['transfer_seconds']:.1f}"
+                start = (case["size"], name, limit, carried, transfer)
                 if "error" in record:
-                    rows.append((case["size"], name, limit, carried, transfer, "does not run", None, None))
+                    rows.append((*start, "does not run", *[None] * (2 + emulated)))
                     continue
                 waiting = [share for share in record["waiting_share"] if share is not None]
                 slower = _spread(record["to_no_limit"], 1, 3) if "to_no_limit" in record else None
                 worst = f"{max(waiting):.1%}" if waiting else None
-                rows.append((case["size"], name, limit, carried, transfer, _spread(record, 1e3, 0), slower, worst))
-    columns = ("size", "contender", "limit", "measured Mbit/s", "one message, ms", "ms per update", "time / no limit")
+                cells = (*start, _spread(record, 1e3, 0), slower, worst)
+                rows.append((*cells, _sleep(record)) if emulated else cells)
+    columns: tuple[str, ...] = ("size", "contender (emulated)" if emulated else "contender", "limit")
+    columns += ("measured Mbit/s", "one message, ms", "ms per update", "time / no limit", "waiting, worst rank")
     title = f"Two network namespaces: {found.get('not_measured', 'median (least-greatest)')}"
-    yield ResultTable("update", title, (*columns, "waiting, worst rank"), tuple(rows))
+    if emulated:
+        columns, title = (*columns, "sleep / processor time"), f"Emulated. {title}"
+    yield ResultTable("update", title, columns, tuple(rows))
+
+
+def _sleep(record: Data) -> str:
+    return f"{record['sleep_to_processor']:.0f}{'' if record['enough_sleep'] else ' (too little)'}"
 
 
 def _split(case: Data, name: str) -> str | None:

@@ -30,7 +30,8 @@ import torch
 from lptransformer import config as configuration
 from lptransformer import family
 from lptransformer.allocations import Allocations, recorded
-from lptransformer.build import build_engine, plan_model
+from lptransformer.blueprint import draw
+from lptransformer.build import build_engine
 from lptransformer.documents import ResultTable, update
 from lptransformer.processes import use_fair_share_of_cores
 from lptransformer.token_set import Batch
@@ -74,7 +75,7 @@ def sizes(blocks: int, window: int, vocabulary: int, contender: str) -> dict[str
         "model": {"family": "llama", "hidden_size": HIDDEN, "num_layers": blocks, "num_heads": HEADS},
         "data": {"train": "unused", "sequence_length": window},
         "objective": objective,
-        "head": {"chunk_tokens": CHUNK_TOKENS},
+        "loss": {"chunk_tokens": CHUNK_TOKENS},
         "train": {"micro_batch_size": ROWS, "micro_batches_per_update": 2, "steps": 1000},
     }
 
@@ -87,8 +88,8 @@ def random_batch(window: int, vocabulary: int) -> Batch:
 def plain(case: dict[str, int], checkpointed: bool) -> list[int]:
     """Hugging Face's own model and loss, one backward pass per micro-batch."""
     config = configuration.load(sizes(**case, contender=BACKPROP))
-    plan = plan_model(config, case["vocabulary"], None)
-    model = family.model_class(plan.config)(plan.config).train()
+    blueprint = draw(config, case["vocabulary"], None)
+    model = family.model_class(blueprint.model_config)(blueprint.model_config).train()
     if checkpointed:
         model.activation_checkpointing_enable()
     ids = random_batch(case["window"], case["vocabulary"]).input_ids
@@ -103,10 +104,10 @@ def plain(case: dict[str, int], checkpointed: bool) -> list[int]:
 def ours(case: dict[str, int], contender: str, world: World) -> list[int]:
     """The engine with all stages in this process; the peak of every stage."""
     config = configuration.load(sizes(**case, contender=contender))
-    plan = plan_model(config, case["vocabulary"], None)
+    blueprint = draw(config, case["vocabulary"], None)
     record = Allocations()
     stream = RandomTokens(random_batch(case["window"], case["vocabulary"]), record)
-    engine = build_engine(config, world, stream=stream, valid={}, vocab_size=case["vocabulary"], plan=plan)
+    engine = build_engine(config, world, blueprint, stream, {})
     with marked_stages(engine.local, record), recorded(record):
         engine.train_batch()
     names = record.names()

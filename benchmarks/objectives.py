@@ -16,7 +16,8 @@ import torch
 
 from lptransformer import config as configuration
 from lptransformer import flops
-from lptransformer.build import build_engine, plan_model
+from lptransformer.blueprint import draw
+from lptransformer.build import build_engine
 from lptransformer.processes import use_fair_share_of_cores
 from lptransformer.token_set import Batch
 from lptransformer.world import join, leave
@@ -62,9 +63,9 @@ def main() -> None:
     engines, counted = {}, {}
     for name, overrides in OBJECTIVES.items():
         config = configuration.load(BASE, overrides)
-        plan = plan_model(config, VOCABULARY, None)
-        engines[name] = build_engine(config, world, stream=stream, valid={}, vocab_size=VOCABULARY, plan=plan)
-        counted[name] = flops.of_phase(plan.objective, plan.objective.usual, plan.costs).total
+        blueprint = draw(config, VOCABULARY, None)
+        engines[name] = build_engine(config, world, blueprint, stream, {})
+        counted[name] = flops.of_phase(blueprint.objective, blueprint.objective.usual, blueprint.costs).total
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for repeat in range(REPEATS + 2):
         for name, engine in engines.items():

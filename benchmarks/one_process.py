@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from lptransformer import config as configuration
-from lptransformer.build import build_engine, plan_model
+from lptransformer.blueprint import draw
+from lptransformer.build import build_engine
 from lptransformer.documents import ResultTable, update
 from lptransformer.mock_run import RandomTokens
 from lptransformer.processes import use_fair_share_of_cores
@@ -58,7 +59,7 @@ def loaded(size: dict[str, Any], chunks: int, micro_batches: int) -> configurati
             },
             "data": {"train": "unused", "sequence_length": size["window"]},
             "objective": objective,
-            "head": {"chunk_tokens": CHUNK_TOKENS},
+            "loss": {"chunk_tokens": CHUNK_TOKENS},
             "optimizer": {"weight_decay": 0.1},
             "train": {
                 "micro_batch_size": size["rows"],
@@ -73,7 +74,7 @@ def loaded(size: dict[str, Any], chunks: int, micro_batches: int) -> configurati
 
 def plain_loop(config: configuration.Config, model_config: Any, stream: RandomTokens) -> Update:
     """The loop that somebody would write by hand; returns what makes one update."""
-    blocks, chunks = config.model.num_layers, 1 if config.objective.name == "backprop" else config.objective.chunks
+    blocks, chunks = config.model.num_layers, config.value("objective.chunks") or 1
     assert isinstance(chunks, int) and blocks % chunks == 0
     length = blocks // chunks
     spans = [(first, first + length - 1) for first in range(0, blocks, length)]
@@ -140,9 +141,9 @@ def measure(repeats: int, sizes: Sequence[str], numbers: Sequence[int]) -> dict[
             contenders: dict[str, tuple[Update, Update]] = {}
             for method, chunks in METHODS.items():
                 config = loaded(size, chunks, micro_batches)
-                plan = plan_model(config, VOCABULARY, None)
-                engine = build_engine(config, world, stream=stream, valid={}, vocab_size=VOCABULARY, plan=plan)
-                contenders[method] = plain_loop(config, plan.config, stream), engine.train_batch
+                blueprint = draw(config, VOCABULARY, None)
+                engine = build_engine(config, world, blueprint, stream, {})
+                contenders[method] = plain_loop(config, blueprint.model_config, stream), engine.train_batch
             for method, (plain, engine_update) in contenders.items():
                 check_equal(method, plain(), engine_update())
             times: dict[str, list[list[tuple[float, float]]]] = {method: [[], []] for method in METHODS}

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from lptransformer import config as configuration
 from lptransformer import documents, ngram
-from lptransformer.build import plan_model
+from lptransformer.blueprint import draw
 from lptransformer.config import Config
 from lptransformer.data import TrainStream
 from lptransformer.documents import ResultTable
@@ -64,7 +64,7 @@ def ngrams(data: Prepared) -> list[dict[str, Any]]:
 def plain(config: Config, data: Prepared, tied: bool) -> dict[str, Any]:
     """Backprop by a plain loop; the loss on the first validation set after the last update."""
     train = config.train
-    hf_config = plan_model(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id).config
+    hf_config = draw(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id).model_config
     hf_config.tie_word_embeddings = tied
     torch.manual_seed(train.seed)
     model = AutoModelForCausalLM.from_config(hf_config)

@@ -45,7 +45,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lptransformer import config as configuration
-from lptransformer.build import build_engine, plan_model
+from lptransformer.blueprint import draw
+from lptransformer.build import build_engine
 from lptransformer.channel import Receiver, Sender
 from lptransformer.documents import ResultTable, update
 from lptransformer.mock_run import RandomTokens
@@ -136,11 +137,11 @@ def profile_rank(pipeline: int, chunks: int, updates: int) -> dict[str, Any]:
     """Seconds of an update by kind, on this process's pipeline rank; and of whole updates without the profiler."""
     use_fair_share_of_cores()
     config = loaded(pipeline, chunks)
-    plan = plan_model(config, VOCABULARY, None)
+    blueprint = draw(config, VOCABULARY, None)
     world = join(pipeline, 1, 60)
     stream = RandomTokens(ROWS, WINDOW, VOCABULARY)
     with channels_in_scope():
-        engine = build_engine(config, world, stream=stream, valid={}, vocab_size=VOCABULARY, plan=plan)
+        engine = build_engine(config, world, blueprint, stream, {})
         for stage in engine.local.values():
             scoped(stage.engine.module, "forward", MODEL)
             scoped(stage, "forward", DEEPSPEED)

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from lptransformer import free_memory, run_folder
-from lptransformer.build import ModelPlan, plan_model
+from lptransformer.blueprint import Blueprint as ModelPlan
+from lptransformer.blueprint import draw as plan_model
 from lptransformer.config import Config, zero_stage
 from lptransformer.data import TrainStream
 from lptransformer.empty_model import EmptyModel

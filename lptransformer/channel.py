@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lptransformer import rounding
 from lptransformer.errors import TrainingError
+from lptransformer.rounding import AsTheyAre, BorderCodec
 from lptransformer.world import World
 
 HEADER_INTS = 8
@@ -54,29 +54,29 @@ class Header:
 
 @dataclass(frozen=True)
 class Frame:
-    """Shape, dtype and device of the tensor in every message, the backend that carries it, and how it is rounded."""
+    """Shape, dtype and device of the tensor in every message, the backend that carries it, and how it is encoded."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     backend: str = "gloo"
-    rounding: str | None = None
+    codec: BorderCodec = AsTheyAre()
 
     def buffer(self) -> Tensor:
         """One message. gloo moves host memory (pinned, beside a GPU); NCCL moves device memory."""
-        num_bytes = HEADER_BYTES + rounding.num_bytes(self.shape, self.dtype, self.rounding)
+        num_bytes = HEADER_BYTES + self.codec.num_bytes(self.shape, self.dtype)
         if self.backend == "nccl":
             return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
         return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
     def write(self, buffer: Tensor, tensor: Tensor) -> None:
         assert (tuple(tensor.shape), tensor.dtype) == (self.shape, self.dtype), f"{tensor.shape} {tensor.dtype}: {self}"
-        buffer[HEADER_BYTES:].copy_(rounding.encode(tensor, self.rounding))
+        buffer[HEADER_BYTES:].copy_(self.codec.encode(tensor))
 
     def read(self, buffer: Tensor) -> Tensor:
         """The tensor of a message, in memory of its own."""
         payload = buffer[HEADER_BYTES:].to(self.device, copy=True)
-        return rounding.decode(payload, self.shape, self.dtype, self.rounding)
+        return self.codec.decode(payload, self.shape, self.dtype)
 
     def stream(self) -> torch.cuda.Stream | None:
         """NCCL: one stream per direction, so that a transfer never waits for the compute of the other direction."""
@@ -184,21 +184,21 @@ def open_channels(
     frame: Frame,
     in_flight: int,
     *,
-    rounding_below: str | None,
-    rounding_above: str | None,
+    codec_below: BorderCodec,
+    codec_above: BorderCodec,
     gradients_below: int,
     gradients_above: int,
 ) -> Neighbours:
     """Connect this process to the same replica of the pipeline ranks below and above.
 
-    How hidden states are rounded at the two borders, and how many flows of gradients cross them at once. Borders are
+    How hidden states are encoded at the two borders, and how many flows of gradients cross them at once. Borders are
     opened in ascending order on every rank, so that the groups of two neighbours meet.
     """
     neighbours, rank = Neighbours(), world.pipeline_rank
     if rank > 0:
         border = f"{rank - 1}-{rank}"
         group = world.group(f"hidden/{border}", 1, 2, frame.backend)
-        hidden = replace(frame, rounding=rounding_below)
+        hidden = replace(frame, codec=codec_below)
         neighbours.below = Receiver(group, 0, hidden, in_flight, f"of hidden states {border}")
         for flow in range(gradients_below):
             group = world.group(f"gradient/{border}/{flow}", 1, 2, frame.backend)
@@ -206,7 +206,7 @@ def open_channels(
     if rank < world.pipeline_size - 1:
         border = f"{rank}-{rank + 1}"
         group = world.group(f"hidden/{border}", 0, 2, frame.backend)
-        neighbours.above = Sender(group, 1, replace(frame, rounding=rounding_above), f"of hidden states {border}")
+        neighbours.above = Sender(group, 1, replace(frame, codec=codec_above), f"of hidden states {border}")
         for flow in range(gradients_above):
             group = world.group(f"gradient/{border}/{flow}", 0, 2, frame.backend)
             neighbours.gradients_above.append(Receiver(group, 1, frame, in_flight, f"of gradients {border}"))

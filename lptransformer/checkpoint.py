@@ -30,6 +30,7 @@ from lptransformer.partition import StagePlan
 
 WEIGHTS, STATE, COMPLETE, DEEPSPEED = "weights.safetensors", "state.json", "complete", "deepspeed"
 OTHERS = "others.safetensors"
+FORMAT = 1  # of state.json; files of before had no number
 
 
 def stage_folder(run: str | Path, update: int, stage: int) -> Path:
@@ -75,8 +76,13 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE).read_text())
         StagePlan(**state["plan"]), int(state["num_stages"])
+        written = int(state.get("format", 0))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{folder / STATE} cannot be read ({error}): choose another checkpoint") from None
+    if written > FORMAT:
+        raise RunError(
+            f"{folder / STATE} has format {written}, and this version reads {FORMAT} and older ones: use a newer version"
+        )
     return state
 
 
@@ -98,7 +104,8 @@ def read_others(folder: Path) -> dict[str, Tensor]:
 
 def describe(plan: StagePlan, num_stages: int, update: int, position: Mapping[str, int]) -> dict[str, Any]:
     """What state.json says about where the stage belongs, and how far into the data (epoch, offset) it came."""
-    return {"update": update, "position": dict(position), "num_stages": num_stages, "plan": asdict(plan)}
+    where = {"update": update, "position": dict(position), "num_stages": num_stages}
+    return {"format": FORMAT, **where, "plan": asdict(plan)}
 
 
 def complete_updates(run: str | Path) -> list[int]:

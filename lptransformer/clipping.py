@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lptransformer.deepspeed_stage import TrainedStage, combine_norms
-from lptransformer.gradients import clip_groups
-from lptransformer.objective import Phase
 from lptransformer.partition import StagePlan
 from lptransformer.world import World, gather
 
@@ -47,11 +45,15 @@ class ClipGroup:
 
 
 def local_clip_groups(
-    world: World, plans: Sequence[StagePlan], phase: Phase, local: dict[int, TrainedStage], name: str
+    world: World,
+    plans: Sequence[StagePlan],
+    groups: Sequence[Sequence[int]],
+    local: Mapping[int, TrainedStage],
+    name: str,
 ) -> dict[int, ClipGroup]:
     """The clip group of every local trained stage. `name` is the same on all processes and not used twice."""
     found: dict[int, ClipGroup] = {}
-    for number, members in enumerate(clip_groups(phase, plans)):
+    for number, members in enumerate(groups):
         here = [index for index in members if index in local]
         ranks = sorted({plans[index].pipeline_rank for index in members})
         if here:

@@ -19,7 +19,7 @@ from lptransformer.records import final_loss
 
 LEARNING_RATE = "train.learning_rate"
 # What runs of one setting may differ in: the seed, and what changes no weight.
-BESIDE = ("train.seed", "train.eval_every", "train.save_every")
+BESIDE = ("train.seed", "train.eval_every", "checkpoint.every")
 
 
 @dataclass(frozen=True)

@@ -9,23 +9,40 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lptransformer import deepspeed_keys
+from lptransformer.codecs import CODECS
 from lptransformer.config_checks import check, check_depth, check_world_size, zero_stage
-from lptransformer.config_sections import KEYS, ONLY_WITH, PLAIN, SECTIONS, TYPED, Config, Source, origin_of
+from lptransformer.config_sections import (
+    ONLY_WITH,
+    PLAIN,
+    RENAMED,
+    ROWS,
+    SECTIONS,
+    Config,
+    Source,
+    fields_of,
+    known_keys,
+    origin_of,
+    section_type,
+    translated,
+)
 from lptransformer.config_text import dump_yaml, parse_yaml, read_json, read_text
 from lptransformer.errors import ConfigError, ModelError
+from lptransformer.head_kinds import HEADS, holds_copies
+from lptransformer.section import Section
 
 __all__ = ["Config", "check_depth", "check_world_size", "differences", "load", "resume_differences", "to_dict"]
 __all__ += ["to_yaml", "zero_stage"]
 
 COMMAND_LINE = "on the command line"
+Validated = TypeVar("Validated", bound=Section)
 # Names of the sizes in config.json of Hugging Face model folders.
 SIZES = {
     "family": ("model_type",),
@@ -40,7 +57,7 @@ NEEDED_SIZES = ("family", "hidden_size", "num_layers", "num_heads")
 # What may be another on resume without changing what is computed.
 FREE_ON_RESUME = (
     "run.",
-    "train.save_every",
+    "checkpoint.every",
     "train.eval_every",
     "parallel.timeout_seconds",
     "parallel.in_flight",
@@ -48,13 +65,13 @@ FREE_ON_RESUME = (
 )
 
 
-def load(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, read_pretrained: bool = True) -> Config:
+def load(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, saved: bool = False) -> Config:
     """The checked configuration from a YAML file or a mapping, with overrides such as "--train.steps=200".
 
     Values of overrides are YAML; they reach into mappings (deepspeed.zero_optimization.stage=2). What is null by
     default and follows from other keys is filled in: run.dir, max_position_embeddings, and for model.pretrained the
-    sizes in its config.json and its tokenizer. `read_pretrained=False` trusts the sizes given (the configuration in
-    a run folder has them) and opens no model folder.
+    sizes in its config.json and its tokenizer. `saved` says that a run folder holds it: keys may have names of before,
+    and the sizes of model.pretrained are there, so no model folder is opened.
 
     Raises ConfigError, and ModelError when the folder model.pretrained is missing or its config.json is broken.
     """
@@ -65,6 +82,8 @@ def load(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, 
         if not isinstance(raw, dict):
             found = "is empty" if raw is None else f"holds {raw!r:.80}"
             raise ConfigError(f"{source} {found}: a configuration is a mapping of sections ({', '.join(SECTIONS)})")
+    if saved:
+        raw = translated(raw)
     origins: dict[str, str] = {}
     sections = _admit(raw, origin, origins)
     for text in overrides:
@@ -87,17 +106,47 @@ def load(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, 
     for key, _ in deepspeed_keys.entries(given["deepspeed"]):
         if not deepspeed_keys.is_known(key):
             raise _unknown(f"deepspeed.{key}", origin_of(f"deepspeed.{key}", origins))
+    for section in ROWS:
+        given[section] = _options_of_row(section, given[section], origin, origins)
+    config = _validated(Config, given, (), origin, origins)
+    if config.border.codec not in CODECS:
+        raise _no_row("border.codec", config.border.codec, CODECS, origin_of("border.codec", origins))
+    config._origins.update(origins)
+    _resolve(config, source, saved)
+    check(config)
+    return config
+
+
+def _validated(
+    kind: type[Validated], values: dict[str, Any], above: tuple[str, ...], origin: str, origins: dict[str, str]
+) -> Validated:
     try:
-        config = Config.model_validate(given)
+        return kind.model_validate(values)
     except ValidationError as error:
         unknown_first = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-        raise _wrong_value(unknown_first[0], origin, origins) from None
-    config._origins.update(origins)
-    _resolve(config, source, read_pretrained)
-    check(config)
-    if config.objective.name == "greedy":
-        config.objective.chunks = config.model.num_layers
-    return config
+        raise _wrong_value(unknown_first[0], kind, above, origin, origins) from None
+
+
+def _options_of_row(section: str, values: dict[str, Any], origin: str, origins: dict[str, str]) -> Section:
+    """The options of the row that a section names: those of its class and no others."""
+    key, rows = ROWS[section]
+    name = values.get(key, section_type(section).model_fields[key].default)
+    if not isinstance(name, str) or name not in rows:
+        raise _no_row(f"{section}.{key}", name, rows, origin_of(f"{section}.{key}", origins))
+    of_row = section_type(section, name)
+    for other, value in values.items():
+        if other not in of_row.model_fields:
+            raise ConfigError(
+                f"{section}.{other} = {value!r} ({origin_of(f'{section}.{other}', origins)}) has no meaning with "
+                f"{section}.{key} = {name!r} ({origin_of(f'{section}.{key}', origins)}): remove it (or give null)"
+            )
+    return _validated(of_row, values, (section,), origin, origins)
+
+
+def _no_row(key: str, value: Any, rows: Mapping[str, Any], at: str) -> ConfigError:
+    near = difflib.get_close_matches(value, rows, n=1) if isinstance(value, str) else []
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return ConfigError(f"{key} = {value!r} ({at}): must be one of {', '.join(rows)}{hint}")
 
 
 def _admit(raw: dict[Any, Any], origin: str, origins: dict[str, str]) -> dict[str, Any]:
@@ -118,7 +167,7 @@ def _admit(raw: dict[Any, Any], origin: str, origins: dict[str, str]) -> dict[st
             raise ConfigError(f"{section} = {keys!r} ({origin}): must be {wanted}")
         sections[section] = dict(keys or {})
         for key in sections[section]:
-            if not isinstance(key, str) or (section in TYPED and key not in TYPED[section].model_fields):
+            if not isinstance(key, str) or (section != "deepspeed" and key not in fields_of(section)):
                 raise _unknown(f"{section}.{key}", at)
             origins[f"{section}.{key}"] = at
     return sections
@@ -138,7 +187,8 @@ def _override(sections: dict[str, Any], text: str, origins: dict[str, str]) -> N
         sections[section] = added if whole else {**sections.get(section, {}), **added}
         return
     goes_deep = section == "deepspeed" or key.startswith(("data.train.", "data.valid."))
-    if not names or not (section == "deepspeed" or f"{section}.{names[0]}" in KEYS) or (names[1:] and not goes_deep):
+    known = section in SECTIONS and bool(names) and (section == "deepspeed" or names[0] in fields_of(section))
+    if not known or (names[1:] and not goes_deep):
         raise _unknown(key, COMMAND_LINE)
     target = sections.setdefault(section, {})
     for depth, name in enumerate(names[:-1], start=1):
@@ -155,9 +205,12 @@ def _override(sections: dict[str, Any], text: str, origins: dict[str, str]) -> N
 
 def _unknown(key: str, origin: str) -> ConfigError:
     """The error for a key that does not exist, with the nearest one that does, in its own section or another."""
+    if key in RENAMED:
+        return ConfigError(f"unknown key {key} ({origin}): it is called {RENAMED[key]} now")
     section, _, name = key.rpartition(".")
-    nearest = [known for known in KEYS if known.rpartition(".")[2] == name]
-    if section in KEYS and not section.startswith("deepspeed."):  # a key below a plain value
+    keys = known_keys()
+    nearest = [known for known in keys if known.rpartition(".")[2] == name]
+    if section in keys and not section.startswith("deepspeed."):  # a key below a plain value
         nearest = [section]
 
     def likeness(known: str) -> float:
@@ -166,21 +219,26 @@ def _unknown(key: str, origin: str) -> ConfigError:
         return ratio + 0.2 * (known_section == section) if ratio > 0.6 else 0.0
 
     if not nearest:
-        best = max([*SECTIONS, *KEYS], key=likeness)
+        best = max([*SECTIONS, *keys], key=likeness)
         nearest = [best] if likeness(best) else []
     if nearest:
         return ConfigError(f"unknown key {key} ({origin}): did you mean {' or '.join(nearest)}?")
-    valid = [known.rpartition(".")[2] for known in KEYS if section and known.rpartition(".")[0] == section]
+    valid = [known.rpartition(".")[2] for known in keys if section and known.rpartition(".")[0] == section]
     return ConfigError(f"unknown key {key} ({origin}): valid are {', '.join(valid or SECTIONS)}")
 
 
-def _wrong_value(error: ErrorDetails, origin: str, origins: dict[str, str]) -> ConfigError:
-    """The first complaint of pydantic in our words: key, value, where it came from, what would be right."""
-    names = [str(name) for name in error["loc"]]
+def _wrong_value(
+    error: ErrorDetails, kind: type[Section], above: tuple[str, ...], origin: str, origins: dict[str, str]
+) -> ConfigError:
+    """The first complaint of pydantic as one line: key, value, where it came from, what would be right.
+
+    `kind` is the class that was validated, `above` the names that lead to it.
+    """
+    names = [*above, *(str(name) for name in error["loc"])]
     in_source = names[:2] in (["data", "train"], ["data", "valid"])
     names = names[:4] if in_source else names[:2]  # below are the members of unions and lists
     key, at = ".".join(names), origin_of(".".join(names), origins)
-    of = Source if len(names) > 3 else Config if len(names) == 1 else TYPED[names[0]]
+    of = Source if len(names) > 3 else kind if above or len(names) == 1 else section_type(names[0])
     fields: dict[str, Any] = of.model_fields
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(names[-1], fields, n=1, cutoff=0.0)[0]
@@ -199,7 +257,7 @@ def _wrong_value(error: ErrorDetails, origin: str, origins: dict[str, str]) -> C
     return ConfigError(f"{key} = {value!r} ({at}): must be {right}{hint}")
 
 
-def _resolve(config: Config, source: str | Path | dict[str, Any], read_pretrained: bool) -> None:
+def _resolve(config: Config, source: str | Path | dict[str, Any], saved: bool) -> None:
     """Fills in what follows from other keys or from the folder model.pretrained."""
     model = config.model
     if config.run.dir is None:
@@ -215,7 +273,7 @@ def _resolve(config: Config, source: str | Path | dict[str, Any], read_pretraine
         raise ConfigError(
             f"{at} would train a new one, but {config.at('model.pretrained')} has its own: remove the key"
         )
-    if not read_pretrained:
+    if saved:
         return
     path = Path(model.pretrained) / "config.json"
     for key, size in _pretrained_sizes(path, config.at("model.pretrained")).items():
@@ -266,7 +324,7 @@ def to_yaml(config: Config, comments: bool = True) -> str:
             continue
         lines.append(f"{section}:" if keys else f"{section}: {{}}")
         for key, value in keys.items():
-            about = TYPED[section].model_fields[key].description if section in TYPED and comments else None
+            about = fields_of(section)[key].description if comments and section != "deepspeed" else None
             lines += [f"  {line}" for line in _yaml_lines(key, value, about)]
     return "\n".join(lines) + "\n"
 
@@ -301,7 +359,7 @@ def resume_differences(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
     both = (saved, new)
     constant = all(values["train"]["lr_scheduler"].startswith("constant") for values in both)
     share = any(values["objective"].get("backprop_share") for values in both)
-    copies = any(values["head"]["kind"] == "shared" or values["head"].get("ema_decay") is not None for values in both)
+    copies = any(holds_copies(HEADS[values["head"]["kind"]].options(**values["head"])) for values in both)
     free = {*FREE_ON_RESUME}
     if constant and not share:
         free.add("train.steps")

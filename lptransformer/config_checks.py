@@ -6,8 +6,15 @@ import itertools
 from collections.abc import Iterator
 
 from lptransformer import deepspeed_keys, objective
+from lptransformer.codecs import CODECS
 from lptransformer.config_sections import ONLY_WITH, Config
-from lptransformer.errors import ConfigError
+from lptransformer.cost import ModelCosts
+from lptransformer.dtypes import DTYPES
+from lptransformer.errors import ConfigError, OptionError
+from lptransformer.gradients import borders_carry_gradients, crossing, flows
+from lptransformer.head_kinds import HEADS, holds_copies
+from lptransformer.objective import METHODS, Objective
+from lptransformer.partition import StagePlan, cut
 
 FAMILIES = ("gpt2", "llama")
 
@@ -15,27 +22,16 @@ FAMILIES = ("gpt2", "llama")
 def zero_stage(config: Config) -> int:
     """The ZeRO stage of every engine: deepspeed.zero_optimization.stage, by default 0 in fp32 and 1 in bf16."""
     stage = config.value("deepspeed.zero_optimization.stage")
-    return int(config.train.dtype == "bf16") if stage is None else int(stage)
+    return int(DTYPES[config.train.dtype].has_masters) if stage is None else int(stage)
 
 
 def state_bytes(config: Config) -> int:
     """What a trained weight takes with its gradient and the optimizer's state, before ZeRO divides it."""
-    bytes_of = {"fp32": 4, "fp64": 8, "bf16": 4}[config.train.dtype]
-    versions = int(config.objective.name == "delayed")
+    dtype = DTYPES[config.train.dtype]
+    versions = int(METHODS[config.objective.name].delayed)
     moments = 2 if config.optimizer.name == "adamw" else int(config.optimizer.momentum > 0)
-    weight_and_gradient = 2 + 2 + 4 if config.train.dtype == "bf16" else 2 * bytes_of  # bf16: and a master weight
-    return weight_and_gradient + (moments + versions) * bytes_of
-
-
-def head_in_words(config: Config) -> str:
-    """What an auxiliary head is, for tables."""
-    head = config.head
-    words = [f"low rank {head.rank}" if head.kind == "low_rank" else head.kind]
-    if head.blocks:
-        words.append(f"{head.blocks} {'averaged ' if head.ema_decay is not None else ''}blocks")
-    if head.token_fraction < 1:
-        words.append(f"{head.token_fraction:.0%} of the tokens")
-    return ", ".join(words)
+    weight_and_gradient = 2 * dtype.bytes + dtype.has_masters * dtype.state_bytes
+    return weight_and_gradient + (moments + versions) * dtype.state_bytes
 
 
 def check(config: Config) -> None:
@@ -55,7 +51,7 @@ def check_depth(config: Config, num_layers: int, max_position_embeddings: int | 
     layers = f"model.num_layers = {num_layers} ({origin})" if origin else config.at("model.num_layers")
     limit_key = "model.max_position_embeddings"
     limit = f"{limit_key} = {max_position_embeddings} ({origin})" if origin else config.at(limit_key)
-    for problem in itertools.chain(_depth(config, num_layers, layers), _head(config, num_layers, layers)):
+    for problem in _depth(config, num_layers, layers):
         raise ConfigError(problem)
     if max_position_embeddings is not None and config.data.sequence_length > max_position_embeddings:
         at = config.at("data.sequence_length")
@@ -122,19 +118,11 @@ def _train(config: Config) -> Iterator[str]:
             f"{at('train.warmup_steps')} has no effect with {at('train.lr_scheduler')}: set it to 0, or "
             "train.lr_scheduler=constant_with_warmup"
         )
-    hybrid = next((key for key in ("backprop_every", "backprop_share") if getattr(config.objective, key)), None)
-    if train.border_dtype and hybrid:
-        yield (
-            f"{at('train.border_dtype')} with {at(f'objective.{hybrid}')}: a border that carries a gradient is not "
-            "rounded. Remove one of them"
-        )
     if train.auto_batch and config.engine == "deepspeed_pipeline":
         yield (
             f"train.micro_batch_size = auto with {at('engine')}: the memory of DeepSpeed's own pipeline is not "
             "predicted; give a number"
         )
-    if train.border_dtype == "bf16" == train.dtype:
-        yield f"{at('train.border_dtype')} has no meaning with {at('train.dtype')}: remove it, or give int8"
     if train.eval_every and not config.data.valid:
         yield f"{at('train.eval_every')}, but there is nothing to evaluate on: give data.valid, or set it to 0"
 
@@ -154,8 +142,15 @@ def _trace(config: Config) -> Iterator[str]:
 
 
 def _depth(config: Config, num_layers: int, layers: str) -> Iterator[str]:
+    """What objective, heads, borders and placement say together with the number of blocks."""
     at = config.at
-    yield from _objective(config, num_layers, layers)
+    try:
+        of_run = objective.build(num_layers, **config.objective.model_dump())
+    except OptionError as error:
+        beside = "".join(f" beside {at(key)}" for key in error.beside)
+        yield f"{at(error.key)}{beside}: {error.problem} ({layers})"
+        return
+    yield from _hybrid(config)
     pipeline, partition = config.parallel.pipeline, config.parallel.partition
     if pipeline > num_layers:
         yield f"{at('parallel.pipeline')} is more than {layers}: every pipeline rank needs a block"
@@ -163,46 +158,70 @@ def _depth(config: Config, num_layers: int, layers: str) -> Iterator[str]:
         yield f"{at('parallel.partition')} has {len(partition)} numbers, but {at('parallel.pipeline')}: give {pipeline}"
     if isinstance(partition, list) and sum(partition) != num_layers:
         yield f"{at('parallel.partition')} is {sum(partition)} blocks in all, but {layers}: the two must be equal"
+    if config.engine == "deepspeed_pipeline" and not of_run.is_backprop:
+        yield f"{at('engine')} with {at('objective.name')}: it trains by backprop alone. Set objective.name=backprop"
+    yield from _border(config, of_run)
     if zero_stage(config) == 3:
-        yield from _zero_3(config, num_layers)
+        yield from _zero_3(config, of_run)
+    yield from _head(config, of_run, layers)
 
 
-def _objective(config: Config, num_layers: int, layers: str) -> Iterator[str]:
-    """What the objective's options say together with the number of blocks."""
-    objective, at = config.objective, config.at
-    chunks = objective.chunks
-    if objective.name in ("chunked", "overlapping", "deep_supervision", "delayed"):
-        if isinstance(chunks, int) and chunks > num_layers:
-            yield f"{at('objective.chunks')} is more than {layers}: give at most {num_layers}"
-        if isinstance(chunks, list) and sum(chunks) != num_layers:
-            yield f"{at('objective.chunks')} is {sum(chunks)} blocks in all, but {layers}: the two must be equal"
-    runs = chunks if isinstance(chunks, int) else len(chunks)
-    if objective.name == "overlapping" and objective.overlap >= runs:
-        yield f"{at('objective.overlap')} is not below the number of runs ({at('objective.chunks')})"
-    if objective.backprop_every is not None and objective.backprop_every > config.train.steps:
+def _hybrid(config: Config) -> Iterator[str]:
+    options, at = config.objective, config.at
+    if not isinstance(options, objective.HybridOptions):
+        return
+    if options.backprop_every is not None and options.backprop_every > config.train.steps:
         yield f"{at('objective.backprop_every')} is more than {at('train.steps')}: no update would be a global one"
-    if objective.backprop_share > 0 and round(objective.backprop_share * config.train.steps) == 0:
+    if options.backprop_share > 0 and round(options.backprop_share * config.train.steps) == 0:
         yield f"{at('objective.backprop_share')} of {at('train.steps')} is no update: give more, or 0"
-    if objective.name == "last" and objective.trained_blocks > num_layers:
-        yield f"{at('objective.trained_blocks')} is more than {layers}: give at most {num_layers}"
 
 
-def _head(config: Config, num_layers: int, layers: str) -> Iterator[str]:
+def _hybrid_key(config: Config) -> str | None:
+    """The key that asks for global updates."""
+    keys = ("objective.backprop_every", "objective.backprop_share")
+    return next((key for key in keys if config.value(key)), None)
+
+
+def _stages(of_run: Objective, pipeline: int = 1, partition: str | list[int] = "balanced") -> list[StagePlan]:
+    """Where the stages are cut. What the parts cost moves only borders that carry as many gradients elsewhere."""
+    return cut(of_run, pipeline, ModelCosts(1.0, 1.0, 1.0), partition)
+
+
+def _border(config: Config, of_run: Objective) -> Iterator[str]:
+    """What rounds hidden states stands between chunks, and only where no gradient comes back."""
+    at, hidden_size, number_bytes = config.at, config.model.hidden_size, DTYPES[config.train.dtype].bytes
+    if config.border.codec == "none":
+        return
+    if len(of_run.heads) == 1:
+        yield f"{at('border.codec')} has no meaning with {at('objective.name')}: there is one chunk. Remove it"
+    stages = _stages(of_run)
+    borders = [stage.index + 1 for stage in stages if stage.has_head and not stage.is_last]
+    for phase in of_run.phases:
+        if any(crossing(flows(phase, stages), border) for border in borders):
+            what = at((phase is of_run.backprop and _hybrid_key(config)) or "objective.name")
+            yield f"{at('border.codec')} with {what}: a border that carries a gradient is not rounded. Remove one"
+    if CODECS[config.border.codec].token_bytes(hidden_size, number_bytes) >= hidden_size * number_bytes:
+        yield f"{at('border.codec')} saves nothing with {at('train.dtype')}: remove it, or give another"
+
+
+def _head(config: Config, of_run: Objective, layers: str) -> Iterator[str]:
     """What the options of auxiliary heads say together, and with the number of blocks."""
-    head, at = config.head, config.at
-    auxiliary = objective.build(num_layers, **config.objective.model_dump()).heads[:-1]
+    head, at, num_layers = config.head, config.at, of_run.num_blocks
+    auxiliary = of_run.heads[:-1]
     fields = type(head).model_fields.items()
-    changed = [key for key, field in fields if key != "chunk_tokens" and getattr(head, key) != field.default]
+    changed = [key for key, field in fields if getattr(head, key) != field.default]
     if changed and not auxiliary:
         yield (
             f"{at(f'head.{changed[0]}')} has no meaning with {at('objective.name')}: the only head is the model's own. "
             "Remove it (or give null)"
         )
-    if head.kind == "low_rank" and head.rank >= config.model.hidden_size:
-        yield f"{at('head.rank')} is not below {at('model.hidden_size')}: that is no low rank; use head.kind=private"
+    try:
+        HEADS[head.kind].check(head, config.model.hidden_size)
+    except OptionError as error:
+        yield f"{at(error.key)} with {at('model.hidden_size')}: {error.problem}"
     if head.blocks > num_layers:
         yield f"{at('head.blocks')} is more than {layers}: extra blocks are like the model's; give at most {num_layers}"
-    if head.refresh_every > 1 and head.kind != "shared" and head.ema_decay is None:
+    if head.refresh_every > 1 and not holds_copies(head):
         yield (
             f"{at('head.refresh_every')} has no meaning with {at('head.kind')} and {at('head.ema_decay')}: there is "
             "nothing to refresh. Remove it (or give null)"
@@ -220,34 +239,21 @@ def _head(config: Config, num_layers: int, layers: str) -> Iterator[str]:
         )
 
 
-def _zero_3(config: Config, num_layers: int) -> Iterator[str]:
+def _zero_3(config: Config, of_run: Objective) -> Iterator[str]:
     """ZeRO 3 needs stages that no gradient leaves."""
-    objective, parallel, at = config.objective, config.parallel, config.at
+    parallel, at = config.parallel, config.at
     stage_at = at("deepspeed.zero_optimization.stage")
     why = "the weights of all micro-batches in flight would stay gathered, so nothing is saved. Use ZeRO 2 or less"
-    several = {"overlapping": objective.overlap > 0, "deep_supervision": True}
-    if several.get(objective.name):
-        yield f"{stage_at} with {at('objective.name')}: gradients go from stage to stage there, and {why}"
-    for key in ("backprop_every", "backprop_share"):
-        if getattr(objective, key):
-            yield f"{stage_at} with {at(f'objective.{key}')}: gradients go from stage to stage there, and {why}"
-    chunks: int | list[int] = objective.chunks
-    if objective.name in ("backprop", "delayed"):
-        chunks = 1
-    elif objective.name == "greedy":
-        chunks = num_layers
-    elif objective.name == "last":
-        chunks = [1] * (num_layers - objective.trained_blocks) + [objective.trained_blocks]
-    if isinstance(chunks, int):  # as equal as possible, the longer ones first
-        chunks = [num_layers // chunks + (i < num_layers % chunks) for i in range(chunks)]
-    crossing = len(chunks) < parallel.pipeline
-    if isinstance(parallel.partition, list):
-        crossing = not set(itertools.accumulate(parallel.partition)) <= set(itertools.accumulate(chunks))
-    if crossing:
-        what = at("objective.chunks") if objective.name == "chunked" else at("objective.name")
-        where = at("parallel.partition") if isinstance(parallel.partition, list) else at("parallel.pipeline")
+    if borders_carry_gradients(of_run, _stages(of_run)):
+        by_itself = any(flows(of_run.usual, _stages(of_run)))
+        what = at("objective.name" if by_itself else _hybrid_key(config) or "objective.name")
+        yield f"{stage_at} with {what}: gradients go from stage to stage there, and {why}"
+    elif borders_carry_gradients(of_run, _stages(of_run, parallel.pipeline, parallel.partition)):
+        what = at("objective.chunks" if config.value("objective.chunks") is not None else "objective.name")
+        where = at("parallel.partition" if isinstance(parallel.partition, list) else "parallel.pipeline")
+        sizes = [span.last - span.first + 1 for span in of_run.usual.spans]
         yield (
-            f"{stage_at} with {what} and {where}: runs of {chunks} blocks would cross from one pipeline rank to the "
+            f"{stage_at} with {what} and {where}: runs of {sizes} blocks would cross from one pipeline rank to the "
             f"next, and {why}, or cut at the pipeline ranks (at least {parallel.pipeline} chunks)"
         )
 
@@ -261,8 +267,7 @@ def _deepspeed(config: Config) -> Iterator[str]:
     stage_at, stage = at("deepspeed.zero_optimization.stage"), config.value("deepspeed.zero_optimization.stage")
     if stage not in (None, 0, 1, 2, 3):
         yield f"{stage_at}: must be 0, 1, 2 or 3"
-    delayed = config.objective.name == "delayed"
-    if delayed and (bf16 or zero_stage(config) > 0):
+    if METHODS[config.objective.name].delayed and (bf16 or zero_stage(config) > 0):
         what = at("train.dtype") if bf16 else stage_at
         yield f"{what} with {at('objective.name')}: two versions of the weights are kept, in fp32 at ZeRO 0 only"
     if bf16 and stage == 0:
@@ -291,8 +296,6 @@ def _pipeline_baseline(config: Config) -> Iterator[str]:
         return
     at = config.at
     engine_at, stage_key = at("engine"), "deepspeed.zero_optimization.stage"
-    if config.objective.name != "backprop":
-        yield f"{engine_at} with {at('objective.name')}: it trains by backprop alone. Set objective.name=backprop"
     if zero_stage(config) > 1:
         yield f"{engine_at} with {at(stage_key)}: DeepSpeed's pipelines work with ZeRO 0 and 1 only"
     if config.train.dtype not in ("fp32", "bf16"):

@@ -6,36 +6,34 @@ Nothing here looks at more than one key; that is config_checks.py. Reading, over
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic import BeforeValidator, Field, PrivateAttr, SerializeAsAny
 
 from lptransformer import deepspeed_keys
 from lptransformer.errors import ConfigError
+from lptransformer.head_kinds import HEADS, HeadOptions
+from lptransformer.objective import METHODS, ChunkedOptions, ObjectiveOptions
+from lptransformer.section import (
+    Count,
+    Fraction,
+    Globs,
+    MaybeCount,
+    MaybeText,
+    NotNegative,
+    Positive,
+    Section,
+    Text,
+    Whole,
+)
 
-# The text in each type says what would be right; it goes into the message about a wrong value.
-Count = Annotated[int, Field(ge=1), "a whole number, 1 or more"]
-Whole = Annotated[int, Field(ge=0), "a whole number, 0 or more"]
-Positive = Annotated[float, Field(gt=0), "a number above 0"]
-NotNegative = Annotated[float, Field(ge=0), "a number, 0 or more"]
-Fraction = Annotated[float, Field(ge=0, lt=1), "a number, 0 or more and below 1"]
-Share = Annotated[float, Field(ge=0, le=1), "a number from 0 to 1"]
-Text = Annotated[str, Field(min_length=1), "text (in quotes when it looks like a number)"]
-MaybeCount = Annotated[Count | None, "a whole number, 1 or more, or null"]
-MaybeText = Annotated[Text | None, "text (in quotes when it looks like a number) or null"]
-Globs = Annotated[list[Text], Field(min_length=1), "a glob or a list of globs"]
 AUTO = "auto"
 if TYPE_CHECKING:  # who reads it gets a number, or an error: TrainSection sees to that
     BatchSize = int
 else:
     BatchSize = Annotated[Count | Literal["auto"], "a whole number, 1 or more, or auto"]
 _SOURCES = "a glob, a list of globs, or a mapping of names to globs or to {files, weight}"
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys, wrong types, nan and inf are refused; a whole number is a fine float."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Source(Section):
@@ -111,48 +109,17 @@ class ParallelSection(Section):
     timeout_seconds: Positive = Field(default=1800.0, description="how long a process waits for another")
 
 
-class ObjectiveSection(Section):
-    name: Literal["backprop", "chunked", "greedy", "overlapping", "last", "deep_supervision", "delayed"] = Field(
-        default="chunked", description="which loss reaches which blocks: the rows of OBJECTIVES in objective.py"
-    )
-    chunks: Annotated[Count | list[Count], "a whole number or a list of block counts, each 1 or more"] = Field(
-        default=2, description="runs of blocks with a head behind each: how many, or the length of each"
-    )
-    overlap: Whole = Field(default=1, description="overlapping: runs below its own that a head's loss trains too")
-    own_weight: Share = Field(
-        default=0.5, description="overlapping: weight of the nearer losses of a block (0: the furthest alone)"
-    )
-    first_head: bool = Field(default=False, description="overlapping: a head behind the first run too")
-    trained_blocks: Count = Field(default=1, description="last: blocks that are trained, counted from the last one")
-    backprop_every: MaybeCount = Field(default=None, description="hybrid: every so many updates a global one")
-    backprop_share: Share = Field(default=0.0, description="hybrid: share of the updates, the last, that are global")
+class LossSection(Section):
+    """How the loss of every head is taken, the model's own included."""
 
-
-class HeadSection(Section):
-    """The heads between stages; the last one is always the model's own. `chunk_tokens` is for all."""
-
-    kind: Literal["private", "shared", "low_rank"] = Field(
-        default="private",
-        description="own norm and readout (private), a read-only copy of the last readout (shared), or low_rank",
-    )
-    rank: Count = Field(default=64, description="low_rank: width between norm and readout")
-    blocks: Whole = Field(default=0, description="extra Transformer blocks in the head, before its norm")
-    ema_decay: Annotated[Fraction | None, "a number, 0 or more and below 1, or null"] = Field(
-        default=None, description="extra blocks follow a moving average of the next blocks (null: they are trained)"
-    )
-    refresh_every: Count = Field(default=1, description="shared, ema_decay: updates between two refreshes of copies")
-    token_fraction: Annotated[float, Field(gt=0, le=1), "a number above 0, up to 1"] = Field(
-        default=1.0, description="share of a window's positions, drawn anew every time, whose loss the head sees"
-    )
-    init: Annotated[Literal["scratch", "model"] | None, "scratch, model or null"] = Field(
-        default=None, description="new weights, or copies of the model's own (null: model with model.pretrained)"
-    )
     chunk_tokens: Count = Field(default=1024, description="rows of logits that exist at once")
 
-    def cost_options(self) -> dict[str, Any]:
-        """What cost.model_costs wants to know of an auxiliary head."""
-        same = self.model_dump(include={"kind", "rank", "blocks", "token_fraction"})
-        return {**same, "averaged_blocks": self.ema_decay is not None}
+
+class BorderSection(Section):
+    codec: str = Field(
+        default="none",
+        description="hidden states from chunk to chunk: as they are (none), bf16, or int8 with a scale per token",
+    )
 
 
 class OptimizerSection(Section):
@@ -183,14 +150,9 @@ class TrainSection(Section):
     dtype: Literal["fp32", "bf16", "fp64"] = Field(
         default="fp32", description="fp32, bf16 with fp32 master weights, or fp64 (to check algebra)"
     )
-    border_dtype: Annotated[Literal["bf16", "int8"] | None, "bf16, int8 or null"] = Field(
-        default=None,
-        description="chunked, greedy: hidden states from chunk to chunk in bf16, or int8 with a scale per token",
-    )
     seed: Annotated[int, Field(ge=0, lt=2**32), "a whole number from 0 to 4294967295"] = Field(
         default=0, description="seed of the weights and of the data order"
     )
-    save_every: Whole = Field(default=0, description="updates between checkpoints (0: only at the end)")
     eval_every: Whole = Field(default=0, description="updates between evaluations (0: only at the end)")
     max_skipped_updates: Count = Field(default=10, description="skipped updates of a stage in a row that end the run")
 
@@ -210,6 +172,10 @@ class TrainSection(Section):
                     "does; give one here, for example --train.micro_batch_size=8"
                 )
             return value
+
+
+class CheckpointSection(Section):
+    every: Whole = Field(default=0, description="updates between checkpoints (0: only at the end)")
 
 
 class RunSection(Section):
@@ -239,10 +205,13 @@ class Config(Section):
     model: ModelSection = ModelSection()
     data: DataSection
     parallel: ParallelSection = ParallelSection()
-    objective: ObjectiveSection = ObjectiveSection()
-    head: HeadSection = HeadSection()
+    objective: SerializeAsAny[ObjectiveOptions] = ChunkedOptions()
+    head: SerializeAsAny[HeadOptions] = HeadOptions()
+    loss: LossSection = LossSection()
+    border: BorderSection = BorderSection()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     run: RunSection = RunSection()
     deepspeed: dict[str, Any] = {}
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -261,21 +230,59 @@ class Config(Section):
 
 
 PLAIN = ("engine",)  # keys that are in no section
-SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items() if name not in PLAIN}
-TYPED: dict[str, type[Section]] = {name: kind for name, kind in SECTIONS.items() if name != "deepspeed"}
-KEYS = [*PLAIN, *(f"{name}.{key}" for name, section in TYPED.items() for key in section.model_fields)]
-KEYS += [f"deepspeed.{table}{key}" for table, keys in deepspeed_keys.TABLES.items() for key in keys]
-_RUNS = ("chunked", "overlapping", "deep_supervision")
+SECTIONS = [name for name in Config.model_fields if name not in PLAIN]
+# Sections whose options are those of a row: the key that names the row, and the rows.
+ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "objective": ("name", METHODS),
+    "head": ("kind", HEADS),
+}
 # Keys that have a meaning beside some values of another only; given explicitly elsewhere they are refused, and they are
 # not printed.
 ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "data.vocab_size": ("data.tokenizer", ("sentencepiece",)),
-    "objective.chunks": ("objective.name", (*_RUNS, "delayed")),
-    **{f"objective.{key}": ("objective.name", ("overlapping",)) for key in ("overlap", "own_weight", "first_head")},
-    "objective.trained_blocks": ("objective.name", ("last",)),
-    **{f"objective.backprop_{key}": ("objective.name", (*_RUNS, "greedy")) for key in ("every", "share")},
-    "train.border_dtype": ("objective.name", ("chunked", "greedy")),
     **{f"optimizer.{key}": ("optimizer.name", ("adamw",)) for key in ("beta1", "beta2", "eps")},
     "optimizer.momentum": ("optimizer.name", ("sgd",)),
-    "head.rank": ("head.kind", ("low_rank",)),
 }
+# Keys that had another name once. Who types or writes an old one is told the new one; what a run folder or a record
+# holds is translated.
+RENAMED = {
+    "train.border_dtype": "border.codec",
+    "train.save_every": "checkpoint.every",
+    "head.chunk_tokens": "loss.chunk_tokens",
+}
+
+
+def section_type(section: str, row: str | None = None) -> type[Section]:
+    """The class of a section's options; of those that take the options of a row, with the default one unless `row`."""
+    of_section = Config.model_fields[section].annotation
+    assert isinstance(of_section, type) and issubclass(of_section, Section)
+    if section not in ROWS:
+        return of_section
+    key, rows = ROWS[section]
+    return rows[row or of_section.model_fields[key].default].options
+
+
+def fields_of(section: str) -> dict[str, Any]:
+    """The fields of a section by key; of those that take the options of a row, of all rows together."""
+    if section == "deepspeed":
+        return {}
+    types = [row.options for row in ROWS[section][1].values()] if section in ROWS else [section_type(section)]
+    return {key: field for one in types for key, field in one.model_fields.items()}
+
+
+def known_keys() -> list[str]:
+    """Every dotted key that a configuration may have."""
+    keys = [*PLAIN, *(f"{section}.{key}" for section in SECTIONS for key in fields_of(section))]
+    return keys + [f"deepspeed.{table}{key}" for table, names in deepspeed_keys.TABLES.items() for key in names]
+
+
+def translated(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved configuration with today's names for keys that had another one when it was written."""
+    found = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in values.items()}
+    for old, new in RENAMED.items():
+        (section, key), (new_section, new_key) = old.split("."), new.split(".")
+        if isinstance(found.get(section), dict) and key in found[section]:
+            value = found[section].pop(key)
+            default = section_type(new_section).model_fields[new_key].default
+            found.setdefault(new_section, {})[new_key] = default if value is None else value
+    return found

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lptransformer.head_kinds import HEADS, HeadOptions
+
 
 @dataclass(frozen=True)
 class ModelCosts:
@@ -46,38 +48,31 @@ def model_costs(
     hidden_size: int,
     vocab_size: int,
     sequence_length: int,
+    head: HeadOptions,
     *,
     embedding_parameters: int = 0,
     norm_parameters: int = 0,
-    kind: str = "private",
-    rank: int = 64,
-    blocks: int = 0,
-    averaged_blocks: bool = False,
-    token_fraction: float = 1.0,
 ) -> ModelCosts:
-    """The costs of a model whose auxiliary heads have `kind`, `rank`, extra `blocks` and `token_fraction`.
-
-    `averaged_blocks` says that the extra blocks are read-only averages. Norms cost weights, but no FLOPs that count.
-    """
+    """The costs of a model whose auxiliary heads are as `head` says. Norms cost weights, but no FLOPs that count."""
     attention = 2 * sequence_length * hidden_size
     block_flops = 2.0 * block_parameters + attention
     full = hidden_size * vocab_size
-    readout = rank * (hidden_size + vocab_size) if kind == "low_rank" else full
-    shared = kind == "shared"
+    readout = HEADS[head.kind].cost(head, hidden_size, vocab_size)
+    averaged, blocks = head.ema_decay is not None, head.blocks
     # Without a fraction the last position of a window is computed too, and has no label.
-    share = 1.0 if token_fraction == 1.0 else loss_positions(sequence_length, token_fraction) / sequence_length
-    of_readout = 2.0 * readout * share
-    block_backward = 2.0 * block_parameters * (1 if averaged_blocks else 2) + 2 * attention
-    blocks_trained, blocks_copied = (0, blocks) if averaged_blocks else (blocks, 0)
+    fraction = head.token_fraction
+    share = 1.0 if fraction == 1.0 else loss_positions(sequence_length, fraction) / sequence_length
+    block_backward = 2.0 * block_parameters * (1 if averaged else 2) + 2 * attention
+    blocks_trained, blocks_copied = (0, blocks) if averaged else (blocks, 0)
     return ModelCosts(
         block_flops=block_flops,
         head_flops=2.0 * full,
-        auxiliary_flops=of_readout + blocks * block_flops,
-        auxiliary_backward_flops=of_readout * (1 if shared else 2) + blocks * block_backward,
+        auxiliary_flops=2.0 * readout.multiplied * share + blocks * block_flops,
+        auxiliary_backward_flops=2.0 * (2 * readout.multiplied - readout.copied) * share + blocks * block_backward,
         embedding_parameters=embedding_parameters,
         block_parameters=block_parameters,
         head_parameters=norm_parameters + full,
-        auxiliary_parameters=norm_parameters + (1 if shared else readout) + blocks_trained * block_parameters,
-        auxiliary_copied=(full if shared else 0) + blocks_copied * block_parameters,
-        auxiliary_readout=0 if shared else rank * vocab_size if kind == "low_rank" else full,
+        auxiliary_parameters=norm_parameters + readout.trained + blocks_trained * block_parameters,
+        auxiliary_copied=readout.copied + blocks_copied * block_parameters,
+        auxiliary_readout=readout.vocabulary,
     )

@@ -73,7 +73,7 @@ OURS: dict[str, str] = {
     "vocabulary_size": "data.vocab_size",
     **_because("bf16 bfloat16 fp16 torch_autocast data_types.param_dtype", "train.dtype"),
     **_because("data_efficiency dataloader_drop_last", "the data section"),
-    **_because("checkpoint datastates_ckpt", "train.save_every"),
+    **_because("checkpoint datastates_ckpt", "checkpoint.every"),
 }
 _SET_HERE = "every stage's engine needs its own value, which is set by itself"
 _NOT_HERE = "it does not work with local updates"

@@ -26,8 +26,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lptransformer import checkpoint
 from lptransformer.deepspeed_keys import bucket_elements
-from lptransformer.head import Copy
-from lptransformer.stage import Output, Stage
+from lptransformer.head import Copy, LossBatch
+from lptransformer.stage import Stage, StageOutput
 from lptransformer.versions import TwoVersions
 
 
@@ -103,11 +103,9 @@ class TrainedStage:
             self.engine.optimizer.check_overflow = lambda partition_gradients=True: None
             self.engine.optimizer.scaled_global_norm = lambda norm_type=2: self._norm
 
-    def forward(
-        self, inputs: Tensor, labels: Tensor, scale: float, positions: Tensor | None = None, split: bool = False
-    ) -> Output:
+    def forward(self, inputs: Tensor, batch: LossBatch, split: bool = False) -> StageOutput:
         """See Stage.forward. Not `engine.module(...)`: at ZeRO 3 that goes wrong silently."""
-        return self.engine(inputs, labels, scale, positions, split)
+        return self.engine(inputs, batch, split)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
@@ -241,10 +239,8 @@ class FrozenStage:
         self.stage = stage
 
     @torch.no_grad()
-    def forward(
-        self, inputs: Tensor, labels: Tensor, scale: float, positions: Tensor | None = None, split: bool = False
-    ) -> Output:
-        return self.stage(inputs, labels, scale)
+    def forward(self, inputs: Tensor, batch: LossBatch, split: bool = False) -> StageOutput:
+        return self.stage(inputs, batch)
 
     def train(self, mode: bool) -> None:
         """Training or evaluation mode."""

@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lptransformer.objective import Phase
+from lptransformer.head import CROSS_ENTROPY, LossBatch
 from lptransformer.partition import StagePlan
 from lptransformer.run_model import RunModel
+from lptransformer.spans import Phase
 from lptransformer.spectrum import Moments, effective_rank, stable_rank
 from lptransformer.token_set import IGNORE_INDEX, Batch
 
@@ -97,7 +98,7 @@ def diagnose(
     """
     weights = _weights(model)
     compared = {unit: _Compared() for unit in weights}
-    moments = {block: Moments() for block in range(model.config.num_hidden_layers)}
+    moments = {block: Moments() for block in range(model.blueprint.objective.num_blocks)}
     exits = torch.zeros(len(model.exits), 3, dtype=torch.float64)  # sums of: nll, same token, KL
     label_tokens = sum(batch.label_tokens for batch in batches)
     tokens = sum(batch.input_ids.numel() for batch in batches)
@@ -127,7 +128,7 @@ def diagnose(
     per_token = (exits / label_tokens).tolist()
     return Diagnosis(
         tokens,
-        model.parts.hidden_size,
+        model.blueprint.parts.hidden_size,
         [BlockGradient(unit, plan_of[unit or 0].index, *one.numbers()) for unit, one in compared.items()],
         ranks,
         [Exit(plan.index, plan.last_block, *row) for plan, row in zip(plans, per_token, strict=True)],
@@ -139,7 +140,7 @@ def diagnose(
 
 def _weights(model: RunModel) -> dict[int | None, list[nn.Parameter]]:
     """The weights of the embedding and of every block."""
-    start = f"{model.parts.blocks_in_base}."
+    start = f"{model.blueprint.parts.blocks_in_base}."
     weights: dict[int | None, list[nn.Parameter]] = {None: []}
     for stage in model.stages:
         for name, weight in stage.body.named_parameters():
@@ -154,8 +155,9 @@ def _losses(model: RunModel, input_ids: Tensor, labels: Tensor, scale: float) ->
     for stage in model.stages:
         inputs = stage.hidden_states(inputs)
         if stage.head is not None:
-            losses[stage.plan.last_block], loss_sum = stage.head(inputs, labels, scale)
-            sums.append(loss_sum)
+            term = stage.head(inputs, LossBatch(labels, scale))[CROSS_ENTROPY]
+            losses[stage.plan.last_block] = term.loss
+            sums.append(term.total)
     return losses, torch.stack(sums).tolist()
 
 
@@ -252,7 +254,7 @@ def _watched(model: RunModel) -> Iterator[tuple[dict[int, Tensor], dict[int, Ten
     for stage in model.stages:
         plan = stage.plan
         for block in range(plan.first_block, plan.last_block + 1):
-            module = stage.body.get_submodule(f"{model.parts.blocks_in_base}.{block}")
+            module = stage.body.get_submodule(f"{model.blueprint.parts.blocks_in_base}.{block}")
             handles.append(module.register_forward_hook(keep_output(block)))
         if stage.head is not None:
             handles.append(stage.head.readout.register_forward_pre_hook(keep_rows(plan.last_block)))

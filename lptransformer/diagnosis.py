@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lptransformer import figures, run_folder, run_model, whole_file
-from lptransformer import objective as objectives
 from lptransformer.diagnose import diagnose
 from lptransformer.errors import DataError, UserError
 from lptransformer.evaluate import open_sets, to_json
@@ -44,7 +43,7 @@ def diagnose_run(
         if number < 1:
             raise UserError(f"{flag} {number}: it must be 1 or more")
     update = run_model.find_update(run, step)
-    section = run_folder.read_config(run).objective
+    method = run_folder.read_config(run).objective.name
     use_fair_share_of_cores(1)
     with tempfile.TemporaryDirectory(prefix="lptransformer-") as scratch:
         sets = open_sets(run, None, Path(scratch))
@@ -56,11 +55,11 @@ def diagnose_run(
     for stage in model.exits:
         assert stage.head is not None
         stage.head.requires_grad_(False)
-    objective = objectives.build(model.config.num_hidden_layers, **section.model_dump())
+    objective = model.blueprint.objective
     with _progress(len(chosen)) as progress:
         task = progress.add_task("", total=len(chosen))
         found = diagnose(model, objective.usual, chosen, lambda: progress.advance(task))
-    results = {"run": str(run), "step": update, "set": name, "objective": section.name, "delayed": objective.delayed}
+    results = {"run": str(run), "step": update, "set": name, "objective": method, "delayed": objective.delayed}
     results |= {"window": sets[name].sequence_length, "windows": sum(len(one.input_ids) for one in chosen)}
     return results | {"batches": len(chosen), "batch_size": batch_size} | asdict(found)
 

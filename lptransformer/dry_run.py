@@ -13,7 +13,8 @@ import psutil
 import torch
 
 from lptransformer import flops, partition
-from lptransformer.build import ModelPlan, plan_model
+from lptransformer.blueprint import Blueprint as ModelPlan
+from lptransformer.blueprint import draw as plan_model
 from lptransformer.config import Config
 from lptransformer.config_checks import head_in_words, state_bytes
 from lptransformer.empty_model import EmptyModel

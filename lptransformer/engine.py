@@ -9,107 +9,74 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-from lptransformer import checkpoint, run_folder
+from lptransformer import checkpoint
+from lptransformer.blueprint import Blueprint
 from lptransformer.channel import Control, Frame, Header, Kind, Neighbours, open_channels
 from lptransformer.deepspeed_stage import TrainedStage
+from lptransformer.dtypes import DTYPES
 from lptransformer.errors import TrainingError
-from lptransformer.executor import Executor, HeadLoss, LocalStage, Update, plan_phases
-from lptransformer.face import Report, Stream, UpdateResult, ValidSet, gather_reports
-from lptransformer.gradients import crossing, flows
-from lptransformer.metrics import EvaluationReport, StageReport, TraceReport
+from lptransformer.executor import Executor, LocalStage, Update, plan_phases
+from lptransformer.face import EngineOptions, Report, Stream, TrainingEngine, UpdateResult, ValidSet, gather_reports
+from lptransformer.head import LossBatch
+from lptransformer.metrics import StageReport, TraceReport
 from lptransformer.mirror import Mirror
-from lptransformer.objective import Objective
 from lptransformer.partition import StagePlan
-from lptransformer.processes import peak_memory_bytes
 from lptransformer.recorder import COPIES, Recorder
-from lptransformer.token_set import whole_rounds
-from lptransformer.world import World, any_replica, leave
+from lptransformer.rounding import make_codec
+from lptransformer.world import World, any_replica
 
 STOP_KEY = "stop"  # in the store: set by any process that was told to stop
 
 
-class LocalUpdateEngine:
+class LocalUpdateEngine(TrainingEngine):
     """All stages of one pipeline rank, their channels, and the update loop. Built by lptransformer.initialize."""
 
     def __init__(
         self,
         world: World,
-        objective: Objective,
-        stages: Sequence[StagePlan],
+        blueprint: Blueprint,
         build: Callable[[StagePlan], LocalStage],
         stream: Stream,
         valid: Mapping[str, ValidSet],
-        head_losses: Mapping[int, HeadLoss],
-        copy_lags: Mapping[int, int],
-        roundings: Mapping[int, str],
-        *,
-        hidden_size: int,
-        dtype: torch.dtype,
-        steps: int,
-        micro_batch_size: int,
-        sequence_length: int,
-        micro_batches_per_update: int,
-        in_flight: int,
-        refresh_every: int,
-        max_skipped_updates: int,
-        channel: str,
-        trace: Sequence[int] | None = None,
+        options: EngineOptions,
     ) -> None:
-        self.world = world
-        self.objective = objective
-        self.stages = list(stages)
-        self.stream = stream
-        self.valid = valid
-        self.steps = steps
-        self.micro_batch_size = micro_batch_size
-        self.micro_batches = micro_batches_per_update
-        self.max_skipped_updates = max_skipped_updates
-        self.update = 0
-        self.describe_run: Callable[[Path, bool], None] | None = None
-        # Every window is full in training, and its last position has no label.
-        self.label_tokens = self.micro_batches * micro_batch_size * (sequence_length - 1)
-        self.head_losses = head_losses
-        self.local = {plan.index: build(plan) for plan in stages if plan.pipeline_rank == world.pipeline_rank}
-        of_phases = [flows(phase, stages) for phase in objective.phases]
+        super().__init__(world, blueprint, stream, valid, options)
+        self.objective = blueprint.objective
+        self.local = {plan.index: build(plan) for plan in self.stages if plan.pipeline_rank == world.pipeline_rank}
+        bottom, top, phases, codecs = min(self.local), max(self.local), blueprint.phases, blueprint.codecs
+        dtype: torch.dtype = getattr(torch, DTYPES[blueprint.dtype].name)
         self.neighbours = open_channels(
             world,
-            Frame((micro_batch_size, sequence_length, hidden_size), dtype, world.device, channel),
-            in_flight,
-            rounding_below=roundings.get(min(self.local) - 1),
-            rounding_above=roundings.get(max(self.local)),
-            gradients_below=max(len(crossing(one, min(self.local))) for one in of_phases),
-            gradients_above=max(len(crossing(one, max(self.local) + 1)) for one in of_phases),
+            Frame(blueprint.hidden_shape, dtype, world.device, options.channel),
+            blueprint.in_flight,
+            codec_below=make_codec(codecs.get(bottom - 1, "none")),
+            codec_above=make_codec(codecs.get(top, "none")),
+            gradients_below=max(len(plan.crossing(bottom)) for plan in phases),
+            gradients_above=max(len(plan.crossing(top + 1)) for plan in phases),
         )
-        self.executor = Executor(
-            world, self.local, self.neighbours, head_losses, roundings, self.micro_batches, stream.batch, self._decide
-        )
-        self.work = plan_phases(world, stages, objective, self.local, self.micro_batches // world.data_size)
-        self.mirror = Mirror(world, stages, self.local, copy_lags, refresh_every)
-        self._requested = Control.NOTHING
-        self._stop_requested = False
-        self._recorder = self._recorder_of(*trace) if trace else None
+        self.executor = Executor(world, blueprint, self.local, self.neighbours, stream.batch, self._decide)
+        self.work = plan_phases(world, blueprint, self.local)
+        self.mirror = Mirror(world, self.stages, self.local, blueprint.copy_lags, blueprint.head.refresh_every)
+        self._recorder = self._recorder_of(*options.trace) if options.trace else None
 
     # ------------------------------------------------------------------------------------------ the four calls
 
     def train_batch(self) -> UpdateResult:
-        """One update of every stage of this pipeline rank.
-
-        Raises TrainingError when a stage has skipped too many updates in a row, or a neighbour has gone.
-        """
+        """See TrainingEngine. No stage waits for another's optimizer."""
         started, waited = time.perf_counter(), self.waited_seconds
         recorder = self._recorder if self._recorder and self._recorder.wants(self.update + 1) else None
         if recorder:
             recorder.begin(started)
         self.executor.recorder = recorder
-        phase = self.objective.phase_at(self.update, self.steps)
+        phase, steps = self.objective.phase_at(self.update, self.blueprint.steps), self.blueprint.steps
         with recorder.action(COPIES) if recorder and self.mirror.links else contextlib.nullcontext():
             self.mirror.before(self.update)
-        done = self.executor.run(self.work[phase], self.update, is_last=self.update + 1 >= self.steps)
+        done = self.executor.run(self.work[phase], self.update, is_last=self.update + 1 >= steps)
         with recorder.action(COPIES) if recorder and self.mirror.links else contextlib.nullcontext():
             self.mirror.after(self.update + 1)
         if self.world.pipeline_size == 1:
@@ -123,13 +90,12 @@ class LocalUpdateEngine:
         self._stop_when_skipping(reports, done)
         return UpdateResult(self.update, done.control, reports)
 
+    @torch.no_grad()
     def eval_batch(self, name: str) -> list[Report]:
-        """Sums of the losses of every local head over all windows of the validation set `name`.
+        """See TrainingEngine. No pipeline rank waits for the ones after it.
 
-        Every process calls this at the same update; replica i takes each i-th micro-batch. No pipeline rank waits for
-        the ones after it. Where gradients are delayed, the update before must have been asked for it by `request`.
-
-        Raises TrainingError where it was not.
+        Where gradients are delayed, the update before must have been asked for it by `request`. Raises TrainingError
+        where it was not.
         """
         if not self.executor.between_updates:
             raise TrainingError(
@@ -140,89 +106,50 @@ class LocalUpdateEngine:
         label_tokens = 0
         for stage in self.local.values():
             stage.train(False)
-        with torch.no_grad():
-            batches = whole_rounds(self.valid[name].batches(self.micro_batch_size), self.world.data_size)
-            for index, batch in enumerate(batches):
-                if index % self.world.data_size != self.world.data_rank:
-                    continue
-                label_tokens += batch.label_tokens
-                if self.neighbours.below is None:
-                    inputs = batch.input_ids.to(self.world.device)
-                else:
-                    header, inputs = self.neighbours.below.receive()
-                    assert (header.kind, header.update, header.micro_batch) == (Kind.EVALUATE, self.update, index)
-                labels = batch.labels.to(self.world.device)
-                for stage_index, stage in self.local.items():
-                    hidden_states, _, loss_sum, _, _ = stage.forward(inputs, labels, 1.0)
-                    if loss_sum is not None:
-                        sums[stage_index] += loss_sum.item()
-                    inputs = self.executor.handed_over(stage_index, hidden_states)
-                if self.neighbours.above is not None:
-                    self.neighbours.above.send(Header(Kind.EVALUATE, self.update, index), inputs)
+        for index, batch in self._own_batches(name):
+            label_tokens += batch.label_tokens
+            if self.neighbours.below is None:
+                inputs = batch.input_ids.to(self.world.device)
+            else:
+                header, inputs = self.neighbours.below.receive()
+                assert (header.kind, header.update, header.micro_batch) == (Kind.EVALUATE, self.update, index)
+            loss_batch = LossBatch(batch.labels.to(self.world.device), scale=1.0)
+            for stage_index, stage in self.local.items():
+                output = stage.forward(inputs, loss_batch)
+                if output.nll_sum is not None:
+                    sums[stage_index] += output.nll_sum.item()
+                inputs = self.executor.handed_over(stage_index, output.hidden_states)
+            if self.neighbours.above is not None:
+                self.neighbours.above.send(Header(Kind.EVALUATE, self.update, index), inputs)
         for stage in self.local.values():
             stage.train(True)
+        plans = {index: stage.plan for index, stage in self.local.items()}
         return gather_reports(
             self.world,
-            [
-                EvaluationReport(
-                    update=self.update,
-                    evaluation=name,
-                    stage=index,
-                    data_rank=self.world.data_rank,
-                    nll_sum=nll_sum if self.local[index].plan.has_head else None,
-                    label_tokens=label_tokens,
-                )
-                for index, nll_sum in sums.items()
-            ],
+            [self._evaluation_report(name, plans[index], nll_sum, label_tokens) for index, nll_sum in sums.items()],
         )
 
-    def save_checkpoint(self, run: str | Path) -> None:
-        """Write the local stages below the run folder `run`. No stage waits for another.
-
-        A folder that is no run folder yet becomes one, so that it can be evaluated and exported.
-        """
-        if self.world.global_rank == 0 and self.describe_run is not None and not run_folder.holds_run(Path(run)):
-            self.describe_run(Path(run), False)
+    def _save(self, run: Path) -> None:
+        """No stage waits for another."""
         for index, stage in self.local.items():
             folder = checkpoint.stage_folder(run, self.update, index)
-            position = self.stream.position(self.update * self.micro_batches)
-            description = checkpoint.describe(stage.plan, len(self.stages), self.update, position)
-            stage.save(folder, description, self.mirror.pending(index, self.update))
+            stage.save(folder, self._description(stage.plan), self.mirror.pending(index, self.update))
 
-    def load_checkpoint(self, run: str | Path, update: int | None = None) -> int:
-        """Continue from a complete checkpoint of `run`, the newest one unless `update` says which.
-
-        Returns its number of updates. Raises RunError when there is none, DataError when its place in the data is none
-        of this stream's.
-        """
+    def _load(self, run: Path, update: int) -> None:
         assert self.executor.between_updates, "a run that is under way with delayed gradients is not turned back"
-        update = checkpoint.latest(run) if update is None else update
         self.mirror.close(self.update)
         for index, stage in self.local.items():
             folder = checkpoint.stage_folder(run, update, index)
-            assert self.stream.index(checkpoint.read_state(folder)["position"]) == update * self.micro_batches
+            self._check_position(folder, update)
             stage.load(folder)
             self.mirror.resume(index, update, checkpoint.read_others(folder))
-        self.update = update
-        return update
 
     # ------------------------------------------------------------------------------------------ control
 
-    def request(self, control: Control, urgent: bool = False) -> None:
-        """Ask for something to follow the update under way. Pipeline rank 0 decides for all, elsewhere this is ignored.
-
-        An urgent request means save and stop. It counts on every process, and may be made in a signal handler.
-        """
-        if urgent:
-            self._stop_requested = True  # only ever set: a handler may run between any two steps of the loop
-        elif self.world.pipeline_rank == 0:
-            self._requested |= control
-
     def _decide(self) -> Control:
         """On pipeline rank 0, once per update: what follows it. Its replicas agree first."""
-        asked = self._requested
-        self._requested = Control.NOTHING
-        if self._stop_requested or self.world.store.check([STOP_KEY]):
+        asked = self._take_requests()
+        if self.world.store.check([STOP_KEY]):
             asked |= Control.SAVE | Control.STOP
         decided = Control.NOTHING
         for flag in (Control.EVALUATE, Control.SAVE, Control.STOP):
@@ -230,17 +157,14 @@ class LocalUpdateEngine:
                 decided |= flag
         return decided
 
-    def close(self) -> list[Report]:
-        """Leave the run, when every process has come to its end; returns the last reports on global rank 0."""
+    def _finish(self) -> None:
         self.mirror.close(self.update)
         self.neighbours.flush()
-        self.world.wait_for_the_end()
-        reports = gather_reports(self.world, []) if self.world.global_rank == 0 else []
-        self.neighbours = self.executor.neighbours = Neighbours()  # what holds groups lets them go
+
+    def _let_go(self) -> None:
+        self.neighbours = self.executor.neighbours = Neighbours()
         self.mirror.links.clear()
         self.work = []
-        leave(self.world)
-        return reports
 
     # ------------------------------------------------------------------------------------------ reports
 
@@ -254,20 +178,15 @@ class LocalUpdateEngine:
         )
 
     def _report(self, index: int, done: Update, seconds: float, idle_seconds: float) -> StageReport:
-        plan, outcome = self.local[index].plan, done.outcomes.get(index)
-        label_tokens = self.head_losses[index].label_tokens if plan.has_head else self.label_tokens
-        return StageReport(
-            update=self.update,
-            stage=index,
-            data_rank=self.world.data_rank,
-            loss_sum=sum(loss.item() for loss in done.loss_sums[index]) if plan.has_head else None,
-            label_tokens=label_tokens // self.world.data_size,
+        outcome = done.outcomes.get(index)
+        return self._stage_report(
+            self.local[index].plan,
+            loss_sum=sum(loss.item() for loss in done.loss_sums[index]),
             grad_norm=outcome.grad_norm if outcome else None,
             skipped=outcome.skipped if outcome else False,
             learning_rate=outcome.learning_rate if outcome else 0.0,
             seconds=seconds,
             idle_seconds=idle_seconds,
-            peak_memory_bytes=peak_memory_bytes(self.world.device),
         )
 
     def _recorder_of(self, first: int, last: int) -> Recorder:
@@ -294,7 +213,7 @@ class LocalUpdateEngine:
 
     def _stop_when_skipping(self, reports: list[Report], done: Update) -> None:
         for index, stage in self.local.items():
-            if stage.skipped_in_a_row >= self.max_skipped_updates:
+            if stage.skipped_in_a_row >= self.options.max_skipped_updates:
                 losses = [loss.item() for loss in done.loss_sums[index]]
                 bad = [self.executor.index(i) for i, loss in enumerate(losses) if not math.isfinite(loss)]
                 what = f"the loss of micro-batches {bad} is not finite" if bad else "its gradient is not finite"

@@ -16,6 +16,18 @@ class ConfigError(UserError):
     """The configuration is wrong: an unknown key, a value out of range, options that contradict each other."""
 
 
+class OptionError(ConfigError):
+    """An option does not fit what it is used with: "KEY is VALUE: PROBLEM".
+
+    `key` and the keys `beside` it are dotted keys of the configuration; whoever knows where their values came from can
+    say that too.
+    """
+
+    def __init__(self, key: str, value: Any, problem: str, beside: Sequence[str] = ()) -> None:
+        super().__init__(f"{key} is {value}: {problem}")
+        self.key, self.problem, self.beside = key, problem, tuple(beside)
+
+
 class DataError(UserError):
     """A text file, token set or tokenizer is missing, broken, or does not fit the others."""
 

@@ -10,31 +10,20 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from lptransformer.blueprint import Blueprint
 from lptransformer.channel import Control, Header, Kind, Neighbours
 from lptransformer.clipping import ClipGroup, local_clip_groups
 from lptransformer.deepspeed_stage import FrozenStage, Outcome, TrainedStage
-from lptransformer.gradients import Duty, crossing, duties, flows
-from lptransformer.objective import Objective
-from lptransformer.partition import StagePlan
+from lptransformer.gradients import Duty
+from lptransformer.head import LossBatch, token_positions
 from lptransformer.recorder import Recorder
-from lptransformer.rounding import rounded
+from lptransformer.rounding import BorderCodec, as_received, make_codec
 from lptransformer.schedule import Action, Pattern, one_update
-from lptransformer.stage import Pull
+from lptransformer.stage import StageOutput, add, backward_loss
 from lptransformer.token_set import Batch
 from lptransformer.world import World
 
 LocalStage = TrainedStage | FrozenStage
-
-
-@dataclass(frozen=True)
-class HeadLoss:
-    """How a head's loss is taken: at which positions, and over how many label tokens of the whole update.
-
-    `positions` gives int64 [b, k] for the number of a micro-batch since the start of the run, or None for all.
-    """
-
-    label_tokens: int
-    positions: Callable[[int], Tensor | None] = lambda micro_batch: None
 
 
 @dataclass
@@ -42,10 +31,7 @@ class Pass:
     """A forward pass that waits for its backward."""
 
     inputs: Tensor
-    hidden_states: Tensor
-    loss: Tensor | None
-    loss_gradient: Tensor | None  # at the hidden states, where the head is split off
-    pull: Pull | None
+    output: StageOutput
 
 
 @dataclass
@@ -63,26 +49,25 @@ class PhaseWork:
     """The schedule of a phase on this pipeline rank, and what its actions need to know."""
 
     pattern: Pattern
-    duties: list[Duty]
+    duties: Sequence[Duty]
     clip_groups: dict[int, ClipGroup]
     slots_below: list[int]  # the flows that cross the border below this rank: which channel each one takes
     slots_above: list[int]
 
 
-def plan_phases(
-    world: World, stages: Sequence[StagePlan], objective: Objective, local: Mapping[int, LocalStage], rounds: int
-) -> list[PhaseWork]:
-    """The work of every phase; `rounds` are the micro-batches of this replica in an update."""
+def plan_phases(world: World, blueprint: Blueprint, local: Mapping[int, LocalStage]) -> list[PhaseWork]:
+    """The work of every phase on this pipeline rank."""
     trained = {index: stage for index, stage in local.items() if isinstance(stage, TrainedStage)}
+    stages, delayed = blueprint.stages, blueprint.objective.delayed
     return [
         PhaseWork(
-            one_update(stages, phase, world.pipeline_rank, rounds, objective.delayed),
-            duties(phase, stages),
-            local_clip_groups(world, stages, phase, trained, str(number)),
-            crossing(flows(phase, stages), min(local)),
-            crossing(flows(phase, stages), max(local) + 1),
+            one_update(stages, plan.phase, world.pipeline_rank, blueprint.rounds, delayed),
+            plan.duties,
+            local_clip_groups(world, stages, plan.clip_groups, trained, str(number)),
+            plan.crossing(min(local)),
+            plan.crossing(max(local) + 1),
         )
-        for number, phase in enumerate(objective.phases)
+        for number, plan in enumerate(blueprint.phases)
     ]
 
 
@@ -92,28 +77,27 @@ class Executor:
     def __init__(
         self,
         world: World,
+        blueprint: Blueprint,
         local: Mapping[int, LocalStage],
         neighbours: Neighbours,
-        head_losses: Mapping[int, HeadLoss],
-        roundings: Mapping[int, str],
-        micro_batches: int,
         batch: Callable[[int], Batch],
         decide: Callable[[], Control],
     ) -> None:
-        """`micro_batches` are those of an update, over all replicas; `batch` gives one by its number since the start.
+        """`batch` gives a micro-batch by its number since the start of the run, over all replicas.
 
-        `decide` is asked on pipeline rank 0, once per update, what is to follow it; `head_losses` is by stage, and so
-        is `roundings`: how the hidden states are rounded that a stage hands over.
+        `decide` is asked on pipeline rank 0, once per update, what is to follow it.
         """
         self.world = world
+        self.blueprint = blueprint
         self.local = local
         self.neighbours = neighbours
-        self.head_losses = head_losses
-        self.roundings = roundings
-        self.rounds = micro_batches // world.data_size  # micro-batches of this replica in an update
+        self.rounds = blueprint.rounds
         self.batch = batch
         self.decide = decide
         self.recorder: Recorder | None = None  # while an update is recorded
+        # A channel encodes what it carries by itself.
+        inside = [index for index in blueprint.codecs if index in local and index + 1 in local]
+        self._codecs: dict[int, BorderCodec] = {index: make_codec(blueprint.codecs[index]) for index in inside}
         self._actions: dict[str, Callable[[LocalStage, Action], None]] = {
             "R": self._receive,
             "F": self._forward,
@@ -202,48 +186,49 @@ class Executor:
             inputs = batch.input_ids.to(self.world.device)
         else:
             inputs = self._hidden.pop((plan.index - 1, micro_batch)).requires_grad_(bool(duty.below))
-        scale, positions = 0.0, None
-        if plan.has_head:
-            how = self.head_losses[plan.index]
-            # DeepSpeed averages gradients over replicas: they have to add up to the mean over tokens.
-            scale, positions = self.world.data_size / how.label_tokens, how.positions(self._number(micro_batch))
-            positions = None if positions is None else positions.to(self.world.device)
-        labels = batch.labels.to(self.world.device)
         self._show_weights(stage, update)
-        hidden_states, loss, loss_sum, loss_gradient, pull = stage.forward(inputs, labels, scale, positions, duty.split)
-        if loss_sum is not None:
-            update.loss_sums[plan.index].append(loss_sum)
+        output = stage.forward(inputs, self._loss_batch(plan.index, batch, self._number(micro_batch)), duty.split)
+        if output.nll_sum is not None:
+            update.loss_sums[plan.index].append(output.nll_sum)
         if plan.trained:
-            self._passes[plan.index, micro_batch] = Pass(inputs, hidden_states, loss, loss_gradient, pull)
+            self._passes[plan.index, micro_batch] = Pass(inputs, output)
         if not plan.is_last:
-            self._hidden[plan.index, micro_batch] = self.handed_over(plan.index, hidden_states)
+            self._hidden[plan.index, micro_batch] = self.handed_over(plan.index, output.hidden_states)
+
+    def _loss_batch(self, index: int, batch: Batch, number: int) -> LossBatch:
+        """What the loss of a stage sees of the micro-batch `number` since the start of the run."""
+        labels, scale, positions = batch.labels.to(self.world.device), 0.0, None
+        how = self.blueprint.head_losses.get(index)
+        if how is not None:
+            # DeepSpeed averages gradients over replicas: they have to add up to the mean over tokens.
+            scale = self.world.data_size / how.label_tokens
+            if how.token_fraction < 1.0:
+                block, (rows, length, _) = self.local[index].plan.last_block, self.blueprint.hidden_shape
+                drawn = token_positions(self.blueprint.seed, block, number, rows, length, how.token_fraction)
+                positions = drawn.to(self.world.device)
+        return LossBatch(labels, scale, positions)
 
     def handed_over(self, index: int, hidden_states: Tensor) -> Tensor:
-        """What a stage's output is for the one that follows, detached; a channel rounds what it carries by itself."""
-        kind = self.roundings.get(index) if index + 1 in self.local else None
-        return rounded(hidden_states.detach(), kind)
+        """What a stage's output is for the one that follows, detached."""
+        hidden_states = hidden_states.detach()
+        return as_received(hidden_states, self._codecs[index]) if index in self._codecs else hidden_states
 
     def _pull(self, stage: LocalStage, action: Action) -> None:
         index, flow, (_, micro_batch) = action.stage, action.flow, self._of(action)
         assert flow is not None
         waiting, duty = self._passes[index, micro_batch], self._work.duties[index]
-        parts = [waiting.loss_gradient] if duty.own == flow else []
+        parts = [waiting.output.loss_gradient] if duty.own == flow else []
         parts += [self._gradients[index, micro_batch, number] for number, _ in duty.above if number == flow]
-        gradient = _sum([part for part in parts if part is not None])
-        assert waiting.pull is not None and gradient is not None
-        self._gradients[index - 1, micro_batch, flow] = waiting.pull(gradient)
+        gradient = add(part for part in parts if part is not None)
+        assert waiting.output.pull is not None and gradient is not None
+        self._gradients[index - 1, micro_batch, flow] = waiting.output.pull(gradient)
 
     def _backward(self, stage: LocalStage, action: Action) -> None:
         index, (update, micro_batch) = action.stage, self._of(action)
         done, duty = self._passes.pop((index, micro_batch)), self._work.duties[index]
-        weighed = [(self._gradients.pop((index, micro_batch, flow)), weight) for flow, weight in duty.above]
-        if done.loss_gradient is not None and duty.loss_weight is not None:
-            weighed.insert(0, (done.loss_gradient, duty.loss_weight))
-        gradient = _sum([part if weight == 1.0 else part * weight for part, weight in weighed if weight != 0.0])
-        # What comes from above enters as a vector-Jacobian product.
-        terms = [done.loss, None if gradient is None else (done.hidden_states * gradient).sum()]
-        loss = _sum([term for term in terms if term is not None])
-        assert loss is not None and isinstance(stage, TrainedStage)
+        above = [(self._gradients.pop((index, micro_batch, flow)), weight) for flow, weight in duty.above]
+        loss = backward_loss(done.output, duty, above)
+        assert isinstance(stage, TrainedStage)
         self._show_weights(stage, update)
         stage.backward(loss)
         if duty.down is not None:
@@ -292,10 +277,3 @@ class Executor:
     def _check(self, header: Header, kind: Kind, update: Update, micro_batch: int) -> None:
         expected = (kind, update.number, self.index(micro_batch))
         assert (header.kind, header.update, header.micro_batch) == expected, f"expected {expected}, received {header}"
-
-
-def _sum(parts: Sequence[Tensor]) -> Tensor | None:
-    total = None
-    for part in parts:
-        total = part if total is None else total + part
-    return total

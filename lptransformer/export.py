@@ -34,7 +34,7 @@ def export_run(run: Path, out: Path, step: int | None = None) -> int:
     if not tokenizer.is_dir():
         raise RunError(f"{run} has no folder {run_folder.TOKENIZER}: a run keeps its tokenizer there")
     run_parts = run_model.load(run, update)
-    model = assemble(run_parts.config, whole_weights(run_parts))
+    model = assemble(run_parts.blueprint.model_config, whole_weights(run_parts))
     unfinished = out.absolute().parent / f".unfinished-{out.absolute().name}-{uuid.uuid4().hex[:12]}"
     try:
         unfinished.mkdir(parents=True)
@@ -54,7 +54,7 @@ def export_run(run: Path, out: Path, step: int | None = None) -> int:
 
 def whole_weights(model: RunModel) -> dict[str, Tensor]:
     """The weights of embedding, blocks, final norm and readout under the names of the Hugging Face model."""
-    parts = model.parts
+    parts = model.blueprint.parts
     weights: dict[str, Tensor] = {}
     for stage in model.stages:
         weights |= {f"{parts.base}.{name}": parameter.detach() for name, parameter in stage.body.named_parameters()}

@@ -34,7 +34,8 @@ from dataclasses import dataclass
 from lptransformer import partition
 from lptransformer.cost import ModelCosts
 from lptransformer.gradients import duties, flows
-from lptransformer.objective import Objective, Phase
+from lptransformer.objective import Objective
+from lptransformer.spans import Phase
 
 
 @dataclass(frozen=True)

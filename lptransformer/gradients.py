@@ -1,15 +1,17 @@
-"""Which gradients cross which borders: derived from the spans of a phase and the stages, as plain data.
+"""Which gradients cross which borders, derived from the spans of a phase and the stages; the lag of copies of weights.
 
 docs/design.md, "Gradients across borders", says why it is done this way.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lptransformer.objective import Objective, Phase, Span
+from lptransformer.objective import Objective
 from lptransformer.partition import StagePlan
+from lptransformer.spans import Phase, Span
 
 
 @dataclass(frozen=True)
@@ -121,3 +123,11 @@ def crossing(of_phase: Sequence[Flow], stage: int) -> list[int]:
 def borders_carry_gradients(objective: Objective, stages: Sequence[StagePlan]) -> bool:
     """Whether a gradient crosses from one stage to another in some phase."""
     return any(flows(phase, stages) for phase in objective.phases)
+
+
+def lag_of(hops: int, in_flight: int, rounds: int) -> int:
+    """Updates after which a copy of weights has surely arrived `hops` stages below, in steady state.
+
+    A stage can be `in_flight` + 1 messages ahead of the next, and `rounds` messages make an update.
+    """
+    return math.ceil(hops * (2 * in_flight + 1) / rounds)

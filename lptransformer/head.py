@@ -9,15 +9,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lptransformer.cost import loss_positions
+from lptransformer.errors import OptionError
+from lptransformer.head_kinds import HEADS, HeadOptions, LowRankOptions
 from lptransformer.loss import PLAIN, LogitRule, chunked_cross_entropy
 from lptransformer.seeds import unit_seed
+
+
+class LossBatch(NamedTuple):
+    """What a loss sees of a micro-batch beside hidden states.
+
+    `labels` int64 [b, T], IGNORE_INDEX where there is none; `scale` is what the sum over the labels is multiplied by;
+    of every row only the `positions` int64 [b, k] count (None: all).
+    """
+
+    labels: Tensor
+    scale: float
+    positions: Tensor | None = None
+
+
+class LossTerm(NamedTuple):
+    """A scaled loss to call backward on, and the sum in nats over the labels, for reports; scalars."""
+
+    loss: Tensor
+    total: Tensor
+
+
+class StageLoss(Protocol):
+    """The loss of a stage: hidden states [b, T, H] of its last block to loss terms by name, which are added up."""
+
+    def __call__(self, hidden_states: Tensor, batch: LossBatch) -> dict[str, LossTerm]: ...
+
+
+CROSS_ENTROPY = "cross_entropy"  # the term of an LM head, a negative log-likelihood
 
 
 @dataclass(frozen=True)
@@ -110,19 +141,16 @@ class Head(nn.Module):
         if averaged:
             self.average = _Average({name: self._below(name) for name in averaged})
 
-    def forward(
-        self, hidden_states: Tensor, labels: Tensor, scale: float, positions: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """hidden_states [b, T, H] and labels [b, T] to (scaled loss, sum of the losses in nats), scalars.
-
-        Only the `positions` [b, k] of every row count (None: all); norm and readout see no others.
-        """
-        hidden_states = self._through_blocks(hidden_states)
-        if positions is not None:
+    def forward(self, hidden_states: Tensor, batch: LossBatch) -> dict[str, LossTerm]:
+        """See StageLoss. Norm and readout see the positions that count and no others."""
+        hidden_states, labels = self._through_blocks(hidden_states), batch.labels
+        if batch.positions is not None:
             width = hidden_states.shape[-1]
-            hidden_states = hidden_states.gather(1, positions.unsqueeze(-1).expand(-1, -1, width))  # [b, k, H]
-            labels = labels.gather(1, positions)
-        return self.readout(self._rows(hidden_states).flatten(0, 1), labels.flatten(), scale)
+            positions = batch.positions.unsqueeze(-1).expand(-1, -1, width)
+            hidden_states = hidden_states.gather(1, positions)  # [b, k, H]
+            labels = labels.gather(1, batch.positions)
+        rows = self._rows(hidden_states).flatten(0, 1)
+        return {CROSS_ENTROPY: LossTerm(*self.readout(rows, labels.flatten(), batch.scale))}
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [b, T, H] to logits [b, T, V]; for evaluation, outside DeepSpeed."""
@@ -208,6 +236,78 @@ def make_read_only(module: nn.Module) -> list[str]:
         del owner._parameters[own]
         owner.register_buffer(own, weight)
     return names
+
+
+# ---------------------------------------------------------------------------------------------------- builders
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a builder of a readout works with.
+
+    `new` takes shapes (in, out) and gives new linear maps (pieces.HeadMaker.linear). `model_readout` is the model's
+    own, with the weights that training starts from; with `as_model` the head starts from those instead of new ones.
+    `depth` is the number of the model's blocks.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    depth: int
+    chunk_tokens: int
+    rule: LogitRule
+    as_model: bool
+    new: Callable[..., list[nn.Linear]]
+    model_readout: Callable[[], nn.Linear]
+
+
+class BuiltReadout(NamedTuple):
+    """A readout, the map before it where there is one, and what of them are copies of other stages' weights."""
+
+    readout: Readout | SharedReadout
+    down: nn.Linear | None = None
+    copies: tuple[Copy, ...] = ()
+
+
+class BuildReadout(Protocol):
+    """What a row of HEADS names as its builder."""
+
+    def __call__(self, options: Any, material: Material) -> BuiltReadout: ...
+
+
+def build_readout(options: HeadOptions, material: Material) -> BuiltReadout:
+    """The readout of an auxiliary head, by the builder that its kind names."""
+    module, _, function = HEADS[options.kind].builder.partition(":")
+    build: BuildReadout = getattr(import_module(module), function)
+    return build(options, material)
+
+
+def private(options: HeadOptions, material: Material) -> BuiltReadout:
+    """A readout of the head's own."""
+    if material.as_model:
+        linear = material.model_readout()
+    else:
+        (linear,) = material.new((material.hidden_size, material.vocab_size))
+    return BuiltReadout(Readout(linear.weight, material.chunk_tokens, material.rule))
+
+
+def shared(options: HeadOptions, material: Material) -> BuiltReadout:
+    """A copy of the last readout (2609.35440)."""
+    readout = SharedReadout(material.model_readout().weight, material.chunk_tokens, material.rule)
+    name = "head.readout.weight"
+    return BuiltReadout(readout, copies=(Copy(name, name, material.depth - 1),))
+
+
+def low_rank(options: LowRankOptions, material: Material) -> BuiltReadout:
+    """A map to few dimensions and a readout from there. Raises OptionError for a rank that no readout has."""
+    rank, shape = options.rank, (material.vocab_size, material.hidden_size)
+    if rank > min(shape):
+        problem = f"a readout of {shape[0]} x {shape[1]} has at most rank {min(shape)}"
+        raise OptionError("head.rank", rank, problem)
+    down, readout = material.new((material.hidden_size, rank), (rank, material.vocab_size))
+    if material.as_model:
+        factors = factorised(material.model_readout().weight, rank)
+        down.weight, readout.weight = (nn.Parameter(factor) for factor in factors)
+    return BuiltReadout(Readout(readout.weight, material.chunk_tokens, material.rule), down)
 
 
 def factorised(readout: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -25,14 +25,6 @@ from lptransformer.partition import StagePlan
 from lptransformer.world import World
 
 
-def lag_of(hops: int, in_flight: int, rounds: int) -> int:
-    """Updates after which a version has surely arrived `hops` stages below, in steady state.
-
-    A stage can be `in_flight` + 1 messages ahead of the next, and `rounds` messages make an update.
-    """
-    return math.ceil(hops * (2 * in_flight + 1) / rounds)
-
-
 class Link:
     """The versions of some weights of one stage on their way to one head, for one replica.
 

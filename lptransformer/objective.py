@@ -1,56 +1,21 @@
-"""Objectives: which head's loss reaches which blocks, as plain data.
+"""Objectives: from the number of blocks to the spans of every phase.
 
-A new objective is one function here and one row in OBJECTIVES. What follows from the spans (stages, the borders that
-carry a gradient, schedules) is derived in partition.py, gradients.py and schedule.py.
+A new objective is one row in METHODS, here or by `register` from anywhere: the function that gives its spans, the class
+of its options, its label and its flags. What follows from those (stages, the borders that carry a gradient, schedules,
+the ZeRO stages that work) is derived, never asked of a name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
-from lptransformer.errors import ConfigError
+from pydantic import Field
 
-
-@dataclass(frozen=True, order=True)
-class Span:
-    """The head after block `last` trains blocks `first..last`; its gradient stops at the input of `first`.
-
-    With `first` = `last` + 1 it trains no block: the head learns from the hidden states and moves nothing below it.
-    """
-
-    first: int
-    last: int
-
-    def __contains__(self, block: int) -> bool:
-        return self.first <= block <= self.last
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What is trained in an update: one span for every head, in order of `last`.
-
-    A block adds up the gradients of all spans that it is in. With `own_weight` (between 0 and 1) it takes their
-    weighted mean instead: the furthest head's loss with 1 - own_weight, the nearer ones share own_weight equally, and
-    a single one has weight 1. A head's own weights always have the full gradient of its loss. `clip_at` are blocks at
-    which another clip group begins although spans connect them with those below.
-    """
-
-    spans: tuple[Span, ...]
-    own_weight: float | None = None
-    clip_at: tuple[int, ...] = ()
-
-    def weight(self, span: Span, block: int) -> float:
-        """The weight of a span's loss in the gradient of a block; 0 where the block is outside the span."""
-        if block not in span:
-            return 0.0
-        reaching = [other for other in self.spans if block in other]
-        if self.own_weight is None or len(reaching) == 1:
-            return 1.0
-        if span == reaching[-1]:
-            return 1.0 - self.own_weight
-        return self.own_weight / (len(reaching) - 1)
+from lptransformer.errors import OptionError
+from lptransformer.section import Count, MaybeCount, Section, Share, Whole
+from lptransformer.spans import Phase, Span
 
 
 @dataclass(frozen=True)
@@ -81,12 +46,67 @@ class Objective:
         """The blocks that some span trains; the others stay as they were initialised."""
         return frozenset(b for phase in self.phases for span in phase.spans for b in range(span.first, span.last + 1))
 
+    @property
+    def is_backprop(self) -> bool:
+        """Whether every update is one of backprop, at the weights of now."""
+        return self.phases == (backprop(self.num_blocks),) and not self.delayed
+
     def phase_at(self, update: int, steps: int) -> int:
         """The number of the phase of an update (counted from 0) in a run of `steps` updates."""
         if self.backprop is None:
             return 0
         every = self.every is not None and update % self.every == self.every - 1
         return int(every or update >= steps - round(self.share * steps))
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+Chunks = Annotated[Count | list[Count], "a whole number or a list of block counts, each 1 or more"]
+
+
+class ObjectiveOptions(Section):
+    """What every objective has. The classes below add keys; their bases are in the order that keys are printed in."""
+
+    name: str = Field(
+        default="chunked",
+        description="backprop, chunked, greedy, overlapping, last, deep_supervision or delayed: what a loss trains",
+    )
+
+
+class HybridOptions(ObjectiveOptions):
+    """Of objectives that may alternate with backprop."""
+
+    backprop_every: MaybeCount = Field(default=None, description="hybrid: every so many updates a global one")
+    backprop_share: Share = Field(default=0.0, description="hybrid: share of the updates, the last, that are global")
+
+
+class RunsOptions(ObjectiveOptions):
+    chunks: Chunks = Field(
+        default=2, description="runs of blocks with a head behind each: how many, or the length of each"
+    )
+
+
+class OverlapOptions(RunsOptions):
+    overlap: Whole = Field(default=1, description="overlapping: runs below its own that a head's loss trains too")
+    own_weight: Share = Field(
+        default=0.5, description="overlapping: weight of the nearer losses of a block (0: the furthest alone)"
+    )
+    first_head: bool = Field(default=False, description="overlapping: a head behind the first run too")
+
+
+class ChunkedOptions(HybridOptions, RunsOptions):
+    pass
+
+
+class OverlappingOptions(HybridOptions, OverlapOptions):
+    pass
+
+
+class LastOptions(ObjectiveOptions):
+    trained_blocks: Count = Field(default=1, description="last: blocks that are trained, counted from the last one")
+
+
+# ---------------------------------------------------------------------------------------------------- phases
 
 
 def chunked(num_blocks: int, chunks: int | Sequence[int]) -> Phase:
@@ -126,10 +146,8 @@ def overlapping(
     """
     runs = _runs(num_blocks, chunks)
     if overlap >= len(runs):
-        raise ConfigError(
-            f"objective.overlap is {overlap}: with {len(runs)} runs of blocks (objective.chunks) it can be 0 to "
-            f"{len(runs) - 1}"
-        )
+        problem = f"with {len(runs)} runs of blocks (objective.chunks) it can be 0 to {len(runs) - 1}"
+        raise OptionError("objective.overlap", overlap, problem, beside=("objective.chunks",))
     last_runs = range(0 if first_head else overlap, len(runs))
     spans = tuple(Span(runs[max(0, number - overlap)].start, runs[number].stop - 1) for number in last_runs)
     return Phase(spans, own_weight if overlap > 0 else None)
@@ -138,7 +156,7 @@ def overlapping(
 def last(num_blocks: int, trained_blocks: int) -> Phase:
     """The last blocks alone are trained; what is below stays as initialised (2012.03837, section 4, baselines)."""
     if trained_blocks > num_blocks:
-        raise ConfigError(f"objective.trained_blocks is {trained_blocks}: a model of {num_blocks} blocks has fewer")
+        raise OptionError("objective.trained_blocks", trained_blocks, f"a model of {num_blocks} blocks has fewer")
     return Phase((Span(num_blocks - trained_blocks, num_blocks - 1),))
 
 
@@ -153,50 +171,67 @@ def deep_supervision(num_blocks: int, chunks: int | Sequence[int]) -> Phase:
 def _runs(num_blocks: int, chunks: int | Sequence[int]) -> list[range]:
     if isinstance(chunks, int):
         if not 1 <= chunks <= num_blocks:
-            raise ConfigError(f"objective.chunks is {chunks}: a model of {num_blocks} blocks takes 1 to {num_blocks}")
+            raise OptionError("objective.chunks", chunks, f"a model of {num_blocks} blocks takes 1 to {num_blocks}")
         sizes = [num_blocks // chunks + (i < num_blocks % chunks) for i in range(chunks)]
     else:
         sizes = list(chunks)
         if min(sizes, default=0) < 1 or sum(sizes) != num_blocks:
-            raise ConfigError(
-                f"objective.chunks is {sizes}: the lengths must be 1 or more and add up to {num_blocks} blocks"
-            )
+            problem = f"that is {sum(sizes)} blocks in all; the lengths must be 1 or more and add up to {num_blocks}"
+            raise OptionError("objective.chunks", sizes, problem)
     return [range(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
 
 
-OBJECTIVES: dict[str, Callable[..., Phase]] = {
-    "backprop": backprop,
-    "chunked": chunked,
-    "greedy": greedy,
-    "overlapping": overlapping,
-    "last": last,
-    "deep_supervision": deep_supervision,
-    "delayed": delayed,
-}
-# What each of them is told by the configuration, beside the number of blocks.
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "chunked": ("chunks",),
-    "overlapping": ("chunks", "overlap", "own_weight", "first_head"),
-    "last": ("trained_blocks",),
-    "deep_supervision": ("chunks",),
-    "delayed": ("chunks",),
+# ---------------------------------------------------------------------------------------------------- the rows
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: from the number of blocks and the options (by name) to the usual phase; the class of the options.
+
+    `label` is the method in tables and pictures. `delayed`: see Objective.
+    """
+
+    phase: Callable[..., Phase]
+    options: type[ObjectiveOptions]
+    label: str
+    delayed: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "backprop": Method(backprop, ObjectiveOptions, "backprop"),
+    "chunked": Method(chunked, ChunkedOptions, "chunked"),
+    "greedy": Method(greedy, HybridOptions, "greedy"),
+    "overlapping": Method(overlapping, OverlappingOptions, "overlapping"),
+    "last": Method(last, LastOptions, "last blocks"),
+    "deep_supervision": Method(deep_supervision, ChunkedOptions, "deep supervision"),
+    "delayed": Method(delayed, RunsOptions, "delayed", delayed=True),
 }
 
 
-def build(
-    num_blocks: int, name: str, backprop_every: int | None = None, backprop_share: float = 0.0, **options: Any
-) -> Objective:
+def register(name: str, method: Method) -> None:
+    """A method from outside, known from here on in this process under `objective.name`."""
+    assert name not in METHODS, f"there is a method {name} already"
+    METHODS[name] = method
+
+
+def build(num_blocks: int, name: str, **options: Any) -> Objective:
     """The objective `name`; hybrid when `backprop_every` or `backprop_share` asks for global updates in between.
 
     In those, auxiliary heads go on learning and train no block (Sun et al., 2009.01462, alternate likewise). Of
-    `options` those that the objective takes are used. Raises ConfigError where they do not fit the number of blocks.
+    `options` those that the objective takes are used, the others have their defaults. Raises OptionError where they do
+    not fit the number of blocks.
     """
-    usual = OBJECTIVES[name](num_blocks, **{key: options[key] for key in OPTIONS.get(name, ())})
-    objective = Objective(num_blocks, usual, delayed=name == "delayed")
-    if backprop_every == 1 or backprop_share == 1.0:
+    method = METHODS[name]
+    fields = method.options.model_fields
+    values = {key: options.get(key, field.default) for key, field in fields.items() if key != "name"}
+    every, share = values.pop("backprop_every", None), values.pop("backprop_share", 0.0)
+    objective = Objective(num_blocks, method.phase(num_blocks, **values), delayed=method.delayed)
+    if every == 1 or share == 1.0:
         return replace(objective, usual=backprop(num_blocks))
-    if backprop_every is None and backprop_share == 0.0:
+    if every is None and share == 0.0:
         return objective
     whole = Span(0, num_blocks - 1)
-    spans = tuple(whole if span.last == whole.last else Span(span.last + 1, span.last) for span in usual.spans)
-    return replace(objective, backprop=Phase(spans), every=backprop_every, share=backprop_share)
+    spans = tuple(
+        whole if span.last == whole.last else Span(span.last + 1, span.last) for span in objective.usual.spans
+    )
+    return replace(objective, backprop=Phase(spans), every=every, share=share)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from lptransformer.cost import ModelCosts
 from lptransformer.errors import ConfigError
-from lptransformer.objective import Objective, Phase
+from lptransformer.objective import Objective
+from lptransformer.spans import Phase
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,7 @@ def cut(
     ]
 
 
-def table(
-    stages: Sequence[StagePlan], costs: ModelCosts, head: str = "private", state_bytes: int = 16
-) -> list[dict[str, object]]:
+def table(stages: Sequence[StagePlan], costs: ModelCosts, head: str, state_bytes: int) -> list[dict[str, object]]:
     """One row per stage for people: blocks, pipeline rank, head, forward FLOPs and their share, weights and memory.
 
     `head` says what the auxiliary heads are, `state_bytes` what a trained weight takes with its gradient and the

@@ -96,28 +96,44 @@ def new_piece(config: Any, parts: Anatomy, blocks: range, embedding: bool, final
     return _finish(model, parts, final)
 
 
-def new_head(
-    config: Any, parts: Anatomy, block: int, seed: int | None, rank: int | None = None
-) -> tuple[nn.Module, nn.Linear | None, nn.Linear]:
-    """Norm, map to `rank` dimensions (None without a rank) and readout for an auxiliary head after `block`.
+@dataclass
+class HeadMaker:
+    """What an auxiliary head is made of: `norm`, of the class of the model's own, and linear maps to the vocabulary."""
 
-    Norm and readout are of the classes of the model's own. New weights, initialised as the family does; with `seed`
-    None the caller fills them in.
-    """
+    norm: nn.Module
+    _model: PreTrainedModel
+    _parts: Anatomy
+    _block: int
+    _seed: int | None
+
+    def linear(self, *shapes: tuple[int, int]) -> list[nn.Linear]:
+        """New maps [in, out] without bias, initialised as the family does, one after another from the head's seed.
+
+        A whole readout is of the class of the model's own. Called once. Without a seed the caller fills them in.
+        """
+        made = [self._empty(*shape) for shape in shapes]
+        if self._seed is not None:
+            with _seeded(self._seed, f"head {self._block}"):
+                for linear in made:
+                    linear.apply(self._model._init_weights)
+        return made
+
+    def _empty(self, width: int, out: int) -> nn.Linear:
+        if (width, out) == (self._parts.hidden_size, self._parts.vocab_size):
+            readout = self._model.get_submodule(self._parts.lm_head)
+            assert isinstance(readout, nn.Linear)
+            return readout
+        return nn.utils.skip_init(nn.Linear, width, out, bias=False, device=torch.get_default_device())
+
+
+def new_head(config: Any, parts: Anatomy, block: int, seed: int | None) -> HeadMaker:
+    """The parts of an auxiliary head after `block`; with `seed` None the caller fills in the weights."""
     model = _allocate(config, parts, range(0), False, True)
-    norm, readout = model.get_submodule(parts.norm), model.get_submodule(parts.lm_head)
-    down = None
-    if rank is not None:
-        device = torch.get_default_device()
-        down = nn.utils.skip_init(nn.Linear, parts.hidden_size, rank, bias=False, device=device)
-        readout = nn.utils.skip_init(nn.Linear, rank, parts.vocab_size, bias=False, device=device)
+    norm = model.get_submodule(parts.norm)
     if seed is not None:
         with _seeded(seed, f"head {block}"):
-            for module in (norm, down, readout):
-                if module is not None:
-                    module.apply(model._init_weights)
-    assert isinstance(readout, nn.Linear)
-    return norm, down, readout
+            norm.apply(model._init_weights)
+    return HeadMaker(norm, model, parts, block, seed)
 
 
 def new_head_blocks(config: Any, parts: Anatomy, block: int, like: range, seed: int | None) -> nn.Module:

@@ -15,8 +15,7 @@ import io
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,53 +27,41 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from lptransformer import checkpoint, run_folder
+from lptransformer import checkpoint
+from lptransformer.blueprint import Blueprint
 from lptransformer.channel import Control
 from lptransformer.errors import RunError, TrainingError
-from lptransformer.face import Report, Stream, UpdateResult, ValidSet, gather_reports
-from lptransformer.metrics import EvaluationReport, StageReport
+from lptransformer.face import EngineOptions, Report, Stream, TrainingEngine, UpdateResult, ValidSet, gather_reports
+from lptransformer.head import CROSS_ENTROPY, LossBatch
 from lptransformer.partition import StagePlan
-from lptransformer.processes import peak_memory_bytes
 from lptransformer.stage import Stage
-from lptransformer.token_set import Batch, whole_rounds
-from lptransformer.world import World, leave
+from lptransformer.token_set import Batch
+from lptransformer.world import World
 
 FLAGS = (Control.EVALUATE, Control.SAVE, Control.STOP)
 Built = tuple[Stage, torch.optim.Optimizer, LRScheduler]
 
 
-class PipelineBaseline:
+class PipelineBaseline(TrainingEngine):
     """One stage of a model on every pipeline rank, trained by a PipelineEngine. Built by lptransformer.initialize.
 
-    See LocalUpdateEngine for what the calls mean; here every one of them is a collective of all processes.
+    Every call is a collective of all processes.
     """
 
     def __init__(
         self,
         world: World,
-        stages: Sequence[StagePlan],
+        blueprint: Blueprint,
         build: Callable[[StagePlan], Built],
         deepspeed_config: Mapping[str, Any],
         stream: Stream,
         valid: Mapping[str, ValidSet],
+        options: EngineOptions,
         *,
         grad_clip: float,
-        micro_batch_size: int,
-        sequence_length: int,
-        micro_batches_per_update: int,
-        max_skipped_updates: int,
     ) -> None:
-        self.world = world
-        self.stages = list(stages)
-        self.stream = stream
-        self.valid = valid
-        self.micro_batch_size = micro_batch_size
-        self.micro_batches = micro_batches_per_update
-        self.max_skipped_updates = max_skipped_updates
-        self.update = 0
-        self.describe_run: Callable[[Path, bool], None] | None = None
-        # Every window is full in training, and its last position has no label.
-        self.label_tokens = self.micro_batches * micro_batch_size * (sequence_length - 1)
+        super().__init__(world, blueprint, stream, valid, options)
+        stages = self.stages
         assert [plan.pipeline_rank for plan in stages] == list(range(world.pipeline_size)), stages
         self.plan = stages[world.pipeline_rank]
         self.stage, self.optimizer, self.lr_scheduler = build(self.plan)
@@ -83,7 +70,7 @@ class PipelineBaseline:
             parameter.model_parallel = True  # type: ignore[attr-defined]
         config = {
             **deepspeed_config,
-            "gradient_accumulation_steps": micro_batches_per_update // world.data_size,
+            "gradient_accumulation_steps": blueprint.rounds,
             "managed_gradient_accumulation": True,
             "gradient_clipping": grad_clip,
         }
@@ -106,22 +93,16 @@ class PipelineBaseline:
         self._loss_sums: list[Tensor] = []
         self._grad_norm: float | None = None
         self._rounds: dict[str, tuple[int, int]] = {}  # of a validation set: micro-batches and labels of this replica
-        self._requested = Control.NOTHING
-        self._stop_requested = False
 
     # ------------------------------------------------------------------------------------------ the four calls
 
     def train_batch(self) -> UpdateResult:
-        """One update of the whole model.
-
-        Raises TrainingError when too many updates in a row were skipped or had a loss that is not finite, or another
-        process has gone.
-        """
+        """See TrainingEngine. At ZeRO 0 in fp32 losses that are not finite count as skipped."""
         started, waited = time.perf_counter(), self._waited_seconds
         self._loss_sums = []
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        first = self.update * self.micro_batches
-        own = range(first + self.world.data_rank, first + self.micro_batches, self.world.data_size)
+        first, many = self.update * self.blueprint.micro_batches, self.blueprint.micro_batches
+        own = range(first + self.world.data_rank, first + many, self.world.data_size)
         with _lost_processes_in_our_words():
             mean_loss = self.engine.train_batch(_pairs(map(self.stream.batch, own))).item()
             control = self._timed(self._decide)()
@@ -130,22 +111,18 @@ class PipelineBaseline:
         skipped = bool(getattr(self.engine.optimizer, "overflow", False))
         if self.engine.zero_optimization_stage() > 0:
             self._grad_norm = float("nan") if skipped else float(self.engine.get_global_grad_norm())
-        report = StageReport(
-            update=self.update,
-            stage=self.plan.index,
-            data_rank=self.world.data_rank,
-            loss_sum=sum(loss.item() for loss in self._loss_sums) if self.plan.has_head else None,
-            label_tokens=self.label_tokens // self.world.data_size,
+        report = self._stage_report(
+            self.plan,
+            loss_sum=sum(loss.item() for loss in self._loss_sums),
             grad_norm=self._grad_norm,
             skipped=skipped,
             learning_rate=learning_rate,
             seconds=time.perf_counter() - started,
             idle_seconds=self._waited_seconds - waited if self.world.device.type == "cpu" else math.nan,
-            peak_memory_bytes=peak_memory_bytes(self.world.device),
         )
         reports = gather_reports(self.world, [report])
         self.skipped_in_a_row = 0 if math.isfinite(mean_loss) and not skipped else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row >= self.max_skipped_updates:
+        if self.skipped_in_a_row >= self.options.max_skipped_updates:
             raise TrainingError(
                 f"{self.skipped_in_a_row} updates in a row were skipped, or had a loss that is not finite; the last "
                 f"one was update {self.update}. Start again with a lower train.learning_rate or more "
@@ -155,33 +132,23 @@ class PipelineBaseline:
         return UpdateResult(self.update, control, reports)
 
     def eval_batch(self, name: str) -> list[Report]:
-        """The sum of the losses over all windows of the validation set `name`."""
         if name not in self._rounds:
-            own = [batch.label_tokens for batch in self._own_batches(name)]
+            own = [batch.label_tokens for _, batch in self._own_batches(name)]
             self._rounds[name] = len(own), sum(own)
         micro_batches, label_tokens = self._rounds[name]
         self._loss_sums = []
         if micro_batches > 0:
             with _lost_processes_in_our_words():
-                batches = _pairs(self._own_batches(name))
+                batches = _pairs(batch for _, batch in self._own_batches(name))
                 self.engine.eval_batch(batches, bcast_loss=False, num_micro_batches=micro_batches)
-        nll_sum = sum(loss.item() for loss in self._loss_sums) if self.plan.has_head else None
-        return gather_reports(
-            self.world,
-            [EvaluationReport(self.update, name, self.plan.index, self.world.data_rank, nll_sum, label_tokens)],
-        )
+        nll_sum = sum(loss.item() for loss in self._loss_sums)
+        return gather_reports(self.world, [self._evaluation_report(name, self.plan, nll_sum, label_tokens)])
 
-    def save_checkpoint(self, run: str | Path) -> None:
-        """Write all stages below the run folder `run`. A folder that is no run folder yet becomes one.
-
-        DeepSpeed's own files are beside those of the stages: it reads them from one folder, which all processes see.
-        """
-        if self.world.global_rank == 0 and self.describe_run is not None and not run_folder.holds_run(Path(run)):
-            self.describe_run(Path(run), False)
+    def _save(self, run: Path) -> None:
+        """DeepSpeed's own files are beside those of the stages: it reads one folder that all processes see."""
         folder = checkpoint.stage_folder(run, self.update, self.plan.index)
-        position = self.stream.position(self.update * self.micro_batches)
         state = {
-            **checkpoint.describe(self.plan, len(self.stages), self.update, position),
+            **self._description(self.plan),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "skipped_in_a_row": self.skipped_in_a_row,
         }
@@ -200,15 +167,11 @@ class PipelineBaseline:
         if first_replica:
             checkpoint.finish_stage(folder)
 
-    def load_checkpoint(self, run: str | Path, update: int | None = None) -> int:
-        """Continue from a complete checkpoint of `run` that a baseline of the same shape has written.
-
-        Raises RunError when there is none, or another engine has written it.
-        """
-        update = checkpoint.latest(run) if update is None else update
+    def _load(self, run: Path, update: int) -> None:
+        """Raises RunError where another engine has written the checkpoint."""
         folder = checkpoint.stage_folder(run, update, self.plan.index)
         state = checkpoint.read_state(folder)
-        assert self.stream.index(state["position"]) == update * self.micro_batches
+        self._check_position(folder, update)
         if not (folder.parent / checkpoint.DEEPSPEED).is_dir():
             raise RunError(
                 f"{folder.parent} was not written by engine: deepspeed_pipeline, which can only resume its own"
@@ -218,26 +181,10 @@ class PipelineBaseline:
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         for group, learning_rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = learning_rate
-        self.update = update
-        return update
-
-    # ------------------------------------------------------------------------------------------ control
-
-    def request(self, control: Control, urgent: bool = False) -> None:
-        """Ask for something to follow the update under way. Pipeline rank 0 decides for all, elsewhere this is ignored.
-
-        An urgent request means save and stop. It counts on every process, and may be made in a signal handler.
-        """
-        if urgent:
-            self._stop_requested = True
-        elif self.world.pipeline_rank == 0:
-            self._requested |= control
 
     def _decide(self) -> Control:
         """What follows this update: whatever any process was asked for."""
-        asked, self._requested = self._requested, Control.NOTHING
-        if self._stop_requested:
-            asked |= Control.SAVE | Control.STOP
+        asked = self._take_requests()
         flags = torch.tensor([int(bool(asked & flag)) for flag in FLAGS], device=self.world.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         decided = Control.NOTHING
@@ -245,14 +192,12 @@ class PipelineBaseline:
             decided |= flag if is_set else Control.NOTHING
         return decided
 
-    def close(self) -> list[Report]:
-        """Leave the run, when every process has come to its end; returns the last reports on global rank 0."""
-        self.world.wait_for_the_end()
-        reports = gather_reports(self.world, []) if self.world.global_rank == 0 else []
-        leave(self.world)
-        return reports
-
     # ------------------------------------------------------------------------------------------ parts
+
+    @property
+    def waited_seconds(self) -> float:
+        """In DeepSpeed's communication between pipeline ranks, transfers included, because its calls block."""
+        return self._waited_seconds
 
     def _loss(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """hidden_states [b, T, H] of the last block and labels [b, T] to the loss of a micro-batch.
@@ -260,9 +205,10 @@ class PipelineBaseline:
         DeepSpeed averages over the micro-batches and over the replicas: the mean has to be the one over tokens.
         """
         assert self.stage.head is not None
-        loss, loss_sum = self.stage.head(hidden_states, labels, self.micro_batches / self.label_tokens)
-        self._loss_sums.append(loss_sum)
-        return loss
+        scale = self.blueprint.micro_batches / self.blueprint.label_tokens
+        term = self.stage.head(hidden_states, LossBatch(labels, scale))[CROSS_ENTROPY]
+        self._loss_sums.append(term.total)
+        return term.loss
 
     def _clip(self) -> None:
         """DeepSpeed's clip_fp32_gradients, which forgets the norm."""
@@ -287,10 +233,6 @@ class PipelineBaseline:
 
         return timed
 
-    def _own_batches(self, name: str) -> Iterator[Batch]:
-        rounds = whole_rounds(self.valid[name].batches(self.micro_batch_size), self.world.data_size)
-        return islice(rounds, self.world.data_rank, None, self.world.data_size)
-
 
 class _Layer(nn.Module):
     """What PipelineModule calls: inputs to hidden states. The head is in the stage, and its loss is the loss_fn."""
@@ -303,7 +245,7 @@ class _Layer(nn.Module):
         return self.stage.hidden_states(inputs)
 
 
-def _pairs(batches: Iterator[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs(batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
     return ((batch.input_ids, batch.labels) for batch in batches)
 
 

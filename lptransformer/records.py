@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from lptransformer import whole_file
+from lptransformer.config_sections import RENAMED, translated
 from lptransformer.errors import RunError
 from lptransformer.metrics import Perplexity, Record, TextCounts, perplexity
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, FORMAT)  # 2: keys of the configuration had other names
 RECORD, RECORDS = "record.json", "records.json"
 IDENTITY = ("name", "method", "overrides", "score", "processes_at_once")
 
@@ -75,9 +77,13 @@ def read(path: Path) -> list[Record]:
         raise RunError(f"{path} cannot be read: {error}") from None
     records = content if isinstance(content, list) else [content]
     for record in records:
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
+        if not isinstance(record, dict) or record.get("format") not in READABLE:
             raise RunError(f"{path} holds no run records of format {FORMAT}; `report RUN` writes {RECORD} into a run")
         try:
+            record["config"] = translated(record["config"])
+            if "overrides" in record:
+                record["overrides"] = {RENAMED.get(key, key): value for key, value in record["overrides"].items()}
+            record["format"] = FORMAT
             for table in (record["training"], *record["evaluations"].values()):
                 table["rows"] = [[math.nan if number is None else number for number in row] for row in table["rows"]]
         except (KeyError, TypeError, AttributeError):

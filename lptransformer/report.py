@@ -17,6 +17,7 @@ from lptransformer import (
     plots,
     records,
     run_folder,
+    run_model,
     run_record,
     trace,
     trace_plot,
@@ -97,7 +98,7 @@ def report_trace(run: Path, out: Path) -> None:
     table(title, columns, rows)
     whole_file.write_text(out / TIMELINE, json.dumps(trace.chrome(traces, str(run)), separators=(",", ":")) + "\n")
     picture = trace_plot.draw(
-        _panels(_picture(newest), method, config.objective.name == "backprop", beside), out / "trace"
+        _panels(_picture(newest), method, run_model.blueprint_of(run).objective.is_backprop, beside), out / "trace"
     )
     print(f"timeline for ui.perfetto.dev or chrome://tracing: {out / TIMELINE}   picture (and .svg): {picture}")
 

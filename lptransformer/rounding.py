@@ -1,56 +1,90 @@
-"""Hidden states in fewer bytes, for slow links between chunks: what is sent, and what the next chunk gets to see.
+"""Border codecs at work: hidden states in fewer bytes, for slow links between chunks.
 
-A chunk computes with the rounded hidden states wherever it runs, in the same process or behind a link, so that the
-result does not depend on the placement.
+A chunk computes with what it would receive wherever it runs, in the same process or behind a link, so that the result
+does not depend on the placement. codecs.py has the rows that name these classes.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-_SCALE_BYTES = 4  # of a token's float32 scale
+from lptransformer.codecs import CODECS, SCALE_BYTES
 
 
-def num_bytes(shape: tuple[int, ...], dtype: torch.dtype, kind: str | None) -> int:
-    """Bytes of an encoded tensor [..., H] of that shape."""
-    values = torch.Size(shape).numel()
-    if kind is None:
-        return values * dtype.itemsize
-    return 2 * values if kind == "bf16" else values + _SCALE_BYTES * (values // shape[-1])
+class BorderCodec(Protocol):
+    """How hidden states [..., H] are handed over.
 
-
-def encode(tensor: Tensor, kind: str | None) -> Tensor:
-    """The bytes of a tensor [..., H], uint8 [num_bytes]: as they are (None), as `bf16`, or as `int8`.
-
-    int8 is symmetric, with a scale per token: the largest of its H values is 127. A token with a value that is not
-    finite comes out as NaN.
+    `encode` gives their bytes, uint8 [num_bytes]; `decode` is its inverse, but for the rounding.
     """
-    tensor = tensor.detach().contiguous()
-    if kind is None:
-        return tensor.view(torch.uint8).flatten()
-    if kind == "bf16":
-        return tensor.to(torch.bfloat16).view(torch.uint8).flatten()
-    assert kind == "int8", kind
-    scales = tensor.abs().amax(-1, keepdim=True).float() / 127
-    values = (tensor / torch.where(scales == 0, 1.0, scales)).round().clamp(-127, 127)
-    values = torch.where(scales.isfinite(), values, 0).to(torch.int8)
-    scales = torch.where(scales.isfinite(), scales, torch.nan)
-    return torch.cat([scales.view(torch.uint8).flatten(), values.view(torch.uint8).flatten()])
+
+    def num_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int: ...
+
+    def encode(self, tensor: Tensor) -> Tensor: ...
+
+    def decode(self, encoded: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
 
 
-def decode(encoded: Tensor, shape: tuple[int, ...], dtype: torch.dtype, kind: str | None) -> Tensor:
-    """The inverse of `encode`, but for the rounding. Without rounding the result shares its memory with `encoded`."""
-    if kind is None:
+class AsTheyAre:
+    """No rounding: what is decoded shares its memory with what was encoded."""
+
+    def num_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        return torch.Size(shape).numel() * dtype.itemsize
+
+    def encode(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().contiguous().view(torch.uint8).flatten()
+
+    def decode(self, encoded: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return encoded.view(dtype).view(shape)
-    if kind == "bf16":
+
+
+class Bf16:
+    """Two bytes for every value."""
+
+    def num_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        return 2 * torch.Size(shape).numel()
+
+    def encode(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().contiguous().to(torch.bfloat16).view(torch.uint8).flatten()
+
+    def decode(self, encoded: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return encoded.view(torch.bfloat16).view(shape).to(dtype)
-    tokens = torch.Size(shape).numel() // shape[-1]
-    scales, values = encoded[: _SCALE_BYTES * tokens], encoded[_SCALE_BYTES * tokens :]
-    scales = scales.view(torch.float32).view(*shape[:-1], 1)
-    return (values.view(torch.int8).view(shape).to(dtype) * scales).to(dtype)
 
 
-def rounded(tensor: Tensor, kind: str | None) -> Tensor:
-    """What the receiver of an encoded tensor has."""
-    return tensor if kind is None else decode(encode(tensor, kind), tuple(tensor.shape), tensor.dtype, kind)
+class Int8:
+    """Symmetric, with a scale per token: the largest of its H values is 127.
+
+    A token with a value that is not finite comes out as NaN.
+    """
+
+    def num_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        values = torch.Size(shape).numel()
+        return values + SCALE_BYTES * (values // shape[-1])
+
+    def encode(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().contiguous()
+        scales = tensor.abs().amax(-1, keepdim=True).float() / 127
+        values = (tensor / torch.where(scales == 0, 1.0, scales)).round().clamp(-127, 127)
+        values = torch.where(scales.isfinite(), values, 0).to(torch.int8)
+        scales = torch.where(scales.isfinite(), scales, torch.nan)
+        return torch.cat([scales.view(torch.uint8).flatten(), values.view(torch.uint8).flatten()])
+
+    def decode(self, encoded: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tokens = torch.Size(shape).numel() // shape[-1]
+        scales, values = encoded[: SCALE_BYTES * tokens], encoded[SCALE_BYTES * tokens :]
+        scales = scales.view(torch.float32).view(*shape[:-1], 1)
+        return (values.view(torch.int8).view(shape).to(dtype) * scales).to(dtype)
+
+
+def make_codec(name: str) -> BorderCodec:
+    """The codec of a row of CODECS."""
+    module, _, kind = CODECS[name].builder.partition(":")
+    return getattr(import_module(module), kind)()
+
+
+def as_received(tensor: Tensor, codec: BorderCodec) -> Tensor:
+    """What the receiver of a tensor [..., H] has."""
+    return codec.decode(codec.encode(tensor), tuple(tensor.shape), tensor.dtype)

@@ -158,7 +158,7 @@ def read_config(folder: Path) -> Config:
     """The configuration that a run was started with. Raises RunError where the folder holds no run."""
     if not (folder / CONFIG).is_file():
         raise RunError(f"{folder} is no run folder: it has no {CONFIG}")
-    return configuration.load(folder / CONFIG, read_pretrained=False)
+    return configuration.load(folder / CONFIG, saved=True)
 
 
 def read_data(folder: Path) -> dict[str, Any]:

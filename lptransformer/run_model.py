@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lptransformer import blueprint as blueprints
 from lptransformer import checkpoint, run_folder
-from lptransformer.errors import RunError
-from lptransformer.family import Anatomy, anatomy, saved_config
+from lptransformer.blueprint import Blueprint
+from lptransformer.errors import ConfigError, ModelError, RunError
+from lptransformer.family import saved_config
+from lptransformer.head import LossBatch
 from lptransformer.stage import Stage, load_stage
 from lptransformer.token_set import Batch
 
 
 @dataclass(frozen=True)
 class RunModel:
-    """All stages in order, in fp32 and evaluation mode; `config` is that of the Hugging Face model."""
+    """All stages in order, in fp32 and evaluation mode."""
 
     update: int
-    config: Any
-    parts: Anatomy
+    blueprint: Blueprint
     stages: list[Stage]
     device: torch.device
 
@@ -37,9 +38,10 @@ class RunModel:
         inputs, labels = batch.input_ids.to(self.device), batch.labels.to(self.device)
         sums = []
         for stage in self.stages:
-            inputs, _, loss_sum, *_ = stage(inputs, labels, 1.0)
-            if loss_sum is not None:
-                sums.append(loss_sum)
+            output = stage(inputs, LossBatch(labels, scale=1.0))
+            inputs = output.hidden_states
+            if output.nll_sum is not None:
+                sums.append(output.nll_sum)
         return torch.stack(sums).tolist()
 
     @torch.no_grad()
@@ -65,26 +67,32 @@ def find_update(run: Path, step: int | None = None) -> int:
     return step
 
 
+def blueprint_of(run: Path) -> Blueprint:
+    """What a run is, from its folder. Raises RunError where that is damaged."""
+    try:
+        return blueprints.of_model(run_folder.read_config(run), saved_config(run_folder.read_model_config(run)))
+    except (ModelError, ConfigError) as error:
+        raise RunError(f"{run}: its configuration or {run_folder.MODEL} is damaged: {error}") from None
+
+
 def load(run: Path, update: int, device: torch.device | str = "cpu") -> RunModel:
     """The model of a run after `update` updates, from a complete checkpoint of it.
 
     Raises RunError where the run folder or the checkpoint is damaged.
     """
-    head = run_folder.read_config(run).head
-    config = saved_config(run_folder.read_model_config(run))
-    parts = anatomy(config)
+    blueprint = blueprint_of(run)
+    num_blocks = blueprint.objective.num_blocks
     stages = []
     for folder in checkpoint.stage_folders(run, update):
         plan, weights = checkpoint.plan_of(folder), checkpoint.read_weights(folder)
         try:
-            stage = load_stage(plan, config, parts, weights, head=head)
+            stage = load_stage(plan, blueprint, weights)
         except RunError as error:
             raise RunError(f"{folder}: {error}") from None
         stages.append(stage.to(device))
     blocks = [block for stage in stages for block in range(stage.plan.first_block, stage.plan.last_block + 1)]
-    if blocks != list(range(config.num_hidden_layers)):
+    if blocks != list(range(num_blocks)):
         raise RunError(
-            f"{run}: the stages after {update} updates hold the blocks {blocks}, but the model has "
-            f"{config.num_hidden_layers} blocks"
+            f"{run}: the stages after {update} updates hold the blocks {blocks}, but the model has {num_blocks} blocks"
         )
-    return RunModel(update, config, parts, stages, torch.device(device))
+    return RunModel(update, blueprint, stages, torch.device(device))

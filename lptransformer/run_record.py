@@ -10,9 +10,12 @@ from statistics import fmean, median
 from typing import Any
 
 from lptransformer import config as configuration
-from lptransformer import cost, family, flops, gradients, objective, partition, run_folder, simulate
+from lptransformer import flops, run_folder, run_model, simulate
+from lptransformer.blueprint import Blueprint
 from lptransformer.config import Config
-from lptransformer.errors import ModelError, RunError
+from lptransformer.dtypes import DTYPES
+from lptransformer.errors import RunError
+from lptransformer.head_kinds import HeadOptions
 from lptransformer.metrics import Record
 from lptransformer.records import FORMAT, IDENTITY, RECORD, RECORDS, read
 from lptransformer.run_log import read_metrics, read_updates
@@ -20,7 +23,6 @@ from lptransformer.sources import MANIFEST
 
 PIPELINE_RANKS = 8  # of the pipeline in which every run is simulated, or as many as there are blocks
 CURVE_NUMBERS, CURVE_ROWS = 800, 200  # the most that a record holds of the training loss
-_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 
 
 def build(run: Path, identity: Mapping[str, Any] | None = None) -> Record:
@@ -30,16 +32,10 @@ def build(run: Path, identity: Mapping[str, Any] | None = None) -> Record:
     """
     config = run_folder.read_config(run)
     updates = read_updates(run)
-    model = run_folder.read_model_config(run)
-    parts, costs = _costs(run, config, model)
-    goal = objective.build(model_blocks(model), **config.objective.model_dump())
-    plans = partition.cut(goal, config.parallel.pipeline, costs, config.parallel.partition)
-    train = config.train
+    blueprint = run_model.blueprint_of(run)
+    parts, costs, train = blueprint.parts, blueprint.costs, config.train
     positions = train.micro_batch_size * train.micro_batches_per_update * config.data.sequence_length
-    hidden_bytes = positions * parts.hidden_size * _BYTES[train.dtype]
-    handed_up = hidden_bytes
-    if train.border_dtype is not None:  # int8: and four bytes of scale for a token
-        handed_up = positions * (2 * parts.hidden_size if train.border_dtype == "bf16" else parts.hidden_size + 4)
+    gradient_bytes = positions * parts.hidden_size * DTYPES[train.dtype].bytes
     steady = updates[len(updates) // 10 :]  # without the start, where memory and caches are cold
     done = updates[-1]["update"]
     identity = identity or _known_identity(run) or {"name": str(run), "method": method_name(config)}
@@ -55,7 +51,7 @@ def build(run: Path, identity: Mapping[str, Any] | None = None) -> Record:
         "config": _without_paths(configuration.to_dict(config)),
         "environment": _environment(run),
         "model": {
-            "blocks": goal.num_blocks,
+            "blocks": blueprint.objective.num_blocks,
             "hidden_size": parts.hidden_size,
             "vocab_size": parts.vocab_size,
             "block_parameters": parts.block_parameters,
@@ -73,12 +69,12 @@ def build(run: Path, identity: Mapping[str, Any] | None = None) -> Record:
                 "pipeline_rank": plan.pipeline_rank,
                 "idle_share": _short(median(_entry(record, plan.last_block)["idle_share"] for record in steady)),
                 "memory_bytes": max(_entry(record, plan.last_block)["memory_bytes"] for record in updates),
-                "hidden_states_bytes": 0 if plan.is_last else handed_up if plan.has_head else hidden_bytes,
-                "gradients_bytes": round(hidden_bytes * _crossing(goal, plans, plan.index, train.steps)),
+                "hidden_states_bytes": 0 if plan.is_last else positions * blueprint.token_bytes(plan.index),
+                "gradients_bytes": round(gradient_bytes * _crossing(blueprint, plan.index)),
             }
-            for plan in plans
+            for plan in blueprint.stages
         ],
-        "evaluations": _evaluations(read_metrics(run), goal, costs, config),
+        "evaluations": _evaluations(read_metrics(run), blueprint),
         "training": _curve(updates),
     }
 
@@ -88,64 +84,43 @@ def _entry(record: Record, last_block: int) -> Record:
     return next(entry for entry in record["stages"] if entry["last_block"] >= last_block)
 
 
-def model_blocks(model: Mapping[str, Any]) -> int:
-    return family.saved_config(model).num_hidden_layers
-
-
 def method_name(config: Config) -> str:
     """A name for the method of a run that no sweep has named: the objective with its numbers, the kind of head."""
-    section = configuration.to_dict(config)["objective"]
-    chunks = section.get("chunks")
-    words = [section["name"]]
-    if chunks is not None and section["name"] != "greedy":
+    options = config.objective
+    chunks, words = getattr(options, "chunks", None), [options.name]
+    if chunks is not None:
         words.append("+".join(map(str, chunks)) if isinstance(chunks, list) else str(chunks))
-    if config.head.kind != "private" and section["name"] not in ("backprop", "last", "delayed"):
+    if config.head.kind != HeadOptions().kind:
         words.append(config.head.kind)
     return "-".join(words)
 
 
-def _costs(run: Path, config: Config, model: Mapping[str, Any]) -> tuple[family.Anatomy, cost.ModelCosts]:
-    try:
-        parts = family.anatomy(family.saved_config(model))
-    except ModelError as error:
-        raise RunError(f"{run / run_folder.MODEL}: {error}") from None
-    return parts, cost.model_costs(
-        parts.block_parameters,
-        parts.hidden_size,
-        parts.vocab_size,
-        config.data.sequence_length,
-        **config.head.cost_options(),
-    )
-
-
-def _crossing(goal: objective.Objective, plans: Sequence[partition.StagePlan], stage: int, steps: int) -> float:
+def _crossing(blueprint: Blueprint, stage: int) -> float:
     """How many gradients cross the border below a stage per micro-batch, in the mean over a run's updates."""
-    counts = [len(gradients.crossing(gradients.flows(phase, plans), stage)) for phase in goal.phases]
-    return counts[0] if len(counts) == 1 else fmean(counts[goal.phase_at(update, steps)] for update in range(steps))
+    counts = [len(plan.crossing(stage)) for plan in blueprint.phases]
+    phase_at, steps = blueprint.objective.phase_at, blueprint.steps
+    return counts[0] if len(counts) == 1 else fmean(counts[phase_at(update, steps)] for update in range(steps))
 
 
-def _evaluations(
-    metrics: Sequence[Record], goal: objective.Objective, costs: cost.ModelCosts, config: Config
-) -> dict[str, Any]:
-    train = config.train
-    micro_batch = train.micro_batch_size * config.data.sequence_length
+def _evaluations(metrics: Sequence[Record], blueprint: Blueprint) -> dict[str, Any]:
+    objective, costs, steps, many = blueprint.objective, blueprint.costs, blueprint.steps, blueprint.micro_batches
+    micro_batch = blueprint.micro_batch_size * blueprint.sequence_length
     places = {record["update"]: record for record in metrics if "stages" in record}
     tables: dict[str, Any] = {}
-    ranks = min(PIPELINE_RANKS, goal.num_blocks)
-    of_phase = simulate.pipeline_flops(goal, costs, ranks, train.micro_batches_per_update)
+    of_phase = simulate.pipeline_flops(objective, costs, min(PIPELINE_RANKS, objective.num_blocks), many)
     for record in metrics:
         if "evaluation" not in record or record["update"] not in places:
             continue
         place, exits, update = places[record["update"]], record["exits"], record["update"]
-        spent = flops.spent(goal, costs, update, train.steps)
-        in_pipeline = sum(of_phase[goal.phase_at(done, train.steps)] for done in range(update))
+        spent = flops.spent(objective, costs, update, steps)
+        in_pipeline = sum(of_phase[objective.phase_at(done, steps)] for done in range(update))
         columns = ["update", "tokens", "seconds", "total_flops", "serial_flops", "pipeline_flops"]
         columns += [one["last_block"] for one in exits]
         row = [
             update,
             place["tokens"],
             _short(place["seconds"]),
-            _short(spent.total * micro_batch * train.micro_batches_per_update),
+            _short(spent.total * micro_batch * many),
             _short(spent.serial * micro_batch),
             _short(in_pipeline * micro_batch),
             *(_short(one["nll_per_token"]) for one in exits),

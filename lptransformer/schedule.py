@@ -26,8 +26,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lptransformer.gradients import Duty, duties, flows
-from lptransformer.objective import Phase
 from lptransformer.partition import StagePlan
+from lptransformer.spans import Phase
 
 OPS = ("R", "F", "S", "P", "RG", "B", "SG", "U")
 

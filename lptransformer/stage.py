@@ -2,23 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lptransformer import pieces
-from lptransformer.config_sections import HeadSection
-from lptransformer.errors import ConfigError, RunError
-from lptransformer.family import Anatomy
-from lptransformer.head import Copy, Head, Readout, SharedReadout, factorised, make_read_only
+from lptransformer.blueprint import Blueprint
+from lptransformer.errors import RunError
+from lptransformer.gradients import Duty
+from lptransformer.head import (
+    CROSS_ENTROPY,
+    Copy,
+    Head,
+    LossBatch,
+    LossTerm,
+    Material,
+    Readout,
+    build_readout,
+    make_read_only,
+)
 from lptransformer.partition import StagePlan
 
 Pull = Callable[[Tensor], Tensor]
-Output = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Pull | None]
+
+
+class StageOutput(NamedTuple):
+    """What a stage gives. A tuple, because DeepSpeed finds tensors in tuples, lists and dictionaries only.
+
+    Hidden states [b, T, H]; the loss terms of its head by name, empty without one. Where the head was split off,
+    `loss_gradient` [b, T, H] is the gradient of its loss at the hidden states, for the caller to weigh. Where the
+    inputs carry a gradient, `pull` takes a gradient at the hidden states and gives the one at the inputs, without
+    gradients of weights; it can be called several times before the backward pass.
+    """
+
+    hidden_states: Tensor
+    losses: dict[str, LossTerm]
+    loss_gradient: Tensor | None = None
+    pull: Pull | None = None
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The sum of the scaled loss terms; None without a head."""
+        return add(term.loss for term in self.losses.values())
+
+    @property
+    def nll_sum(self) -> Tensor | None:
+        """The sum of the negative log-likelihoods of the labels, in nats; None without a head."""
+        return self.losses[CROSS_ENTROPY].total if self.losses else None
+
+
+def backward_loss(output: StageOutput, duty: Duty, above: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """The scalar whose ordinary backward pass gives a stage's weights their gradient (and its inputs theirs).
+
+    The stage's own loss, and the gradients at its hidden states [b, T, H] with their weights: those that come from
+    `above`, and its own where the head was split off. They enter as a vector-Jacobian product.
+    """
+    weighed = list(above)
+    if output.loss_gradient is not None and duty.loss_weight is not None:
+        weighed.insert(0, (output.loss_gradient, duty.loss_weight))
+    gradient = add(part if weight == 1.0 else part * weight for part, weight in weighed if weight != 0.0)
+    product = None if gradient is None else (output.hidden_states * gradient).sum()
+    total = add(term for term in (output.loss, product) if term is not None)
+    assert total is not None, "a backward pass without a gradient"
+    return total
+
+
+def add(tensors: Iterable[Tensor]) -> Tensor | None:
+    """The sum from left to right; None of nothing."""
+    total = None
+    for tensor in tensors:
+        total = tensor if total is None else total + tensor
+    return total
 
 
 class Stage(nn.Module):
@@ -39,29 +97,23 @@ class Stage(nn.Module):
         name = "input_ids" if self.plan.is_first else "inputs_embeds"
         return self.body(**{name: inputs}, use_cache=False).last_hidden_state
 
-    def forward(
-        self, inputs: Tensor, labels: Tensor, scale: float, positions: Tensor | None = None, split: bool = False
-    ) -> Output:
-        """Hidden states [b, T, H]; scaled loss; sum of the losses in nats over the labels [b, T]; split; pull.
-
-        The losses are None in a stage without a head. `positions` [b, k] are those whose loss counts (None: all).
-        With `split` the loss is taken at a copy of the hidden states and reaches the head's weights alone; the fourth
-        output is its gradient at the hidden states, for the caller to weigh. The fifth, where the inputs carry a
-        gradient, takes a gradient at the hidden states and gives the one at the inputs, without gradients of weights;
-        it can be called several times before the backward pass.
-        """
+    def forward(self, inputs: Tensor, batch: LossBatch, split: bool = False) -> StageOutput:
+        """Inputs as of `hidden_states`. With `split` the loss is taken at a copy of the hidden states and reaches the
+        head's weights alone."""
         hidden_states = self.hidden_states(inputs)
-        pull, gradient, loss, loss_sum = None, None, None, None
+        pull, gradient, losses = None, None, {}
         if inputs.requires_grad:
             pull = partial(_pull, hidden_states, inputs)
             # DeepSpeed puts hooks on what a module gives out: pulls must not run through those.
             hidden_states = hidden_states.view_as(hidden_states)
         if self.head is not None:
             at = hidden_states.detach().requires_grad_() if split else hidden_states
-            loss, loss_sum = self.head(at, labels, scale, positions)
+            losses = self.head(at, batch)
             if split:
+                loss = add(term.loss for term in losses.values())
+                assert loss is not None
                 (gradient,) = torch.autograd.grad(loss, at, retain_graph=True)
-        return hidden_states, loss, loss_sum, gradient, pull
+        return StageOutput(hidden_states, losses, gradient, pull)
 
 
 def _pull(hidden_states: Tensor, inputs: Tensor, gradient: Tensor) -> Tensor:
@@ -70,72 +122,67 @@ def _pull(hidden_states: Tensor, inputs: Tensor, gradient: Tensor) -> Tensor:
 
 
 def make_stage(
-    plan: StagePlan,
-    config: Any,
-    parts: Anatomy,
-    *,
-    seed: int | None,
-    head: HeadSection,
-    pretrained: str | Path | None = None,
+    plan: StagePlan, blueprint: Blueprint, *, seed: int | None, pretrained: str | Path | None = None
 ) -> Stage:
     """A stage in fp32 on the CPU: new, or from the tensors it owns in the model folder `pretrained`.
 
-    `head` says what an auxiliary head is; the last stage's head is the model's own. With `seed` None the weights of a
-    new stage are for the caller to fill in.
+    An auxiliary head is what the blueprint says; the last stage's head is the model's own. With `seed` None the weights
+    of a new stage are for the caller to fill in.
     """
-    blocks = range(plan.first_block, plan.last_block + 1)
-    piece = _piece(config, parts, blocks, plan.is_first, plan.is_last, seed, pretrained)
+
+    def piece(blocks: range, embedding: bool, final: bool) -> pieces.Piece:
+        config, parts = blueprint.model_config, blueprint.parts
+        if pretrained is None:
+            return pieces.new_piece(config, parts, blocks, embedding, final, seed)
+        return pieces.load_piece(pretrained, config, parts, blocks, embedding, final)
+
+    own = piece(range(plan.first_block, plan.last_block + 1), plan.is_first, plan.is_last)
     if not plan.has_head:
-        return Stage(plan, piece.base, None)
+        return Stage(plan, own.base, None)
     if not plan.is_last:
-        return Stage(plan, piece.base, _auxiliary_head(plan.last_block, config, parts, seed, head, pretrained))
-    assert piece.norm is not None and piece.readout is not None
-    readout = Readout(piece.readout.weight, head.chunk_tokens, parts.logit_rule)
-    return Stage(plan, piece.base, Head(piece.norm, readout))
-
-
-def _piece(
-    config: Any,
-    parts: Anatomy,
-    blocks: range,
-    embedding: bool,
-    final: bool,
-    seed: int | None,
-    pretrained: str | Path | None,
-) -> pieces.Piece:
-    if pretrained is None:
-        return pieces.new_piece(config, parts, blocks, embedding, final, seed)
-    return pieces.load_piece(pretrained, config, parts, blocks, embedding, final)
+        init = blueprint.head.init or ("scratch" if pretrained is None else "model")
+        as_model = init == "model" and seed is not None  # without a seed the shapes are all that counts
+        return Stage(plan, own.base, _auxiliary_head(plan.last_block, blueprint, seed, as_model, piece))
+    assert own.norm is not None and own.readout is not None
+    readout = Readout(own.readout.weight, blueprint.chunk_tokens, blueprint.parts.logit_rule)
+    return Stage(plan, own.base, Head(own.norm, readout))
 
 
 def _auxiliary_head(
-    block: int, config: Any, parts: Anatomy, seed: int | None, options: HeadSection, pretrained: str | Path | None
+    block: int,
+    blueprint: Blueprint,
+    seed: int | None,
+    as_model: bool,
+    piece: Callable[[range, bool, bool], pieces.Piece],
 ) -> Head:
-    """The head after `block`, with the weights it starts from: new ones, or copies of the model's.
+    """The head after `block`, with the weights it starts from: new ones, or copies of the model's (`as_model`).
 
-    What follows other stages starts as a copy of what it follows. Raises ConfigError for a rank that no readout has.
+    `piece` gives parts of the model (blocks, embedding, final norm and readout). What follows other stages starts as a
+    copy of what it follows. Raises OptionError where the options do not fit.
     """
-    depth, shape = config.num_hidden_layers, (parts.vocab_size, parts.hidden_size)
-    shared, decay = options.kind == "shared", options.ema_decay
-    rank = options.rank if options.kind == "low_rank" else None
-    if rank is not None and rank > min(shape):
-        raise ConfigError(f"head.rank is {rank}: a readout of {shape[0]} x {shape[1]} has at most rank {min(shape)}")
-    init = options.init or ("scratch" if pretrained is None else "model")
-    as_model = init == "model" and seed is not None  # without a seed the shapes are all that counts
+    config, parts, options = blueprint.model_config, blueprint.parts, blueprint.head
+    depth, decay = config.num_hidden_layers, options.ema_decay
+    final = cache(lambda: piece(range(0), False, True))
 
-    norm, down, readout = pieces.new_head(config, parts, block, seed, rank)
-    if as_model or shared:
-        own = _piece(config, parts, range(0), False, True, seed, pretrained)
-        assert own.norm is not None and own.readout is not None
-        norm = own.norm if as_model else norm
-        if down is None:
-            readout = own.readout
-        else:
-            factors = factorised(own.readout.weight, down.out_features)
-            down.weight, readout.weight = (nn.Parameter(factor) for factor in factors)
-    of_kind = SharedReadout if shared else Readout
-    read = of_kind(readout.weight, options.chunk_tokens, parts.logit_rule)
-    copies = [Copy("head.readout.weight", "head.readout.weight", depth - 1)] if shared else []
+    def model_readout() -> nn.Linear:
+        readout = final().readout
+        assert readout is not None
+        return readout
+
+    made = pieces.new_head(config, parts, block, seed)
+    norm = final().norm if as_model else made.norm
+    assert norm is not None
+    material = Material(
+        hidden_size=parts.hidden_size,
+        vocab_size=parts.vocab_size,
+        depth=depth,
+        chunk_tokens=blueprint.chunk_tokens,
+        rule=parts.logit_rule,
+        as_model=as_model,
+        new=made.linear,
+        model_readout=model_readout,
+    )
+    read, down, copies = build_readout(options, material)
     if options.blocks == 0:
         return Head(norm, read, down=down, copies=copies)
 
@@ -143,24 +190,23 @@ def _auxiliary_head(
     start = min(block + 1, depth - options.blocks)
     like = range(start, start + options.blocks)
     if as_model or decay is not None:
-        blocks = _piece(config, parts, like, False, False, seed, pretrained).base
+        blocks = piece(like, False, False).base
     else:
         blocks = pieces.new_head_blocks(config, parts, block, like, seed)
+    averaged: list[Copy] = []
     if decay is not None:
         for name in make_read_only(blocks):
             index = int(name.removeprefix(f"{parts.blocks_in_base}.").partition(".")[0])
-            copies.append(Copy(f"head.blocks.{name}", f"body.{name}", index, decay))
-    return Head(norm, read, blocks=blocks, down=down, copies=copies)
+            averaged.append(Copy(f"head.blocks.{name}", f"body.{name}", index, decay))
+    return Head(norm, read, blocks=blocks, down=down, copies=(*copies, *averaged))
 
 
-def load_stage(
-    plan: StagePlan, config: Any, parts: Anatomy, weights: Mapping[str, Tensor], *, head: HeadSection
-) -> Stage:
+def load_stage(plan: StagePlan, blueprint: Blueprint, weights: Mapping[str, Tensor]) -> Stage:
     """A stage in fp32 on the CPU, in evaluation mode, with the weights of a checkpoint (in any dtype).
 
     Raises RunError when they are not those of this stage: its parameters and its read-only copies.
     """
-    stage = make_stage(plan, config, parts, seed=None, head=head)
+    stage = make_stage(plan, blueprint, seed=None)
     needed = {name: tuple(tensor.shape) for name, tensor in stage.state_dict().items()}
     held = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(needed.keys() | held.keys()):

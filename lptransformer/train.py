@@ -10,12 +10,12 @@ from typing import Any
 
 from lptransformer import checkpoint, partition, run_folder
 from lptransformer.auto_batch import recorded, settled
-from lptransformer.build import Engine, ModelPlan, start
+from lptransformer.build import start
 from lptransformer.channel import Control
 from lptransformer.config import Config
-from lptransformer.config_checks import head_in_words, state_bytes
 from lptransformer.errors import TrainingError
-from lptransformer.face import Report, UpdateResult
+from lptransformer.face import Report, TrainingEngine, UpdateResult
+from lptransformer.head_kinds import label
 from lptransformer.metrics import Aggregator, TraceReport, text_counts
 from lptransformer.prepare import Prepared
 from lptransformer.processes import launched_rank, on_stop_signals
@@ -37,7 +37,7 @@ def train(config: Config, resume: bool = False, overwrite: bool = False, until: 
     if launched_rank() == 0:
         run_folder.check(folder, recorded(config) if resume else config, resume, overwrite)
     with settled(config, resume) as config:
-        engine, data, plan = start(config)
+        engine, data = start(config)
     if resume:
         run_folder.check_data(folder, data.folders())
         engine.load_checkpoint(folder)
@@ -49,7 +49,7 @@ def train(config: Config, resume: bool = False, overwrite: bool = False, until: 
         else:
             assert engine.describe_run is not None
             engine.describe_run(folder, overwrite)
-    desk = Desk(engine, config, data, plan, folder, resume, until)
+    desk = Desk(engine, config, data, folder, resume, until)
     with lost_processes_in_our_words(), desk, stopping_cleanly(engine):
         while True:
             engine.request(due(config, engine.update + 1, until))
@@ -73,13 +73,13 @@ def due(config: Config, update: int, until: int | None = None) -> Control:
     control = Control.NOTHING
     if train.eval_every and update % train.eval_every == 0:
         control |= Control.EVALUATE
-    if train.save_every and update % train.save_every == 0:
+    if config.checkpoint.every and update % config.checkpoint.every == 0:
         control |= Control.SAVE
     return control
 
 
 @contextlib.contextmanager
-def stopping_cleanly(engine: Engine) -> Iterator[None]:
+def stopping_cleanly(engine: TrainingEngine) -> Iterator[None]:
     """SIGTERM and Ctrl-C save and stop after the update under way; a third Ctrl-C ends the process at once."""
     interrupts = 0
 
@@ -99,10 +99,9 @@ class Desk:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: TrainingEngine,
         config: Config,
         data: Prepared,
-        plan: ModelPlan,
         folder: Path,
         resume: bool,
         until: int | None = None,
@@ -115,7 +114,7 @@ class Desk:
         tokens, seconds = 0, 0.0
         if resume:
             before = [r for r in read_metrics(folder) if "stages" in r and r["update"] <= engine.update]
-            tokens = engine.update * engine.label_tokens
+            tokens = engine.update * engine.blueprint.label_tokens
             seconds = before[-1]["seconds"] if before else 0.0
         texts = {name: text_counts(token_set.manifest) for name, token_set in data.valid.items()}
         self.aggregator = Aggregator(
@@ -124,7 +123,8 @@ class Desk:
         self.writer = MetricsWriter(folder, resume_at=engine.update if resume else None)
         self.trace = TraceWriter(folder) if config.run.trace else None
         self.progress = Progress(until or config.train.steps, self.stages)
-        rows = partition.table(engine.stages, plan.costs, head_in_words(config), state_bytes(config))
+        blueprint = engine.blueprint
+        rows = partition.table(engine.stages, blueprint.costs, label(blueprint.head), blueprint.state_bytes)
         table(f"run folder: {folder}", list(rows[0]), [list(row.values()) for row in rows])
 
     def __enter__(self) -> Desk:

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lptransformer.gradients import Flow, clip_groups, duty, flows
-from lptransformer.objective import Objective, Phase
+from lptransformer.objective import Objective
 from lptransformer.partition import StagePlan
 from lptransformer.simulate import Link, StageSeconds
+from lptransformer.spans import Phase
 
 if TYPE_CHECKING:
     import numpy as np

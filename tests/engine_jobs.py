@@ -21,16 +21,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lptransformer import config as configuration
+from lptransformer.blueprint import draw
 from lptransformer.build import build_engine
 from lptransformer.channel import Control, Neighbours
 from lptransformer.deepspeed_stage import TrainedStage
 from lptransformer.engine import LocalUpdateEngine
 from lptransformer.errors import TrainingError
-from lptransformer.gradients import clip_groups
+from lptransformer.head import LossBatch, LossTerm
 from lptransformer.metrics import EvaluationReport, StageReport
 from lptransformer.partition import StagePlan
 from lptransformer.processes import use_fair_share_of_cores
-from lptransformer.stage import Output
+from lptransformer.stage import StageOutput
 from lptransformer.token_set import Batch
 from lptransformer.world import join
 
@@ -103,7 +104,9 @@ def open_engine(overrides: Sequence[str]) -> LocalUpdateEngine:
     world = join(config.parallel.pipeline, config.parallel.data, config.parallel.timeout_seconds)
     stream = make_stream(config)
     valid = {"valid": RandomValidSet(stream)}
-    return build_engine(config, world, stream=stream, valid=valid, vocab_size=stream.vocab_size)
+    engine = build_engine(config, world, draw(config, stream.vocab_size, None), stream, valid)
+    assert isinstance(engine, LocalUpdateEngine)
+    return engine
 
 
 # --------------------------------------------------------------------------------------------- tampering
@@ -120,32 +123,34 @@ class Tamper:
     micro_batches: tuple[int, ...] | None = None  # of the replica, within the update
 
 
-Forward = Callable[..., Output]  # (inputs, labels, scale, positions, split), as Stage.forward
+Forward = Callable[..., StageOutput]  # (inputs, batch, split), as Stage.forward
 
 
-def _other_labels(forward: Forward, inputs: Tensor, labels: Tensor, scale: float, *more: Any) -> Output:
-    return forward(inputs, torch.where(labels == -100, labels, (labels + 7) % VOCAB_SIZE), scale, *more)
+def _other_labels(forward: Forward, inputs: Tensor, batch: LossBatch, *more: Any) -> StageOutput:
+    labels = torch.where(batch.labels == -100, batch.labels, (batch.labels + 7) % VOCAB_SIZE)
+    return forward(inputs, batch._replace(labels=labels), *more)
 
 
-def _sleep(forward: Forward, inputs: Tensor, labels: Tensor, scale: float, *more: Any) -> Output:
+def _sleep(forward: Forward, inputs: Tensor, batch: LossBatch, *more: Any) -> StageOutput:
     time.sleep(0.2)
-    return forward(inputs, labels, scale, *more)
+    return forward(inputs, batch, *more)
 
 
-def _infinite_loss(forward: Forward, inputs: Tensor, labels: Tensor, scale: float, *more: Any) -> Output:
-    hidden_states, loss, loss_sum, gradient, pull = forward(inputs, labels, scale, *more)
-    assert loss is not None and loss_sum is not None
-    return hidden_states, loss * torch.inf, loss_sum * torch.inf, gradient, pull
+def _infinite_loss(forward: Forward, inputs: Tensor, batch: LossBatch, *more: Any) -> StageOutput:
+    output = forward(inputs, batch, *more)
+    losses = {name: LossTerm(*(torch.inf * loss for loss in term)) for name, term in output.losses.items()}
+    assert losses
+    return output._replace(losses=losses)
 
 
-def _infinite_inputs(forward: Forward, inputs: Tensor, labels: Tensor, scale: float, *more: Any) -> Output:
-    return forward(torch.full_like(inputs, torch.inf), labels, scale, *more)
+def _infinite_inputs(forward: Forward, inputs: Tensor, batch: LossBatch, *more: Any) -> StageOutput:
+    return forward(torch.full_like(inputs, torch.inf), batch, *more)
 
 
-def _infinite_gradient(forward: Forward, inputs: Tensor, labels: Tensor, scale: float, *more: Any) -> Output:
-    hidden_states, *others = forward(inputs, labels, scale, *more)
-    hidden_states.register_hook(lambda gradient: gradient * torch.inf)
-    return hidden_states, *others  # type: ignore[return-value]
+def _infinite_gradient(forward: Forward, inputs: Tensor, batch: LossBatch, *more: Any) -> StageOutput:
+    output = forward(inputs, batch, *more)
+    output.hidden_states.register_hook(lambda gradient: gradient * torch.inf)
+    return output
 
 
 TAMPERINGS = {
@@ -164,15 +169,15 @@ def tamper_with(engine: LocalUpdateEngine, tamper: Tamper) -> None:
     forward, changed = stage.forward, TAMPERINGS[tamper.what]
     calls: Counter[int] = Counter()
 
-    def tampered(inputs: Tensor, labels: Tensor, scale: float, *more: Any) -> Output:
+    def tampered(inputs: Tensor, batch: LossBatch, *more: Any) -> StageOutput:
         update = engine.update + 1
         micro_batch = calls[update]
         calls[update] += 1
         if tamper.updates is not None and update not in tamper.updates:
-            return forward(inputs, labels, scale, *more)
+            return forward(inputs, batch, *more)
         if tamper.micro_batches is not None and micro_batch not in tamper.micro_batches:
-            return forward(inputs, labels, scale, *more)
-        return changed(forward, inputs, labels, scale, *more)
+            return forward(inputs, batch, *more)
+        return changed(forward, inputs, batch, *more)
 
     stage.forward = tampered  # type: ignore[method-assign]
 
@@ -216,12 +221,12 @@ def train(
     trained = Trained(
         world.pipeline_rank,
         world.data_rank,
-        {index: how.label_tokens for index, how in engine.head_losses.items()},
+        {index: how.label_tokens for index, how in engine.blueprint.head_losses.items()},
         plans={index: stage.plan for index, stage in stages.items()},
         reports={index: [] for index in stages},
         clip_groups=[
-            clip_groups(engine.objective.phases[engine.objective.phase_at(update, engine.steps)], engine.stages)
-            for update in range(engine.steps)
+            list(engine.blueprint.phases[engine.objective.phase_at(update, engine.blueprint.steps)].clip_groups)
+            for update in range(engine.blueprint.steps)
         ],
         history={index: [] for index in stages} if history else {},
     )

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from lptransformer import objective
 from lptransformer.cost import ModelCosts
-from lptransformer.objective import Objective, Phase, Span
+from lptransformer.objective import Objective
 from lptransformer.partition import StagePlan, cut
+from lptransformer.spans import Phase, Span
 
 COSTS = ModelCosts(block_flops=3.0, head_flops=5.0, auxiliary_flops=4.0)
 OWN_WEIGHTS = (0.0, 0.3, 0.5, 1.0)
@@ -102,9 +103,7 @@ def sizes_of(draw: st.DrawFn, total: int, most_parts: int) -> list[int]:
 
 
 @st.composite
-def objectives(
-    draw: st.DrawFn, most_blocks: int = 10, names: tuple[str, ...] = tuple(objective.OBJECTIVES)
-) -> Objective:
+def objectives(draw: st.DrawFn, most_blocks: int = 10, names: tuple[str, ...] = tuple(objective.METHODS)) -> Objective:
     """Any objective, hybrid ones too."""
     num_blocks = draw(st.integers(1, most_blocks))
     name = draw(st.sampled_from(names))

@@ -47,14 +47,15 @@ def whole_model_config(config: Config, vocab_size: int) -> GPT2Config | LlamaCon
 def runs_of(config: Config) -> list[tuple[int, int]]:
     """(first, last) block of every run: as equal as possible with the longer ones first, or the lengths given."""
     depth, name = config.model.num_layers, config.objective.name
-    chunks = {"greedy": depth, "backprop": 1, "last": 1}.get(name, config.objective.chunks)
+    chunks = {"greedy": depth, "backprop": 1, "last": 1}.get(name) or config.value("objective.chunks")
     sizes = [depth // chunks + (i < depth % chunks) for i in range(chunks)] if isinstance(chunks, int) else chunks
     return [(sum(sizes[:i]), sum(sizes[: i + 1]) - 1) for i in range(len(sizes))]
 
 
 def phases_of(config: Config) -> list[reference.Phase]:
     """The usual phase, and that of the global updates, written out from the definitions."""
-    options, runs, depth = config.objective, runs_of(config), config.model.num_layers
+    options: Any = config.objective
+    runs, depth = runs_of(config), config.model.num_layers
     whole = [(0, depth - 1)]
     spans, own_weight = runs, None
     if options.name == "overlapping":
@@ -74,8 +75,9 @@ def phases_of(config: Config) -> list[reference.Phase]:
 def phase_of_update(config: Config, updates: int) -> list[int]:
     """1 where an update is a global one."""
     options, steps = config.objective, config.train.steps
-    every = options.backprop_every or steps + 1
-    return [int((u + 1) % every == 0 or u >= steps - round(options.backprop_share * steps)) for u in range(updates)]
+    every = getattr(options, "backprop_every", None) or steps + 1
+    share = getattr(options, "backprop_share", 0.0)
+    return [int((u + 1) % every == 0 or u >= steps - round(share * steps)) for u in range(updates)]
 
 
 def learning_rates(config: Config, updates: int) -> list[float]:
@@ -113,11 +115,11 @@ def expected(overrides: tuple[str, ...], updates: int, **formulas: Any) -> refer
         learning_rates(config, updates),
         train.grad_clip,
         train.seed,
-        config.head.chunk_tokens,
+        config.loss.chunk_tokens,
         phase_of_update=phase_of_update(config, updates),
         delayed=config.objective.name == "delayed",
         heads=head_options(config),
-        border=train.border_dtype,
+        border=None if config.border.codec == "none" else config.border.codec,
         dtype=torch.float64 if train.dtype == "fp64" else torch.float32,
         **formulas,
     )
@@ -140,7 +142,7 @@ def head_options(config: Config) -> reference.HeadOptions:
 
     return reference.HeadOptions(
         readout=head.kind,
-        rank=head.rank if head.kind == "low_rank" else 0,
+        rank=config.value("head.rank") or 0,
         blocks=head.blocks,
         ema_decay=head.ema_decay,
         lags={end: math.ceil(hop * (2 * parallel.in_flight + 1) / rounds) for end, hop in hops.items()},

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lptransformer import checkpoint, cost, family, objective, partition, run_folder
+from lptransformer import checkpoint, run_folder
 from lptransformer import config as configuration
+from lptransformer.blueprint import draw
 from lptransformer.prepare import prepare_all
 from lptransformer.stage import make_stage
 
@@ -54,36 +55,28 @@ def make_run(
         },
         "objective": {"chunks": chunks},
         "parallel": {"pipeline": pipeline},
-        "head": {"chunk_tokens": 24, **(head or {})},
+        "head": head or {},
+        "loss": {"chunk_tokens": 24},
         "run": {"dir": str(folder / "run")},
     }
     if tokenizer == "sentencepiece":
         raw["data"]["vocab_size"] = 300
     config = configuration.load(raw)
     data = prepare_all(**config.data.model_dump(), progress=False)
-    if config.model.pretrained:
-        model_config = family.read_config(config.model.pretrained)
-    else:
-        sizes = config.model.model_dump(exclude={"family", "pretrained"})
-        ids = {"vocab_size": data.tokenizer.vocab_size, "end_of_text_id": data.tokenizer.end_of_text_id}
-        model_config = family.new_config(config.model.family, **sizes, **ids)
+    blueprint = draw(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
     run = folder / "run"
     valid_sets = {name: str(one.folder.absolute()) for name, one in data.valid.items()}
-    run_folder.create(run, config, model_config.to_dict(), data.tokenizer_folder, {"valid": valid_sets}, ["a test"])
-    parts = family.anatomy(model_config)
-    costs = cost.model_costs(parts.block_parameters, parts.hidden_size, parts.vocab_size, WINDOW)
-    goal = objective.build(config.model.num_layers, "chunked", chunks=chunks)
-    plans = partition.cut(goal, pipeline, costs)
+    model_config = blueprint.model_config.to_dict()
+    run_folder.create(run, config, model_config, data.tokenizer_folder, {"valid": valid_sets}, ["a test"])
     for update in updates:
-        for plan in plans:
-            options = {"seed": update, "head": config.head, "pretrained": config.model.pretrained}
-            stage = make_stage(plan, model_config, parts, **options)
+        for plan in blueprint.stages:
+            stage = make_stage(plan, blueprint, seed=update, pretrained=config.model.pretrained)
             place = checkpoint.stage_folder(run, update, plan.index)
             checkpoint.begin_stage(place)
             weights = {name: _shaken(name, tensor, update) for name, tensor in stage.state_dict().items()}
             weights = {name: weight.to(dtype) for name, weight in weights.items()}
             position = {"epoch": 0, "offset": update}
-            checkpoint.write_stage(place, weights, checkpoint.describe(plan, len(plans), update, position))
+            checkpoint.write_stage(place, weights, checkpoint.describe(plan, len(blueprint.stages), update, position))
             checkpoint.finish_stage(place)
     return run
 

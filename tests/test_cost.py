@@ -6,21 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import drawn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from lptransformer import family, objective, partition
-from lptransformer.config_sections import HeadSection
-from lptransformer.cost import ModelCosts, loss_positions, model_costs
-from lptransformer.head import Head, token_positions
+from lptransformer.cost import ModelCosts, loss_positions
+from lptransformer.head import CROSS_ENTROPY, Head, LossBatch, token_positions
 from lptransformer.stage import make_stage
 
 VOCAB, HIDDEN, LENGTH, ROWS = 320, 64, 16, 2
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "max_position_embeddings": LENGTH}
 CONFIG = LlamaConfig(**SIZES, num_hidden_layers=4, num_attention_heads=4, intermediate_size=160)
 CONFIG._attn_implementation = "eager"  # plain products, which torch counts
-PARTS = family.anatomy(CONFIG)
-PLANS = partition.cut(objective.build(4, "chunked", chunks=2), 1, ModelCosts(1, 1, 1))
 HEADS: dict[str, dict[str, Any]] = {
     "private": {},
     "shared": {"kind": "shared"},
@@ -34,16 +31,14 @@ HEADS: dict[str, dict[str, Any]] = {
 
 
 def head(**options: Any) -> Head:
-    found = make_stage(PLANS[0], CONFIG, PARTS, seed=0, head=HeadSection(**options)).head
+    blueprint = drawn(CONFIG, head=options, length=LENGTH)
+    found = make_stage(blueprint.stages[0], blueprint, seed=0).head
     assert found is not None
     return found
 
 
 def costs(**options: Any) -> ModelCosts:
-    averaged = options.pop("ema_decay", None) is not None
-    sizes = PARTS.block_parameters, HIDDEN, VOCAB, LENGTH
-    more = {"embedding_parameters": PARTS.embedding_parameters, "norm_parameters": PARTS.norm_parameters}
-    return model_costs(*sizes, **more, averaged_blocks=averaged, **options)
+    return drawn(CONFIG, head=options, length=LENGTH).costs
 
 
 def measured(one: Head, fraction: float) -> tuple[float, float]:
@@ -52,9 +47,9 @@ def measured(one: Head, fraction: float) -> tuple[float, float]:
     labels = torch.randint(0, VOCAB, (ROWS, LENGTH))
     positions = None if fraction == 1.0 else token_positions(0, 1, 0, ROWS, LENGTH, fraction)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
-        one(hidden_states, labels, 1.0, positions)
+        one(hidden_states, LossBatch(labels, 1.0, positions))
     with FlopCounterMode(display=False) as both:
-        one(hidden_states, labels, 1.0, positions)[0].backward()
+        one(hidden_states, LossBatch(labels, 1.0, positions))[CROSS_ENTROPY].loss.backward()
     tokens = ROWS * LENGTH
     return forward.get_total_flops() / tokens, (both.get_total_flops() - forward.get_total_flops()) / tokens
 
@@ -83,7 +78,8 @@ def test_weights_of_a_head(name: str) -> None:
 
 def test_weights_of_the_model() -> None:
     counted = costs()
-    stages = [make_stage(plan, CONFIG, PARTS, seed=0, head=HeadSection()) for plan in PLANS]
+    blueprint = drawn(CONFIG)
+    stages = [make_stage(plan, blueprint, seed=0) for plan in blueprint.stages]
     whole = 4 * counted.block_parameters + counted.embedding_parameters
     assert sum(p.numel() for stage in stages for p in stage.body.parameters()) == whole
     assert stages[-1].head is not None

@@ -13,19 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import drawn
 from saved_runs import FEW, TEXT, make_run
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
-from lptransformer import cost, family, objective, partition, run_folder, run_model
+from lptransformer import family, objective, run_folder, run_model
 from lptransformer.__main__ import parser
-from lptransformer.config_sections import HeadSection
 from lptransformer.diagnose import Diagnosis, diagnose
 from lptransformer.diagnosis import diagnose_run, draw_diagnosis, print_diagnosis, write_diagnosis
 from lptransformer.errors import DataError, RunError, UserError
-from lptransformer.objective import Phase, Span
 from lptransformer.run_model import RunModel
+from lptransformer.spans import Phase, Span
 from lptransformer.spectrum import Moments, effective_rank, stable_rank
 from lptransformer.stage import make_stage
 from lptransformer.token_set import IGNORE_INDEX, Batch
@@ -37,18 +37,15 @@ SIZES |= {**FEW, "max_position_embeddings": WINDOW}
 OVERLAPPING = {"chunks": 4, "overlap": 1, "first_head": True}
 
 
-def make_model(name: str, of_family: str = "gpt2", head: HeadSection | None = None, **options: Any) -> RunModel:
+def make_model(name: str, of_family: str = "gpt2", head: dict[str, Any] | None = None, **options: Any) -> RunModel:
     config = family.new_config(of_family, vocab_size=VOCAB, **SIZES)
-    parts = family.anatomy(config)
-    costs = cost.model_costs(parts.block_parameters, parts.hidden_size, VOCAB, WINDOW)
-    plans = partition.cut(objective.build(BLOCKS, name, **options), 1, costs)
-    head = head or HeadSection(chunk_tokens=7)
-    stages = [make_stage(plan, config, parts, seed=3, head=head).eval() for plan in plans]
+    blueprint = drawn(config, name, head=head, length=WINDOW, **options)
+    stages = [make_stage(plan, blueprint, seed=3).eval() for plan in blueprint.stages]
     generator = torch.Generator().manual_seed(1)
     for stage in stages:
         for weight in stage.parameters():  # as new, heads know nothing and norms and biases are all alike
             weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
-    return RunModel(0, config, parts, stages, torch.device("cpu"))
+    return RunModel(0, blueprint, stages, torch.device("cpu"))
 
 
 def make_batches(number: int, rows: int = 3) -> list[Batch]:
@@ -71,9 +68,9 @@ def diagnosed(model: RunModel, name: str, batches: Sequence[Batch], **options: A
 
 def whole(model: RunModel) -> Any:
     """The library's own model with the same weights."""
-    gpt2 = model.config.model_type == "gpt2"
+    gpt2 = model.blueprint.model_config.model_type == "gpt2"
     base, norm = ("transformer", "transformer.ln_f") if gpt2 else ("model", "model.norm")
-    config = copy.deepcopy(model.config)
+    config = copy.deepcopy(model.blueprint.model_config)
     config.tie_word_embeddings = False
     net = (GPT2LMHeadModel if gpt2 else LlamaForCausalLM)(config).eval()
     weights: dict[str, Tensor] = {}
@@ -239,7 +236,7 @@ def test_a_gradient_of_zero_has_no_direction() -> None:
 )
 def test_any_head_can_be_diagnosed(head: dict[str, Any]) -> None:
     """The numbers of the first exit are those of its whole logits, and its gradient is not the true one."""
-    model, batches = make_model("chunked", head=HeadSection(chunk_tokens=7, **head), chunks=2), make_batches(1)
+    model, batches = make_model("chunked", head=head, chunks=2), make_batches(1)
     first, second = model.stages
     assert first.head is not None and second.head is not None
     with torch.no_grad():

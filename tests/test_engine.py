@@ -312,7 +312,7 @@ def test_evaluation_sums_equal_the_plain_forward(pool: Pool, stage: int) -> None
 
 @pytest.mark.slow  # test_evaluation_sums_equal_the_plain_forward with one more option
 def test_evaluation_sums_of_rounded_hidden_states_do_not_depend_on_the_placement(pool: Pool) -> None:
-    overrides = ("objective.chunks=2", "train.border_dtype=int8")
+    overrides = ("objective.chunks=2", "border.codec=int8")
     together = by_stage(start(pool, overrides, 2, evaluate=True))
     apart = by_stage(start(pool, (*overrides, "parallel.pipeline=2"), 2, evaluate=True))
     exact = by_stage(start(pool, ("objective.chunks=2",), 2, evaluate=True))

@@ -39,7 +39,7 @@ from transformers.activations import ACT2FN
 
 from lptransformer import family, pieces
 from lptransformer.errors import ModelError
-from lptransformer.head import Head, Readout
+from lptransformer.head import CROSS_ENTROPY, Head, LossBatch, Readout
 from lptransformer.loss import LogitRule
 from lptransformer.pieces import Piece
 
@@ -207,7 +207,7 @@ def test_the_loss_of_the_last_head_and_its_gradients_are_those_of_the_whole_mode
     expected.backward()
     hidden_states = joined_hidden_states([piece])
     labels = torch.cat([input_ids()[:, 1:], torch.full((3, 1), -100)], 1)
-    loss, total = head(hidden_states, labels, 1 / (labels != -100).sum().item())
+    loss, total = head(hidden_states, LossBatch(labels, 1 / (labels != -100).sum().item()))[CROSS_ENTROPY]
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(total, expected * 57, rtol=1e-6, atol=0)
@@ -330,8 +330,8 @@ def test_auxiliary_heads_are_like_the_models_own_and_differ_from_block_to_block(
     config = CONFIGS["llama"]
     parts = family.anatomy(config)
     heads = [pieces.new_head(config, parts, block, seed=0) for block in (0, 1, 0)]
-    readouts = [readout.weight for _, _, readout in heads]
-    assert readouts[0].shape == (VOCAB, 32) and type(heads[0][0]).__name__ == "LlamaRMSNorm"
+    readouts = [one.linear((parts.hidden_size, parts.vocab_size))[0].weight for one in heads]
+    assert readouts[0].shape == (VOCAB, 32) and type(heads[0].norm).__name__ == "LlamaRMSNorm"
     assert torch.equal(readouts[0], readouts[2]) and not torch.equal(readouts[0], readouts[1])
 
 

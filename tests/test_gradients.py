@@ -24,8 +24,9 @@ from objective_cases import (
 )
 
 from lptransformer.gradients import Duty, borders_carry_gradients, clip_groups, crossing, duties, flows
-from lptransformer.objective import Objective, Phase, build
+from lptransformer.objective import Objective, build
 from lptransformer.partition import StagePlan, cut
+from lptransformer.spans import Phase
 
 
 @dataclass

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import drawn
 from saved_runs import FEW, make_run
 from test_config import DATA, message, says
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
-from lptransformer import family, objective, partition, run_model
+from lptransformer import family, run_model
+from lptransformer.blueprint import Blueprint
 from lptransformer.config import check_depth, load, to_dict
-from lptransformer.config_sections import HeadSection
-from lptransformer.cost import ModelCosts
 from lptransformer.errors import ConfigError, RunError
 from lptransformer.export import export_run
-from lptransformer.head import Copy, Head, Readout, token_positions
+from lptransformer.head import CROSS_ENTROPY, Copy, Head, LossBatch, LossTerm, Readout, token_positions
 from lptransformer.loss import IGNORE_INDEX
 from lptransformer.stage import Stage, load_stage, make_stage
 from lptransformer.token_set import Batch
@@ -41,8 +41,7 @@ CONFIGS: dict[str, Any] = {
 }
 for _config in CONFIGS.values():
     family._for_training(_config)
-PLANS = partition.cut(objective.build(DEPTH, "chunked", chunks=[2, 3]), 1, ModelCosts(1, 1, 1))
-BLOCK = PLANS[0].last_block  # of the auxiliary head
+BLOCK = 1  # of the auxiliary head
 KINDS: dict[str, dict[str, Any]] = {
     "private": {},
     "shared": {"kind": "shared"},
@@ -60,9 +59,12 @@ every_family = pytest.mark.parametrize("name", CONFIGS)
 def stage(
     name: str = "llama", seed: int | None = 0, pretrained: Path | None = None, index: int = 0, **options: Any
 ) -> Stage:
-    config = copy.deepcopy(CONFIGS[name])
-    options = HeadSection(**{"chunk_tokens": 7, **options})
-    return make_stage(PLANS[index], config, family.anatomy(config), seed=seed, head=options, pretrained=pretrained)
+    blueprint = blueprint_of(name, **options)
+    return make_stage(blueprint.stages[index], blueprint, seed=seed, pretrained=pretrained)
+
+
+def blueprint_of(name: str = "llama", **head: Any) -> Blueprint:
+    return drawn(CONFIGS[name], chunks=[BLOCK + 1, DEPTH - BLOCK - 1], head=head, length=LENGTH)
 
 
 def head_of(one: Stage) -> Head:
@@ -88,6 +90,12 @@ def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     labels[:, -1] = IGNORE_INDEX
     hidden_states = torch.randn(ROWS, LENGTH, HIDDEN, generator=generator, dtype=torch.float64)
     return hidden_states.to(dtype).requires_grad_(), labels
+
+
+def loss_of(
+    one: Head, hidden_states: Tensor, labels: Tensor, scale: float = 1.0, positions: Tensor | None = None
+) -> LossTerm:
+    return one(hidden_states, LossBatch(labels, scale, positions))[CROSS_ENTROPY]
 
 
 def unit(seed: int, name: str) -> None:
@@ -144,7 +152,7 @@ def test_loss_logits_and_gradients_are_those_of_plain_torch(name: str, kind: str
     for positions in (None, token_positions(0, BLOCK, 3, ROWS, LENGTH, 0.5)):
         expected = (losses if positions is None else torch.stack([losses[i, positions[i]] for i in range(ROWS)])).sum()
         right = torch.autograd.grad(expected / 7, inputs, retain_graph=True)
-        loss, total = one(hidden_states, labels, 1 / 7, positions)
+        loss, total = loss_of(one, hidden_states, labels, 1 / 7, positions)
         torch.testing.assert_close(total, expected, **tolerance)
         torch.testing.assert_close(loss, expected / 7, **tolerance)
         for found, wanted in zip(torch.autograd.grad(loss, inputs), right, strict=True):
@@ -157,14 +165,14 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
     shake(one)
     hidden_states, labels = problem()
     part = hidden_states.detach()[:1, :4].requires_grad_()
-    torch.autograd.gradcheck(lambda h, *_: one(h, labels[:1, :4], 0.3)[0], (part, *one.norm.parameters()))
+    torch.autograd.gradcheck(lambda h, *_: loss_of(one, h, labels[:1, :4], 0.3).loss, (part, *one.norm.parameters()))
 
 
 def test_loss_and_logits_of_a_head_agree() -> None:
     one = Head(nn.LayerNorm(HIDDEN), Readout(nn.Parameter(torch.randn(VOCAB, HIDDEN)), 8))
     assert [name for name, _ in one.named_parameters()] == ["norm.weight", "norm.bias", "readout.weight"]
     hidden_states, labels = problem(torch.float32)
-    _, total = one(hidden_states, labels, 1.0)
+    _, total = loss_of(one, hidden_states, labels)
     expected = F.cross_entropy(one.logits(hidden_states).flatten(0, 1), labels.flatten(), reduction="sum")
     torch.testing.assert_close(total, expected)
 
@@ -193,7 +201,7 @@ def test_what_is_copied_is_kept_and_everything_else_is_trained(kind: str) -> Non
     trained = {name for name, _ in one.named_parameters()}
     averages = {f"average.{name.removeprefix('blocks.')}" for name in blocks if options.get("ema_decay", 0) > 0}
     assert set(one.state_dict()) == trained | read_only | averages and not trained & read_only
-    loss, _ = one(*problem(torch.float32), 1.0)
+    loss, _ = loss_of(one, *problem(torch.float32))
     loss.backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in one.parameters())
 
@@ -216,7 +224,7 @@ def test_copies_name_the_stages_that_they_follow() -> None:
 def test_a_shared_readout_takes_no_gradient_of_the_weight(kind: str, products: int) -> None:
     one = head(kind=kind)
     with FlopCounterMode(display=False) as counter:
-        one(*problem(torch.float32), 1.0)[0].backward()
+        loss_of(one, *problem(torch.float32)).loss.backward()
     assert counter.get_total_flops() == products * 2 * ROWS * LENGTH * HIDDEN * VOCAB
 
 
@@ -258,7 +266,7 @@ def test_all_positions_are_the_full_loss() -> None:
     one = head().double()
     positions = token_positions(0, BLOCK, 0, ROWS, LENGTH, 1.0)
     assert torch.equal(positions, torch.arange(LENGTH - 1).expand(ROWS, -1))
-    losses = [one(*problem(), 0.5, chosen) for chosen in (None, positions)]
+    losses = [loss_of(one, *problem(), 0.5, chosen) for chosen in (None, positions)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-14, atol=0)
 
 
@@ -268,7 +276,7 @@ def test_norm_and_readout_see_no_position_that_does_not_count(kind: str) -> None
     seen: list[tuple[int, ...]] = []
     one.norm.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
     one.readout.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
-    one(*problem(torch.float32), 1.0, token_positions(0, BLOCK, 0, ROWS, LENGTH, 0.25))
+    loss_of(one, *problem(torch.float32), 1.0, token_positions(0, BLOCK, 0, ROWS, LENGTH, 0.25))
     assert seen == [(ROWS, 3, HIDDEN), (ROWS * 3, 5 if one.down is not None else HIDDEN)]
 
 
@@ -316,7 +324,7 @@ def test_copies_are_cast_to_go_with_bf16_weights() -> None:
     for parameter in one.parameters():
         parameter.data = parameter.data.bfloat16()
     one.cast_copies(torch.bfloat16)
-    one(*problem(torch.bfloat16), 1.0)[0].backward()
+    loss_of(one, *problem(torch.bfloat16)).loss.backward()
     assert {tensor.dtype for name, tensor in one.state_dict().items() if "average" not in name} == {torch.bfloat16}
     assert {tensor.dtype for name, tensor in one.state_dict().items() if "average" in name} == {torch.float32}
 
@@ -431,24 +439,23 @@ def test_a_rank_that_no_readout_has_is_refused() -> None:
 
 @every_kind
 def test_a_stage_is_loaded_from_its_checkpoint(kind: str) -> None:
-    config, options = CONFIGS["llama"], HeadSection(**KINDS[kind])
-    parts = family.anatomy(config)
+    blueprint = blueprint_of(**KINDS[kind])
     one = stage(**KINDS[kind])
     shake(one)
-    again = load_stage(PLANS[0], config, parts, one.state_dict(), head=options)
+    again = load_stage(blueprint.stages[0], blueprint, one.state_dict())
     assert _same(one, again) and not again.training
     copies = head_of(one).copies
     assert head_of(again).copies == copies
     name = copies[0].target if copies else "head.norm.weight"
     lacking = {key: tensor for key, tensor in one.state_dict().items() if key != name}
     with pytest.raises(RunError, match=rf"{name} is missing in the checkpoint"):
-        load_stage(PLANS[0], config, parts, lacking, head=options)
+        load_stage(blueprint.stages[0], blueprint, lacking)
 
 
 def test_a_checkpoint_of_another_head_is_refused() -> None:
-    config = CONFIGS["llama"]
+    blueprint = blueprint_of(kind="shared")
     with pytest.raises(RunError, match=r"head.readout.temperature is missing in the checkpoint"):
-        load_stage(PLANS[0], config, family.anatomy(config), stage().state_dict(), head=HeadSection(kind="shared"))
+        load_stage(blueprint.stages[0], blueprint, stage().state_dict())
 
 
 def test_the_last_head_is_the_models_own_whatever_the_options_say() -> None:
@@ -495,8 +502,8 @@ DEEP = {**DATA, "model": {"num_layers": 8}, "objective": {"chunks": 4}}  # heads
 CLI = "(on the command line)"
 REFUSED = [
     ("head.rank=8", f"head.rank = 8 {CLI} has no meaning with head.kind = 'private'", "remove it"),
-    ("head.kind=low_rank head.rank=256", f"head.rank = 256 {CLI} is not below model.hidden_size = 256", "private"),
-    ("head.kind=low_rank model.hidden_size=64", "head.rank = 64 (by default) is not below model.hidden_size = 64"),
+    ("head.kind=low_rank head.rank=256", f"head.rank = 256 {CLI}", "model.hidden_size = 256", "private"),
+    ("head.kind=low_rank model.hidden_size=64", "head.rank = 64 (by default)", "model.hidden_size = 64"),
     ("head.ema_decay=0.9", f"head.ema_decay = 0.9 {CLI} has no meaning with head.blocks = 0", "give head.blocks=1"),
     (
         "head.ema_decay=0.9 head.blocks=3",
@@ -523,7 +530,7 @@ WRONG = [
     ("head.token_fraction=1.5", "head.token_fraction = 1.5", "a number above 0, up to 1"),
     ("head.refresh_every=0", "head.refresh_every = 0", "a whole number, 1 or more"),
     ("head.blocks=-1", "head.blocks = -1", "a whole number, 0 or more"),
-    ("head.rank=0", "head.rank = 0", "a whole number, 1 or more"),
+    ("head.kind=low_rank head.rank=0", "head.rank = 0", "a whole number, 1 or more"),
     ("head.init=random", "head.init = 'random'", "scratch, model or null"),
 ]
 TAKEN = [
@@ -532,7 +539,7 @@ TAKEN = [
     "head.ema_decay=0.9 head.blocks=2 head.refresh_every=3 head.kind=low_rank",
     "head.kind=shared head.refresh_every=4 head.token_fraction=1e-3 head.blocks=8 head.init=scratch",
     "head.ema_decay=0.5 head.blocks=6 objective.name=overlapping objective.chunks=[1,7] objective.first_head=true",
-    "head.chunk_tokens=7 objective.name=backprop objective.chunks=null",
+    "loss.chunk_tokens=7 objective.name=backprop objective.chunks=null",
 ]
 
 

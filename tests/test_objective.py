@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from objective_cases import every_objective, objectives, wanted_of_block
 
-from lptransformer.config_sections import ObjectiveSection
 from lptransformer.errors import ConfigError
-from lptransformer.objective import OBJECTIVES, Objective, Phase, Span, build, chunked, greedy
+from lptransformer.objective import METHODS, Objective, build, chunked, greedy
+from lptransformer.spans import Phase, Span
 
 Pairs = list[tuple[int, int]]
 
@@ -102,10 +102,10 @@ def test_delayed_clips_by_its_runs() -> None:
     assert all(build(6, name, chunks=2, trained_blocks=1).usual.clip_at == () for name in ("backprop", "last"))
 
 
-def test_the_configuration_knows_the_objectives_that_there_are() -> None:
-    assert set(get_args(ObjectiveSection.model_fields["name"].annotation)) == set(OBJECTIVES)
-    for name in OBJECTIVES:  # options that are another objective's do no harm
-        assert build(4, **ObjectiveSection.model_validate({"name": name}).model_dump()).num_blocks == 4
+@pytest.mark.parametrize("name", METHODS)
+def test_options_of_a_method_are_those_of_its_class(name: str) -> None:
+    options = METHODS[name].options(name=name)
+    assert build(4, **options.model_dump()) == build(4, name, **{"chunks": 2, "nothing": 1}), "others do no harm"
 
 
 # --------------------------------------------------------------------------------------------------- the weights

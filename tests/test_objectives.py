@@ -102,8 +102,8 @@ ONE_ORDER: dict[str, tuple[str, ...]] = {
     "extra blocks": (*CHUNKED, *HEADS["extra blocks"]),
     "a part of the tokens": (*CHUNKED, *HEADS["a part of the tokens"]),
     "blocks that follow the next ones": (*CHUNKED, *HEADS["blocks that follow the next ones"]),
-    "bf16 from chunk to chunk": (*CHUNKED, "train.border_dtype=bf16"),
-    "int8 from chunk to chunk": (*CHUNKED, "train.border_dtype=int8"),
+    "bf16 from chunk to chunk": (*CHUNKED, "border.codec=bf16"),
+    "int8 from chunk to chunk": (*CHUNKED, "border.codec=int8"),
 }
 
 

@@ -195,7 +195,7 @@ def test_a_partition_that_cuts_through_a_span_at_zero_1_and_2(
 @pytest.mark.parametrize(("family", "chunk_tokens"), [("gpt2", 8), ("llama", 5)])
 def test_a_loss_in_several_chunks(pool: Pool, results: Cached, family: str, chunk_tokens: int) -> None:
     """32 rows: four chunks of 8, or six of 5 and one of 2."""
-    overrides = settings(family, "chunked-2", "adamw", f"head.chunk_tokens={chunk_tokens}")
+    overrides = settings(family, "chunked-2", "adamw", f"loss.chunk_tokens={chunk_tokens}")
     wanted = expected(overrides, UPDATES)
     assert clip_is_active(wanted, overrides)
     compare(run(pool, results, (*overrides, "parallel.pipeline=2")), wanted)
@@ -313,7 +313,7 @@ def test_bf16_trains_and_does_not_depend_on_the_placement(pool: Pool, results: C
 def test_parity_at_the_size_of_the_quick_start(pool: Pool, results: Cached) -> None:
     """Its model, windows, micro-batches and pipeline ranks, from its own configuration; the data is random."""
     quickstart = yaml.safe_load((Path(__file__).parents[1] / "configs" / "quickstart.yaml").read_text())
-    quickstart["train"] |= {"eval_every": 0, "save_every": 0, "warmup_steps": 1, "steps": 12, "grad_clip": 0.25}
+    quickstart["train"] |= {"eval_every": 0, "warmup_steps": 1, "steps": 12, "grad_clip": 0.25}
     sections = ("model", "objective", "parallel", "train")
     overrides = tuple(f"{section}.{key}={value}" for section in sections for key, value in quickstart[section].items())
     overrides += tuple(f"data.{key}={quickstart['data'][key]}" for key in ("vocab_size", "sequence_length"))

@@ -22,6 +22,7 @@ from objective_cases import (
 
 from lptransformer.cost import ModelCosts, model_costs
 from lptransformer.errors import ConfigError
+from lptransformer.head_kinds import HeadOptions
 from lptransformer.objective import Objective, build
 from lptransformer.partition import StagePlan, cut, rank_sizes, table
 
@@ -202,14 +203,14 @@ def test_a_partition_that_does_not_place_every_block_once_is_refused(sizes: list
 
 
 def test_costs_of_a_model() -> None:
-    costs = model_costs(block_parameters=1000, hidden_size=8, vocab_size=100, sequence_length=16)
+    costs = model_costs(1000, hidden_size=8, vocab_size=100, sequence_length=16, head=HeadOptions())
     assert costs.block_flops == 2000 + 2 * 16 * 8
     assert costs.head_flops == costs.auxiliary_flops == 2 * 8 * 100
 
 
 def test_the_table_for_people() -> None:
     costs = ModelCosts(block_flops=1e6, head_flops=2e6, auxiliary_flops=1e6)
-    rows = table(cut(chunked(4, 2), 2, costs, [3, 1]), costs)
+    rows = table(cut(chunked(4, 2), 2, costs, [3, 1]), costs, "private", 16)
     assert [(row["stage"], row["pipeline rank"], row["blocks"]) for row in rows] == [
         (0, 0, "0-1"),
         (1, 0, "2-2"),
@@ -221,5 +222,5 @@ def test_the_table_for_people() -> None:
 
 
 def test_the_table_shows_what_is_not_trained() -> None:
-    rows = table(cut(build(4, "last", trained_blocks=1), 2, COSTS, [2, 2]), COSTS)
+    rows = table(cut(build(4, "last", trained_blocks=1), 2, COSTS, [2, 2]), COSTS, "private", 16)
     assert [row["head"] for row in rows] == ["none, not trained", "none, not trained", "the model's own"]

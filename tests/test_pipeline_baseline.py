@@ -29,9 +29,11 @@ from torch import Tensor
 
 from lptransformer import checkpoint
 from lptransformer import config as configuration
+from lptransformer.blueprint import draw
 from lptransformer.build import build_engine, join_world
 from lptransformer.channel import Control
 from lptransformer.errors import ConfigError, RunError, TrainingError
+from lptransformer.head import LossTerm
 from lptransformer.metrics import StageReport
 from lptransformer.partition import StagePlan
 from lptransformer.pipeline_baseline import PipelineBaseline
@@ -69,7 +71,7 @@ def open_baseline(overrides: Sequence[str]) -> PipelineBaseline:
     use_fair_share_of_cores()
     world, stream = join_world(config), make_stream(config)
     valid = {"valid": RandomValidSet(stream)}
-    engine = build_engine(config, world, stream=stream, valid=valid, vocab_size=stream.vocab_size)
+    engine = build_engine(config, world, draw(config, stream.vocab_size, None), stream, valid)
     assert isinstance(engine, PipelineBaseline)
     return engine
 
@@ -96,9 +98,12 @@ def train(
         engine.stage.hidden_states = lambda inputs: [time.sleep(sleep[1]), forward(inputs)][1]  # type: ignore[assignment]
     if infinite_from is not None and engine.stage.head is not None:
         head = engine.stage.head.forward
-        engine.stage.head.forward = lambda *args: tuple(  # type: ignore[method-assign]
-            loss * (math.inf if engine.update + 1 >= infinite_from else 1) for loss in head(*args)
-        )
+
+        def infinite(*args: Any) -> dict[str, LossTerm]:
+            factor = math.inf if engine.update + 1 >= infinite_from else 1
+            return {name: LossTerm(*(factor * loss for loss in term)) for name, term in head(*args).items()}
+
+        engine.stage.head.forward = infinite  # type: ignore[method-assign]
     try:
         for update in range(1, updates + 1):
             if update == evaluate_before:

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from objective_cases import COSTS, any_spans, every_objective, every_placement, objectives, placements
 
 from lptransformer.gradients import clip_groups, crossing, duties, flows
-from lptransformer.objective import Objective, Phase, build
+from lptransformer.objective import Objective, build
 from lptransformer.partition import StagePlan, cut
 from lptransformer.schedule import OPS, Action, Pattern, one_update, parse, replay, to_text
+from lptransformer.spans import Phase
 
 Schedules = list[list[Action]]
 Case = tuple[Objective, list[StagePlan]]

@@ -130,7 +130,11 @@ def test_every_contender_of_the_committed_configuration_has_a_split_that_fits(se
             work = cases.work_of({**one, **size}, number, 4)
             for spec in cases.specs(one["contenders"], work):
                 config = spec.config_of(work, f"parallel.pipeline={len(spec.partition or [1])}")
-                cut = config.objective.chunks if spec.kind == "local" else spec.partition or [cases.blocks_of(work)]
+                cut = (
+                    config.value("objective.chunks")
+                    if spec.kind == "local"
+                    else spec.partition or [cases.blocks_of(work)]
+                )
                 assert not isinstance(cut, int) and sum(cut) == cases.blocks_of(work), spec
 
 

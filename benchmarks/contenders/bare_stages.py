@@ -9,18 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from contenders.face import Spec, Work, stream_of
 from contenders.pieces import optimizer_of
-from lptransformer.build import plan_model
-from lptransformer.gradients import Duty, duties
-from lptransformer.head import token_positions
+from lptransformer.blueprint import draw
+from lptransformer.gradients import Duty
+from lptransformer.head import LossBatch, token_positions
 from lptransformer.simulate import StageSeconds
-from lptransformer.stage import Stage, make_stage
+from lptransformer.stage import Stage, backward_loss, make_stage
 
 
 @dataclass
@@ -33,9 +32,7 @@ class Bare:
     optimizer: torch.optim.Optimizer
     duty: Duty
     inputs: Tensor
-    labels: Tensor
-    positions: Tensor | None
-    scale: float
+    batch: LossBatch
     grad_clip: float
 
     def measure(self) -> StageSeconds:
@@ -44,16 +41,14 @@ class Bare:
         if self.duty.below:
             inputs.requires_grad_()
         ticks = [time.perf_counter()]
-        hidden, loss, _, gradient, pull = self.stage(inputs, self.labels, self.scale, self.positions, self.duty.split)
+        output = self.stage(inputs, self.batch, self.duty.split)
         ticks.append(time.perf_counter())
-        above = torch.zeros_like(hidden)
+        above = torch.zeros_like(output.hidden_states)
         for _ in self.duty.pulls:
-            assert pull is not None
-            pull(above)
+            assert output.pull is not None
+            output.pull(above)
         ticks.append(time.perf_counter())
-        from_above = gradient is not None or bool(self.duty.above)
-        terms = [loss, (hidden * above).sum() if from_above else None]
-        torch.stack([term for term in terms if term is not None]).sum().backward()
+        backward_loss(output, self.duty, [(above, weight) for _, weight in self.duty.above]).backward()
         ticks.append(time.perf_counter())
         nn.utils.clip_grad_norm_(self.stage.parameters(), self.grad_clip)
         self.optimizer.step()
@@ -68,19 +63,19 @@ def build(specs: Sequence[tuple[Spec, tuple[str, ...]]], work: Work, rank: int) 
     found = []
     for spec, of_kind in specs:
         config = spec.config_of(work, f"parallel.pipeline={work.ranks}", *of_kind)
-        plan = plan_model(config, work.vocab_size, None)
+        blueprint = draw(config, work.vocab_size, None)
         batch = stream_of(config, work).batch(0)
-        of_stage = duties(plan.objective.usual, plan.stages)
-        for stage_plan in plan.stages:
+        of_stage = blueprint.phases[0].duties
+        for stage_plan in blueprint.stages:
             if stage_plan.pipeline_rank != rank:
                 continue
-            options: dict[str, Any] = {"seed": config.train.seed, "head": config.head}
-            stage = make_stage(stage_plan, plan.config, plan.parts, **options)
-            positions, fraction = None, config.head.token_fraction
-            if stage_plan.has_head and not stage_plan.is_last and fraction < 1:
+            stage = make_stage(stage_plan, blueprint, seed=config.train.seed)
+            how, positions = blueprint.head_losses.get(stage_plan.index), None
+            if how is not None and how.token_fraction < 1:
                 rows, length = batch.input_ids.shape
-                positions = token_positions(config.train.seed, stage_plan.last_block, 0, rows, length, fraction)
-            hidden = torch.randn(*batch.input_ids.shape, plan.parts.hidden_size)
+                seed, block, fraction = config.train.seed, stage_plan.last_block, how.token_fraction
+                positions = token_positions(seed, block, 0, rows, length, fraction)
+            hidden = torch.randn(*batch.input_ids.shape, blueprint.parts.hidden_size)
             found.append(
                 Bare(
                     spec.name,
@@ -89,9 +84,7 @@ def build(specs: Sequence[tuple[Spec, tuple[str, ...]]], work: Work, rank: int) 
                     optimizer_of(config, list(stage.parameters())),
                     of_stage[stage_plan.index],
                     batch.input_ids if stage_plan.is_first else hidden,
-                    batch.labels,
-                    positions,
-                    1 / batch.label_tokens,
+                    LossBatch(batch.labels, 1 / batch.label_tokens, positions),
                     config.train.grad_clip,
                 )
             )

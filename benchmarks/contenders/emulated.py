@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 import lptransformer.build
 from contenders.face import Sleeper
+from lptransformer.blueprint import Blueprint
+from lptransformer.head import CROSS_ENTROPY, LossBatch, LossTerm
 from lptransformer.partition import StagePlan
 from lptransformer.stage import Stage
 
@@ -77,13 +79,11 @@ class CheapHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.full([hidden_size], 0.5))
 
-    def forward(
-        self, hidden_states: Tensor, labels: Tensor, scale: float, positions: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """hidden_states [b, T, H] to (scaled loss, sum of the losses over the labels [b, T])."""
-        count = int((labels >= 0).sum())
+    def forward(self, hidden_states: Tensor, batch: LossBatch) -> dict[str, LossTerm]:
+        """See lptransformer.head.StageLoss."""
+        count = int((batch.labels >= 0).sum())
         total = ((hidden_states - self.weight) ** 2).mean() * count
-        return total * scale, total.detach()
+        return {CROSS_ENTROPY: LossTerm(total * batch.scale, total.detach())}
 
     def cast_copies(self, dtype: torch.dtype) -> None:
         """There are none."""
@@ -92,8 +92,8 @@ class CheapHead(nn.Module):
 def stages(sleeper: Sleeper, block_seconds: float) -> AbstractContextManager[Any]:
     """While it lasts, lptransformer.build makes stages that sleep."""
 
-    def make(plan: StagePlan, config: Any, *args: Any, **kwargs: Any) -> Stage:
-        return sleeping_stage(plan, config.hidden_size, sleeper, block_seconds)
+    def make(plan: StagePlan, blueprint: Blueprint, **options: Any) -> Stage:
+        return sleeping_stage(plan, blueprint.parts.hidden_size, sleeper, block_seconds)
 
     return mock.patch.object(lptransformer.build, "make_stage", make)
 

@@ -6,16 +6,17 @@ import contextlib
 
 from contenders import emulated
 from contenders.face import Sleeper, Spec, Work, stream_of
-from lptransformer.build import Engine, build_engine, join_world, plan_model
+from lptransformer.blueprint import draw
+from lptransformer.build import build_engine, join_world
 from lptransformer.config import Config
-from lptransformer.engine import LocalUpdateEngine
+from lptransformer.face import TrainingEngine
 from lptransformer.metrics import StageReport
 
 
 class EngineContender:
     """An engine of lptransformer: ours, or the baseline that has the same face."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: TrainingEngine) -> None:
         self.engine = engine
         last = engine.stages[-1]
         self.last = last.index if last.pipeline_rank == engine.world.pipeline_rank else None
@@ -28,9 +29,7 @@ class EngineContender:
 
     @property
     def waited_seconds(self) -> float | None:
-        if isinstance(self.engine, LocalUpdateEngine):
-            return self.engine.waited_seconds
-        return self.engine._waited_seconds
+        return self.engine.waited_seconds
 
 
 def build(spec: Spec, work: Work, sleeper: Sleeper) -> EngineContender:
@@ -40,10 +39,8 @@ def build(spec: Spec, work: Work, sleeper: Sleeper) -> EngineContender:
 def build_from(config: Config, work: Work, sleeper: Sleeper) -> EngineContender:
     """The engine of a configuration, with stages that sleep where the compute is emulated."""
     world = join_world(config)
-    plan = plan_model(config, work.vocab_size, None)
+    blueprint = draw(config, work.vocab_size, None)
     stages = contextlib.nullcontext() if work.block_seconds is None else emulated.stages(sleeper, work.block_seconds)
     with stages:
-        engine = build_engine(
-            config, world, stream=stream_of(config, work), valid={}, vocab_size=work.vocab_size, plan=plan
-        )
+        engine = build_engine(config, world, blueprint, stream_of(config, work), {})
     return EngineContender(engine)

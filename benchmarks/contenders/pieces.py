@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lptransformer.build import plan_model
+from lptransformer.blueprint import draw
 from lptransformer.config import Config
 from lptransformer.optimizer import build_optimizer
 from lptransformer.stage import Stage, make_stage
@@ -25,6 +25,6 @@ def label_tokens_of(config: Config) -> int:
 
 def whole_model(config: Config, vocab_size: int) -> Stage:
     """The model as one stage, with its own head."""
-    plan = plan_model(config, vocab_size, None)
-    (stage,) = plan.stages
-    return make_stage(stage, plan.config, plan.parts, seed=config.train.seed, head=config.head)
+    blueprint = draw(config, vocab_size, None)
+    (stage,) = blueprint.stages
+    return make_stage(stage, blueprint, seed=config.train.seed)

@@ -19,7 +19,9 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 from contenders import emulated
 from contenders.face import Sleeper, Spec, Work, stream_of, together
 from contenders.pieces import label_tokens_of, optimizer_of
-from lptransformer.build import join_world, plan_model
+from lptransformer.blueprint import draw
+from lptransformer.build import join_world
+from lptransformer.head import CROSS_ENTROPY, LossBatch
 from lptransformer.stage import Stage, make_stage
 
 
@@ -58,25 +60,24 @@ class TorchPipeline:
         self.world = join_world(config.model_copy(update={"parallel": _as_replicas(config.parallel, work.ranks)}))
         self.grad_clip, self.micro_batches = config.train.grad_clip, work.micro_batches
         self.stream, self.done = stream_of(config, work), 0
-        plan = plan_model(config, work.vocab_size, None)
+        blueprint = draw(config, work.vocab_size, None)
         label_tokens = label_tokens_of(config)
         own = [index for index, rank in enumerate(ranks) if rank == dist.get_rank()]
         self.first, self.last = 0 in own, len(ranks) - 1 in own
         modules: dict[int, Stage] = {}
         for index in own:
             if work.block_seconds is None:
-                options = {"seed": config.train.seed, "head": config.head}
-                modules[index] = make_stage(plan.stages[index], plan.config, plan.parts, **options)  # type: ignore[arg-type]
+                modules[index] = make_stage(blueprint.stages[index], blueprint, seed=config.train.seed)
             else:
                 modules[index] = emulated.sleeping_stage(
-                    plan.stages[index], plan.parts.hidden_size, sleeper, work.block_seconds
+                    blueprint.stages[index], blueprint.parts.hidden_size, sleeper, work.block_seconds
                 )
         self.optimizer = optimizer_of(config, [p for module in modules.values() for p in module.parameters()])
 
         def loss_fn(hidden_states: Tensor, labels: Tensor) -> Tensor:
             head = modules[len(ranks) - 1].head
             assert head is not None
-            return head(hidden_states, labels, 1 / label_tokens)[0]
+            return head(hidden_states, LossBatch(labels, 1 / label_tokens))[CROSS_ENTROPY].loss
 
         stages = [PipelineStage(_Blocks(modules[i]), i, len(ranks), self.world.device) for i in own]
         schedule: Any = get_schedule_class(spec.schedule)

@@ -10,7 +10,7 @@ import yaml
 from contenders import deepspeed_pipeline, torch_pipelining
 from contenders.face import Spec, Work
 
-from lptransformer.build import plan_model
+from lptransformer.blueprint import draw
 from lptransformer.cost import ModelCosts
 from side_by_side import splits
 
@@ -105,7 +105,7 @@ def promising(entry: Mapping[str, Any], work: Work, count: int) -> list[splits.S
 def _costs(entry: Mapping[str, Any], work: Work) -> ModelCosts:
     """Of the model with the heads of a contender."""
     heads = tuple(text for text in entry.get("config", ()) if text.startswith("head."))
-    return plan_model(Spec("", "", heads).config_of(work), work.vocab_size, None).costs
+    return draw(Spec("", "", heads).config_of(work), work.vocab_size, None).costs
 
 
 def head_ratio(work: Work) -> float:

@@ -13,7 +13,7 @@ from dataclasses import fields
 from contenders.face import Spec, Work
 
 from lptransformer import rivals
-from lptransformer.build import plan_model
+from lptransformer.blueprint import draw
 from lptransformer.simulate import StageSeconds, Timeline, simulate
 
 UPDATES = 32
@@ -26,13 +26,13 @@ def update_seconds(
     """Seconds per update in steady state, with links that cost nothing: `plain` with the seconds of stages that compute
     beside each other, and `sharing`. Seconds are by stage, `more` is what the kind changes in the configuration."""
     config = spec.config_of(work, f"parallel.pipeline={work.ranks}", *more)
-    plan = plan_model(config, work.vocab_size, None)
+    blueprint = draw(config, work.vocab_size, None)
 
     def run(seconds: Mapping[int, StageSeconds]) -> Timeline:
         return simulate(
-            plan.objective,
-            plan.stages,
-            [seconds[stage.index] for stage in plan.stages],
+            blueprint.objective,
+            blueprint.stages,
+            [seconds[stage.index] for stage in blueprint.stages],
             micro_batches=work.micro_batches,
             updates=UPDATES,
             in_flight=config.parallel.in_flight,
@@ -42,7 +42,8 @@ def update_seconds(
     found = {"plain": timeline.steady_update_seconds()}
     for _ in range(ROUNDS):
         shares = shared_work(timeline, work.ranks)
-        timeline = run({s.index: mixed(alone[s.index], beside[s.index], shares[s.pipeline_rank]) for s in plan.stages})
+        ranks = {stage.index: stage.pipeline_rank for stage in blueprint.stages}
+        timeline = run({i: mixed(alone[i], beside[i], shares[rank]) for i, rank in ranks.items()})
     return {**found, "sharing": timeline.steady_update_seconds()}
 
 
@@ -58,9 +59,9 @@ def of_sleeps(spec: Spec, work: Work, more: Sequence[str], stage_seconds: float)
         part = stage_seconds * work.ranks / chunks / 3
         return rivals.replay(tasks, [rivals.ChunkSeconds(part, part, part)] * chunks).seconds
     config = spec.config_of(work, f"parallel.pipeline={work.ranks}", *more)
-    plan = plan_model(config, work.vocab_size, None)
-    block = stage_seconds * work.ranks / plan.objective.num_blocks / 3
-    sleeps = {s.index: StageSeconds(*(block * s.num_blocks * passes for passes in (1, 2, 1))) for s in plan.stages}
+    blueprint = draw(config, work.vocab_size, None)
+    block = stage_seconds * work.ranks / blueprint.objective.num_blocks / 3
+    sleeps = {s.index: StageSeconds(*(block * s.num_blocks * passes for passes in (1, 2, 1))) for s in blueprint.stages}
     return update_seconds(spec, work, more, sleeps, sleeps)["plain"]
 
 

@@ -192,8 +192,8 @@ class LocalUpdateEngine:
     def load_checkpoint(self, run: str | Path, update: int | None = None) -> int:
         """Continue from a complete checkpoint of `run`, the newest one unless `update` says which.
 
-        Returns its number of updates. Raises RunError when there is none, DataError when its place in the data is none
-        of this stream's.
+        Returns its number of updates. Raises RunError when there is none, or a file of it is damaged or would execute
+        code when read, DataError when its place in the data is none of this stream's.
         """
         assert self.executor.between_updates, "a run that is under way with delayed gradients is not turned back"
         update = checkpoint.latest(run) if update is None else update

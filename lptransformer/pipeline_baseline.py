@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lptransformer import checkpoint, run_folder
 from lptransformer.channel import Control
+from lptransformer.deepspeed_stage import read_safely
 from lptransformer.errors import RunError, TrainingError
 from lptransformer.face import Report, Stream, UpdateResult, ValidSet, gather_reports
 from lptransformer.metrics import EvaluationReport, StageReport
@@ -98,6 +99,7 @@ class PipelineBaseline:
             self.engine, *_ = deepspeed.initialize(
                 model=module, optimizer=self.optimizer, config=config, dist_init_required=False
             )
+        read_safely(self.engine)
         self.engine.clip_fp32_gradients = self._clip
         self._waited_seconds = 0.0
         for call in ("send", "recv", "broadcast", "all_reduce"):
@@ -203,7 +205,8 @@ class PipelineBaseline:
     def load_checkpoint(self, run: str | Path, update: int | None = None) -> int:
         """Continue from a complete checkpoint of `run` that a baseline of the same shape has written.
 
-        Raises RunError when there is none, or another engine has written it.
+        Raises RunError when there is none, another engine has written it, or a file is damaged or would execute code
+        when read.
         """
         update = checkpoint.latest(run) if update is None else update
         folder = checkpoint.stage_folder(run, update, self.plan.index)

@@ -38,10 +38,10 @@ def train(config: Config, resume: bool = False, overwrite: bool = False, until: 
         run_folder.check(folder, recorded(config) if resume else config, resume, overwrite)
     with settled(config, resume) as config:
         engine, data, plan = start(config)
-    if resume:
-        run_folder.check_data(folder, data.folders())
-        engine.load_checkpoint(folder)
-    engine.world.wait_for_all("started")  # a run folder appears only when every process has got this far
+    with engine.world.starting():  # a run folder appears only when every process has got this far
+        if resume:
+            run_folder.check_data(folder, data.folders())
+            engine.load_checkpoint(folder)
     if engine.world.global_rank == 0:
         if resume:
             checkpoint.remove_newer(folder, engine.update)

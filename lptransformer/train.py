@@ -13,7 +13,7 @@ from lptransformer.auto_batch import recorded, settled
 from lptransformer.build import Engine, ModelPlan, start
 from lptransformer.channel import Control
 from lptransformer.config import Config
-from lptransformer.config_checks import head_in_words, state_bytes
+from lptransformer.config_checks import head_in_words, pretrained_warning, state_bytes
 from lptransformer.errors import TrainingError
 from lptransformer.face import Report, UpdateResult
 from lptransformer.metrics import Aggregator, TraceReport, text_counts
@@ -126,6 +126,8 @@ class Desk:
         self.progress = Progress(until or config.train.steps, self.stages)
         rows = partition.table(engine.stages, plan.costs, head_in_words(config), state_bytes(config))
         table(f"run folder: {folder}", list(rows[0]), [list(row.values()) for row in rows])
+        if warning := pretrained_warning(config):
+            self.progress.message(warning)
 
     def __enter__(self) -> Desk:
         if self.open:

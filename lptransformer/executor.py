@@ -18,7 +18,7 @@ from lptransformer.objective import Objective
 from lptransformer.partition import StagePlan
 from lptransformer.recorder import Recorder
 from lptransformer.rounding import rounded
-from lptransformer.schedule import Action, Pattern, one_update
+from lptransformer.schedule import RECV_B, RECV_F, SEND_B, SEND_F, Action, Pattern, one_update
 from lptransformer.stage import Pull
 from lptransformer.token_set import Batch
 from lptransformer.world import World
@@ -115,13 +115,13 @@ class Executor:
         self.decide = decide
         self.recorder: Recorder | None = None  # while an update is recorded
         self._actions: dict[str, Callable[[LocalStage, Action], None]] = {
-            "R": self._receive,
+            RECV_F: self._receive,
             "F": self._forward,
-            "S": self._send,
-            "P": self._pull,
-            "RG": self._receive_gradient,
+            SEND_F: self._send,
+            "I": self._pull,
+            RECV_B: self._receive_gradient,
             "B": self._backward,
-            "SG": self._send_gradient,
+            SEND_B: self._send_gradient,
             "U": self._update,
         }
         # Keyed by the number of the micro-batch since the start of the run.

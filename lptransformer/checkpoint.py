@@ -81,7 +81,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder / STATE} cannot be read ({error}): choose another checkpoint") from None
     if written > FORMAT:
         raise RunError(
-            f"{folder / STATE} has format {written}, and this version reads {FORMAT} and older ones: use a newer version"
+            f"{folder / STATE} has format {written}, and this version reads {FORMAT} and older ones: use a newer one"
         )
     return state
 

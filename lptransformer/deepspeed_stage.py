@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import pickle
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +22,17 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lptransformer import checkpoint
 from lptransformer.deepspeed_keys import bucket_elements
+from lptransformer.errors import RunError
 from lptransformer.head import Copy, LossBatch
 from lptransformer.stage import Stage, StageOutput
 from lptransformer.versions import TwoVersions
@@ -60,6 +67,41 @@ def _with_bucket(config: dict[str, Any], parameters: Sequence[nn.Parameter]) -> 
     return {**config, "zero_optimization": {"reduce_bucket_size": bucket, **config["zero_optimization"]}}
 
 
+class SafeCheckpointEngine(TorchCheckpointEngine):
+    """Reads DeepSpeed's files, which are pickles, without executing what they say.
+
+    DeepSpeed itself reads with `weights_only=False`: whoever can write a file into a checkpoint's folder then decides
+    what the next `--resume` runs. Here tensors, plain values and the classes that ZeRO saves are read, nothing else.
+    """
+
+    CLASSES = (fragment_address, LossScaler, ZeroStageEnum)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Raises RunError when the file holds anything else, or is damaged."""
+        try:
+            with torch.serialization.safe_globals([*self.CLASSES]):
+                return torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            named = re.search(r"GLOBAL (\S+)", str(error))
+            what = f" ({named[1]})" if named else ""
+            raise RunError(
+                f"{path} is refused: it is damaged, or holds more than tensors and plain values{what}, which could "
+                "execute code when it is read: choose another checkpoint"
+            ) from None
+        except Exception as error:  # no archive of torch's, or one cut short: errors of many types
+            what = f"{type(error).__name__} {error}".splitlines()[0]
+            raise RunError(f"{path} cannot be read ({what}): choose another checkpoint") from None
+
+
+def read_safely(engine: deepspeed.DeepSpeedEngine) -> None:
+    """From now on the engine, or PipelineEngine, reads checkpoints without executing anything.
+
+    Only the universal checkpoint, which no key of ours turns on, has readers that do not ask `checkpoint_engine`.
+    """
+    assert type(engine.checkpoint_engine) is TorchCheckpointEngine, "deepspeed_keys refuses what chooses another"
+    engine.checkpoint_engine = SafeCheckpointEngine(engine._config)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What an update did. The norm is before clipping, over the clip group; not finite when the update was skipped."""
@@ -91,6 +133,7 @@ class TrainedStage:
         self.engine, *_ = deepspeed.initialize(
             model=stage, optimizer=optimizer, config=_with_bucket(config, self._parameters), dist_init_required=False
         )
+        read_safely(self.engine)
         self.zero_stage: int = self.engine.zero_optimization_stage()
         assert not delayed or self.zero_stage == 0, "at ZeRO 1 to 3 the weights are DeepSpeed's"
         self.versions = TwoVersions(stage.parameters()) if delayed else None
@@ -218,7 +261,10 @@ class TrainedStage:
             checkpoint.finish_stage(folder)
 
     def load(self, folder: Path) -> None:
-        """Continue from a folder that `save` wrote at the same ZeRO stage and number of replicas."""
+        """Continue from a folder that `save` wrote at the same ZeRO stage and number of replicas.
+
+        Raises RunError when a file is damaged, or would execute code when read.
+        """
         self.engine.load_checkpoint(str(folder / checkpoint.DEEPSPEED), tag="state")
         if self.versions is not None:
             self.versions.load(checkpoint.read_others(folder))

@@ -18,7 +18,7 @@ from lptransformer.gradients import Duty
 from lptransformer.head import LossBatch, token_positions
 from lptransformer.recorder import Recorder
 from lptransformer.rounding import BorderCodec, as_received, make_codec
-from lptransformer.schedule import Action, Pattern, one_update
+from lptransformer.schedule import RECV_B, RECV_F, SEND_B, SEND_F, Action, Pattern, one_update
 from lptransformer.stage import StageOutput, add, backward_loss
 from lptransformer.token_set import Batch
 from lptransformer.world import World
@@ -99,13 +99,13 @@ class Executor:
         inside = [index for index in blueprint.codecs if index in local and index + 1 in local]
         self._codecs: dict[int, BorderCodec] = {index: make_codec(blueprint.codecs[index]) for index in inside}
         self._actions: dict[str, Callable[[LocalStage, Action], None]] = {
-            "R": self._receive,
+            RECV_F: self._receive,
             "F": self._forward,
-            "S": self._send,
-            "P": self._pull,
-            "RG": self._receive_gradient,
+            SEND_F: self._send,
+            "I": self._pull,
+            RECV_B: self._receive_gradient,
             "B": self._backward,
-            "SG": self._send_gradient,
+            SEND_B: self._send_gradient,
             "U": self._update,
         }
         # Keyed by the number of the micro-batch since the start of the run.

@@ -117,7 +117,8 @@ class TrainingEngine(ABC):
         """Continue from a complete checkpoint of `run`, the newest one unless `update` says which.
 
         It must have been written by the same engine with stages of the same shape. Returns its number of updates.
-        Raises RunError when there is none, DataError when its place in the data is none of this stream's.
+        Raises RunError when there is none, or a file of it is damaged or would execute code when read; DataError when
+        its place in the data is none of this stream's.
         """
         update = checkpoint.latest(run) if update is None else update
         self._load(Path(run), update)

@@ -74,9 +74,12 @@ def new_config(family: str, **sizes: Any) -> Any:
 
 
 def read_config(folder: str | Path) -> Any:
-    """The configuration of a model folder. Raises ModelError when it is missing, broken or no causal LM."""
+    """The configuration of a model folder. Raises ModelError when it is missing, broken or no causal LM.
+
+    Nor may it need code that lies in the folder: the library would ask on the terminal whether to run it.
+    """
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model_class(config)
     except Exception as error:  # whatever a file written by anyone can make the library raise
         raise ModelError(f"model.pretrained is {folder}: no causal LM can be read there: {one_line(error)}") from None

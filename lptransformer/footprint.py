@@ -20,7 +20,7 @@ from lptransformer.deepspeed_keys import bucket_elements
 from lptransformer.gradients import Duty, crossing, duties, flows
 from lptransformer.objective import Objective
 from lptransformer.partition import StagePlan
-from lptransformer.schedule import Action, one_update
+from lptransformer.schedule import RECV_B, RECV_F, SEND_B, SEND_F, Action, one_update
 
 TOKEN_BYTES = 16  # id and label, int64 each
 
@@ -218,17 +218,17 @@ class _Walk:
     def do(self, action: Action) -> None:
         index, number = action.stage, -1 if action.micro_batch is None else action.micro_batch
         plan, state = self.stages[index], self.states[index]
-        if action.op == "R":
+        if action.op == RECV_F:
             self.hold(index - 1, number, 1)
-        elif action.op == "S":
+        elif action.op == SEND_F:
             self.hold(index, number, -1)
-        elif action.op == "RG":
+        elif action.op == RECV_B:
             self.now += self.hidden
-        elif action.op == "SG":
+        elif action.op == SEND_B:
             self.now -= self.hidden
         elif action.op == "F":
             self._forward(plan, number)
-        elif action.op == "P":
+        elif action.op == "I":
             self.reach(self.passes[index].pull)
             self.now += self.hidden
         elif action.op == "B":

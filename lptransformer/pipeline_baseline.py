@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lptransformer import checkpoint
 from lptransformer.blueprint import Blueprint
 from lptransformer.channel import Control
+from lptransformer.deepspeed_stage import read_safely
 from lptransformer.errors import RunError, TrainingError
 from lptransformer.face import EngineOptions, Report, Stream, TrainingEngine, UpdateResult, ValidSet, gather_reports
 from lptransformer.head import CROSS_ENTROPY, LossBatch
@@ -85,6 +86,7 @@ class PipelineBaseline(TrainingEngine):
             self.engine, *_ = deepspeed.initialize(
                 model=module, optimizer=self.optimizer, config=config, dist_init_required=False
             )
+        read_safely(self.engine)
         self.engine.clip_fp32_gradients = self._clip
         self._waited_seconds = 0.0
         for call in ("send", "recv", "broadcast", "all_reduce"):

@@ -1,17 +1,17 @@
 """Schedules: the actions of one update on one pipeline rank, in order, as plain data.
 
 One list, several readers: the engine executes it, tests replay it, people read it as text. The text form of an action
-is `<stage><op><micro-batch>`, with `.<flow>` behind it where a gradient is meant, for example
-`1R3 1F3 1S3 1P3.0 1SG3.0 1RG2.1 1B2 1U`:
+is `<stage><op><micro-batch>` in the letters of torch.distributed.pipelining, with `.<flow>` behind it where a gradient
+is meant, for example `1RECV_F3 1F3 1SEND_F3 1I3.0 1SEND_B3.0 1RECV_B2.1 1B2 1U`:
 
-    R  receive the hidden states of a micro-batch from the stage below
-    F  forward, and the loss of the stage's own head
-    S  send the hidden states to the stage above
-    P  pull: the gradient of a flow at the stage's input, by a backward that takes no gradient of weights
-    RG receive a flow's gradient at the stage's output from the stage above
-    B  backward
-    SG send a flow's gradient at the stage's input to the stage below
-    U  update: clip, optimizer step, next learning rate
+    RECV_F  receive the hidden states of a micro-batch from the stage below
+    F       forward, and the loss of the stage's own head
+    SEND_F  send the hidden states to the stage above
+    I       pull: the gradient of a flow at the stage's input, by a backward that takes no gradient of weights
+    RECV_B  receive a flow's gradient at the stage's output from the stage above
+    B       backward
+    SEND_B  send a flow's gradient at the stage's input to the stage below
+    U       update: clip, optimizer step, next learning rate
 
 Micro-batches are numbered within the update and the replica. Sending comes before the local backward, or the next
 stage would wait for it, and so does pulling. A rank takes the gradient of a flow as many micro-batches after its own
@@ -29,7 +29,9 @@ from lptransformer.gradients import Duty, duties, flows
 from lptransformer.partition import StagePlan
 from lptransformer.spans import Phase
 
-OPS = ("R", "F", "S", "P", "RG", "B", "SG", "U")
+RECV_F, SEND_F, RECV_B, SEND_B = "RECV_F", "SEND_F", "RECV_B", "SEND_B"
+SENDS, RECEIVES = (SEND_F, SEND_B), (RECV_F, RECV_B)
+OPS = (RECV_F, "F", SEND_F, "I", RECV_B, "B", SEND_B, "U")
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,11 @@ def parse(text: str) -> list[Action]:
     """The inverse of to_text. Raises ValueError for a word that is no action."""
     actions = []
     for word in text.split():
-        match = re.fullmatch(r"(\d+)(?:(U)|(R|F|S|B)(\d+)|(P|RG|SG)(\d+)\.(\d+))", word)
+        match = re.fullmatch(r"(\d+)(?:(U)|(F|B|RECV_F|SEND_F)(\d+)|(I|RECV_B|SEND_B)(\d+)\.(\d+))", word)
         if match is None:
             raise ValueError(
-                f"{word!r} is no action: expected <stage>U, <stage><op><micro-batch> with op R, F, S or B, or "
-                "<stage><op><micro-batch>.<flow> with op P, RG or SG"
+                f"{word!r} is no action: expected <stage>U, <stage><op><micro-batch> with op F, B, RECV_F or SEND_F, "
+                "or <stage><op><micro-batch>.<flow> with op I, RECV_B or SEND_B"
             )
         stage, update, op, micro_batch, flow_op, flow_micro_batch, flow = match.groups()
         if update:
@@ -143,7 +145,7 @@ def _actions(local: Sequence[StagePlan], duty: Sequence[Duty], rounds: Iterable[
             return
         assert action.micro_batch is not None
         if action.stage == bottom.index:
-            actions.append(Action(action.stage, "SG", action.micro_batch, hands_down))
+            actions.append(Action(action.stage, SEND_B, action.micro_batch, hands_down))
         else:
             here.add((action.stage - 1, action.micro_batch, hands_down))
 
@@ -151,7 +153,7 @@ def _actions(local: Sequence[StagePlan], duty: Sequence[Duty], rounds: Iterable[
         """All that can be done now for a micro-batch in a stage and, with what it hands down, in those below."""
         own = duty[stage.index]
         missing = [flow for flow, _ in own.above if (stage.index, micro_batch, flow) not in here]
-        pulls = [Action(stage.index, "P", micro_batch, flow) for flow in own.pulls if flow not in missing]
+        pulls = [Action(stage.index, "I", micro_batch, flow) for flow in own.pulls if flow not in missing]
         for pull in pulls:
             if pull not in done:
                 do(pull, pull.flow)
@@ -165,13 +167,13 @@ def _actions(local: Sequence[StagePlan], duty: Sequence[Duty], rounds: Iterable[
         if forward is not None:
             for stage in local:
                 if stage is bottom and not stage.is_first:
-                    actions.append(Action(stage.index, "R", forward))
+                    actions.append(Action(stage.index, RECV_F, forward))
                 actions.append(Action(stage.index, "F", forward))
                 if stage is top and not stage.is_last:
-                    actions.append(Action(stage.index, "S", forward))
+                    actions.append(Action(stage.index, SEND_F, forward))
                 settle(stage, forward)
         for flow, micro_batch in received:
-            actions.append(Action(top.index, "RG", micro_batch, flow))
+            actions.append(Action(top.index, RECV_B, micro_batch, flow))
             here.add((top.index, micro_batch, flow))
             settle(top, micro_batch)
     return actions
@@ -191,35 +193,35 @@ def replay(schedules: Sequence[Sequence[Action]], stages: Sequence[StagePlan], p
     most = 0
 
     def source(action: Action) -> tuple[int, str, int | None]:
-        return (action.stage - 1, "S", None) if action.op == "R" else (action.stage + 1, "SG", action.flow)
+        return (action.stage - 1, SEND_F, None) if action.op == RECV_F else (action.stage + 1, SEND_B, action.flow)
 
     def gradient_made(stage: int, micro_batch: int | None, flow: int) -> Action:
         """The action that made a flow's gradient at the input of a stage."""
         by_pull = flow in duty[stage].pulls
-        return Action(stage, "P", micro_batch, flow) if by_pull else Action(stage, "B", micro_batch)
+        return Action(stage, "I", micro_batch, flow) if by_pull else Action(stage, "B", micro_batch)
 
     def gradient_at_output(stage: int, micro_batch: int | None, flow: int) -> Action:
         if stages[stage].pipeline_rank == stages[stage + 1].pipeline_rank:
             return gradient_made(stage + 1, micro_batch, flow)
-        return Action(stage, "RG", micro_batch, flow)
+        return Action(stage, RECV_B, micro_batch, flow)
 
     def needs(action: Action) -> list[Action]:
         stage, i = action.stage, action.micro_batch
         plan, own = stages[stage], duty[stage]
         if action.op == "F" and not plan.is_first:
             here = stages[stage - 1].pipeline_rank == plan.pipeline_rank
-            return [Action(stage - 1, "F", i) if here else Action(stage, "R", i)]
-        if action.op == "S":
+            return [Action(stage - 1, "F", i) if here else Action(stage, RECV_F, i)]
+        if action.op == SEND_F:
             return [Action(stage, "F", i)]
-        if action.op == "SG":
+        if action.op == SEND_B:
             assert action.flow is not None
             return [gradient_made(stage, i, action.flow)]
-        if action.op == "P":
+        if action.op == "I":
             assert action.flow in own.pulls, f"{action}: stage {stage} pulls {own.pulls}"
             passing = [flow for flow, _ in own.above if flow == action.flow]
             return [Action(stage, "F", i), *(gradient_at_output(stage, i, flow) for flow in passing)]
         if action.op == "B":
-            pulls = [Action(stage, "P", i, flow) for flow in own.pulls]
+            pulls = [Action(stage, "I", i, flow) for flow in own.pulls]
             above = [gradient_at_output(stage, i, flow) for flow, _ in own.above]
             return [Action(stage, "F", i), *above, *pulls]  # the ordinary backward frees what pulls need
         if action.op == "U":
@@ -227,15 +229,13 @@ def replay(schedules: Sequence[Sequence[Action]], stages: Sequence[StagePlan], p
         return []
 
     def feasible(action: Action) -> bool:
-        if action.op in ("R", "RG"):
+        if action.op in RECEIVES:
             waiting = channels.get(source(action), [])
             assert not waiting or waiting[0] == action.micro_batch, f"{action}: the message waiting is {waiting[0]}"
             return bool(waiting)
         missing = [need for need in needs(action) if need not in done]
         assert not missing, f"{action} before {to_text(missing)}"
-        return (
-            action.op not in ("S", "SG") or len(channels.get((action.stage, action.op, action.flow), [])) <= in_flight
-        )
+        return action.op not in SENDS or len(channels.get((action.stage, action.op, action.flow), [])) <= in_flight
 
     while any(position[rank] < len(schedule) for rank, schedule in enumerate(schedules)):
         moved = False
@@ -243,9 +243,9 @@ def replay(schedules: Sequence[Sequence[Action]], stages: Sequence[StagePlan], p
             while position[rank] < len(schedule) and feasible(action := schedule[position[rank]]):
                 assert action not in done, f"{action} twice"
                 assert Action(action.stage, "U") not in done, f"{action} after {Action(action.stage, 'U')}"
-                if action.op in ("S", "SG"):
+                if action.op in SENDS:
                     channels.setdefault((action.stage, action.op, action.flow), []).append(action.micro_batch)
-                elif action.op in ("R", "RG"):
+                elif action.op in RECEIVES:
                     channels[source(action)].pop(0)
                 most = max(most, *(len(waiting) for waiting in channels.values()), 0)
                 done.add(action)

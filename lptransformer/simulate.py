@@ -14,7 +14,7 @@ from lptransformer.cost import ModelCosts
 from lptransformer.gradients import clip_groups
 from lptransformer.objective import Objective
 from lptransformer.partition import StagePlan, cut
-from lptransformer.schedule import Action, Pattern, one_update
+from lptransformer.schedule import RECEIVES, RECV_F, SEND_B, SEND_F, SENDS, Action, Pattern, one_update
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class StageSeconds:
     update: float = 0.0
 
     def of(self, op: str) -> float:
-        return {"F": self.forward, "B": self.backward, "P": self.pull, "U": self.update}.get(op, 0.0)
+        return {"F": self.forward, "B": self.backward, "I": self.pull, "U": self.update}.get(op, 0.0)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def simulate(
     def wire(channel: tuple[int, str, int | None]) -> Link:
         """What a channel runs over, by the stage and operation of its sender."""
         rank = stages[channel[0]].pipeline_rank
-        return links[rank if channel[1] == "S" else rank - 1]
+        return links[rank if channel[1] == SEND_F else rank - 1]
 
     def transfer(channel: tuple[int, str, int | None]) -> None:
         """Let messages leave whose receive is posted."""
@@ -123,7 +123,7 @@ def simulate(
         """Do the next action of a rank if what it waits for is known; whether that was so."""
         update, action = todo[rank][position[rank]]
         start = clock[rank]
-        if action.op in ("S", "SG"):
+        if action.op in SENDS:
             channel = (action.stage, action.op, action.flow)
             before = sent.setdefault(channel, [])
             transfer(channel)
@@ -132,8 +132,10 @@ def simulate(
             before.append(max(start, arrived[channel][-1] if before else 0.0))
             clock[rank] = before[-1]
             transfer(channel)
-        elif action.op in ("R", "RG"):
-            channel = (action.stage - 1, "S", None) if action.op == "R" else (action.stage + 1, "SG", action.flow)
+        elif action.op in RECEIVES:
+            channel = (
+                (action.stage - 1, SEND_F, None) if action.op == RECV_F else (action.stage + 1, SEND_B, action.flow)
+            )
             if channel not in sent:
                 return False
             transfer(channel)

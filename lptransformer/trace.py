@@ -7,6 +7,7 @@ counts the starts of the run. When an update is recorded again, after a resume, 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,12 +17,15 @@ from typing import Any
 from lptransformer.errors import RunError
 from lptransformer.metrics import TraceReport
 from lptransformer.recorder import COPIES
-from lptransformer.schedule import Action, parse
+from lptransformer.schedule import RECEIVES, SENDS, Action, parse
 
 TRACE = "trace.jsonl"
-KINDS = {"F": "forward", "B": "backward", "P": "pull", "U": "update"}
-KINDS |= {"S": "send", "SG": "send", "R": "receive", "RG": "receive"}
+KINDS = {"F": "forward", "B": "backward", "I": "pull", "U": "update"}
+KINDS |= dict.fromkeys(SENDS, "send") | dict.fromkeys(RECEIVES, "receive")
 HEAD, WAIT = "head", "wait"
+# Older traces have other letters: of the same operations.
+OLD_OPS = {"R": "RECV_F", "S": "SEND_F", "P": "I", "RG": "RECV_B", "SG": "SEND_B"}
+_OLD_ACTION = re.compile(rf"(\d+)({'|'.join(OLD_OPS)})(\d+(?:\.\d+)?)")
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)
+            line["actions"] = [[_as_today(action), *numbers] for action, *numbers in line["actions"]]
             _check(TraceReport(**{key: value for key, value in line.items() if key != "session"}))
             found.append({**line, "session": int(line["session"])})
         except (ValueError, TypeError, KeyError, AttributeError):
@@ -126,6 +131,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
                 break  # a line that is being written
             raise RunError(f"{path}, line {number}, is no record of an update: the file was damaged") from None
     return found
+
+
+def _as_today(text: str) -> str:
+    """The text of a recorded action, which may be in the letters of before."""
+    old = _OLD_ACTION.fullmatch(text)
+    return f"{old[1]}{OLD_OPS[old[2]]}{old[3]}" if old else text
 
 
 def _check(report: TraceReport) -> None:

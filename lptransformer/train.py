@@ -13,6 +13,7 @@ from lptransformer.auto_batch import recorded, settled
 from lptransformer.build import start
 from lptransformer.channel import Control
 from lptransformer.config import Config
+from lptransformer.config_checks import pretrained_warning
 from lptransformer.errors import TrainingError
 from lptransformer.face import Report, TrainingEngine, UpdateResult
 from lptransformer.head_kinds import label
@@ -38,10 +39,10 @@ def train(config: Config, resume: bool = False, overwrite: bool = False, until: 
         run_folder.check(folder, recorded(config) if resume else config, resume, overwrite)
     with settled(config, resume) as config:
         engine, data = start(config)
-    if resume:
-        run_folder.check_data(folder, data.folders())
-        engine.load_checkpoint(folder)
-    engine.world.wait_for_all("started")  # a run folder appears only when every process has got this far
+    with engine.world.starting():  # a run folder appears only when every process has got this far
+        if resume:
+            run_folder.check_data(folder, data.folders())
+            engine.load_checkpoint(folder)
     if engine.world.global_rank == 0:
         if resume:
             checkpoint.remove_newer(folder, engine.update)
@@ -126,6 +127,8 @@ class Desk:
         blueprint = engine.blueprint
         rows = partition.table(engine.stages, blueprint.costs, label(blueprint.head), blueprint.state_bytes)
         table(f"run folder: {folder}", list(rows[0]), [list(row.values()) for row in rows])
+        if warning := pretrained_warning(config):
+            self.progress.message(warning)
 
     def __enter__(self) -> Desk:
         if self.open:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,12 +19,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lptransformer.errors import TrainingError
+from lptransformer.errors import TrainingError, UserError
 from lptransformer.processes import launched_size
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed chooses anyway, with a warning
 import deepspeed  # noqa: E402
+
+REFUSED = "refused"  # in the store: how many processes cannot start
+GRACE_SECONDS = 10.0  # for the others to leave the store, when one cannot start
 
 
 @dataclass
@@ -53,6 +57,39 @@ class World:
         if self.store.add(word, 1) == self.size:
             self.store.set(f"all {word}", "")
         self.store.wait([f"all {word}"])
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Around what may be refused last, before a run begins; leaves when every process has done it.
+
+        A UserError in one process ends all of them with its exit code, and only the first has a message.
+        """
+        try:
+            yield
+            self.wait_for_all("started")
+        except UserError:
+            first = self.store.add(REFUSED, 1) == 1
+            self.store.set("all started", "")
+            self._leave_the_store()
+            if first:
+                raise
+            raise SystemExit(UserError.exit_code) from None
+        except RuntimeError:  # of a replica that waited for another, which has refused
+            with lost_processes_in_our_words():
+                if not self.store.check([REFUSED]):
+                    raise
+        if self.store.check([REFUSED]):
+            self._leave_the_store()
+            raise SystemExit(UserError.exit_code)
+
+    def _leave_the_store(self) -> None:
+        """Global rank 0 keeps the store until the others have left it, or for a while: some may be stuck."""
+        if self.global_rank != 0:
+            self.store.queue_push("leaving", "")
+            return
+        deadline = time.monotonic() + GRACE_SECONDS
+        while self.store.queue_len("leaving") < self.size - 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def wait_for_the_end(self) -> None:
         """Return when every process has come to its end, on global rank 0 after the others have left the store.

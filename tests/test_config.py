@@ -15,7 +15,7 @@ import pytest
 from lptransformer import config as configuration
 from lptransformer import deepspeed_keys
 from lptransformer.config import check_depth, check_world_size, differences, load, resume_differences, to_dict, to_yaml
-from lptransformer.config_checks import FAMILIES
+from lptransformer.config_checks import FAMILIES, pretrained_warning
 from lptransformer.config_sections import PLAIN, SECTIONS, fields_of, known_keys
 from lptransformer.errors import ConfigError, ModelError, UserError
 
@@ -664,6 +664,35 @@ def test_pretrained_sizes(tmp_path: Path) -> None:
     assert to_dict(again) == to_dict(config)
     shutil.rmtree(folder)  # a run can be read when the model it started from has gone
     assert to_dict(load(to_dict(config), saved=True)) == to_dict(config)
+
+
+HEADS, RATE = "heads are copied from it (head.init = ", "is above 0.0003"
+TO_BACKPROP, TO_LOW_RATE = "Set objective.name=backprop", "train.learning_rate=1e-4"
+LOW = "train.learning_rate=3e-4"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ((), [HEADS, RATE, TO_BACKPROP, TO_LOW_RATE]),
+        (("objective.name=greedy", "head.init=model", LOW), [HEADS, TO_BACKPROP, TO_LOW_RATE]),
+        (("head.init=scratch", "train.learning_rate=4e-4"), [RATE, TO_LOW_RATE]),
+        (("objective.name=backprop",), [RATE, TO_LOW_RATE]),
+        (("objective.name=backprop", LOW), []),
+        (("objective.chunks=1", LOW), []),  # the model's own head alone
+        (("head.init=scratch", LOW), []),
+    ],
+)
+def test_what_harms_a_pretrained_model_is_said(tmp_path: Path, overrides: tuple[str, ...], parts: list[str]) -> None:
+    start = (f"model.pretrained={model_folder(tmp_path)}", "data.sequence_length=64", *overrides)
+    warning = pretrained_warning(load(DATA, start))
+    if not parts:
+        assert warning is None
+        return
+    assert warning is not None and "\n" not in warning
+    says(warning, "before 46 and 36, backprop 30 and 38", "42 and 46", "57 and 327", *parts)
+    assert not any(part in warning for part in (HEADS, RATE, TO_BACKPROP) if part not in parts)
+    assert pretrained_warning(load(DATA)) is None, "a new model"
 
 
 def test_pretrained_of_another_family(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -214,10 +216,29 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path, capsys: pyte
 # ---- train, export, train on
 
 
-def _train(raw: dict[str, Any]) -> None:
+def _train(raw: dict[str, Any], *overrides: str) -> str:
+    """What the process has printed."""
     from lptransformer.train import train
 
-    train(configuration.load(raw))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train(configuration.load(raw, overrides))
+    return printed.getvalue()
+
+
+def test_a_start_that_harms_a_pretrained_model_says_so_once(pool: Pool, tmp_path: Path) -> None:
+    export_run(make_run(tmp_path), tmp_path / "exported")
+    raw: dict[str, Any] = {
+        "model": {"pretrained": str(tmp_path / "exported")},
+        "data": {"train": str(tmp_path / "texts" / "train.txt"), "sequence_length": 16, "cache": str(tmp_path / "c")},
+        "parallel": {"pipeline": 2},
+        "train": {"steps": 1, "micro_batch_size": 1, "micro_batches_per_update": 1, "lr_scheduler": "constant"},
+        "run": {"dir": str(tmp_path / "one")},
+    }
+    first, second = pool.run(2, _train, raw)
+    (line,) = [line for line in first.splitlines() if "heads are copied from it" in line]
+    assert "train.learning_rate=1e-4" in line and "57 and 327" in line and "warning" not in second
+    gentle = ("objective.name=backprop", "train.learning_rate=1e-4", f"run.dir={tmp_path / 'two'}")
+    assert not any("warning" in printed for printed in pool.run(2, _train, raw, *gentle))
 
 
 @pytest.mark.slow

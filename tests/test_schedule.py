@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from objective_cases import COSTS, any_spans, every_objective, every_placement, objectives, placements
+from torch.distributed.pipelining.schedules import _Action, _ComputationType
 
 from lptransformer.gradients import clip_groups, crossing, duties, flows
 from lptransformer.objective import Objective, build
@@ -67,13 +68,13 @@ def wanted_actions(stages: Sequence[StagePlan], phase: Phase, rank: int, micro_b
     for i in range(micro_batches):
         wanted += [Action(stage.index, "F", i) for stage in local]
         wanted += [Action(stage.index, "B", i) for stage in local if stage.trained]
-        wanted += [Action(stage.index, "P", i, flow) for stage in local for flow in of_stages[stage.index].pulls]
+        wanted += [Action(stage.index, "I", i, flow) for stage in local for flow in of_stages[stage.index].pulls]
         if bottom.index > 0:
-            wanted.append(Action(bottom.index, "R", i))
-            wanted += [Action(bottom.index, "SG", i, flow) for flow in crossing(of_phase, bottom.index)]
+            wanted.append(Action(bottom.index, "RECV_F", i))
+            wanted += [Action(bottom.index, "SEND_B", i, flow) for flow in crossing(of_phase, bottom.index)]
         if top.index < len(stages) - 1:
-            wanted.append(Action(top.index, "S", i))
-            wanted += [Action(top.index, "RG", i, flow) for flow in crossing(of_phase, top.index + 1)]
+            wanted.append(Action(top.index, "SEND_F", i))
+            wanted += [Action(top.index, "RECV_B", i, flow) for flow in crossing(of_phase, top.index + 1)]
     return Counter(wanted)
 
 
@@ -160,13 +161,13 @@ def run_engine(
     def step(rank: int, update: int, action: Action) -> bool:
         if action.micro_batch is not None:
             message = update * micro_batches + action.micro_batch, str(action.flow)
-        if action.op in ("S", "SG"):
-            channel = slot(update, action, action.stage + (action.op == "S"))
+        if action.op in ("SEND_F", "SEND_B"):
+            channel = slot(update, action, action.stage + (action.op == "SEND_F"))
             if len(channels.setdefault(channel, [])) > in_flight:
                 return False
             channels[channel].append(message)
-        elif action.op in ("R", "RG"):
-            waiting = channels.get(slot(update, action, action.stage + (action.op == "RG")))
+        elif action.op in ("RECV_F", "RECV_B"):
+            waiting = channels.get(slot(update, action, action.stage + (action.op == "RECV_B")))
             if not waiting:
                 return False
             assert waiting.pop(0) == message, "each message is taken in its turn"
@@ -266,7 +267,7 @@ def test_what_is_held_where_no_gradient_crosses_and_sending_comes_first(case: Ca
             for stage in (stage for stage in local if stage.trained):
                 assert most_held(schedule, stage.index) <= min(lag + 1, micro_batches)
             for before, action in zip(schedule, schedule[1:], strict=False):
-                if action.op == "S":
+                if action.op == "SEND_F":
                     assert before == Action(action.stage, "F", action.micro_batch), "before the local backward"
 
 
@@ -278,12 +279,12 @@ def test_a_stage_pulls_its_own_loss_as_soon_as_it_can(case: Case, micro_batches:
     of_stages = duties(objective.usual, stages)
     for schedule in alone(objective, objective.usual, stages, micro_batches):
         for place, action in enumerate(schedule):
-            if action.op == "P" and action.flow == of_stages[action.stage].own:
+            if action.op == "I" and action.flow == of_stages[action.stage].own:
                 begin = schedule.index(Action(action.stage, "F", action.micro_batch))
                 between = {other.op for other in schedule[begin + 1 : place]}
-                assert between <= {"S", "P", "SG"}
-            if action.op == "SG":
-                made = [Action(action.stage, "P", action.micro_batch, action.flow)]
+                assert between <= {"SEND_F", "I", "SEND_B"}
+            if action.op == "SEND_B":
+                made = [Action(action.stage, "I", action.micro_batch, action.flow)]
                 made.append(Action(action.stage, "B", action.micro_batch))
                 assert schedule[place - 1] in made, "what is there is sent at once"
 
@@ -296,7 +297,7 @@ def test_forward_passes_go_on_while_a_gradient_is_under_way(case: Case, micro_ba
     of_phase = flows(objective.usual, stages)
     for rank, schedule in enumerate(alone(objective, objective.usual, stages, micro_batches)):
         for place, action in enumerate(schedule):
-            if action.op == "RG":
+            if action.op == "RECV_B":
                 assert action.flow is not None and action.micro_batch is not None
                 lag = stages[of_phase[action.flow].top].pipeline_rank - rank
                 forward = [
@@ -309,38 +310,39 @@ OVERLAPPING = {"name": "overlapping", "chunks": 3, "overlap": 1, "own_weight": 0
 TEXTS: list[tuple[dict[str, Any], list[str]]] = [
     (
         {"blocks": 2, "pipeline": 2, "micro_batches": 2, "chunks": 2},
-        ["0F0 0S0 0B0 0F1 0S1 0B1 0U", "1R0 1F0 1B0 1R1 1F1 1B1 1U"],
+        ["0F0 0SEND_F0 0B0 0F1 0SEND_F1 0B1 0U", "1RECV_F0 1F0 1B0 1RECV_F1 1F1 1B1 1U"],
     ),
     (
         {"blocks": 2, "pipeline": 2, "micro_batches": 3, "name": "backprop"},
         [
-            "0F0 0S0 0F1 0S1 0RG0.0 0B0 0F2 0S2 0RG1.0 0B1 0RG2.0 0B2 0U",
-            "1R0 1F0 1B0 1SG0.0 1R1 1F1 1B1 1SG1.0 1R2 1F2 1B2 1SG2.0 1U",
+            "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0.0 0B0 0F2 0SEND_F2 0RECV_B1.0 0B1 0RECV_B2.0 0B2 0U",
+            "1RECV_F0 1F0 1B0 1SEND_B0.0 1RECV_F1 1F1 1B1 1SEND_B1.0 1RECV_F2 1F2 1B2 1SEND_B2.0 1U",
         ],
     ),
     (
         {"blocks": 3, "pipeline": 3, "micro_batches": 2, **OVERLAPPING},
         [
-            "0F0 0S0 0F1 0S1 0RG0.0 0B0 0RG1.0 0B1 0U",
-            "1R0 1F0 1S0 1P0.0 1SG0.0 1R1 1F1 1S1 1P1.0 1SG1.0 1RG0.1 1B0 1RG1.1 1B1 1U",
-            "2R0 2F0 2B0 2SG0.1 2R1 2F1 2B1 2SG1.1 2U",
+            "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0.0 0B0 0RECV_B1.0 0B1 0U",
+            "1RECV_F0 1F0 1SEND_F0 1I0.0 1SEND_B0.0 1RECV_F1 1F1 1SEND_F1 1I1.0 1SEND_B1.0 "
+            "1RECV_B0.1 1B0 1RECV_B1.1 1B1 1U",
+            "2RECV_F0 2F0 2B0 2SEND_B0.1 2RECV_F1 2F1 2B1 2SEND_B1.1 2U",
         ],
     ),
     (  # all on one rank: each stage can go back when the one above it has its loss
         {"blocks": 3, "pipeline": 1, "micro_batches": 1, **OVERLAPPING},
-        ["0F0 1F0 1P0.0 0B0 2F0 2B0 1B0 0U 1U 2U"],
+        ["0F0 1F0 1I0.0 0B0 2F0 2B0 1B0 0U 1U 2U"],
     ),
     (  # by 2: the last loss passes stage 1 by a pull on its way to stage 0, beside that of stage 1
         {"blocks": 3, "pipeline": 3, "micro_batches": 1, **OVERLAPPING, "overlap": 2, "first_head": True},
         [
-            "0F0 0S0 0RG0.0 0RG0.1 0B0 0U",
-            "1R0 1F0 1S0 1P0.0 1SG0.0 1RG0.1 1P0.1 1SG0.1 1B0 1U",
-            "2R0 2F0 2B0 2SG0.1 2U",
+            "0F0 0SEND_F0 0RECV_B0.0 0RECV_B0.1 0B0 0U",
+            "1RECV_F0 1F0 1SEND_F0 1I0.0 1SEND_B0.0 1RECV_B0.1 1I0.1 1SEND_B0.1 1B0 1U",
+            "2RECV_F0 2F0 2B0 2SEND_B0.1 2U",
         ],
     ),
     (  # what is below stays as it was initialised
         {"blocks": 2, "pipeline": 2, "micro_batches": 2, "name": "last", "trained_blocks": 1},
-        ["0F0 0S0 0F1 0S1", "1R0 1F0 1B0 1R1 1F1 1B1 1U"],
+        ["0F0 0SEND_F0 0F1 0SEND_F1", "1RECV_F0 1F0 1B0 1RECV_F1 1F1 1B1 1U"],
     ),
 ]
 
@@ -355,19 +357,19 @@ def test_the_text_of_a_schedule(sizes: dict[str, Any], texts: list[str]) -> None
 def test_the_text_of_a_delayed_schedule() -> None:
     objective = build(2, "delayed", chunks=2)
     below, above = patterns(objective, objective.usual, cut(objective, 2, COSTS), 2)
-    assert (to_text(below.fill), to_text(below.body)) == ("0F0 0S0", "0F1 0S1 0RG0.0 0B0")
-    assert (to_text(below.goes_on), to_text(below.drains)) == ("0F2 0S2 0RG1.0 0B1", "0RG1.0 0B1")
-    assert to_text(above.body) == "1R0 1F0 1B0 1SG0.0 1R1 1F1 1B1 1SG1.0"
+    assert (to_text(below.fill), to_text(below.body)) == ("0F0 0SEND_F0", "0F1 0SEND_F1 0RECV_B0.0 0B0")
+    assert (to_text(below.goes_on), to_text(below.drains)) == ("0F2 0SEND_F2 0RECV_B1.0 0B1", "0RECV_B1.0 0B1")
+    assert to_text(above.body) == "1RECV_F0 1F0 1B0 1SEND_B0.0 1RECV_F1 1F1 1B1 1SEND_B1.0"
     assert not above.fill and not above.goes_on and not above.drains
-    assert to_text(below.alone) == "0F0 0S0 0F1 0S1 0RG0.0 0B0 0RG1.0 0B1 0U"
+    assert to_text(below.alone) == "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0.0 0B0 0RECV_B1.0 0B1 0U"
 
 
 # ------------------------------------------------------------------------------------------------------ the text
 
 NUMBERS = st.integers(0, 999)
 UPDATES = st.builds(Action, NUMBERS, st.just("U"))
-OF_FLOWS = st.builds(Action, NUMBERS, st.sampled_from(["P", "RG", "SG"]), NUMBERS, NUMBERS)
-OTHERS = st.builds(Action, NUMBERS, st.sampled_from(sorted({*OPS} - {"U", "P", "RG", "SG"})), NUMBERS)
+OF_FLOWS = st.builds(Action, NUMBERS, st.sampled_from(["I", "RECV_B", "SEND_B"]), NUMBERS, NUMBERS)
+OTHERS = st.builds(Action, NUMBERS, st.sampled_from(sorted({*OPS} - {"U", "I", "RECV_B", "SEND_B"})), NUMBERS)
 
 
 @settings(deadline=None)
@@ -376,8 +378,17 @@ def test_text_and_back_for_any_actions(actions: list[Action]) -> None:
     assert parse(to_text(actions)) == actions
 
 
+def test_the_letters_are_those_of_torch() -> None:
+    assert {*OPS} - {"U"} < {one.value for one in _ComputationType}
+    for action in (Action(2, "SEND_F", 3), Action(12, "F", 0), Action(0, "I", 7)):
+        theirs = _Action.from_str(str(action))
+        assert str(theirs) == str(action)
+        assert (theirs.stage_index, theirs.computation_type.value) == (action.stage, action.op)
+
+
 WORDS = ["F0", "0F", "0U1", "0X1", "0G1", "0f1", "0F-1", "0F1x", "x0F1", "0", "0RS1", "-1F0"]
-WORDS += ["0F0.1", "0B0.1", "0P0", "0RG1", "0SG1", "0SG1.", "0SG.1", "0U.1", "0U1.1", "0RG1.1.1", "0R1.0"]
+WORDS += ["0F0.1", "0B0.1", "0I0", "0RECV_B1", "0SEND_B1", "0SEND_B1.", "0SEND_B.1", "0U.1", "0U1.1"]
+WORDS += ["0RECV_B1.1.1", "0RECV_F1.0", "0R1", "0S1", "0P1.0", "0RG1.0", "0SG1.0"]
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -402,36 +413,42 @@ OVERLAPPED = {"blocks": 3, "pipeline": 3, "micro_batches": 2, **OVERLAPPING}
 PASSING = {"blocks": 3, "pipeline": 3, "micro_batches": 1, **OVERLAPPING, "overlap": 2, "first_head": True}
 PLANTED: list[tuple[dict[str, Any], int, str, str, str]] = [
     # sizes, rank, what becomes what, what is said
-    (LOCAL, 0, "0S1 ", "", r"deadlock: pipeline ranks are about to do \{1: '1R1'\}"),
-    (LOCAL, 1, "1R1 ", "", r"1F1 before 1R1"),
-    (LOCAL, 1, "1R1 1F1 1B1 ", "", r"messages nobody received"),
-    (LOCAL, 0, "0F0 0S0", "0S0 0F0", r"0S0 before 0F0"),
-    (LOCAL, 0, "0F0 0S0 0B0", "0B0 0F0 0S0", r"0B0 before .*0F0"),
-    (LOCAL, 1, "1R0 1F0 1B0 1R1", "1R1 1F0 1B0 1R0", r"1R1: the message waiting is 0"),
+    (LOCAL, 0, "0SEND_F1 ", "", r"deadlock: pipeline ranks are about to do \{1: '1RECV_F1'\}"),
+    (LOCAL, 1, "1RECV_F1 ", "", r"1F1 before 1RECV_F1"),
+    (LOCAL, 1, "1RECV_F1 1F1 1B1 ", "", r"messages nobody received"),
+    (LOCAL, 0, "0F0 0SEND_F0", "0SEND_F0 0F0", r"0SEND_F0 before 0F0"),
+    (LOCAL, 0, "0F0 0SEND_F0 0B0", "0B0 0F0 0SEND_F0", r"0B0 before .*0F0"),
+    (LOCAL, 1, "1RECV_F0 1F0 1B0 1RECV_F1", "1RECV_F1 1F0 1B0 1RECV_F0", r"1RECV_F1: the message waiting is 0"),
     (LOCAL, 0, "0B0", "0B0 0B0", r"0B0 twice"),
     (LOCAL, 0, "0B1 0U", "0U 0B1", r"0U before 0B1"),
     (LOCAL, 0, "0B1 ", "", r"0U before 0B1"),
-    (LOCAL, 1, "1R1 1F1 1B1 1U", "1U 1R1 1F1 1B1", r"1R1 after 1U"),
-    (SPANNING, 0, "0RG1.0 0B1", "0B1 0RG1.0", r"0B1 before .*0RG1\.0"),
+    (LOCAL, 1, "1RECV_F1 1F1 1B1 1U", "1U 1RECV_F1 1F1 1B1", r"1RECV_F1 after 1U"),
+    (SPANNING, 0, "0RECV_B1.0 0B1", "0B1 0RECV_B1.0", r"0B1 before .*0RECV_B1\.0"),
     (
         SPANNING,
         0,
-        "0F0 0S0 0F1 0S1 0RG0.0 0B0",
-        "0F0 0F1 0RG0.0 0B0 0S0 0S1",
-        r"deadlock.*0: '0RG0\.0', 1: '1R0'",
+        "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0.0 0B0",
+        "0F0 0F1 0RECV_B0.0 0B0 0SEND_F0 0SEND_F1",
+        r"deadlock.*0: '0RECV_B0\.0', 1: '1RECV_F0'",
     ),
-    (SPANNING, 1, "1B1 1SG1.0", "1SG1.0 1B1", r"1SG1\.0 before 1B1"),
-    (SPANNING, 1, "1SG2.0 ", "", r"deadlock.*0: '0RG2\.0'"),
-    (SPANNING, 0, "0RG1.0 0B1 0RG2.0 0B2", "0RG2.0 0B2 0RG1.0 0B1", r"0RG2\.0: the message waiting is 1"),
-    (OVERLAPPED, 1, "1F0 1S0 1P0.0 1SG0.0", "1P0.0 1F0 1S0 1SG0.0", r"1P0\.0 before 1F0"),
-    (OVERLAPPED, 1, "1P0.0 1SG0.0", "1SG0.0 1P0.0", r"1SG0\.0 before 1P0\.0"),
-    (OVERLAPPED, 1, "1P1.0 1SG1.0 1RG0.1 1B0 1RG1.1 1B1", "1RG0.1 1B0 1RG1.1 1B1 1P1.0 1SG1.0", r"1B1 before 1P1\.0"),
-    (OVERLAPPED, 1, "1P0.0", "1P0.1", r"1P0\.1: stage 1 pulls \(0,\)"),
-    (OVERLAPPED, 1, "1SG0.0 ", "", r"0RG0\.0: the message waiting is 1"),
-    (OVERLAPPED, 1, "1RG1.1 ", "", r"1B1 before 1RG1\.1"),
-    (OVERLAPPED, 0, "0RG0.0 ", "", r"0B0 before 0RG0\.0"),
-    (PASSING, 1, "1RG0.1 1P0.1", "1P0.1 1RG0.1", r"1P0\.1 before 1RG0\.1"),
-    (PASSING, 1, "1P0.1 1SG0.1 1B0", "1B0 1P0.1 1SG0.1", r"1B0 before 1P0\.1"),
+    (SPANNING, 1, "1B1 1SEND_B1.0", "1SEND_B1.0 1B1", r"1SEND_B1\.0 before 1B1"),
+    (SPANNING, 1, "1SEND_B2.0 ", "", r"deadlock.*0: '0RECV_B2\.0'"),
+    (SPANNING, 0, "0RECV_B1.0 0B1 0RECV_B2.0 0B2", "0RECV_B2.0 0B2 0RECV_B1.0 0B1", r"0RECV_B2\.0: the message wait"),
+    (OVERLAPPED, 1, "1F0 1SEND_F0 1I0.0 1SEND_B0.0", "1I0.0 1F0 1SEND_F0 1SEND_B0.0", r"1I0\.0 before 1F0"),
+    (OVERLAPPED, 1, "1I0.0 1SEND_B0.0", "1SEND_B0.0 1I0.0", r"1SEND_B0\.0 before 1I0\.0"),
+    (
+        OVERLAPPED,
+        1,
+        "1I1.0 1SEND_B1.0 1RECV_B0.1 1B0 1RECV_B1.1 1B1",
+        "1RECV_B0.1 1B0 1RECV_B1.1 1B1 1I1.0 1SEND_B1.0",
+        r"1B1 before 1I1\.0",
+    ),
+    (OVERLAPPED, 1, "1I0.0", "1I0.1", r"1I0\.1: stage 1 pulls \(0,\)"),
+    (OVERLAPPED, 1, "1SEND_B0.0 ", "", r"0RECV_B0\.0: the message waiting is 1"),
+    (OVERLAPPED, 1, "1RECV_B1.1 ", "", r"1B1 before 1RECV_B1\.1"),
+    (OVERLAPPED, 0, "0RECV_B0.0 ", "", r"0B0 before 0RECV_B0\.0"),
+    (PASSING, 1, "1RECV_B0.1 1I0.1", "1I0.1 1RECV_B0.1", r"1I0\.1 before 1RECV_B0\.1"),
+    (PASSING, 1, "1I0.1 1SEND_B0.1 1B0", "1B0 1I0.1 1SEND_B0.1", r"1B0 before 1I0\.1"),
 ]
 
 
@@ -456,8 +473,10 @@ def test_errors_between_stages_of_one_rank_are_found() -> None:
 def test_a_schedule_may_need_more_places_than_the_channel_has() -> None:
     """Six micro-batches ahead: both channels fill up, and each rank waits for the other to take something."""
     (_, above), stages, phase = make(blocks=2, pipeline=2, micro_batches=6, chunks=1)
-    below = parse(" ".join([*(f"0F{i} 0S{i}" for i in range(6)), *(f"0RG{i}.0 0B{i}" for i in range(6)), "0U"]))
-    with pytest.raises(AssertionError, match=r"deadlock: .*0: '0S5', 1: '1SG2\.0'"):
+    below = parse(
+        " ".join([*(f"0F{i} 0SEND_F{i}" for i in range(6)), *(f"0RECV_B{i}.0 0B{i}" for i in range(6)), "0U"])
+    )
+    with pytest.raises(AssertionError, match=r"deadlock: .*0: '0SEND_F5', 1: '1SEND_B2\.0'"):
         replay([below, above], stages, phase, in_flight=1)
     assert replay([below, above], stages, phase, in_flight=2) == 3
 
@@ -466,6 +485,6 @@ def test_how_far_a_rank_runs_ahead_is_bounded_by_the_channel() -> None:
     """Without a receiver, rank 0 sends `in_flight` + 1 messages and stands before the next."""
     schedules, stages, phase = make(blocks=2, pipeline=2, micro_batches=8, chunks=2)
     for in_flight in (1, 2, 4):
-        waiting = rf"deadlock: pipeline ranks are about to do \{{0: '0S{in_flight + 1}'\}}"
+        waiting = rf"deadlock: pipeline ranks are about to do \{{0: '0SEND_F{in_flight + 1}'\}}"
         with pytest.raises(AssertionError, match=waiting):
             replay([schedules[0], []], stages, phase, in_flight)

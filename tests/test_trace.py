@@ -41,7 +41,7 @@ def update_of(update: int, rank: int, **changes: Any) -> TraceReport:
     actions: list[tuple[Any, ...]] = []
     clock = 0.0
     for i in range(2):
-        message = (f"1R{i}", 1.25, 1.0, 0.0) if rank else (f"0S{i}", 0.25, 0.0, 0.0)
+        message = (f"1RECV_F{i}", 1.25, 1.0, 0.0) if rank else (f"0SEND_F{i}", 0.25, 0.0, 0.0)
         forward, backward = (f"{number}F{i}", 1.5, 0.0, 0.5), (f"{number}B{i}", 2.0, 0.0, 0.0)
         for text, seconds, waits, head in (message, forward, backward) if rank else (forward, message, backward):
             actions.append((text, clock, clock + seconds, waits, head))
@@ -134,6 +134,21 @@ def test_updates_that_are_recorded_again_count_as_they_were_last(tmp_path: Path)
     assert list(second.reports) == again
 
 
+def test_the_letters_of_older_traces_are_read(tmp_path: Path) -> None:
+    """Also in a file that another start of the run has written on, in the letters of today."""
+    texts = "1RECV_F0 1F0 1SEND_F0 1I0.0 1SEND_B0.0 1RECV_B0.1 1B0 1RECV_F12 1SEND_B12.10 copies 1U"
+    before = "1R0 1F0 1S0 1P0.0 1SG0.0 1RG0.1 1B0 1R12 1SG12.10 copies 1U"
+
+    def told(update: int, words: str) -> list[TraceReport]:
+        actions = [(word, float(i), i + 1.0, 0.0, 0.0) for i, word in enumerate(words.split())]
+        return [reported(update, rank, actions) for rank in range(2)]
+
+    write(tmp_path, told(1, before), told(2, texts))
+    old, new = read(tmp_path, 2, 1)
+    assert old == Trace(1, tuple(told(1, texts))) and new == Trace(2, tuple(told(2, texts)))
+    assert [one.kind for one in slices(old)] == [one.kind for one in slices(new)]
+
+
 def test_an_update_that_not_all_have_told_is_left_out(tmp_path: Path) -> None:
     write(tmp_path, whole((2, 3)).reports[:-1])
     assert [one.updates for one in read(tmp_path, 2, 1)] == [[2]]
@@ -183,8 +198,8 @@ def test_an_action_becomes_what_it_waited_and_what_it_did() -> None:
     (report,) = [one for one in whole((3,)).reports if one.pipeline_rank == 1]
     found = slices(Trace(1, (report,)))
     assert [(one.kind, str(one.action), one.start, one.end) for one in found[:5]] == [
-        ("wait", "1R0", 0.0, 1.0),
-        ("receive", "1R0", 1.0, 1.25),
+        ("wait", "1RECV_F0", 0.0, 1.0),
+        ("receive", "1RECV_F0", 1.0, 1.25),
         ("forward", "1F0", 1.25, 2.25),
         ("head", "1F0", 2.25, 2.75),
         ("backward", "1B0", 2.75, 4.75),
@@ -202,17 +217,17 @@ def test_processes_share_one_clock() -> None:
 def test_what_belongs_to_the_next_update_says_so() -> None:
     """Delayed gradients: forward passes of the next update are made in the one before, and numbered on."""
     report = reported(
-        3, 0, [("0F3", 0.0, 1.0, 0.0, 0.0), ("0P1.2", 1.0, 2.0, 0.0, 0.0), ("copies", 2.0, 3.0, 0.5, 0.0)]
+        3, 0, [("0F3", 0.0, 1.0, 0.0, 0.0), ("0I1.2", 1.0, 2.0, 0.0, 0.0), ("copies", 2.0, 3.0, 0.5, 0.0)]
     )
     forward, pull, wait, copies = slices(Trace(1, (report,)))
     assert (forward.update, forward.action) == (4, Action(0, "F", 1))
-    assert (pull.update, pull.kind, pull.action) == (3, "pull", Action(0, "P", 1, 2))
+    assert (pull.update, pull.kind, pull.action) == (3, "pull", Action(0, "I", 1, 2))
     assert (wait.kind, wait.seconds, copies.kind, copies.action) == ("wait", 0.5, "copies", None)
 
 
 def test_waiting_is_never_longer_than_its_action() -> None:
     """Times are rounded."""
-    (one,) = slices(Trace(1, (reported(1, 0, [("0S0", 0.0, 0.1, 0.1000001, 0.0)]),)))
+    (one,) = slices(Trace(1, (reported(1, 0, [("0SEND_F0", 0.0, 0.1, 0.1000001, 0.0)]),)))
     assert (one.kind, one.end) == ("wait", 0.1)
 
 
@@ -264,8 +279,8 @@ def test_the_timeline_is_in_the_trace_event_format() -> None:
     names = {e["pid"]: e["args"]["name"] for e in timeline["traceEvents"] if e["name"] == "process_name"}
     assert names == {1: "pipeline rank 0 (blocks 0-1)", 2: "pipeline rank 1 (blocks 2-3)"}
     wait = next(event for event in events if event["cat"] == "wait")
-    assert (wait["name"], wait["pid"], wait["tid"], wait["ts"], wait["dur"]) == ("wait 1R0", 2, 1, 1e6, 1e6)
-    assert wait["args"] == {"update": 3, "stage": 1, "micro_batch": 0, "action": "1R0"}
+    assert (wait["name"], wait["pid"], wait["tid"], wait["ts"], wait["dur"]) == ("wait 1RECV_F0", 2, 1, 1e6, 1e6)
+    assert wait["args"] == {"update": 3, "stage": 1, "micro_batch": 0, "action": "1RECV_F0"}
 
 
 def test_the_starts_of_a_run_follow_each_other_in_the_timeline() -> None:
@@ -467,12 +482,12 @@ def test_a_recorded_run_is_the_schedule_and_the_same_run(pool: Pool, tmp_path: P
         for report in one.reports:
             for text, start, end, *_ in report.actions:
                 spans[text, report.update] = (report.start + start, report.start + end)
-        received = [key for key in spans if "R" in key[0]]
+        received = [key for key in spans if "RECV_" in key[0]]
         assert len(received) == len(one.updates) * 3 * 2, "hidden states and a gradient, of every micro-batch"
         for text, update in received:
             (action,) = schedule.parse(text)
-            up = action.op == "R"
-            sender = Action(action.stage + (-1 if up else 1), "S" if up else "SG", action.micro_batch, action.flow)
+            place, sent = (-1, "SEND_F") if action.op == "RECV_F" else (1, "SEND_B")
+            sender = Action(action.stage + place, sent, action.micro_batch, action.flow)
             assert spans[text, update][1] > spans[str(sender), update][0], f"{text} before {sender}"
     shutil.rmtree(traced / "checkpoints")
     run(parser(), ["report", "--trace", str(traced)])

@@ -12,14 +12,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import same_bits  # noqa: E402
 
 
-def run_benchmark(script: str, *flags: str) -> None:
+def run_benchmark(script: str, *flags: str) -> str:
     command = [sys.executable, str(ROOT / "benchmarks" / script), *flags]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -40,3 +46,53 @@ def test_the_profile_of_a_step_accounts_for_all_of_its_time(tmp_path: Path) -> N
     total = next(line for line in lines if line.startswith("| an update, and how much of it is above"))
     shares = [float(cell.strip().rstrip("%")) for cell in total.split("|") if cell.strip().endswith("%")]
     assert len(shares) == 3 and min(shares) >= 95
+
+
+@pytest.mark.slow
+def test_a_checkout_trains_the_same_bits_as_itself() -> None:
+    printed = run_benchmark("same_bits.py", str(ROOT), str(ROOT), "--only", "^border.codec=int8, 1 rank, ZeRO 0$")
+    assert printed.startswith("border.codec=int8, 1 rank, ZeRO 0: equal (")
+    assert printed.splitlines()[-1] == "1 of 1 equal"
+
+
+def written_run(folder: Path, grad_norm: float = 0.25, weight: float = 1.0) -> Path:
+    """What same_bits.py reads of a run folder. The times are different in every one."""
+    stage = {
+        "stage": 0,
+        "last_block": 1,
+        "loss": 1.5,
+        "grad_norm": grad_norm,
+        "skipped": False,
+        "idle_share": os.times()[4],
+    }
+    record = {"update": 1, "tokens": 8, "seconds": os.times()[4], "learning_rate": 0.1, "stages": [stage]}
+    checkpoint = folder / "checkpoints" / "step-00000001" / "stage-0"
+    checkpoint.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    weights = torch.tensor([weight, float("nan")], dtype=torch.bfloat16)
+    save_file({"body.norm": weights, "step": torch.tensor(1)}, checkpoint / "weights.safetensors")
+    return folder
+
+
+def test_same_bits_names_the_first_thing_that_differs(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "run")
+    assert same_bits.run_difference(run, written_run(tmp_path / "again")) is None
+    other = written_run(tmp_path / "norm", grad_norm=0.25 + 2**-54)
+    assert same_bits.run_difference(run, other) == (
+        "update 1, stage 0: grad_norm is 0.25 with OLD, 0.25000000000000006 with NEW"
+    )
+    other = written_run(tmp_path / "weight", weight=1 + 2**-7)
+    assert same_bits.run_difference(run, other) == (
+        "stage-0/weights.safetensors: body.norm: 1 of 2 elements differ, by up to 7.8e-03"
+    )
+
+
+def test_same_bits_gives_a_checkout_the_names_that_it_knows() -> None:
+    checkout = same_bits.Checkout.__new__(same_bits.Checkout)
+    checkout.keys = {"train.border_dtype", "loss.chunk_tokens"}
+    flags = ["border.codec=int8", "loss.chunk_tokens=16", "deepspeed.zero_optimization.stage=2"]
+    assert checkout.flags(flags) == [
+        "--train.border_dtype=int8",
+        "--loss.chunk_tokens=16",
+        "--deepspeed.zero_optimization.stage=2",
+    ]

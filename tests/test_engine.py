@@ -295,7 +295,7 @@ def test_evaluation_sums_equal_the_plain_forward(pool: Pool, stage: int) -> None
             hidden = net.embed(batch.input_ids)
             for index, span in enumerate(runs_of(config)):
                 hidden = net.run_blocks(hidden, span)
-                sums[index] += net.loss(hidden, batch.labels, span[1], config.head.chunk_tokens).item()
+                sums[index] += net.loss(hidden, batch.labels, span[1], config.loss.chunk_tokens).item()
 
     for index, nll_sum in enumerate(sums):
         report = together[index].evaluations[index]

@@ -87,12 +87,17 @@ def advice(plan: Plan) -> list[str]:
     ]
     if exact is not None and local is not None:
         lines.append(_compare(local, exact))
-    ahead = [one for one in plan.bounds if one.step_seconds < 0.99 * chosen.step_seconds]
+    # A bound that leaves local updates no win is told too.
+    limit = chosen.step_seconds * (WORTH if chosen.local else 1.0)
+    ahead = [one for one in plan.bounds if one.step_seconds < limit]
     if ahead:
         times = "; ".join(
             f"{one.method} ({one.pipeline} x {one.data}) {_seconds(one.step_seconds)}, {one.source}" for one in ahead
         )
-        lines.append(f"Schedules that this program does not have are ahead of that at best, by bounds alone: {times}.")
+        behind = f" or less than {WORTH} x behind it" if chosen.local else ""
+        lines.append(
+            f"Schedules that this program does not have are ahead of that{behind} at best, by bounds: {times}."
+        )
     missing = [f"{_name(one)} ({_size(one.memory_bytes)})" for one in plan.methods if not one.fits]
     if missing:
         lines.append(f"Does not fit into {_usable(plan)}, at its smallest: {'; '.join(missing)}.")

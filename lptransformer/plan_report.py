@@ -101,20 +101,13 @@ def advice(plan: Plan) -> list[str]:
     missing = [f"{_name(one)} ({_size(one.memory_bytes)})" for one in plan.methods if not one.fits]
     if missing:
         lines.append(f"Does not fit into {_usable(plan)}, at its smallest: {'; '.join(missing)}.")
-    piped = fastest([one for one in plan.methods if one.pipeline > 1], False)
-    if piped is not None:
-        lines.append(
-            f"The ranks of {_name(piped)}, with {piped.micro_batches} micro-batches per replica, wait "
-            f"{piped.idle_share:.0%} of the time, for the bubble, for blocks that cannot be divided, and for links."
-        )
-    for one in (exact, local):
-        if one is not None and one.data > 1:
-            lines.append(
-                f"{_name(one)} sends {_size(one.reduced_bytes)} per process and update around its ring of replicas; "
-                f"{_seconds(one.reduction_seconds)} of that is not hidden behind compute, "
-                f"{one.reduction_seconds / one.step_seconds:.0%} of the update."
-            )
     if plan.cluster.size > 1:
+        for one in (one for one in (exact, local) if one is not None):
+            waits = one.reduction_seconds / one.step_seconds
+            lines.append(
+                f"{_name(one)} computes nothing for {one.idle_share:.0%} of the time: {waits:.0%} for sums over its "
+                f"replicas ({_size(one.reduced_bytes)} per process around a ring), the rest for other pipeline ranks."
+            )
         lines.append(
             f"With a full head on every rank and all else equal, local updates are ahead of 1F1B below 1 + R = "
             f"{1 + plan.ratio:.1f} micro-batches per replica (R: the FLOPs of the body over those of a head)."

@@ -19,7 +19,7 @@ from lptransformer.partition import StagePlan, cut
 from lptransformer.schedule import Action, one_update
 
 WINDOW = 2  # micro-batches per pipeline rank that are replayed before, and for, the extrapolation
-MOST_UPDATES = 48  # that are replayed
+MOST_MICRO_BATCHES = 768  # of a rank that are replayed where an update does not take as long as the one before
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def _pace(
     the slowest, so that is what counts. Replayed are as many updates as fill the channels, and twice as many until two
     in a row take the same, or else the mean is taken.
     """
-    updates = min(MOST_UPDATES, max(3, -(-8 * (in_flight + 1) // micro_batches)))
+    updates, most = max(3, -(-8 * (in_flight + 1) // micro_batches)), max(6, MOST_MICRO_BATCHES // micro_batches)
     while True:
         # One more where gradients are delayed: the last update drains the pipeline.
         count = updates + objective.delayed
@@ -246,8 +246,8 @@ def _pace(
         )
         before, last = (max(ends[u] - ends[u - 1] for ends in timeline.ended) for u in (updates - 2, updates - 1))
         if not math.isclose(before, last, rel_tol=1e-6):
-            if updates < MOST_UPDATES:
-                updates = min(MOST_UPDATES, 2 * updates)
+            if updates < most:
+                updates = min(most, 2 * updates)
                 continue
             half = updates // 2
             last = max((ends[updates - 1] - ends[half - 1]) / (updates - half) for ends in timeline.ended)

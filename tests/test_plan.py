@@ -304,39 +304,30 @@ def test_a_gpu_without_the_dtype_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         plan(gpus_per_node=1)
 
 
-# Seconds of an update by method, as of docs/benchmarks/plan.md.
-COMMITTED: list[tuple[str, dict[str, Any], str, dict[str, float]]] = [
-    (
-        "gpt2-124m-laptop",
-        {"gpu": "laptop-core"},
-        "data parallel",
-        {"data parallel": 19.25, "backprop, 1F1B": 26.19, "chunked(4), as configured": 32.17},
+# Flags, and seconds of an update by method as in docs/benchmarks/plan.md: the first method is recommended.
+NODES: dict[str, Any] = {"gpus_per_node": 8, "gpu": "h100"}
+COMMITTED: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
+    "gpt2-124m-laptop": ({}, {"data parallel": 19.25, "backprop, 1F1B": 26.19, "chunked, one per rank": 22.62}),
+    "llama3-8b-2x8h100-25gbit": (
+        {"nodes": 2, "link": "25gbit", **NODES},
+        {"chunked, one per rank": 4.127, "backprop, 1F1B": 6.345, "data parallel": 14.71},
     ),
-    (
-        "llama3-8b-2x8h100-25gbit",
-        {"gpu": "h100", "nodes": 2, "gpus_per_node": 8, "link": "25gbit"},
-        "chunked, one per rank",
-        {"data parallel": 14.71, "backprop, 1F1B": 6.345, "chunked, one per rank": 4.127},
+    "llama3-70b-64x8h100": (
+        {"nodes": 64, "link": "3200gbit", **NODES},
+        {"chunked(16), as configured": 9.517, "backprop, 1F1B": 22.13, "data parallel": 11.52},
     ),
-    (
-        "llama3-70b-64x8h100",
-        {"gpu": "h100", "nodes": 64, "gpus_per_node": 8, "link": "3200gbit"},
-        "chunked(16), as configured",
-        {"data parallel": 11.52, "backprop, 1F1B": 22.13, "chunked(16), as configured": 9.517},
-    ),
-]
+}
 
 
-@pytest.mark.parametrize(("name", "options", "chosen", "seconds"), COMMITTED, ids=[name for name, *_ in COMMITTED])
-def test_the_committed_plans(name: str, options: dict[str, Any], chosen: str, seconds: dict[str, float]) -> None:
+@pytest.mark.parametrize("name", COMMITTED)
+def test_the_committed_plans_in_less_than_ten_seconds(name: str) -> None:
     started = time.process_time()
+    options, seconds = COMMITTED[name]
     made = planning.make(configuration.load(PLANS / f"{name}.yaml"), **options)
     assert time.process_time() - started < 10
     found = {one.method: one.step_seconds for one in made.methods}
     assert {method: found[method] for method in seconds} == pytest.approx(seconds, rel=0.001)
-    one = choose(made.methods)
-    assert one is not None and one.method == chosen
-    assert min(bound.step_seconds for bound in made.bounds) < found["backprop, 1F1B"]
+    assert advice(made)[0].startswith(f"Use {next(iter(seconds))} (")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-from side_by_side import rivals  # noqa: E402
-
-from lptransformer import config as configuration  # noqa: E402
-from lptransformer import memory, objective  # noqa: E402
-from lptransformer.candidates import Candidate, Prediction, balanced_sizes, of_backprop, splits  # noqa: E402
-from lptransformer.cost import model_costs  # noqa: E402
-from lptransformer.devices import Cluster, table  # noqa: E402
-from lptransformer.memory import ActivationBytes  # noqa: E402
-from lptransformer.partition import cut  # noqa: E402
-from lptransformer.plan import make  # noqa: E402
-from lptransformer.step_time import Work, bounds, exposed_seconds, message_bytes, stage_seconds  # noqa: E402
+from lptransformer import config as configuration
+from lptransformer import memory, objective
+from lptransformer.candidates import Candidate, Prediction, balanced_sizes, of_backprop, splits
+from lptransformer.cost import model_costs
+from lptransformer.devices import Cluster, table
+from lptransformer.memory import ActivationBytes
+from lptransformer.partition import cut
+from lptransformer.plan import make
+from lptransformer.step_time import Work, bounds, exposed_seconds, message_bytes, stage_seconds
 
 H, BLOCKS, T, V = 64, 8, 32, 512
 BASE: dict[str, Any] = {
@@ -123,20 +117,6 @@ def test_bounds_are_their_papers_closed_forms(pipeline: int, data: int, micro_ba
         assert found == pytest.approx(wanted)
         best = of_backprop(one, here, pipeline, data, 1, recompute).evaluate().step_seconds
         assert all(seconds <= best for seconds in found.values())
-
-
-def test_the_bounds_are_below_the_schedules_themselves() -> None:
-    """As their authors made them (benchmarks/side_by_side/rivals.py), with any halves of the backward pass."""
-    ranks, m, each = 4, 8, 6.0
-    for of_inputs in (0.25, 0.5, 0.75):
-        halves = (each / 3, each * 2 / 3 * of_inputs, each * 2 / 3 * (1 - of_inputs))
-        for schedule, chunks, bound in (
-            (rivals.interleaved(ranks, m, 2), 2, m * each + (ranks - 1) * each / 2),
-            (rivals.zero_bubble_h1(ranks, m), 1, m * each),
-            (rivals.zero_bubble_v(ranks, m), 2, m * each),
-        ):
-            seconds = [rivals.ChunkSeconds(*(half / chunks for half in halves))] * (ranks * chunks)
-            assert rivals.replay(schedule, seconds).seconds >= bound - 1e-9
 
 
 def test_data_parallel_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""Where local updates pay: throughput against ranks, micro-batches, link and vocabulary, predicted. No torch, a minute.
+"""Where local updates pay: throughput against ranks, micro-batches, link and vocabulary, predicted. No torch, minutes.
 
     python benchmarks/map.py --out docs/benchmarks/plan
 
@@ -14,15 +14,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from side_by_side import rivals
+
 from lptransformer import memory, objective
+from lptransformer.candidates import Candidate, balanced_sizes, of_backprop
 from lptransformer.cost import model_costs
 from lptransformer.devices import Cluster, table
 from lptransformer.figures import new_figure, save
 from lptransformer.memory import ActivationBytes
+from lptransformer.partition import cut
 from lptransformer.plots import COLOURS
-from lptransformer.predict_local import of_objective
-from lptransformer.predict_rivals import RIVALS, data_parallel, of_rival
-from lptransformer.workload import Candidate, Work, balanced_sizes
+from lptransformer.step_time import Work, border_links
 
 WIDTH, BLOCKS, LENGTH, ROWS = 2048, 32, 2048, 8
 BASE = {"ranks": 8, "micro_batches": 8, "link": "100gbit", "vocabulary": 32768}
@@ -76,14 +78,41 @@ def work(micro_batches: int, vocabulary: int, token_fraction: float) -> Work:
     )
 
 
+# Others' pipelines: (of which the fastest counts, chunks of blocks on each rank, schedule of ranks and micro-batches).
+RIVALS: tuple[tuple[str, int, Callable[[int, int], rivals.Schedule]], ...] = (
+    ("1F1B", 1, rivals.one_f_one_b),
+    ("interleaved", 2, lambda p, m: rivals.interleaved(p, m, 2)),
+    ("interleaved", 4, lambda p, m: rivals.interleaved(p, m, 4)),
+    ("zero bubble", 1, rivals.zero_bubble_h1),
+    ("zero bubble", 2, rivals.zero_bubble_v),
+)
+
+
+def of_rival(work: Work, cluster: Cluster, chunks: int, make: Callable[[int, int], rivals.Schedule]) -> float:
+    """Tokens per second of a schedule of others on one rank per device; the heaviest rank's optimizer comes after."""
+    ranks, costs, tokens = cluster.size, work.costs, work.micro_batch_tokens
+    sizes = balanced_sizes(BLOCKS, ranks * chunks, costs.block_flops, costs.head_flops)
+    block = cluster.device.compute_seconds(tokens * costs.block_flops, work.dtype)
+    head = cluster.device.head_seconds(tokens * costs.head_flops, work.dtype)
+    heads = [0.0] * (len(sizes) - 1) + [head]
+    seconds = [rivals.ChunkSeconds(*(3 * (n * block + last,))) for n, last in zip(sizes, heads, strict=True)]
+    links = border_links(cluster, 1, [work.activations.rows] * (ranks - 1))
+    outcome = rivals.replay_many(lambda m: make(ranks, m), work.micro_batches, ranks, seconds, links)
+    weights = []
+    for tasks in make(ranks, ranks):
+        own = {chunk for _, chunk, _ in tasks}
+        ends = (0 in own) * costs.embedding_parameters + (len(sizes) - 1 in own) * costs.head_parameters
+        weights.append(sum(sizes[chunk] for chunk in own) * costs.block_parameters + ends)
+    return work.tokens / (outcome.seconds + cluster.device.update_seconds(max(weights), work.update_bytes))
+
+
 def speeds(ranks: int, micro_batches: int, link: str, vocabulary: int) -> dict[str, float]:
     """Tokens per second of every method that can be."""
     cluster = Cluster(table().device("a100"), ranks, 1, table().link(link))
     found: dict[str, float] = {}
 
-    def add(name: str, candidate: Candidate | None) -> None:
-        if candidate is not None:
-            found[name] = max(found.get(name, 0.0), candidate.evaluate().tokens_per_second)
+    def add(name: str, tokens_per_second: float) -> None:
+        found[name] = max(found.get(name, 0.0), tokens_per_second)
 
     for rows in (8, 4, 2, 1):
         for name, fraction in zip(LOCAL, (1.0, 0.25), strict=True):
@@ -92,12 +121,15 @@ def speeds(ranks: int, micro_batches: int, link: str, vocabulary: int) -> dict[s
             heads = (costs.head_training_flops(True), costs.head_training_flops(False))
             sizes = balanced_sizes(BLOCKS, ranks, 3 * costs.block_flops, *heads)
             goal = objective.build(BLOCKS, "chunked", chunks=sizes)
-            add(name, of_objective("chunked", goal, one, cluster, ranks, 1, zero_stage=1, sizes=sizes))
+            local = Candidate("chunked", goal, cut(goal, ranks, costs, sizes), one, cluster, 1, zero_stage=1)
+            add(name, local.evaluate().tokens_per_second)
         one = work(micro_batches, vocabulary, 1.0).cut_smaller(rows)
-        for rival in RIVALS:
-            add(rival.family, of_rival(rival, one, cluster, ranks, 1, zero_stage=1, recompute=0.0))
+        for name, chunks, make in RIVALS:
+            whole_groups = name != "interleaved" or one.micro_batches % ranks == 0
+            if whole_groups and ranks * chunks <= BLOCKS:
+                add(name, of_rival(one, cluster, chunks, make))
         if one.micro_batches % ranks == 0:
-            add("data parallel", data_parallel(one, cluster, ranks, zero_stage=1, recompute=0.0))
+            add("data parallel", of_backprop(one, cluster, 1, ranks, 1, 0.0).evaluate().tokens_per_second)
     return found
 
 

@@ -44,9 +44,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
     text = "processes per machine (default: those of the configuration)"
     sub.add_argument("--gpus-per-node", type=int, metavar="N", help=text)
-    sub.add_argument("--gpu", metavar="NAME", help="device in devices.yaml (default: this machine, measured)")
+    text = "device in devices.yaml, for example h100 (default: laptop-core, one core of a CPU)"
+    sub.add_argument("--gpu", default="laptop-core", metavar="NAME", help=text)
     sub.add_argument("--link", metavar="NAME", help="link between machines in devices.yaml, for example 100gbit")
-    sub.add_argument("--calibrate", action="store_true", help="measure this machine (what no --gpu does too)")
     sub.add_argument("--vocab-size", type=int, metavar="N", help="entries of the vocabulary (default: the tokenizer's)")
     sub.add_argument("--json", metavar="FILE", help="write the whole plan as JSON")
 
@@ -159,9 +159,15 @@ def plan(args: argparse.Namespace) -> None:
     target = None if args.json is None else Path(args.json)
     if target is not None:
         output_file.check(target, "--json")
-    request = planning.Request(args.nodes, args.gpus_per_node, args.gpu, args.link, args.vocab_size, args.calibrate)
-    made = planning.make(config, request)
-    from lptransformer.plan_tables import print_plan, to_json
+    made = planning.make(
+        config,
+        nodes=args.nodes,
+        gpus_per_node=args.gpus_per_node,
+        gpu=args.gpu,
+        link=args.link,
+        vocab_size=args.vocab_size,
+    )
+    from lptransformer.plan_report import print_plan, to_json
 
     print_plan(made)
     if target is not None:

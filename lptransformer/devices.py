@@ -60,6 +60,11 @@ class Device:
     parameter_seconds: float | None = None
     achievable_head: float | None = None
 
+    @property
+    def is_cpu(self) -> bool:
+        """Processes on CPUs talk over the loopback; the optimizer takes tensor by tensor there, one at a time."""
+        return self.intra_link.name.startswith("loopback")
+
     def compute_seconds(self, flops: float, dtype: str) -> float:
         """The time of so many FLOPs in blocks."""
         return flops / (self.flops[dtype] * self.achievable)
@@ -140,7 +145,7 @@ class Table:
 
     def device(self, key: str, origin: str = "--gpu") -> Device:
         """Raises UserError for a device that is not in the table."""
-        return self.devices[_known(key, self.devices, origin, "this machine: leave --gpu out, or --calibrate")]
+        return self.devices[_known(key, self.devices, origin, f"others go into {TABLE.name}")]
 
     def link(self, key: str, origin: str = "--link") -> Wire:
         """Raises UserError for a link that is not in the table."""

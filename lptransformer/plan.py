@@ -5,56 +5,40 @@ The sizes come from the library's own configuration of the model; no weights are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from glob import glob
 from typing import TYPE_CHECKING, Any
 
+from lptransformer import candidates, cost, memory, objective, partition
 from lptransformer import config as configuration
-from lptransformer import cost, memory, objective
-from lptransformer.advice import advise
+from lptransformer.candidates import Candidate, Prediction
 from lptransformer.config import Config
 from lptransformer.config_checks import head_in_words
-from lptransformer.devices import HOST_MEMORY, Cluster, Device, table
+from lptransformer.devices import HOST_MEMORY, Cluster, table
 from lptransformer.errors import ConfigError, UserError
-from lptransformer.predict_local import of_objective
-from lptransformer.predict_rivals import RIVALS, data_parallel, of_rival
-from lptransformer.workload import CPUS, Candidate, Prediction, Work, balanced_sizes, best, splits
+from lptransformer.step_time import Bound, Work
 
 if TYPE_CHECKING:
     from lptransformer.family import Anatomy
 
-# Shares of the blocks whose activations others may make again, where all of them do not fit.
-AGAIN = (0.0, 0.25, 0.5, 0.75, 1.0)
-HERE = ("this", "cpu")  # --gpu for this machine
-MOST_WINDOWS = 65_536  # of an update: schedules are replayed pass by pass, and nobody trains with larger batches
+MOST_WINDOWS = 65_536  # of an update: nobody trains with larger batches
 LONGEST = 2**20  # tokens of a window: torch can still say how large the attention mask of MOST_WINDOWS of them is
 PIPELINE_ENGINE = "backprop, DeepSpeed's PipelineEngine"
-AS_CONFIGURED = ", as configured"  # ends the name of the configuration's own method among the others
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks for. Without a `gpu`, or with one of `HERE`, this machine is measured."""
-
-    nodes: int = 1
-    gpus_per_node: int | None = None
-    gpu: str | None = None
-    link: str | None = None
-    vocab_size: int | None = None
-    calibrate: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
     """`configured` is the run as the configuration has it (None: it has another number of processes than the cluster),
-    `methods` are all, each at its best, in ascending order of time; those that do not fit come last."""
+    `methods` are all that are compared, each at its best, in ascending order of time; those that do not fit come last.
+    `bounds` are of schedules that are not replayed, `remarks` what has to be said of the run as configured.
+    """
 
     cluster: Cluster
     work: Work
     configured: Prediction | None
     methods: list[Prediction]
-    advice: list[str]
+    bounds: list[Bound]
+    remarks: list[str]
 
     @property
     def ratio(self) -> float:
@@ -62,14 +46,18 @@ class Plan:
         return self.work.num_blocks * self.work.costs.block_flops / self.work.costs.head_flops
 
 
-def make(config: Config, request: Request) -> Plan:
+def make(
+    config: Config,
+    *,
+    nodes: int = 1,
+    gpus_per_node: int | None = None,
+    gpu: str = "laptop-core",
+    link: str | None = None,
+    vocab_size: int | None = None,
+) -> Plan:
     """The plan of a configuration. Raises UserError for a cluster that cannot be, ConfigError where no split fits."""
-    per_node = _devices_per_node(config, request)
-    processes, size = config.parallel.pipeline * config.parallel.data, request.nodes * per_node
-    device = None if request.gpu in (None, *HERE) else table().device(str(request.gpu))
-    if device is not None and config.train.dtype not in device.flops:
-        raise UserError(f"--gpu={request.gpu} has no number for {config.at('train.dtype')}")
-    link = None if request.link is None else table().link(request.link)
+    cluster = _cluster(config, nodes, gpus_per_node, gpu, link)
+    size = cluster.size
     batch = f"{config.at('train.micro_batches_per_update')} x {config.at('train.micro_batch_size')} windows"
     windows = config.train.micro_batches_per_update * config.train.micro_batch_size
     if windows > MOST_WINDOWS:
@@ -77,7 +65,7 @@ def make(config: Config, request: Request) -> Plan:
     if config.data.sequence_length > LONGEST:
         raise UserError(f"{config.at('data.sequence_length')}: windows of up to {LONGEST:,} tokens can be planned")
 
-    hf_config, parts = _model(config, _vocab_size(config, request.vocab_size))
+    hf_config, parts = _model(config, _vocab_size(config, vocab_size))
     no_split = (
         f"no split of {size} processes: at most {hf_config.num_hidden_layers} pipeline ranks (blocks), and replicas "
         f"must divide {batch}: give fewer devices or more micro-batches"
@@ -85,60 +73,55 @@ def make(config: Config, request: Request) -> Plan:
     if size > hf_config.num_hidden_layers * windows:  # the search over splits goes through all of them
         raise ConfigError(no_split)
     work = _work(config, hf_config, parts)
-    if device is None:
-        device = _this_machine(config, hf_config, parts, work, per_node)
-    cluster = Cluster(device, request.nodes, per_node, link or device.intra_link)
-    if device.key in CPUS or config.parallel.channel == "nccl":
+    if cluster.device.is_cpu or config.parallel.channel == "nccl":
         work = replace(work, channel=None)
-    configured = _configured(config, work, cluster).evaluate() if processes == size else None
-    methods = list(_methods(config, work, cluster))
+    goal = objective.build(work.num_blocks, **config.objective.model_dump())
+    name, chunks = config.objective.name, config.objective.chunks
+    numbers = f"({chunks if isinstance(chunks, int) else len(chunks)})" if name in ("chunked", "overlapping") else ""
+    compared = name != "backprop" and len(goal.trained) == work.num_blocks
+    own = f"{name}{numbers}, as configured" if compared else None
+    options: dict[str, Any] = {"zero_stage": configuration.zero_stage(config)}
+    options |= {"head": head_in_words(config), "steps": config.train.steps}
+    methods, bounds = candidates.methods(work, cluster, own, goal, **options)
     if not methods:
         raise ConfigError(no_split)
-    methods.sort(key=lambda one: (not one.fits, one.step_seconds))
-    left_out = len(_objective(config, work).trained) < work.num_blocks
-    compared = [one for one in methods if not (left_out and one.method.endswith(AS_CONFIGURED))]
-    advice = [*advise(compared, work, cluster), *_remarks(config, work, cluster)]
-    return Plan(cluster, work, configured, methods, advice)
+    processes = config.parallel.pipeline * config.parallel.data
+    configured = _configured(config, goal, work, cluster, options) if processes == size else None
+    return Plan(cluster, work, configured, methods, bounds, _remarks(config, goal, cluster))
 
 
-def _devices_per_node(config: Config, request: Request) -> int:
+def _cluster(config: Config, nodes: int, per_node: int | None, gpu: str, link: str | None) -> Cluster:
     """Raises UserError for flags that contradict each other, or the configuration."""
-    per_node = request.gpus_per_node
-    for flag, number in (("--nodes", request.nodes), ("--gpus-per-node", per_node)):
+    for flag, number in (("--nodes", nodes), ("--gpus-per-node", per_node)):
         if number is not None and number < 1:
             raise UserError(f"{flag}={number}: give a whole number, 1 or more")
-    if per_node is None:
-        processes = config.parallel.pipeline * config.parallel.data
-        if processes % request.nodes:
-            raise UserError(
-                f"--nodes={request.nodes}: the {processes} processes of the configuration (parallel.pipeline x "
-                "parallel.data) cannot be shared equally; give --gpus-per-node"
-            )
-        per_node = processes // request.nodes
-    if request.nodes > 1 and request.link is None:
-        raise UserError(f"--nodes={request.nodes} needs --link: what is between the nodes (one of {_links()})")
-    if request.nodes == 1 and request.link is not None:
+    processes = config.parallel.pipeline * config.parallel.data
+    if per_node is None and processes % nodes:
         raise UserError(
-            f"--link={request.link} is what is between nodes, and --nodes is 1: give both, or neither (what is within "
-            "a node comes with the device)"
+            f"--nodes={nodes}: the {processes} processes of the configuration (parallel.pipeline x parallel.data) "
+            "cannot be shared equally; give --gpus-per-node"
         )
-    if request.calibrate and request.gpu not in (None, *HERE):
-        raise UserError(f"--calibrate measures this machine, --gpu={request.gpu} is another: give one of the two")
-    return per_node
+    if nodes > 1 and link is None:
+        raise UserError(f"--nodes={nodes} needs --link: what is between the nodes (one of {', '.join(table().links)})")
+    if nodes == 1 and link is not None:
+        raise UserError(
+            f"--link={link} is what is between nodes, and --nodes is 1: give both, or neither (what is within a node "
+            "comes with the device)"
+        )
+    device = table().device(gpu)
+    if config.train.dtype not in device.flops:
+        raise UserError(f"--gpu={gpu} has no number for {config.at('train.dtype')}")
+    between = device.intra_link if link is None else table().link(link)
+    return Cluster(device, nodes, per_node or processes // nodes, between)
 
 
-def _links() -> str:
-    return ", ".join(table().links)
-
-
-def _remarks(config: Config, work: Work, cluster: Cluster) -> list[str]:
+def _remarks(config: Config, goal: objective.Objective, cluster: Cluster) -> list[str]:
     """What has to be said of the run as it is configured."""
     lines, pipeline, data = [], config.parallel.pipeline, config.parallel.data
-    trained = len(_objective(config, work).trained)
-    if trained < work.num_blocks:
+    if len(goal.trained) < goal.num_blocks:
         lines.append(
-            f"{config.at('objective.name')} trains {trained} of {work.num_blocks} blocks: it is in the table, and not "
-            "among what is compared and recommended."
+            f"{config.at('objective.name')} trains {len(goal.trained)} of {goal.num_blocks} blocks: it is "
+            "not among what is compared and recommended."
         )
     if pipeline * data != cluster.size:
         lines.append(
@@ -249,117 +232,11 @@ def _work(config: Config, hf_config: Any, parts: Anatomy) -> Work:
     )
 
 
-def _this_machine(config: Config, hf_config: Any, parts: Anatomy, work: Work, processes: int) -> Device:
-    from lptransformer.calibrate import measure
-
-    return measure(
-        hf_config,
-        parts,
-        work.costs,
-        micro_batch_size=config.train.micro_batch_size,
-        sequence_length=config.data.sequence_length,
-        chunk_tokens=config.head.chunk_tokens,
-        dtype=config.train.dtype,
-        optimizer=config.optimizer,
-        processes=processes,
-    )
-
-
-def _objective(config: Config, work: Work) -> objective.Objective:
-    return objective.build(work.num_blocks, **config.objective.model_dump())
-
-
-def _configured(config: Config, work: Work, cluster: Cluster) -> Candidate:
+def _configured(
+    config: Config, goal: objective.Objective, work: Work, cluster: Cluster, options: dict[str, Any]
+) -> Prediction:
     """The run on its own split; DeepSpeed's pipelines have no channel of this program between their ranks."""
-    goal = _objective(config, work)
-    partition, ours = config.parallel.partition, config.engine == "local"
-    return of_objective(
-        config.objective.name if ours else PIPELINE_ENGINE,
-        goal,
-        work if ours else replace(work, channel=None),
-        cluster,
-        config.parallel.pipeline,
-        config.parallel.data,
-        zero_stage=configuration.zero_stage(config),
-        sizes=None if isinstance(partition, str) else partition,
-        head=head_in_words(config),
-        steps=config.train.steps,
-    )
-
-
-def _methods(config: Config, work: Work, cluster: Cluster) -> Sequence[Prediction]:
-    """Every method at its best split, size of micro-batch and ZeRO stage."""
-    ways = splits(cluster, work, work.num_blocks)
-    base = configuration.zero_stage(config)
-    head, steps = head_in_words(config), config.train.steps
-    of: dict[str, list[Candidate]] = {}
-
-    def add(method: str, options: Iterable[Candidate | None]) -> None:
-        """The first of some options, from the plainest on, that fits; all of them where none does."""
-        tried = [one for one in options if one is not None]
-        plainest = next((one for one in tried if one.fits), None)
-        of.setdefault(method, []).extend(tried if plainest is None else [plainest])
-
-    def zero_stages(data: int, most: int) -> list[int]:
-        return [min(base, most)] if data == 1 else sorted({min(base, most), *range(max(1, base), most + 1)})
-
-    name, chunks = config.objective.name, config.objective.chunks
-    numbers = f"({chunks if isinstance(chunks, int) else len(chunks)})" if name in ("chunked", "overlapping") else ""
-    own = _objective(config, work)
-    local_only = name in ("chunked", "greedy") and len(own.phases) == 1
-    for pipeline, data, smaller in ways:
-        place = {"pipeline": pipeline, "data": data, "head": head, "steps": steps}
-
-        def here(
-            method: str,
-            goal: objective.Objective,
-            most: int,
-            sizes: list[int] | None = None,
-            work: Work = smaller,
-            place: dict[str, Any] = place,
-        ) -> None:
-            """A method of this program on this split, where training would take it."""
-            if work.dtype == "fp64" and place["data"] > 1:
-                return  # config_checks.py
-            stages = zero_stages(place["data"], most)
-            add(method, (of_objective(method, goal, work, cluster, **place, zero_stage=z, sizes=sizes) for z in stages))
-
-        if name != "backprop":
-            most = 3 if local_only and pipeline <= len(own.usual.spans) else 0 if name == "delayed" else 2
-            here(f"{name}{numbers}{AS_CONFIGURED}", own, most)
-        if pipeline > 1:
-            sizes = _chunks(smaller, pipeline)
-            overlap: dict[str, Any] = {"overlap": 1, "own_weight": 0.5, "first_head": False}
-            here("chunked, one per rank", objective.build(work.num_blocks, "chunked", chunks=sizes), 3, sizes)
-            here(
-                "overlapping, one per rank",
-                objective.build(work.num_blocks, "overlapping", chunks=sizes, **overlap),
-                2,
-                sizes,
-            )
-        for rival in RIVALS:
-            zero = min(base if data == 1 else max(1, base), 2)
-            options = [of_rival(rival, smaller, cluster, pipeline, data, zero_stage=zero, recompute=r) for r in AGAIN]
-            add(rival.family, options)
-        if pipeline == 1:
-            title = "data parallel" if data > 1 else "one process"
-            zeros = [base] if data == 1 else [1, 3]
-            for zero in zeros:
-                options = [data_parallel(smaller, cluster, data, zero_stage=zero, recompute=r) for r in AGAIN]
-                add(title, options)
-                if options[0] is not None and options[0].fits:
-                    break  # ZeRO 3 is for what does not fit otherwise
-    found = [best(candidates) for candidates in of.values()]
-    return [one for one in found if one is not None]
-
-
-def _chunks(work: Work, parts: int) -> list[int]:
-    """Blocks of every chunk, a chunk per pipeline rank, with the heads counted."""
-    costs = work.costs
-    return balanced_sizes(
-        work.num_blocks,
-        parts,
-        3 * costs.block_flops,
-        costs.head_training_flops(True),
-        costs.head_training_flops(False),
-    )
+    parallel, ours = config.parallel, config.engine == "local"
+    stages = partition.cut(goal, parallel.pipeline, work.costs, parallel.partition)
+    method, work = (config.objective.name, work) if ours else (PIPELINE_ENGINE, replace(work, channel=None))
+    return Candidate(method, goal, stages, work, cluster, parallel.data, **options).evaluate()

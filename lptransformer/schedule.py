@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lptransformer.gradients import Duty, duties, flows
+from lptransformer.gradients import Duty, duties, duty, flows
 from lptransformer.partition import StagePlan
 from lptransformer.spans import Phase
 
@@ -100,12 +100,14 @@ def one_update(
 ) -> Pattern:
     """The pattern of one pipeline rank, for `micro_batches` micro-batches of this replica in an update."""
     local = [stage for stage in stages if stage.pipeline_rank == pipeline_rank]
-    coming = [flow for flow in flows(phase, stages) if flow.bottom <= local[-1].index < flow.top]
+    of_phase = flows(phase, stages)
+    duty_of = {stage.index: duty(stage, phase, of_phase) for stage in local}
+    coming = [flow for flow in of_phase if flow.bottom <= local[-1].index < flow.top]
     lags = sorted((stages[flow.top].pipeline_rank - pipeline_rank, flow.number) for flow in coming)
     furthest = max((lag for lag, _ in lags), default=0)
 
     def part(rounds: Iterable[Round]) -> tuple[Action, ...]:
-        return tuple(_actions(local, duties(phase, stages), rounds))
+        return tuple(_actions(local, duty_of, rounds))
 
     updates = tuple(Action(stage.index, "U") for stage in local if stage.trained)
     if not delayed:
@@ -132,7 +134,7 @@ def _rounds(micro_batches: int, lags: Sequence[tuple[int, int]], step: int) -> R
     return step if step < micro_batches else None, received
 
 
-def _actions(local: Sequence[StagePlan], duty: Sequence[Duty], rounds: Iterable[Round]) -> list[Action]:
+def _actions(local: Sequence[StagePlan], duty_of: Mapping[int, Duty], rounds: Iterable[Round]) -> list[Action]:
     bottom, top = local[0], local[-1]
     actions: list[Action] = []
     here: set[tuple[int, int, int]] = set()  # (stage, micro-batch, flow): the gradient at the stage's output is here
@@ -151,7 +153,7 @@ def _actions(local: Sequence[StagePlan], duty: Sequence[Duty], rounds: Iterable[
 
     def settle(stage: StagePlan, micro_batch: int) -> None:
         """All that can be done now for a micro-batch in a stage and, with what it hands down, in those below."""
-        own = duty[stage.index]
+        own = duty_of[stage.index]
         missing = [flow for flow, _ in own.above if (stage.index, micro_batch, flow) not in here]
         pulls = [Action(stage.index, "I", micro_batch, flow) for flow in own.pulls if flow not in missing]
         for pull in pulls:
@@ -186,7 +188,7 @@ def replay(schedules: Sequence[Sequence[Action]], stages: Sequence[StagePlan], p
     Raises AssertionError, with what every rank was about to do, when no rank can go on, when a message is taken in an
     order other than it was sent, when an action comes before what it needs, and when an update leaves work undone.
     """
-    duty = duties(phase, stages)
+    duty_of = duties(phase, stages)
     position = [0] * len(schedules)
     channels: dict[tuple[int, str, int | None], list[int | None]] = {}
     done: set[Action] = set()
@@ -197,7 +199,7 @@ def replay(schedules: Sequence[Sequence[Action]], stages: Sequence[StagePlan], p
 
     def gradient_made(stage: int, micro_batch: int | None, flow: int) -> Action:
         """The action that made a flow's gradient at the input of a stage."""
-        by_pull = flow in duty[stage].pulls
+        by_pull = flow in duty_of[stage].pulls
         return Action(stage, "I", micro_batch, flow) if by_pull else Action(stage, "B", micro_batch)
 
     def gradient_at_output(stage: int, micro_batch: int | None, flow: int) -> Action:
@@ -207,7 +209,7 @@ def replay(schedules: Sequence[Sequence[Action]], stages: Sequence[StagePlan], p
 
     def needs(action: Action) -> list[Action]:
         stage, i = action.stage, action.micro_batch
-        plan, own = stages[stage], duty[stage]
+        plan, own = stages[stage], duty_of[stage]
         if action.op == "F" and not plan.is_first:
             here = stages[stage - 1].pipeline_rank == plan.pipeline_rank
             return [Action(stage - 1, "F", i) if here else Action(stage, RECV_F, i)]

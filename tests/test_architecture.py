@@ -17,8 +17,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 PURE = {"errors", "config", "config_sections", "config_text", "config_checks", "deepspeed_keys"}
 PURE |= {"objective", "cost", "partition", "gradients", "schedule", "run_folder", "launcher", "__main__"}
 PURE |= {"flops", "halving", "sweep_file", "records", "comparison", "pareto", "documents", "result_tables", "plots"}
-PURE |= {"simulate", "devices", "memory", "wavefront", "rivals", "workload", "predict_local", "predict_rivals"}
-PURE |= {"advice", "plan", "plan_tables", "footprint"}
+PURE |= {"simulate", "devices", "memory", "footprint", "step_time", "candidates", "plan", "plan_report"}
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "safetensors", "sentencepiece", "matplotlib", "numpy"}
 ALLOWED = {
     "deepspeed": {"world", "deepspeed_stage", "pipeline_baseline"},

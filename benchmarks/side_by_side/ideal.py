@@ -12,9 +12,9 @@ from dataclasses import fields
 
 from contenders.face import Spec, Work
 
-from lptransformer import rivals
 from lptransformer.blueprint import draw
 from lptransformer.simulate import StageSeconds, Timeline, simulate
+from side_by_side import rivals
 
 UPDATES = 32
 ROUNDS = 4  # of simulation and weighting; two are usually enough
@@ -49,7 +49,7 @@ def update_seconds(
 
 def of_sleeps(spec: Spec, work: Work, more: Sequence[str], stage_seconds: float) -> float | None:
     """Seconds per update in steady state of emulated stages: the same sleeps replayed. None where no schedule of
-    lptransformer.rivals is the contender's."""
+    rivals.py is the contender's."""
     if spec.kind == "torch_pipelining":
         schedule = _RIVALS.get(spec.schedule or "")
         if schedule is None:

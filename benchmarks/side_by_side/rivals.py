@@ -1,4 +1,4 @@
-"""The schedules of others, as lists of tasks with costs: what local updates have to beat. Plain data, no torch.
+"""The schedules of others, as lists of tasks with costs, and their replay. Plain data, no torch.
 
     1F1B              Narayanan et al., PipeDream-Flush in 2006.09503; Megatron-LM, 2104.04473
     interleaved 1F1B  Narayanan et al., 2104.04473, section 2.2: v chunks of blocks per rank
@@ -214,24 +214,3 @@ def replay_many(
         return before + times * (after - before)
 
     return Outcome(on(short.seconds, long.seconds), [on(a, b) for a, b in zip(short.busy, long.busy, strict=True)])
-
-
-def held_passes(schedule: Schedule) -> list[int]:
-    """The most passes of a chunk that every rank keeps activations of at once: from F until B, or until W."""
-    most = []
-    for tasks in schedule:
-        held, peak = 0, 0
-        for op, _, _ in tasks:
-            held += {"F": 1, "B": -1, "W": -1, "I": 0}[op]
-            peak = max(peak, held)
-        most.append(peak)
-    return most
-
-
-def exposed_reduction(reduction: float, backward: float, pieces: int) -> float:
-    """What a sum of gradients adds to an update when it runs beside the last backward pass, in `pieces`.
-
-    The gradients of a piece can leave as soon as they are there, so the last piece is always seen; the rest is where it
-    is longer than the backward pass.
-    """
-    return max(reduction / pieces, reduction - backward)

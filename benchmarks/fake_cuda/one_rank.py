@@ -1,0 +1,100 @@
+"""One process of a run on a GPU that is not there: where the host waits for it, what is copied, what is sent.
+
+    python benchmarks/fake_cuda/one_rank.py --parallel.pipeline=2 --train.dtype=bf16
+    python benchmarks/fake_cuda/one_rank.py --config configs/quickstart.yaml --rank 1 --parallel.channel=nccl
+
+The last of `--updates` updates is reported: one row for every kind of event and place. Exit code 1 where tensors of
+two devices meet, with the place. Other arguments are overrides of the configuration, by default a small Llama.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+SMALL: dict[str, Any] = {
+    "model": {"family": "llama", "hidden_size": 32, "num_layers": 4, "num_heads": 2},
+    "data": {"tokenizer": "bytes", "sequence_length": 32},
+    "train": {"steps": 100, "micro_batch_size": 2, "micro_batches_per_update": 2},
+}
+TWO_DEVICES = ("two different devices", "same device")  # what FakeTensorMode and torch say of them
+
+
+def parser() -> argparse.ArgumentParser:
+    about, _, more = __doc__.partition("\n\n")
+    formatter = argparse.RawDescriptionHelpFormatter
+    main = argparse.ArgumentParser(description=about, epilog=more, formatter_class=formatter, allow_abbrev=False)
+    main.add_argument("--config", metavar="FILE", help="YAML file of a run (default: a small Llama)")
+    main.add_argument("--rank", type=int, default=0, metavar="N", help="which process, counted from 0 (default: 0)")
+    main.add_argument("--updates", type=int, default=3, metavar="N", help="updates that are made (default: 3)")
+    main.add_argument("--json", metavar="FILE", help="write the events there too")
+    return main
+
+
+def observed(source: str | dict[str, Any], overrides: list[str], rank: int, updates: int) -> dict[str, Any]:
+    """The events of the last of the updates, and what went wrong, or None."""
+    import device
+    import peers
+
+    import lptransformer
+    from lptransformer import config as configuration
+
+    config = configuration.load(source, overrides)
+    parallel, train = config.parallel, config.train
+    pipeline, shared = parallel.pipeline, config.head.kind == "shared"
+    if pipeline > 1 and config.head.ema_decay is not None:
+        raise SystemExit("head.ema_decay over several pipeline ranks: the names of its copies are not pretended")
+    if shared and config.objective.chunks != pipeline > 1:
+        raise SystemExit("head.kind=shared over several pipeline ranks: give as many objective.chunks as ranks")
+    others = [stage for stage in range(pipeline - 1) if shared and stage != rank // parallel.data]
+    rounds = train.micro_batches_per_update // parallel.data
+    peers.pretend(rank, pipeline * parallel.data, rounds, others, pipeline - 1)
+    lptransformer.initialize  # noqa: B018  torch and deepspeed are imported outside of the fake mode
+    broken = None
+    with device.fake_gpu():
+        try:
+            engine = lptransformer.initialize(config)
+            for update in range(updates):
+                device.LOG.recording = update == updates - 1
+                engine.train_batch()
+        except Exception as error:
+            traceback.print_exc()
+            broken = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+            mixed = any(text in str(error) for text in TWO_DEVICES)
+            broken = f"tensors of two devices meet: {broken}" if mixed else broken
+        device.LOG.recording = False
+    return {"broken": broken, "backend": device.BACKENDS["world"], "events": device.LOG.rows()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args, overrides = parser().parse_known_args(arguments)
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, whatever is installed
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):  # DeepSpeed says a lot
+        source: Any = args.config
+        if source is None:
+            text = Path(folder, "text.txt")
+            text.write_text("All that is here is read by nobody: a FakeTensor has no values. " * 400)
+            source = {**SMALL, "data": {**SMALL["data"], "train": str(text), "cache": folder}}
+        found = observed(source, overrides, args.rank, args.updates)
+    print(f"one update of process {args.rank}; its replicas talk over {found['backend']}")
+    for row in found["events"]:
+        moved = f" ({row['bytes']} bytes)" if row["bytes"] else ""
+        print(f"{row['count']:4d} x {row['kind']}: {row['what']}{moved} | {row['where']}")
+    count = {kind: sum(row["count"] for row in found["events"] if row["kind"] == kind) for kind in ("sync", "copy")}
+    blocking = sum(row["count"] for row in found["events"] if row["what"].endswith(", blocking"))
+    print(
+        f"{count['sync']} synchronisations, {blocking} of {count['copy']} copies blocking; {found['broken'] or 'whole'}"
+    )
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1))
+    return int(found["broken"] is not None)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

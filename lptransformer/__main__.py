@@ -133,8 +133,8 @@ def train(args: argparse.Namespace) -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     config = configuration.load(args.config, args.overrides)
+    from lptransformer.console import print_table
     from lptransformer.prepare import prepare_all
-    from lptransformer.progress import table
 
     prepared = prepare_all(**config.data.model_dump())
     sets = [(f"train: {one.name}", one.tokens) for one in prepared.train]
@@ -144,7 +144,7 @@ def prepare(args: argparse.Namespace) -> None:
         (name, s.manifest["tokens"], len(s), s.manifest["bytes"], s.manifest["words"], str(s.folder))
         for name, s in sets
     ]
-    table(f"tokenizer: {prepared.tokenizer.vocab_size} ids, {prepared.tokenizer_folder}", columns, rows)
+    print_table(f"tokenizer: {prepared.tokenizer.vocab_size} ids, {prepared.tokenizer_folder}", columns, rows)
 
 
 def show_config(args: argparse.Namespace) -> None:
@@ -153,12 +153,12 @@ def show_config(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     config = configuration.load(args.config, args.overrides)
-    from lptransformer import output_file
+    from lptransformer import files
     from lptransformer import plan as planning
 
     target = None if args.json is None else Path(args.json)
     if target is not None:
-        output_file.check(target, "--json")
+        files.check_output(target, "--json")
     made = planning.make(
         config,
         nodes=args.nodes,
@@ -171,7 +171,7 @@ def plan(args: argparse.Namespace) -> None:
 
     print_plan(made)
     if target is not None:
-        output_file.write(target, to_json(made), "--json")
+        files.write_output(target, to_json(made), "--json")
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lptransformer import figures, run_folder, run_model, whole_file
+from lptransformer import figures, files, run_folder, run_model
+from lptransformer.console import bar, print_table
 from lptransformer.diagnose import diagnose
 from lptransformer.errors import DataError, UserError
 from lptransformer.evaluate import open_sets, to_json
 from lptransformer.processes import use_fair_share_of_cores
-from lptransformer.progress import table
 from lptransformer.token_set import Batch, TokenSet, make_batch
 
 if TYPE_CHECKING:
@@ -56,9 +54,8 @@ def diagnose_run(
         assert stage.head is not None
         stage.head.requires_grad_(False)
     objective = model.blueprint.objective
-    with _progress(len(chosen)) as progress:
-        task = progress.add_task("", total=len(chosen))
-        found = diagnose(model, objective.usual, chosen, lambda: progress.advance(task))
+    with bar("diagnosing", len(chosen)) as advance:
+        found = diagnose(model, objective.usual, chosen, lambda: advance(1))
     results = {"run": str(run), "step": update, "set": name, "objective": method, "delayed": objective.delayed}
     results |= {"window": sets[name].sequence_length, "windows": sum(len(one.input_ids) for one in chosen)}
     return results | {"batches": len(chosen), "batch_size": batch_size} | asdict(found)
@@ -76,17 +73,10 @@ def _spread(name: str, token_set: TokenSet, batches: int, batch_size: int) -> li
     return [make_batch(group, len(group), token_set.sequence_length) for group in groups]
 
 
-def _progress(batches: int) -> Progress:
-    """A bar over the batches, on stderr; silent where that is no terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("diagnosing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
-
-
 def write_diagnosis(run: Path, results: dict[str, Any]) -> Path:
     """diagnosis.json, diagnosis.png and diagnosis.svg in the run folder; returns the path of the first."""
     path = run / f"{NAME}.json"
-    whole_file.write_text(path, json.dumps(json.loads(to_json(results)), indent=1) + "\n")
+    files.write_text(path, json.dumps(json.loads(to_json(results)), indent=1) + "\n")
     draw_diagnosis(results, run / NAME)
     return path
 
@@ -94,19 +84,19 @@ def write_diagnosis(run: Path, results: dict[str, Any]) -> Path:
 def print_diagnosis(results: dict[str, Any]) -> None:
     """Three tables: gradients of every block, ranks after every block, agreement of every exit."""
     stale = ", both at the same weights" if results["delayed"] else ""
-    table(
+    print_table(
         f"local gradient of {results['objective']} against the true one{stale} ({_where(results)})",
         ("block", "stage", "cosine", "of the sum", "norm ratio", "of the sum"),
         [[_block(row[0]), *row[1:]] for row in _rows(results["gradients"])],
     )
     print("  1 where the last head's loss is the only one; - where the objective trains nothing\n")
-    table(
+    print_table(
         f"hidden states after every block: {results['tokens']} tokens, {results['hidden_size']} dimensions",
         ("after block", "stage", "ends stage", "effective rank", "stable rank"),
         [[str(block), stage, "yes" if ends else "", *ranks] for block, stage, ends, *ranks in _rows(results["ranks"])],
     )
     print()
-    table(
+    print_table(
         "agreement of the exits with the last one (KL in nats)",
         ("stage", "exit after block", "nll per token", "same best token", "KL(last || exit)"),
         _rows(results["exits"]),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lptransformer import whole_file
+from lptransformer import files
 from lptransformer.errors import RunError
 
 _SECTION = re.compile(r"<!-- table:(?P<name>\S+) -->\n.*?<!-- end -->", re.S)
@@ -44,7 +44,7 @@ def update(path: Path, tables: Sequence[ResultTable], prefix: str = "") -> list[
     """
     named = {f"{prefix}/{table.name}" if prefix else table.name: table for table in tables}
     if not path.exists():
-        whole_file.write_text(path, "\n".join(_section(name, table) + "\n" for name, table in named.items()))
+        files.write_text(path, "\n".join(_section(name, table) + "\n" for name, table in named.items()))
         return list(named)
     try:
         text = path.read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def update(path: Path, tables: Sequence[ResultTable], prefix: str = "") -> list[
         name = match["name"]
         return _section(name, named[name]) if name in named else match[0]
 
-    whole_file.write_text(path, _SECTION.sub(renewed, text))
+    files.write_text(path, _SECTION.sub(renewed, text))
     return own
 
 

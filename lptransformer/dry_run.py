@@ -17,12 +17,12 @@ from lptransformer.blueprint import Blueprint as ModelPlan
 from lptransformer.blueprint import draw as plan_model
 from lptransformer.config import Config
 from lptransformer.config_checks import head_in_words, state_bytes
+from lptransformer.console import print_table
 from lptransformer.empty_model import EmptyModel
 from lptransformer.errors import ConfigError
 from lptransformer.footprint import RankMemory
 from lptransformer.mock_run import UPDATES, as_one_replica, peak_bytes
 from lptransformer.prepare import vocabulary
-from lptransformer.progress import table
 
 MIB = 2**20
 
@@ -41,7 +41,7 @@ def dry_run(config: Config, mock_batch: bool = False) -> None:
     ids = vocabulary(**data.model_dump(include={"train", "valid", "tokenizer", "vocab_size"}))
     plan = plan_model(config, ids, None)
     rows = partition.table(plan.stages, plan.costs, head_in_words(config), state_bytes(config))
-    table(f"dry run: {config.run.dir} is not touched", list(rows[0]), [list(row.values()) for row in rows])
+    print_table(f"dry run: {config.run.dir} is not touched", list(rows[0]), [list(row.values()) for row in rows])
     print(_flops_in_words(config, plan))
     if config.engine != "local":
         print(
@@ -51,7 +51,7 @@ def dry_run(config: Config, mock_batch: bool = False) -> None:
         return
     model = EmptyModel(config, plan)
     memory = [model.predict(config, rank) for rank in range(config.parallel.pipeline)]
-    table("predicted memory of one process, MiB", COLUMNS, [_row(rank, one) for rank, one in enumerate(memory)])
+    print_table("predicted memory of one process, MiB", COLUMNS, [_row(rank, one) for rank, one in enumerate(memory)])
     print(_machine_in_words(config, max(one.peak for one in memory)))
     if mock_batch:
         one = as_one_replica(config)
@@ -61,7 +61,7 @@ def dry_run(config: Config, mock_batch: bool = False) -> None:
             rows_of_ranks.append((rank, _mib(expected), _mib(measured), f"{expected / measured - 1:+.1%}"))
         few = one.train.micro_batches_per_update
         title = f"{UPDATES} mock updates of {few} micro-batches, one replica: peak memory of one process, MiB"
-        table(title, ("pipeline rank", "predicted", "measured", "difference"), rows_of_ranks)
+        print_table(title, ("pipeline rank", "predicted", "measured", "difference"), rows_of_ranks)
 
 
 _KINDS = ("weights", "gradients", "optimizer", "copies", "activations", "ZeRO buckets", "messages")

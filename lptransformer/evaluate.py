@@ -13,10 +13,9 @@ import re
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -26,15 +25,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lptransformer import checkpoint, run_folder, run_model
+from lptransformer.console import bar, print_table
 from lptransformer.errors import DataError, RunError, TrainingError, UserError
 from lptransformer.metrics import perplexity, text_counts
 from lptransformer.prepare import prepare
 from lptransformer.processes import launched_rank, launched_size, use_fair_share_of_cores
-from lptransformer.progress import table
 from lptransformer.sources import MANIFEST, Source, parse_sources
 from lptransformer.token_set import TokenSet
 from lptransformer.tokenizer import Tokenizer
@@ -141,22 +138,12 @@ def _sums(run: Path, update: int, folders: Sequence[Path], batch_size: int, rank
     sets = [TokenSet.open(folder) for folder in folders]
     total = sum(len(range(rank, one.num_batches(batch_size), size)) for one in sets)
     sums = torch.zeros(len(sets), 1 + len(model.exits), dtype=torch.float64)
-    with _progress(total, enabled=rank == 0) as advance:
+    with bar("evaluating", total, shown=rank == 0) as advance:
         for number, one in enumerate(sets):
             for batch in islice(one.batches(batch_size), rank, None, size):
                 sums[number] += torch.tensor([batch.label_tokens, *model.loss_sums(batch)], dtype=torch.float64)
-                advance()
+                advance(1)
     return sums.tolist()
-
-
-@contextmanager
-def _progress(batches: int, enabled: bool) -> Iterator[Callable[[], None]]:
-    """A bar over the batches, on stderr; silent where that is no terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not (enabled and console.is_terminal)) as progress:
-        task = progress.add_task("", total=batches)
-        yield lambda: progress.advance(task)
 
 
 def _share_with_launched(job: Callable[[int, int], Sums], run: Path) -> Sums:
@@ -238,4 +225,4 @@ def print_evaluations(results: dict[str, Any]) -> None:
     keys = ("stage", "last_block", "tokens", "nll_per_token", "perplexity", "bits_per_byte", "word_perplexity")
     for name, one in sets.items():
         title = f"{name}, {results['run']} after {results['step']} updates ({how})"
-        table(title, columns, [[numbers[key] for key in keys] for numbers in one["exits"]])
+        print_table(title, columns, [[numbers[key] for key in keys] for numbers in one["exits"]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lptransformer import whole_file
+from lptransformer import files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,6 @@ def save(figure: Figure, stem: Path) -> Path:
     with matplotlib.rc_context(_STYLE):
         for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
             path = stem.with_name(f"{stem.name}.{kind}")
-            with whole_file.replacing(path) as temporary:
+            with files.replacing(path) as temporary:
                 figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
     return stem.with_name(f"{stem.name}.png")

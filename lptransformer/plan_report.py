@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from lptransformer.candidates import USABLE_MEMORY, WORTH, Prediction, choose, fastest
+from lptransformer.console import print_table
 from lptransformer.plan import Plan
-from lptransformer.progress import table
 
 _RANKS: tuple[str, ...] = ("pipeline rank", "blocks", "head", "parameters", "weights", "gradients", "optimizer")
 _RANKS += ("activations", "messages, logits", "total", "idle")
@@ -34,10 +34,10 @@ def print_plan(plan: Plan) -> None:
         place = f"{shown.pipeline} pipeline rank(s) x {shown.data} replica(s)"
         time = f"{_seconds(shown.step_seconds)}/update, {shown.tokens_per_second:,.0f} tokens/s"
         rows = [_rank_row(shown, rank) for rank in range(len(shown.ranks))]
-        table(f"partition: {what}, {place}, ZeRO {shown.zero_stage}; {time}", _RANKS, rows)
+        print_table(f"partition: {what}, {place}, ZeRO {shown.zero_stage}; {time}", _RANKS, rows)
         print()
     title = "methods, each at its best (bytes: memory of one process; traffic per update)"
-    table(title, _METHODS, [_method_row(one) for one in plan.methods])
+    print_table(title, _METHODS, [_method_row(one) for one in plan.methods])
     for bound in plan.bounds:
         print(
             f"{bound.method}, {bound.pipeline} x {bound.data}: {_seconds(bound.step_seconds)}/update at best "

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lptransformer import tokenizer as tokenizers
+from lptransformer.console import bar
 from lptransformer.errors import ConfigError, DataError
 from lptransformer.sources import MANIFEST, Advance, Source, describe, documents, parse_sources, reader
 from lptransformer.token_set import TokenSet, fitting, require_full_window
@@ -140,17 +141,8 @@ def _address(content: Any) -> str:
     return hashlib.sha256(json.dumps([_FORMAT, content], sort_keys=True).encode()).hexdigest()[:16]
 
 
-@contextmanager
-def _progress(what: str, files: Sequence[Path], enabled: bool) -> Iterator[Advance]:
-    """A bar over the bytes of the files, on stderr; silent where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not (enabled and console.is_terminal)) as progress:
-        task = progress.add_task(what, total=sum(path.stat().st_size for path in files))
-        yield lambda size: progress.advance(task, size)
+def _bytes_of(files: Sequence[Path]) -> int:
+    return sum(path.stat().st_size for path in files)
 
 
 def prepare(
@@ -171,7 +163,7 @@ def prepare(
         counts = _Counts()
         with (
             _new_folder(folder, MANIFEST) as unfinished,
-            _progress(f"tokenising {source.name}", source.files, progress) as advance,
+            bar(f"tokenising {source.name}", _bytes_of(source.files), in_bytes=True, shown=progress) as advance,
         ):
 
             def blocks() -> Iterator[np.ndarray]:
@@ -288,7 +280,7 @@ def _trained_tokenizer(sources: Sequence[Source], vocab_size: int, cache: Path, 
     if not _has_tokenizer(folder):
         with (
             _new_folder(folder, _TOKENIZER_FILE) as unfinished,
-            _progress("training the tokenizer", files, progress) as advance,
+            bar("training the tokenizer", _bytes_of(files), in_bytes=True, shown=progress) as advance,
         ):
             texts = (text for path in files for blocks in documents(path, advance) for text in blocks)
             tokenizers.train_sentencepiece(texts, vocab_size, unfinished)

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lptransformer import whole_file
+from lptransformer import files
 from lptransformer.config_sections import RENAMED, translated
 from lptransformer.errors import RunError
 from lptransformer.metrics import Perplexity, Record, TextCounts, perplexity
@@ -43,7 +43,7 @@ def exit_blocks(table: Record) -> list[int]:
 def write(path: Path, records: Record | Sequence[Record]) -> None:
     """One record, or a list of them, as JSON: the same bytes for the same records, a row of a table on one line."""
     text = _text(records) if isinstance(records, dict) else "[\n" + ",\n".join(map(_text, records)) + "\n]"
-    whole_file.write_text(path, text + "\n")
+    files.write_text(path, text + "\n")
 
 
 def _text(record: Record) -> str:

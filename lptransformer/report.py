@@ -12,8 +12,8 @@ from typing import Any
 
 from lptransformer import (
     documents,
+    files,
     ngram,
-    output_file,
     plots,
     records,
     run_folder,
@@ -21,12 +21,12 @@ from lptransformer import (
     run_record,
     trace,
     trace_plot,
-    whole_file,
 )
 from lptransformer.comparison import choices
+from lptransformer.console import print_table
 from lptransformer.errors import RunError, UserError
+from lptransformer.loss_plot import plot_losses
 from lptransformer.metrics import Record, perplexity, text_counts
-from lptransformer.progress import plot_losses, table
 from lptransformer.result_tables import COSTS, Question, points, tables
 from lptransformer.run_log import read_metrics, read_updates
 from lptransformer.token_set import TokenSet
@@ -52,7 +52,9 @@ def report(run: Path, baselines: bool = False) -> None:
         rows = [_row(f"exit after block {one['last_block']}", one) for one in last["exits"]]
         if baselines:
             rows += _ngram_rows(sets, name)
-        table(f"{name} after {last['update']} updates, windows of {config.data.sequence_length}", EXIT_COLUMNS, rows)
+        print_table(
+            f"{name} after {last['update']} updates, windows of {config.data.sequence_length}", EXIT_COLUMNS, rows
+        )
     stages = [
         (stage["stage"], _first_block(updates[0], i), stage["last_block"])
         for i, stage in enumerate(updates[0]["stages"])
@@ -63,7 +65,7 @@ def report(run: Path, baselines: bool = False) -> None:
         for index, first, last in stages
     ]
     speed = median(update["tokens_per_second"] for update in steady)
-    table(f"{speed:,.0f} tokens/s (median)", ("stage", "idle share", "peak memory of its process"), rows)
+    print_table(f"{speed:,.0f} tokens/s (median)", ("stage", "idle share", "peak memory of its process"), rows)
     plot_losses(metrics, run / "loss.png", stages)
     records.write(run / records.RECORD, run_record.build(run))
     print(f"run folder: {run}   losses: {run / 'loss.png'}   record: {run / records.RECORD}")
@@ -95,8 +97,8 @@ def report_trace(run: Path, out: Path) -> None:
     else:
         print(f"1F1B is not simulated: on {newest.device} the host's times are not those of the computation")
     _make_folder(out)
-    table(title, columns, rows)
-    whole_file.write_text(out / TIMELINE, json.dumps(trace.chrome(traces, str(run)), separators=(",", ":")) + "\n")
+    print_table(title, columns, rows)
+    files.write_text(out / TIMELINE, json.dumps(trace.chrome(traces, str(run)), separators=(",", ":")) + "\n")
     picture = trace_plot.draw(
         _panels(_picture(newest), method, run_model.blueprint_of(run).objective.is_backprop, beside), out / "trace"
     )
@@ -120,7 +122,7 @@ def compare(
     `document` cannot be written.
     """
     if document is not None and (out.exists() or document.resolve().parent != out.resolve()):  # else it is made
-        output_file.check(document, "--markdown")
+        files.check_output(document, "--markdown")
     everything = [record for path in paths for record in run_record.collect(path)]
     found = [record for record in everything if record["evaluations"]]
     if not found:
@@ -134,7 +136,7 @@ def compare(
     results = tables(found, question)
     _make_folder(out)
     for result in results:
-        table(result.title, result.columns, result.rows)
+        print_table(result.title, result.columns, result.rows)
         print()
     chosen, look = choices(found, question.choose), plots.looks(methods)
     drawn = []

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lptransformer import config as configuration
-from lptransformer import whole_file
+from lptransformer import files
 from lptransformer.config import Config
 from lptransformer.errors import RunError
 
@@ -108,8 +108,8 @@ def note_resume(folder: Path, config: Config, update: int) -> None:
     """Add to a resumed run what it goes on with: environment.json has one entry per start."""
     starts = json.loads((folder / ENVIRONMENT).read_text())
     starts.append({**environment(), "resumed_after": update})
-    whole_file.write_text(folder / ENVIRONMENT, json.dumps(starts, indent=1) + "\n")
-    whole_file.write_text(folder / CONFIG, configuration.to_yaml(config))
+    files.write_text(folder / ENVIRONMENT, json.dumps(starts, indent=1) + "\n")
+    files.write_text(folder / CONFIG, configuration.to_yaml(config))
 
 
 def remove(folder: Path) -> None:

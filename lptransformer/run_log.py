@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lptransformer import whole_file
+from lptransformer import files
 from lptransformer.errors import RunError
 from lptransformer.metrics import Record
 
@@ -42,7 +42,7 @@ class MetricsWriter:
         if resume_at is None and jsonl_path.exists():
             raise RunError(f"{jsonl_path} already holds the records of a run; resume that run or use another folder")
         kept = [r for r in read_metrics(self.folder) if r["update"] <= (resume_at or 0)] if jsonl_path.exists() else []
-        whole_file.write_text(jsonl_path, "".join(map(_json_line, kept)))
+        files.write_text(jsonl_path, "".join(map(_json_line, kept)))
         self._columns = self._rewrite_csv(kept)
         self._jsonl = jsonl_path.open("a", encoding="utf-8")
         self._tensorboard = _open_tensorboard(self.folder / "tensorboard", resume_at)
@@ -72,7 +72,7 @@ class MetricsWriter:
         columns = list(dict.fromkeys(column for row in rows for column in row))
         lines = [_csv_line(columns)] if columns else []
         lines += [_csv_line(row.get(column) for column in columns) for row in rows]
-        whole_file.write_text(self.folder / CSV_NAME, "".join(lines))
+        files.write_text(self.folder / CSV_NAME, "".join(lines))
         return columns
 
 

@@ -16,12 +16,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from lptransformer import checkpoint, halving, records, run_folder, sweep_folder, whole_file
+from lptransformer import checkpoint, files, halving, records, run_folder, sweep_folder
+from lptransformer.console import print_table
 from lptransformer.errors import TrainingError, UserError
 from lptransformer.metrics import Record
 from lptransformer.prepare import prepare_all
 from lptransformer.processes import on_stop_signals
-from lptransformer.progress import table
 from lptransformer.run_log import JSONL_NAME
 from lptransformer.run_record import build
 from lptransformer.sweep_display import (
@@ -51,7 +51,7 @@ def run_sweep(sweep: Sweep, processes: int = 1, dry_run: bool = False) -> None:
     if dry_run:
         states = Supervisor(sweep, processes).states
         rows = [(name, state.status, state.updates, state.target) for name, state in states.items()]
-        table(f"{len(rows)} runs in {sweep.folder}", ("run", "status", "updates", "until"), rows)
+        print_table(f"{len(rows)} runs in {sweep.folder}", ("run", "status", "updates", "until"), rows)
         return
     with sweep_folder.alone(sweep.folder) as lock:
         sections = {json.dumps(section): section for section in (run.config.data.model_dump() for run in sweep.runs)}
@@ -265,4 +265,4 @@ class Supervisor:
 
     def _write_status(self) -> None:
         text = json.dumps({name: asdict(state) for name, state in self.states.items()}, indent=1) + "\n"
-        whole_file.write_text(self.sweep.folder / STATUS, text)
+        files.write_text(self.sweep.folder / STATUS, text)

@@ -14,13 +14,15 @@ from lptransformer.build import start
 from lptransformer.channel import Control
 from lptransformer.config import Config
 from lptransformer.config_checks import pretrained_warning
+from lptransformer.console import print_table
 from lptransformer.errors import TrainingError
 from lptransformer.face import Report, TrainingEngine, UpdateResult
 from lptransformer.head_kinds import label
+from lptransformer.loss_plot import plot_losses
 from lptransformer.metrics import Aggregator, TraceReport, text_counts
 from lptransformer.prepare import Prepared
 from lptransformer.processes import launched_rank, on_stop_signals
-from lptransformer.progress import Progress, plot_losses, table
+from lptransformer.progress import Progress
 from lptransformer.run_log import MetricsWriter, read_metrics
 from lptransformer.trace import TraceWriter
 from lptransformer.world import lost_processes_in_our_words
@@ -126,7 +128,7 @@ class Desk:
         self.progress = Progress(until or config.train.steps, self.stages)
         blueprint = engine.blueprint
         rows = partition.table(engine.stages, blueprint.costs, label(blueprint.head), blueprint.state_bytes)
-        table(f"run folder: {folder}", list(rows[0]), [list(row.values()) for row in rows])
+        print_table(f"run folder: {folder}", list(rows[0]), [list(row.values()) for row in rows])
         if warning := pretrained_warning(config):
             self.progress.message(warning)
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from lptransformer import output_file
+from lptransformer import files
 from lptransformer.errors import UserError
 
 
 def test_a_target_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "there.json").write_text("old")
-    output_file.check(tmp_path / "there.json", "--json")
-    output_file.check(tmp_path / "new.json", "--json")
+    files.check_output(tmp_path / "there.json", "--json")
+    files.check_output(tmp_path / "new.json", "--json")
     assert [path.name for path in tmp_path.iterdir()] == ["there.json"]
     assert (tmp_path / "there.json").read_text() == "old"
 
@@ -23,7 +23,7 @@ def test_a_target_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
 def test_a_target_that_cannot_be_written_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--json=.*: cannot be written: "):
-        output_file.check(tmp_path / name, "--json")
+        files.check_output(tmp_path / name, "--json")
 
 
 def test_the_old_contents_stay_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,21 +34,21 @@ def test_the_old_contents_stay_when_writing_fails(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left"):
-        output_file.write(tmp_path / "there.json", "new", "--json")
+        files.write_output(tmp_path / "there.json", "new", "--json")
     assert (tmp_path / "there.json").read_text() == "old"
 
 
 def test_a_link_stays_a_link_and_its_file_is_written(tmp_path: Path) -> None:
     (tmp_path / "real.json").write_text("old")
     (tmp_path / "link.json").symlink_to("real.json")
-    output_file.write(tmp_path / "link.json", "new", "--json")
+    files.write_output(tmp_path / "link.json", "new", "--json")
     assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real.json").read_text() == "new"
 
 
 def test_a_stream_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    output_file.check(tmp_path / "pipe", "--json")
-    output_file.write(tmp_path / "pipe", "new", "--json")
+    files.check_output(tmp_path / "pipe", "--json")
+    files.write_output(tmp_path / "pipe", "new", "--json")
     assert os.read(reader, 10) == b"new" and (tmp_path / "pipe").is_fifo()
     os.close(reader)

@@ -13,8 +13,10 @@ import pytest
 from rich.console import Console
 
 from lptransformer import progress
+from lptransformer.console import print_table
+from lptransformer.loss_plot import plot_losses
 from lptransformer.metrics import Record
-from lptransformer.progress import Progress, plot_losses, table
+from lptransformer.progress import Progress
 
 STAGES = [(0, 0, 1), (1, 2, 2)]
 
@@ -235,7 +237,7 @@ def test_the_cursor_comes_back_after_an_error() -> None:
 
 def test_a_plain_table_is_aligned_and_never_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
     path = "runs/" + "x" * 150
-    table("Result", ["exit", "perplexity", "folder"], [["block 3", 1033.12345, path], ["block 5", None, "[y]"]])
+    print_table("Result", ["exit", "perplexity", "folder"], [["block 3", 1033.12345, path], ["block 5", None, "[y]"]])
     assert capsys.readouterr().out.splitlines() == [
         "Result",
         "exit     perplexity  folder",
@@ -247,13 +249,13 @@ def test_a_plain_table_is_aligned_and_never_wrapped(capsys: pytest.CaptureFixtur
 
 def test_a_table_in_a_terminal_keeps_every_character() -> None:
     console = terminal(60)
-    table("Result", ["exit", "folder"], [["block 3", "y" * 150]], console=console)
+    print_table("Result", ["exit", "folder"], [["block 3", "y" * 150]], console=console)
     text = without_escapes(console)
     assert "Result" in text and "block 3" in text and text.count("y") == 150 and "┃" in text
 
 
 def test_a_table_without_rows(capsys: pytest.CaptureFixture[str]) -> None:
-    table("Nothing", ["a"], [])
+    print_table("Nothing", ["a"], [])
     assert capsys.readouterr().out.splitlines() == ["Nothing", "a", "-"]
 
 
@@ -300,7 +302,7 @@ def test_a_plot_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytes
 
 def test_smoothing_does_not_shift_a_straight_line_and_keeps_gaps() -> None:
     line = [float(i) for i in range(500)]
-    np.testing.assert_allclose(progress._smooth(line), line)
+    np.testing.assert_allclose(loss_plot._smooth(line), line)
     noisy = np.random.default_rng(0).normal(size=500)
-    assert np.std(progress._smooth(noisy.tolist())) < 0.6 * np.std(noisy)
-    assert math.isnan(progress._smooth([1.0, math.nan, 3.0])[1]) and progress._smooth([]) == []
+    assert np.std(loss_plot._smooth(noisy.tolist())) < 0.6 * np.std(noisy)
+    assert math.isnan(loss_plot._smooth([1.0, math.nan, 3.0])[1]) and loss_plot._smooth([]) == []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lptransformer.whole_file import replacing, write_text
+from lptransformer.files import replacing, write_text
 
 
 def test_the_text_is_there_to_the_byte(tmp_path: Path) -> None:

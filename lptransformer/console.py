@@ -1,0 +1,94 @@
+"""What all commands print: tables, lines, bars with the time that is left, numbers with units."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+def standard_console() -> Console:
+    """Standard output."""
+    # rich takes FORCE_COLOR for a terminal; colours may be wanted in a file, a display that redraws itself is not.
+    return Console(force_interactive=None if sys.stdout.isatty() else False)
+
+
+def print_line(console: Console, text: str) -> None:
+    """A line of text as it is, however long."""
+    console.print(Text(text), soft_wrap=True)  # a Text: brackets and colons in a message mean nothing
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.3f}" if isinstance(value, float) else str(value)
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], console: Console | None = None
+) -> None:
+    """Print a table: lines of aligned columns where the output is not a terminal. Numbers are set right, floats
+    with three decimals; None is shown as "-"."""
+    console = console or standard_console()
+    cells = [[_cell(value) for value in row] for row in rows]
+    right = [all(isinstance(row[i], (int, float, type(None))) for row in rows) for i in range(len(columns))]
+    if console.is_interactive:
+        shown = Table(title=Text(title), title_justify="left")
+        for name, is_number in zip(columns, right, strict=True):
+            shown.add_column(Text(name), justify="right" if is_number else "left", overflow="fold")
+        for row in cells:
+            shown.add_row(*map(Text, row))
+        console.print(shown)
+        return
+    widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
+    print_line(console, title)
+    for line in [list(columns), ["-" * width for width in widths], *cells]:
+        aligned = [
+            text.rjust(width) if is_number else text.ljust(width)
+            for text, width, is_number in zip(line, widths, right, strict=True)
+        ]
+        print_line(console, "  ".join(aligned).rstrip())
+
+
+@contextlib.contextmanager
+def bar(what: str, total: int, *, in_bytes: bool = False, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr that says `what`, with the time that is left; gives what advances it. Silent on no terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn() if in_bytes else MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+def short_number(value: float) -> str:
+    """A large number with one decimal and a unit: 12.3M."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def megabytes(value: int) -> str:
+    """Bytes in MB, or GB where they are many."""
+    return f"{value / 1e6:.0f} MB" if value < 1e10 else f"{value / 1e9:.1f} GB"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as minutes and hours; --:-- where they are not known."""
+    if not math.isfinite(seconds):
+        return "--:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"

@@ -14,14 +14,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from lptransformer import memory, objective
+from lptransformer import objective
 from lptransformer.cost import model_costs
 from lptransformer.devices import Cluster, table
 from lptransformer.figures import new_figure, save
-from lptransformer.memory import ActivationBytes
 from lptransformer.plots import COLOURS
 from lptransformer.predict_local import of_objective
 from lptransformer.predict_rivals import RIVALS, data_parallel, of_rival
+from lptransformer.rank_memory import ActivationBytes, precision
 from lptransformer.workload import Candidate, Work, balanced_sizes
 
 WIDTH, BLOCKS, LENGTH, ROWS = 2048, 32, 2048, 8
@@ -56,7 +56,7 @@ def work(micro_batches: int, vocabulary: int, token_fraction: float) -> Work:
         token_fraction=token_fraction,
     )
     kept = ActivationBytes(34.0 * ROWS * LENGTH * WIDTH, 0.0, 2.0 * ROWS * LENGTH * WIDTH, 0.0, 2)
-    states = memory.state_bytes("bf16")
+    states = precision("bf16")
     return Work(
         costs,
         BLOCKS,

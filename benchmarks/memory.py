@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from allocations import Allocations, recorded
 
 from lptransformer import config as configuration
 from lptransformer import family
-from lptransformer.allocations import Allocations, recorded
 from lptransformer.build import build_engine, plan_model
 from lptransformer.documents import ResultTable, update
 from lptransformer.processes import use_fair_share_of_cores

@@ -42,13 +42,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_tokens import RandomTokens
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lptransformer import config as configuration
 from lptransformer.build import build_engine, plan_model
 from lptransformer.channel import Receiver, Sender
 from lptransformer.documents import ResultTable, update
-from lptransformer.mock_run import RandomTokens
 from lptransformer.processes import use_fair_share_of_cores
 from lptransformer.world import join
 

@@ -15,24 +15,24 @@ from lptransformer import config as configuration
 from lptransformer import cost, family, partition, run_folder
 from lptransformer import objective as objectives
 from lptransformer.config import Config
+from lptransformer.config_checks import micro_batch_size
 from lptransformer.data import TrainStream
 from lptransformer.deepspeed_stage import FrozenStage, TrainedStage, deepspeed_config
 from lptransformer.engine import LocalUpdateEngine
 from lptransformer.errors import ConfigError, UserError
 from lptransformer.executor import HeadLoss, LocalStage
 from lptransformer.face import Stream, ValidSet
+from lptransformer.gradients import copy_lags
 from lptransformer.head import token_positions
-from lptransformer.mirror import lag_of
 from lptransformer.objective import Objective
 from lptransformer.optimizer import build_lr_scheduler, build_optimizer
 from lptransformer.partition import StagePlan
 from lptransformer.pipeline_baseline import Built, PipelineBaseline
 from lptransformer.prepare import Prepared, prepare_all
 from lptransformer.processes import check_devices, launched_size, use_fair_share_of_cores
-from lptransformer.stage import Stage, make_stage
+from lptransformer.stage import DTYPES, Stage, make_stage
 from lptransformer.world import World, join
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 Engine = LocalUpdateEngine | PipelineBaseline
 
 
@@ -48,6 +48,7 @@ def initialize(source: str | Path | dict[str, Any] | Config, overrides: Sequence
 
 def start(config: Config) -> tuple[Engine, Prepared, ModelPlan]:
     """Join the world, prepare the data, build this process's stages."""
+    micro_batch_size(config)  # refused before processes wait for each other
     configuration.check_world_size(config, launched_size())
     check_devices(config.parallel.channel, config.parallel.data, config.engine)
     use_fair_share_of_cores()
@@ -147,13 +148,13 @@ def build_engine(
     plan: ModelPlan | None = None,
 ) -> Engine:
     """The engine over prepared data, or over a stream and validation sets of the caller's."""
-    train = config.train
+    train, windows = config.train, micro_batch_size(config)
     if data is not None:
         stream = TrainStream(
             [source.tokens for source in data.train],
             [source.weight for source in data.train],
             seed=train.seed,
-            micro_batch_size=train.micro_batch_size,
+            micro_batch_size=windows,
         )
         valid, vocab_size = data.valid, data.tokenizer.vocab_size
     assert stream is not None and valid is not None and vocab_size is not None
@@ -162,7 +163,7 @@ def build_engine(
     zero_stage, bf16 = configuration.zero_stage(config), train.dtype == "bf16"
     ds_config = deepspeed_config(
         config.deepspeed,
-        micro_batch_size=train.micro_batch_size,
+        micro_batch_size=windows,
         zero_stage=zero_stage,
         bf16=bf16,
         grad_clip=train.grad_clip,
@@ -199,12 +200,13 @@ def build_engine(
             stream,
             valid,
             grad_clip=train.grad_clip,
-            micro_batch_size=train.micro_batch_size,
+            micro_batch_size=windows,
             sequence_length=config.data.sequence_length,
             micro_batches_per_update=train.micro_batches_per_update,
             max_skipped_updates=train.max_skipped_updates,
         )
 
+    rounds = train.micro_batches_per_update // config.parallel.data
     return LocalUpdateEngine(
         world,
         plan.objective,
@@ -213,12 +215,12 @@ def build_engine(
         stream,
         valid,
         _head_losses(config, plan),
-        copy_lags(config, plan),
+        copy_lags(plan.stages, config.head.followed, config.parallel.in_flight, rounds),
         _roundings(config, plan),
         hidden_size=plan.parts.hidden_size,
         dtype=DTYPES[train.dtype],
         steps=train.steps,
-        micro_batch_size=train.micro_batch_size,
+        micro_batch_size=windows,
         sequence_length=config.data.sequence_length,
         micro_batches_per_update=train.micro_batches_per_update,
         in_flight=config.parallel.in_flight,
@@ -232,13 +234,14 @@ def build_engine(
 def _head_losses(config: Config, plan: ModelPlan) -> dict[int, HeadLoss]:
     """How the loss of every stage's head is taken."""
     train, length, fraction = config.train, config.data.sequence_length, config.head.token_fraction
-    rows = train.micro_batches_per_update * train.micro_batch_size
+    windows = micro_batch_size(config)
+    rows = train.micro_batches_per_update * windows
     losses = {}
     for stage in plan.stages:
         if stage.is_last or (stage.has_head and fraction == 1.0):
             losses[stage.index] = HeadLoss(rows * (length - 1))
         elif stage.has_head:
-            positions = partial(_positions, train.seed, stage.last_block, train.micro_batch_size, length, fraction)
+            positions = partial(_positions, train.seed, stage.last_block, windows, length, fraction)
             losses[stage.index] = HeadLoss(rows * cost.loss_positions(length, fraction), positions)
     return losses
 
@@ -251,17 +254,3 @@ def _roundings(config: Config, plan: ModelPlan) -> dict[int, str]:
     """The stages whose output is rounded: those at the end of a chunk, on any placement."""
     kind = config.train.border_dtype
     return {stage.index: kind for stage in plan.stages if kind and stage.has_head and not stage.is_last}
-
-
-def copy_lags(config: Config, plan: ModelPlan) -> dict[int, int]:
-    """The stages whose heads hold read-only copies, and the lag of those in updates.
-
-    The hops are counted in heads, as if each were on a pipeline rank of its own, so that the lag (and with it the
-    result) does not depend on the placement.
-    """
-    if config.head.kind != "shared" and config.head.ema_decay is None:
-        return {}
-    rounds = config.train.micro_batches_per_update // config.parallel.data
-    heads = [stage.index for stage in plan.stages if stage.has_head]
-    hops = [len(heads) - 1 - number if config.head.kind == "shared" else 1 for number in range(len(heads) - 1)]
-    return {index: lag_of(hop, config.parallel.in_flight, rounds) for index, hop in zip(heads, hops, strict=False)}

@@ -27,6 +27,17 @@ def state_bytes(config: Config) -> int:
     return weight_and_gradient + (moments + versions) * bytes_of
 
 
+def micro_batch_size(config: Config) -> int:
+    """train.micro_batch_size, in windows. Raises ConfigError where it is still `auto`."""
+    size = config.train.micro_batch_size
+    if size == "auto":
+        raise ConfigError(
+            "train.micro_batch_size is auto: `train` finds the number when a run starts, and nothing else does; give "
+            "one here, for example --train.micro_batch_size=8"
+        )
+    return size
+
+
 def head_in_words(config: Config) -> str:
     """What an auxiliary head is, for tables."""
     head = config.head
@@ -128,7 +139,7 @@ def _train(config: Config) -> Iterator[str]:
             f"{at('train.border_dtype')} with {at(f'objective.{hybrid}')}: a border that carries a gradient is not "
             "rounded. Remove one of them"
         )
-    if train.auto_batch and config.engine == "deepspeed_pipeline":
+    if train.micro_batch_size == "auto" and config.engine == "deepspeed_pipeline":
         yield (
             f"train.micro_batch_size = auto with {at('engine')}: the memory of DeepSpeed's own pipeline is not "
             "predicted; give a number"

@@ -6,12 +6,11 @@ Nothing here looks at more than one key; that is config_checks.py. Reading, over
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from lptransformer import deepspeed_keys
-from lptransformer.errors import ConfigError
 
 # The text in each type says what would be right; it goes into the message about a wrong value.
 Count = Annotated[int, Field(ge=1), "a whole number, 1 or more"]
@@ -24,11 +23,8 @@ Text = Annotated[str, Field(min_length=1), "text (in quotes when it looks like a
 MaybeCount = Annotated[Count | None, "a whole number, 1 or more, or null"]
 MaybeText = Annotated[Text | None, "text (in quotes when it looks like a number) or null"]
 Globs = Annotated[list[Text], Field(min_length=1), "a glob or a list of globs"]
-AUTO = "auto"
-if TYPE_CHECKING:  # who reads it gets a number, or an error: TrainSection sees to that
-    BatchSize = int
-else:
-    BatchSize = Annotated[Count | Literal["auto"], "a whole number, 1 or more, or auto"]
+# Who needs the number takes it from config_checks.micro_batch_size.
+BatchSize = Annotated[Count | Literal["auto"], "a whole number, 1 or more, or auto"]
 _SOURCES = "a glob, a list of globs, or a mapping of names to globs or to {files, weight}"
 
 
@@ -149,6 +145,11 @@ class HeadSection(Section):
     )
     chunk_tokens: Count = Field(default=1024, description="rows of logits that exist at once")
 
+    @property
+    def followed(self) -> Literal["last", "next"] | None:
+        """The stage whose weights auxiliary heads hold read-only copies of; the further one where it is two."""
+        return "last" if self.kind == "shared" else None if self.ema_decay is None else "next"
+
     def cost_options(self) -> dict[str, Any]:
         """What cost.model_costs wants to know of an auxiliary head."""
         same = self.model_dump(include={"kind", "rank", "blocks", "token_fraction"})
@@ -193,23 +194,6 @@ class TrainSection(Section):
     save_every: Whole = Field(default=0, description="updates between checkpoints (0: only at the end)")
     eval_every: Whole = Field(default=0, description="updates between evaluations (0: only at the end)")
     max_skipped_updates: Count = Field(default=10, description="skipped updates of a stage in a row that end the run")
-
-    @property
-    def auto_batch(self) -> bool:
-        """Whether `micro_batch_size` is still the word `auto`, which auto_batch.py makes a number."""
-        return self.__dict__["micro_batch_size"] == AUTO
-
-    if not TYPE_CHECKING:  # a type checker has no need of it, and would believe in every name
-
-        def __getattribute__(self, name: str) -> Any:
-            """Nobody takes the word for a number. Raises ConfigError."""
-            value = super().__getattribute__(name)
-            if name == "micro_batch_size" and value == AUTO:
-                raise ConfigError(
-                    "train.micro_batch_size is auto: `train` finds the number when a run starts, and nothing else "
-                    "does; give one here, for example --train.micro_batch_size=8"
-                )
-            return value
 
 
 class RunSection(Section):

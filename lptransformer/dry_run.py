@@ -1,44 +1,33 @@
 """`train --dry-run`: what a run would be, before anything is started: its cuts, its FLOPs, its memory.
 
-Stages are built on the meta device, and no process, no run folder and no token set is made. With a mock batch each
-pipeline rank's stages train for two updates on random tokens, in this process and one rank after another, and the
-measured peak stands beside the predicted one.
+Stages are built on the meta device, and no process, no run folder and no token set is made.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import psutil
 import torch
 
 from lptransformer import flops, partition
 from lptransformer.build import ModelPlan, plan_model
-from lptransformer.config import Config
-from lptransformer.config_checks import head_in_words, state_bytes
-from lptransformer.empty_model import EmptyModel
-from lptransformer.errors import ConfigError
-from lptransformer.footprint import RankMemory
-from lptransformer.mock_run import UPDATES, as_one_replica, peak_bytes
+from lptransformer.config import Config, zero_stage
+from lptransformer.config_checks import head_in_words, micro_batch_size, state_bytes
 from lptransformer.prepare import vocabulary
 from lptransformer.progress import table
+from lptransformer.rank_memory import RankMemory, precision
+from lptransformer.stage_memory import EmptyStages
 
 MIB = 2**20
+_COLUMNS = ("weights", "gradients", "optimizer", "copies", "activations", "buckets", "messages", "peak")
 
 
-def dry_run(config: Config, mock_batch: bool = False) -> None:
+def dry_run(config: Config) -> None:
     """Check all that one process can, print the plan of the run and the memory of every pipeline rank.
 
     Of `engine: deepspeed_pipeline` the stages and FLOPs alone are known: they are those of the engine local.
     Raises UserError where the run could not start. Training text has to be there, but need not be prepared.
     """
-    if mock_batch and config.engine != "local":
-        raise ConfigError(
-            f"--mock-batch with {config.at('engine')}: DeepSpeed's own pipeline is not run in one process"
-        )
-    data = config.data
-    ids = vocabulary(**data.model_dump(include={"train", "valid", "tokenizer", "vocab_size"}))
-    plan = plan_model(config, ids, None)
+    plan = unprepared(config)
     rows = partition.table(plan.stages, plan.costs, head_in_words(config), state_bytes(config))
     table(f"dry run: {config.run.dir} is not touched", list(rows[0]), [list(row.values()) for row in rows])
     print(_flops_in_words(config, plan))
@@ -48,48 +37,51 @@ def dry_run(config: Config, mock_batch: bool = False) -> None:
             "--engine=local predicts what the same stages take under 1F1B of this program"
         )
         return
-    model = EmptyModel(config, plan)
-    memory = [model.predict(config, rank) for rank in range(config.parallel.pipeline)]
-    table("predicted memory of one process, MiB", COLUMNS, [_row(rank, one) for rank, one in enumerate(memory)])
-    print(_machine_in_words(config, max(one.peak for one in memory)))
-    if mock_batch:
-        one = as_one_replica(config)
-        rows_of_ranks = []
-        for rank in range(config.parallel.pipeline):
-            expected, measured = model.predict(one, rank, UPDATES - 1).peak, peak_bytes(one, plan, rank)
-            rows_of_ranks.append((rank, _mib(expected), _mib(measured), f"{expected / measured - 1:+.1%}"))
-        few = one.train.micro_batches_per_update
-        title = f"{UPDATES} mock updates of {few} micro-batches, one replica: peak memory of one process, MiB"
-        table(title, ("pipeline rank", "predicted", "measured", "difference"), rows_of_ranks)
+    ranks = predicted(config, plan)
+    lines = [
+        (number, *(f"{getattr(rank, name) / MIB:,.1f}" for name in _COLUMNS), rank.held)
+        for number, rank in enumerate(ranks)
+    ]
+    names = ("pipeline rank", *_COLUMNS, "micro-batches held")
+    table("predicted memory of one process, MiB (buckets: ZeRO's)", names, lines)
+    print(_machine_in_words(config, max(rank.peak for rank in ranks)))
 
 
-_KINDS = ("weights", "gradients", "optimizer", "copies", "activations", "ZeRO buckets", "messages")
-COLUMNS = ("pipeline rank", *_KINDS, "peak", "micro-batches held")
+def unprepared(config: Config) -> ModelPlan:
+    """What would be built, of text that need not be prepared."""
+    data = config.data.model_dump(include={"train", "valid", "tokenizer", "vocab_size"})
+    return plan_model(config, vocabulary(**data), None)
 
 
-def _row(rank: int, one: RankMemory) -> tuple[Any, ...]:
-    sizes = (
-        one.weights,
-        one.gradients,
-        one.optimizer,
-        one.copies,
-        one.activations,
-        one.buckets,
-        one.messages,
-        one.peak,
+def predicted(config: Config, plan: ModelPlan) -> list[RankMemory]:
+    """The memory of a process of every pipeline rank, on this machine."""
+    train, parallel = config.train, config.parallel
+    how = precision(
+        train.dtype,
+        config.optimizer,
+        config.deepspeed,
+        zero_stage=zero_stage(config),
+        replicas=parallel.data,
+        fused_step=torch.cuda.is_available(),
     )
-    return (rank, *map(_mib, sizes), one.held)
-
-
-def _mib(size: int) -> str:
-    return f"{size / MIB:,.1f}"
+    stages = EmptyStages(
+        plan.config, plan.parts, config.head, dtype=train.dtype, sequence_length=config.data.sequence_length
+    )
+    return stages.ranks(
+        plan.objective,
+        plan.stages,
+        how,
+        micro_batch_size=micro_batch_size(config),
+        rounds=train.micro_batches_per_update // parallel.data,
+        in_flight=parallel.in_flight,
+    )
 
 
 def _flops_in_words(config: Config, plan: ModelPlan) -> str:
-    tokens = config.train.micro_batches_per_update * config.train.micro_batch_size * config.data.sequence_length
-    mean = flops.spent(plan.objective, plan.costs, config.train.steps, config.train.steps).total / config.train.steps
-    trained = f"{config.train.steps} updates: {mean * tokens * config.train.steps:.3g} FLOPs"
-    return f"an update: {tokens} tokens, {mean * tokens:.3g} FLOPs; {trained}"
+    steps = config.train.steps
+    tokens = config.train.micro_batches_per_update * micro_batch_size(config) * config.data.sequence_length
+    total = flops.spent(plan.objective, plan.costs, steps, steps).total * tokens
+    return f"an update: {tokens} tokens, {total / steps:.3g} FLOPs; {steps} updates: {total:.3g} FLOPs"
 
 
 def _machine_in_words(config: Config, peak: int) -> str:

@@ -2,8 +2,8 @@
 
 A head may follow weights above it: the last stage's readout, or the next stage's blocks (head.py, `Copy`). Their stage
 sends them after every `refresh_every`-th update; in update u (counted from 0) a head uses them as of update
-floor((u - lag) / refresh_every) * refresh_every, whatever the timing. With the lag of `lag_of` they are there in steady
-state and nobody waits.
+floor((u - lag) / refresh_every) * refresh_every, whatever the timing. With the lag of `copy_lags` they are there in
+steady state and nobody waits.
 """
 
 from __future__ import annotations
@@ -23,14 +23,6 @@ from lptransformer.channel import breaks_in_our_words
 from lptransformer.deepspeed_stage import FrozenStage, TrainedStage
 from lptransformer.partition import StagePlan
 from lptransformer.world import World
-
-
-def lag_of(hops: int, in_flight: int, rounds: int) -> int:
-    """Updates after which a version has surely arrived `hops` stages below, in steady state.
-
-    A stage can be `in_flight` + 1 messages ahead of the next, and `rounds` messages make an update.
-    """
-    return math.ceil(hops * (2 * in_flight + 1) / rounds)
 
 
 class Link:

@@ -112,6 +112,14 @@ def cut(
     ]
 
 
+def weights_of(stage: StagePlan, costs: ModelCosts) -> tuple[int, int]:
+    """Own weights and read-only copies of a stage."""
+    auxiliary = stage.has_head and not stage.is_last
+    own = stage.num_blocks * costs.block_parameters + stage.is_first * costs.embedding_parameters
+    own += costs.head_parameters if stage.is_last else auxiliary * costs.auxiliary_parameters
+    return own, auxiliary * costs.auxiliary_copied
+
+
 def table(
     stages: Sequence[StagePlan], costs: ModelCosts, head: str = "private", state_bytes: int = 16
 ) -> list[dict[str, object]]:
@@ -125,9 +133,7 @@ def table(
     for stage in stages:
         flops = _flops(stage, costs)
         auxiliary = stage.has_head and not stage.is_last
-        weights = stage.num_blocks * costs.block_parameters + stage.is_first * costs.embedding_parameters
-        weights += costs.head_parameters if stage.is_last else auxiliary * costs.auxiliary_parameters
-        copies = auxiliary * costs.auxiliary_copied
+        weights, copies = weights_of(stage, costs)
         memory = weights * (state_bytes if stage.trained else 4) + copies * 4
         kind = head if auxiliary else "the model's own" if stage.has_head else "none"
         rows.append(

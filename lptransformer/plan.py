@@ -11,11 +11,11 @@ from glob import glob
 from typing import TYPE_CHECKING, Any
 
 from lptransformer import config as configuration
-from lptransformer import cost, memory, objective
+from lptransformer import cost, objective, rank_memory
 from lptransformer.advice import advise
 from lptransformer.config import Config
-from lptransformer.config_checks import head_in_words
-from lptransformer.devices import HOST_MEMORY, Cluster, Device, table
+from lptransformer.config_checks import head_in_words, micro_batch_size
+from lptransformer.devices import HOST_MEMORY, Cluster, table
 from lptransformer.errors import ConfigError, UserError
 from lptransformer.predict_local import of_objective
 from lptransformer.predict_rivals import RIVALS, data_parallel, of_rival
@@ -23,10 +23,10 @@ from lptransformer.workload import CPUS, Candidate, Prediction, Work, balanced_s
 
 if TYPE_CHECKING:
     from lptransformer.family import Anatomy
+    from lptransformer.stage_memory import EmptyStages
 
 # Shares of the blocks whose activations others may make again, where all of them do not fit.
 AGAIN = (0.0, 0.25, 0.5, 0.75, 1.0)
-HERE = ("this", "cpu")  # --gpu for this machine
 MOST_WINDOWS = 65_536  # of an update: schedules are replayed pass by pass, and nobody trains with larger batches
 LONGEST = 2**20  # tokens of a window: torch can still say how large the attention mask of MOST_WINDOWS of them is
 PIPELINE_ENGINE = "backprop, DeepSpeed's PipelineEngine"
@@ -35,14 +35,13 @@ AS_CONFIGURED = ", as configured"  # ends the name of the configuration's own me
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for. Without a `gpu`, or with one of `HERE`, this machine is measured."""
+    """What the command line asks for; `gpu` and `link` are names in devices.yaml."""
 
     nodes: int = 1
     gpus_per_node: int | None = None
-    gpu: str | None = None
+    gpu: str = "cpu"
     link: str | None = None
     vocab_size: int | None = None
-    calibrate: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,12 @@ def make(config: Config, request: Request) -> Plan:
     """The plan of a configuration. Raises UserError for a cluster that cannot be, ConfigError where no split fits."""
     per_node = _devices_per_node(config, request)
     processes, size = config.parallel.pipeline * config.parallel.data, request.nodes * per_node
-    device = None if request.gpu in (None, *HERE) else table().device(str(request.gpu))
-    if device is not None and config.train.dtype not in device.flops:
+    device = table().device(request.gpu)
+    if config.train.dtype not in device.flops:
         raise UserError(f"--gpu={request.gpu} has no number for {config.at('train.dtype')}")
     link = None if request.link is None else table().link(request.link)
     batch = f"{config.at('train.micro_batches_per_update')} x {config.at('train.micro_batch_size')} windows"
-    windows = config.train.micro_batches_per_update * config.train.micro_batch_size
+    windows = config.train.micro_batches_per_update * micro_batch_size(config)
     if windows > MOST_WINDOWS:
         raise UserError(f"{batch}: updates of up to {MOST_WINDOWS:,} windows can be planned")
     if config.data.sequence_length > LONGEST:
@@ -84,14 +83,13 @@ def make(config: Config, request: Request) -> Plan:
     )
     if size > hf_config.num_hidden_layers * windows:  # the search over splits goes through all of them
         raise ConfigError(no_split)
-    work = _work(config, hf_config, parts)
-    if device is None:
-        device = _this_machine(config, hf_config, parts, work, per_node)
+    empty = _empty(config, hf_config, parts)
+    work = _work(config, hf_config, parts, empty)
     cluster = Cluster(device, request.nodes, per_node, link or device.intra_link)
     if device.key in CPUS or config.parallel.channel == "nccl":
         work = replace(work, channel=None)
-    configured = _configured(config, work, cluster).evaluate() if processes == size else None
-    methods = list(_methods(config, work, cluster))
+    configured = _configured(config, work, cluster, empty).evaluate() if processes == size else None
+    methods = list(_methods(config, work, cluster, empty))
     if not methods:
         raise ConfigError(no_split)
     methods.sort(key=lambda one: (not one.fits, one.step_seconds))
@@ -122,8 +120,6 @@ def _devices_per_node(config: Config, request: Request) -> int:
             f"--link={request.link} is what is between nodes, and --nodes is 1: give both, or neither (what is within "
             "a node comes with the device)"
         )
-    if request.calibrate and request.gpu not in (None, *HERE):
-        raise UserError(f"--calibrate measures this machine, --gpu={request.gpu} is another: give one of the two")
     return per_node
 
 
@@ -198,11 +194,17 @@ def _model(config: Config, vocab_size: int | None) -> tuple[Any, Anatomy]:
     return hf_config, family.anatomy(hf_config)
 
 
-def _work(config: Config, hf_config: Any, parts: Anatomy) -> Work:
-    from lptransformer import activations
+def _empty(config: Config, hf_config: Any, parts: Anatomy) -> EmptyStages:
+    """The model's stages on whatever split, without memory."""
+    from lptransformer.stage_memory import EmptyStages
 
-    train, head, optimizer = config.train, config.head, config.optimizer
-    length = config.data.sequence_length
+    dtype, length = config.train.dtype, config.data.sequence_length
+    return EmptyStages(hf_config, parts, config.head, dtype=dtype, sequence_length=length, alike=True)
+
+
+def _work(config: Config, hf_config: Any, parts: Anatomy, empty: EmptyStages) -> Work:
+    train, head = config.train, config.head
+    windows, length = micro_batch_size(config), config.data.sequence_length
     costs = cost.model_costs(
         parts.block_parameters,
         parts.hidden_size,
@@ -212,27 +214,18 @@ def _work(config: Config, hf_config: Any, parts: Anatomy) -> Work:
         norm_parameters=parts.norm_parameters,
         **head.cost_options(),
     )
-    kept = activations.count(
-        hf_config,
-        parts,
-        micro_batch_size=train.micro_batch_size,
-        sequence_length=length,
-        chunk_tokens=head.chunk_tokens,
-        dtype=train.dtype,
-    )
-    states = memory.state_bytes(
-        train.dtype, optimizer.name, optimizer.momentum > 0, int(config.objective.name == "delayed")
-    )
-    size = memory.BYTES[train.dtype]
+    kept = empty.of_others(windows)
+    states = rank_memory.precision(train.dtype, config.optimizer, config.deepspeed)
+    size = rank_memory.BYTES[train.dtype]
     per_token = {None: parts.hidden_size * size, "bf16": parts.hidden_size * 2, "int8": parts.hidden_size + 4}
-    rows = min(head.chunk_tokens, train.micro_batch_size * length)
+    rows = min(head.chunk_tokens, windows * length)
     return Work(
         costs=costs,
         num_blocks=hf_config.num_hidden_layers,
         hidden_size=parts.hidden_size,
         vocab_size=parts.vocab_size,
         sequence_length=length,
-        micro_batch_size=train.micro_batch_size,
+        micro_batch_size=windows,
         micro_batches=train.micro_batches_per_update,
         dtype=train.dtype,
         activations=kept,
@@ -249,27 +242,11 @@ def _work(config: Config, hf_config: Any, parts: Anatomy) -> Work:
     )
 
 
-def _this_machine(config: Config, hf_config: Any, parts: Anatomy, work: Work, processes: int) -> Device:
-    from lptransformer.calibrate import measure
-
-    return measure(
-        hf_config,
-        parts,
-        work.costs,
-        micro_batch_size=config.train.micro_batch_size,
-        sequence_length=config.data.sequence_length,
-        chunk_tokens=config.head.chunk_tokens,
-        dtype=config.train.dtype,
-        optimizer=config.optimizer,
-        processes=processes,
-    )
-
-
 def _objective(config: Config, work: Work) -> objective.Objective:
     return objective.build(work.num_blocks, **config.objective.model_dump())
 
 
-def _configured(config: Config, work: Work, cluster: Cluster) -> Candidate:
+def _configured(config: Config, work: Work, cluster: Cluster, empty: EmptyStages) -> Candidate:
     """The run on its own split; DeepSpeed's pipelines have no channel of this program between their ranks."""
     goal = _objective(config, work)
     partition, ours = config.parallel.partition, config.engine == "local"
@@ -284,10 +261,11 @@ def _configured(config: Config, work: Work, cluster: Cluster) -> Candidate:
         sizes=None if isinstance(partition, str) else partition,
         head=head_in_words(config),
         steps=config.train.steps,
+        empty=empty,
     )
 
 
-def _methods(config: Config, work: Work, cluster: Cluster) -> Sequence[Prediction]:
+def _methods(config: Config, work: Work, cluster: Cluster, empty: EmptyStages) -> Sequence[Prediction]:
     """Every method at its best split, size of micro-batch and ZeRO stage."""
     ways = splits(cluster, work, work.num_blocks)
     base = configuration.zero_stage(config)
@@ -308,7 +286,7 @@ def _methods(config: Config, work: Work, cluster: Cluster) -> Sequence[Predictio
     own = _objective(config, work)
     local_only = name in ("chunked", "greedy") and len(own.phases) == 1
     for pipeline, data, smaller in ways:
-        place = {"pipeline": pipeline, "data": data, "head": head, "steps": steps}
+        place = {"pipeline": pipeline, "data": data, "head": head, "steps": steps, "empty": empty}
 
         def here(
             method: str,

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lptransformer.devices import Device
 from lptransformer.plan import PIPELINE_ENGINE, Plan
 from lptransformer.progress import table
 from lptransformer.workload import USABLE_MEMORY, Prediction
 
 _RANKS: tuple[str, ...] = ("pipeline rank", "blocks", "head", "parameters", "MFLOP/token", "weights", "gradients")
-_RANKS += ("optimizer", "activations", "of micro-batches", "messages, logits", "total", "idle")
+_RANKS += ("optimizer", "activations", "of micro-batches", "messages", "peak", "idle")
 _METHODS: tuple[str, ...] = ("method", "pipeline x data", "micro-batch", "m", "ZeRO", "recompute", "seconds/update")
 _METHODS += ("tokens/s", "idle", "memory", "fits", "border up", "border down", "ring")
 
@@ -25,8 +24,6 @@ def print_plan(plan: Plan) -> None:
         f"{USABLE_MEMORY * cluster.device.memory_bytes / 1e9:.1f} GB usable each; within a node "
         f"{cluster.device.intra_link.name}" + (f", between nodes {cluster.link.name}" if cluster.nodes > 1 else "")
     )
-    if cluster.device.parameter_seconds is not None:
-        _print_measured(cluster.device, work.dtype)
     print(
         f"{work.num_blocks} blocks of width {work.hidden_size}, vocabulary {work.vocab_size:,}, {work.dtype}; an "
         f"update is {work.micro_batches} micro-batches x {work.micro_batch_size} windows x {work.sequence_length} "
@@ -62,20 +59,7 @@ def to_json(plan: Plan) -> str:
 
 def _as_data(one: Prediction) -> dict[str, Any]:
     """A prediction with what follows from its numbers."""
-    data = {**asdict(one), "idle_share": one.idle_share}
-    for row, rank in zip(data["ranks"], one.ranks, strict=True):
-        row["memory"]["total"] = rank.memory.total
-    return data
-
-
-def _print_measured(device: Device, dtype: str) -> None:
-    rate, wire = device.flops[dtype] * device.achievable, device.intra_link
-    heads = device.flops[dtype] * (device.achievable_head or device.achievable)
-    print(
-        f"measured: blocks {rate / 1e9:,.1f} GFLOP/s, heads {heads / 1e9:,.1f} GFLOP/s, optimizer "
-        f"{(device.parameter_seconds or 0) * 1e9:.2f} ns per weight, memory {device.memory_bandwidth / 1e9:.1f} GB/s, "
-        f"loopback {wire.latency_seconds * 1e6:.0f} us and {wire.bytes_per_second / 1e9:.2f} GB/s"
-    )
+    return {**asdict(one), "idle_share": one.idle_share}
 
 
 def _rank_rows(one: Prediction) -> list[tuple[object, ...]]:
@@ -87,12 +71,12 @@ def _rank_rows(one: Prediction) -> list[tuple[object, ...]]:
             f"{rank.parameters / 1e6:,.1f} M",
             f"{rank.forward_flops / 1e6:,.1f}",
             _size(rank.memory.weights + rank.memory.copies),
-            _size(rank.memory.gradients),
+            _size(rank.memory.gradients + rank.memory.buckets),
             _size(rank.memory.optimizer),
             _size(rank.memory.activations),
             rank.memory.held,
-            _size(rank.memory.messages + rank.memory.logits),
-            _size(rank.memory.total),
+            _size(rank.memory.messages),
+            _size(rank.memory.peak),
             f"{rank.idle_share:.1%}",
         )
         for rank in one.ranks

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from lptransformer import memory, partition, rivals, simulate, wavefront
+from lptransformer import partition, rivals, simulate, wavefront
 from lptransformer.cost import ModelCosts
 from lptransformer.devices import Cluster
 from lptransformer.gradients import crossing, flows
 from lptransformer.objective import Objective
 from lptransformer.partition import StagePlan
+from lptransformer.rank_memory import RankMemory
 from lptransformer.simulate import Link, StageSeconds
 from lptransformer.workload import (
     Candidate,
@@ -27,6 +29,9 @@ from lptransformer.workload import (
     predicted,
     update_seconds,
 )
+
+if TYPE_CHECKING:
+    from lptransformer.stage_memory import EmptyStages
 
 
 def stage_seconds(
@@ -42,7 +47,7 @@ def stage_seconds(
         forward = device.compute_seconds(tokens * blocks, work.dtype)
         forward += device.head_seconds(tokens * stage.has_head * head, work.dtype)
         pull = device.compute_seconds(tokens * blocks, work.dtype)
-        own, _ = memory.weights_of(stage, costs)
+        own, _ = partition.weights_of(stage, costs)
         backward, reduction = 2 * pull, own * work.states.gradients
         if zero_stage == 3:
             gather = cluster.ring_seconds(own * work.states.weights, data, 1, stage.num_blocks)
@@ -71,31 +76,24 @@ def of_objective(
     sizes: Sequence[int] | None = None,
     head: str = "private",
     steps: int = 1000,
+    empty: EmptyStages | None = None,
 ) -> Candidate:
-    """A method of this program: `goal` on pipeline ranks of `sizes` blocks (None: as partition.py balances them)."""
+    """A method of this program: `goal` on pipeline ranks of `sizes` blocks (None: as partition.py balances them).
+
+    Without the `empty` stages nothing is said of memory.
+    """
     stages = partition.cut(goal, pipeline, work.costs, "balanced" if sizes is None else list(sizes))
     rounds = work.micro_batches // data
     if goal.delayed:  # every update copies one version of the weights to the other (versions.py)
-        moved = 2 * work.states.versions * work.states.weights
+        moved = 2 * work.states.weights
         work = replace(work, update_bytes=work.update_bytes + moved)
-    of_ranks = memory.predict(
-        goal,
-        stages,
-        work.costs,
-        work.activations,
-        work.states,
-        micro_batches=rounds,
-        micro_batch_tokens=work.micro_batch_tokens,
-        chunk_tokens=work.chunk_tokens,
-        zero_stage=zero_stage,
-        replicas=data,
-        in_flight=work.in_flight,
-        head_blocks=work.head_blocks,
-        token_fraction=work.token_fraction,
-        fused_step=fused_step(cluster.device),
-    )
+    of_ranks = [RankMemory()] * pipeline
+    if empty is not None:
+        how = replace(work.states, zero_stage=zero_stage, replicas=data, fused_step=fused_step(cluster.device))
+        size = work.micro_batch_size
+        of_ranks = empty.ranks(goal, stages, how, micro_batch_size=size, rounds=rounds, in_flight=work.in_flight)
     seconds = stage_seconds(stages, work, cluster, data, zero_stage)
-    most = max(rank.total for rank in of_ranks)
+    most = max(rank.peak for rank in of_ranks)
 
     def busy(rank: int) -> float:
         mine = [(stage, time) for stage, time in zip(stages, seconds, strict=True) if stage.pipeline_rank == rank]
@@ -105,7 +103,7 @@ def of_objective(
         messages, down = _messages(goal, stages, work)
         links = border_links(cluster, data, messages, work.channel)
         step, idle = _replayed(goal, stages, seconds, links, rounds, work.in_flight, steps)
-        weights = [memory.weights_of(stage, work.costs)[0] * stage.trained for stage in stages]
+        weights = [partition.weights_of(stage, work.costs)[0] * stage.trained for stage in stages]
         of_rank = [
             sum(w for w, s in zip(weights, stages, strict=True) if s.pipeline_rank == r) for r in range(pipeline)
         ]
@@ -120,7 +118,7 @@ def of_objective(
                     rank,
                     f"{local[0].first_block}-{local[-1].last_block}",
                     " + ".join(dict.fromkeys(kind for kind in kinds if kind)) or "none",
-                    sum(memory.weights_of(stage, work.costs)[0] for stage in local),
+                    sum(partition.weights_of(stage, work.costs)[0] for stage in local),
                     sum(_forward_flops(stage, work.costs) for stage in local),
                     of_ranks[rank],
                     idle[rank],

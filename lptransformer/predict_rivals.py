@@ -8,9 +8,9 @@ forward pass more of these blocks). This program does not do that.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lptransformer import memory, rivals
+from lptransformer import rank_memory, rivals
 from lptransformer.cost import ModelCosts
 from lptransformer.devices import Cluster
 from lptransformer.rivals import ChunkSeconds
@@ -150,10 +150,10 @@ def _bytes(
     readout = last * int(costs.head_flops / 2)
     kept = blocks * (recompute * of.rows + (1 - recompute) * of.block) + (of.block if recompute else 0.0)
     kept += last * (of.norm + of.rows) + readout * of.readout_weight
-    return memory.of_others(
+    return rank_memory.of_others(
         weights,
-        memory.largest_tensor(int(blocks), costs, first, readout),
-        work.states.precision(zero_stage, data, fused_step(cluster.device)),
+        rank_memory.largest_tensor(int(blocks), costs, first, readout),
+        replace(work.states, zero_stage=zero_stage, replicas=data, fused_step=fused_step(cluster.device)),
         kept=kept,
         logits=last * of.logits,
         messages=messages,

@@ -12,6 +12,7 @@ from typing import Any
 from lptransformer import config as configuration
 from lptransformer import cost, family, flops, gradients, objective, partition, run_folder, simulate
 from lptransformer.config import Config
+from lptransformer.config_checks import micro_batch_size
 from lptransformer.errors import ModelError, RunError
 from lptransformer.metrics import Record
 from lptransformer.records import FORMAT, IDENTITY, RECORD, RECORDS, read
@@ -35,7 +36,7 @@ def build(run: Path, identity: Mapping[str, Any] | None = None) -> Record:
     goal = objective.build(model_blocks(model), **config.objective.model_dump())
     plans = partition.cut(goal, config.parallel.pipeline, costs, config.parallel.partition)
     train = config.train
-    positions = train.micro_batch_size * train.micro_batches_per_update * config.data.sequence_length
+    positions = micro_batch_size(config) * train.micro_batches_per_update * config.data.sequence_length
     hidden_bytes = positions * parts.hidden_size * _BYTES[train.dtype]
     handed_up = hidden_bytes
     if train.border_dtype is not None:  # int8: and four bytes of scale for a token
@@ -128,7 +129,7 @@ def _evaluations(
     metrics: Sequence[Record], goal: objective.Objective, costs: cost.ModelCosts, config: Config
 ) -> dict[str, Any]:
     train = config.train
-    micro_batch = train.micro_batch_size * config.data.sequence_length
+    micro_batch = micro_batch_size(config) * config.data.sequence_length
     places = {record["update"]: record for record in metrics if "stages" in record}
     tables: dict[str, Any] = {}
     ranks = min(PIPELINE_RANKS, goal.num_blocks)

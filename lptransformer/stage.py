@@ -17,6 +17,7 @@ from lptransformer.family import Anatomy
 from lptransformer.head import Copy, Head, Readout, SharedReadout, factorised, make_read_only
 from lptransformer.partition import StagePlan
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}  # train.dtype
 Pull = Callable[[Tensor], Tensor]
 Output = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Pull | None]
 

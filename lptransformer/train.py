@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lptransformer import checkpoint, partition, run_folder
-from lptransformer.auto_batch import recorded, settled
+from lptransformer.auto_batch import agreed, recorded
 from lptransformer.build import Engine, ModelPlan, start
 from lptransformer.channel import Control
 from lptransformer.config import Config
@@ -36,7 +36,7 @@ def train(config: Config, resume: bool = False, overwrite: bool = False, until: 
     folder = Path(config.run.dir)
     if launched_rank() == 0:
         run_folder.check(folder, recorded(config) if resume else config, resume, overwrite)
-    with settled(config, resume) as config:
+    with agreed(config, resume) as config:
         engine, data, plan = start(config)
     if resume:
         run_folder.check_data(folder, data.folders())

@@ -12,7 +12,7 @@ from typing import Any
 
 from lptransformer.cost import ModelCosts
 from lptransformer.devices import Cluster, Device, Wire
-from lptransformer.memory import ActivationBytes, RankBytes, StateBytes
+from lptransformer.rank_memory import ActivationBytes, Precision, RankMemory
 from lptransformer.simulate import Link
 
 
@@ -38,7 +38,7 @@ class Work:
     logit_bytes: float
     token_bytes: float
     chunk_tokens: int
-    states: StateBytes
+    states: Precision
     update_bytes: float
     in_flight: int = 2
     head_blocks: int = 0
@@ -80,7 +80,7 @@ class RankRow:
     head: str
     parameters: int
     forward_flops: float
-    memory: RankBytes
+    memory: RankMemory
     idle_share: float
 
 
@@ -126,7 +126,7 @@ class Candidate:
 
 # What a device has for the program: the rest is for its own context, buffers and holes between tensors.
 USABLE_MEMORY = 0.9  # assumed
-CPUS = ("this", "laptop-core")  # devices that take an optimizer's step tensor by tensor
+CPUS = ("cpu", "laptop-core")  # devices that take an optimizer's step tensor by tensor
 
 
 def fits(memory_bytes: float, cluster: Cluster) -> bool:
@@ -134,7 +134,7 @@ def fits(memory_bytes: float, cluster: Cluster) -> bool:
 
 
 def fused_step(device: Device) -> bool:
-    """Whether the optimizer takes all tensors at once: footprint.Precision."""
+    """Whether the optimizer takes all tensors at once: rank_memory.Precision."""
     return device.key not in CPUS
 
 

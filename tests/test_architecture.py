@@ -17,8 +17,8 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 PURE = {"errors", "config", "config_sections", "config_text", "config_checks", "deepspeed_keys"}
 PURE |= {"objective", "cost", "partition", "gradients", "schedule", "run_folder", "launcher", "__main__"}
 PURE |= {"flops", "halving", "sweep_file", "records", "comparison", "pareto", "documents", "result_tables", "plots"}
-PURE |= {"simulate", "devices", "memory", "wavefront", "rivals", "workload", "predict_local", "predict_rivals"}
-PURE |= {"advice", "plan", "plan_tables", "footprint"}
+PURE |= {"simulate", "devices", "rank_memory", "wavefront", "rivals", "workload", "predict_local", "predict_rivals"}
+PURE |= {"advice", "plan", "plan_tables"}
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "safetensors", "sentencepiece", "matplotlib", "numpy"}
 ALLOWED = {
     "deepspeed": {"world", "deepspeed_stage", "pipeline_baseline"},
@@ -28,7 +28,7 @@ ALLOWED = {
     "matplotlib": {"progress", "plots", "figures", "diagnosis", "trace_plot"},
 }
 WHOLE_CONFIGURATION = {"build", "train", "launcher", "run_folder", "__main__"}
-WHOLE_CONFIGURATION |= {"sweep_file", "run_record", "plan", "mock_run", "dry_run", "empty_model", "auto_batch"}
+WHOLE_CONFIGURATION |= {"sweep_file", "run_record", "plan", "dry_run", "auto_batch"}
 WITHOUT_DEEPSPEED = {"evaluate", "export", "report", "sweep", "run_folder", "data", "stage", "checkpoint"}
 WITHOUT_DEEPSPEED |= {"diagnosis"}
 

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 
 from lptransformer import config as configuration
-from lptransformer import memory, objective, workload
+from lptransformer import objective, workload
 from lptransformer.__main__ import parser
 from lptransformer.advice import advise, choose
 from lptransformer.cost import model_costs
 from lptransformer.devices import Cluster, table
 from lptransformer.errors import UserError
 from lptransformer.launcher import run
-from lptransformer.memory import ActivationBytes
 from lptransformer.partition import cut
 from lptransformer.plan import Plan, Request, make
 from lptransformer.plan_tables import to_json
 from lptransformer.predict_local import of_objective, stage_seconds
 from lptransformer.predict_rivals import RIVALS, data_parallel, of_rival
+from lptransformer.rank_memory import ActivationBytes, precision
 from lptransformer.workload import Candidate, Prediction, Work, balanced_sizes, best
 
 PLANS = Path(__file__).parent.parent / "configs" / "plans"
@@ -37,7 +37,7 @@ SMALL: dict[str, Any] = {
 def work(micro_batches: int = 8, vocab_size: int = V, block_bytes: float = 1e6, dtype: str = "fp32") -> Work:
     costs = model_costs(12 * H * H, H, vocab_size, T, embedding_parameters=vocab_size * H, norm_parameters=2 * H)
     kept = ActivationBytes(block_bytes, 1e4, 2 * T * H * 4, 64 * vocab_size * 16, 4)
-    states = memory.state_bytes(dtype)
+    states = precision(dtype)
     return Work(
         costs, BLOCKS, H, vocab_size, T, 2, micro_batches, dtype, kept, vocab_size * 16, H * 4, 64, states, 32.0
     )
@@ -132,15 +132,17 @@ def test_activations_are_what_autograd_keeps(family: str, groups: int | None, dt
     """Counted on an empty model: equal to what a real block saves for its backward pass."""
     import torch
 
-    from lptransformer import activations, pieces
     from lptransformer import family as families
+    from lptransformer import pieces
+    from lptransformer.config_sections import HeadSection
+    from lptransformer.stage_memory import EmptyStages
 
     sizes = {"hidden_size": H, "num_layers": 2, "num_heads": 4, "intermediate_size": None}
     hf_config = families.new_config(
         family, **sizes, num_key_value_heads=groups, vocab_size=V, max_position_embeddings=T, end_of_text_id=None
     )
     parts = families.anatomy(hf_config)
-    found = activations.count(hf_config, parts, micro_batch_size=2, sequence_length=T, chunk_tokens=16, dtype=dtype)
+    found = EmptyStages(hf_config, parts, HeadSection(chunk_tokens=16), dtype=dtype, sequence_length=T).of_others(2)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     block = pieces.new_piece(hf_config, parts, range(1), False, False, 0).base.to(kind)
     hidden = torch.randn(2, T, H, dtype=kind).requires_grad_()
@@ -159,7 +161,7 @@ def test_activations_are_what_autograd_keeps(family: str, groups: int | None, dt
         block(inputs_embeds=hidden, use_cache=False)
     assert found.block == sum(saved.values())
     assert found.rows == 2 * T * H * (2 if dtype == "bf16" else 4)
-    assert found.logits == 16 * V * (18 + 2 if dtype == "bf16" else 16)
+    assert found.logits >= 16 * V * (18 + 2 if dtype == "bf16" else 16), "a chunk in fp32, its gradients, and others"
 
 
 # --------------------------------------------------------------------------------------------------------- the choice
@@ -294,9 +296,9 @@ def test_json_is_even_and_described() -> None:
     ):
         assert set(one) == set(written["configured"])
         assert one["idle_share"] == pytest.approx(sum(one["idle_shares"]) / len(one["idle_shares"]))
-        assert [row["memory"]["total"] for row in one["ranks"]] == [row.memory.total for row in prediction.ranks]
+        assert [row["memory"]["peak"] for row in one["ranks"]] == [row.memory.peak for row in prediction.ranks]
         if one["ranks"]:
-            assert max(row["memory"]["total"] for row in one["ranks"]) == one["memory_bytes"]
+            assert max(row["memory"]["peak"] for row in one["ranks"]) == one["memory_bytes"]
     described = (PLANS.parent.parent / "docs" / "design.md").read_text().split("**Plan.**")[1].split("\n\n")[0]
     rank = written["configured"]["ranks"][0]
     for key in [*written, *written["configured"], *rank, *rank["memory"]]:
@@ -316,7 +318,6 @@ def test_the_target_of_json_is_checked_before_the_work(tmp_path: Path, monkeypat
 
 
 MISTAKES = [
-    (["--gpu", "h100", "--calibrate"], "--calibrate measures this machine"),
     (["--gpu", "h10"], "did you mean h100?"),
     (["--gpu", "h100", "--nodes", "2"], "--link"),
     (["--gpu", "h100", "--nodes", "2", "--gpus-per-node", "1", "--link", "fast"], "known are"),
@@ -404,11 +405,9 @@ def test_a_cluster_of_another_size_is_told() -> None:
     assert not any("of 1 x 1 processes" in line for line in plan(gpus_per_node=1).advice)
 
 
-def test_this_machine_is_measured_where_no_device_is_named() -> None:
-    made = plan(gpu=None, gpus_per_node=1)
-    device = made.cluster.device
-    assert device.key == "this" and device.parameter_seconds and device.achievable_head
-    assert 1e6 < device.flops["fp32"] < 1e16 and device.intra_link.latency_seconds < 0.1
+def test_without_a_device_it_is_a_cpu() -> None:
+    made = plan(gpu=Request().gpu, gpus_per_node=1)
+    assert made.cluster.device == table().device("cpu")
     assert [one.method for one in made.methods if one.pipeline == 1]
 
 

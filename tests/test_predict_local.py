@@ -10,9 +10,9 @@ from lptransformer import config as configuration
 from lptransformer import objective
 from lptransformer.cost import model_costs
 from lptransformer.devices import Cluster, table
-from lptransformer.memory import ActivationBytes, state_bytes
 from lptransformer.plan import Request, make
 from lptransformer.predict_local import of_objective
+from lptransformer.rank_memory import ActivationBytes, precision
 from lptransformer.workload import Prediction, Work
 
 BASE: dict[str, Any] = {
@@ -61,7 +61,7 @@ def test_inside_of_a_chunk_hidden_states_travel_as_they_are() -> None:
     """Two chunks on four ranks: only the middle border is behind a head, and carries no gradient."""
     costs = model_costs(12 * 64 * 64, 64, 512, 32, embedding_parameters=512 * 64, norm_parameters=128)
     kept = ActivationBytes(1e6, 1e4, 2 * 32 * 64 * 4, 64 * 512 * 16, 4)
-    states, token_bytes = state_bytes("fp32"), 64 + 4
+    states, token_bytes = precision("fp32"), 64 + 4
     one = Work(costs, 8, 64, 512, 32, 2, 4, "fp32", kept, 512 * 16, token_bytes, 64, states, 32.0)
     here = Cluster(table().device("h100"), 4, 1, table().link("100gbit"))
 

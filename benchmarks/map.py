@@ -16,14 +16,15 @@ from pathlib import Path
 
 from side_by_side import rivals
 
-from lptransformer import memory, objective
+from lptransformer import objective
 from lptransformer.candidates import Candidate, balanced_sizes, of_backprop
 from lptransformer.cost import model_costs
 from lptransformer.devices import Cluster, table
 from lptransformer.figures import new_figure, save
-from lptransformer.memory import ActivationBytes
+from lptransformer.head_kinds import HeadOptions
 from lptransformer.partition import cut
 from lptransformer.plots import COLOURS
+from lptransformer.rank_memory import ActivationBytes, precision
 from lptransformer.step_time import Work, border_links
 
 WIDTH, BLOCKS, LENGTH, ROWS = 2048, 32, 2048, 8
@@ -53,12 +54,12 @@ def work(micro_batches: int, vocabulary: int, token_fraction: float) -> Work:
         WIDTH,
         vocabulary,
         LENGTH,
+        HeadOptions(token_fraction=token_fraction),
         embedding_parameters=vocabulary * WIDTH,
         norm_parameters=WIDTH,
-        token_fraction=token_fraction,
     )
     kept = ActivationBytes(34.0 * ROWS * LENGTH * WIDTH, 0.0, 2.0 * ROWS * LENGTH * WIDTH, 0.0, 2)
-    states = memory.state_bytes("bf16")
+    states = precision("bf16")
     return Work(
         costs,
         BLOCKS,
@@ -74,7 +75,6 @@ def work(micro_batches: int, vocabulary: int, token_fraction: float) -> Work:
         1024,
         states,
         30.0,
-        token_fraction=token_fraction,
     )
 
 

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from allocations import Allocations, recorded
 
 from lptransformer import config as configuration
 from lptransformer import family
-from lptransformer.allocations import Allocations, recorded
 from lptransformer.blueprint import draw
 from lptransformer.build import build_engine
 from lptransformer.documents import ResultTable, update

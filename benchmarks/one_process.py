@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_tokens import RandomTokens
 from torch import Tensor, nn
 
 from lptransformer import config as configuration
 from lptransformer.blueprint import draw
 from lptransformer.build import build_engine
 from lptransformer.documents import ResultTable, update
-from lptransformer.mock_run import RandomTokens
 from lptransformer.processes import use_fair_share_of_cores
 from lptransformer.world import join, leave
 

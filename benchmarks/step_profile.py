@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_tokens import RandomTokens
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lptransformer import config as configuration
@@ -49,7 +50,6 @@ from lptransformer.blueprint import draw
 from lptransformer.build import build_engine
 from lptransformer.channel import Receiver, Sender
 from lptransformer.documents import ResultTable, update
-from lptransformer.mock_run import RandomTokens
 from lptransformer.processes import use_fair_share_of_cores
 from lptransformer.world import join
 

@@ -30,7 +30,6 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("config", help="YAML file of the run (configs/)")
     add_training_flags(sub)
     sub.add_argument("--dry-run", action="store_true", help="check, print stages, memory and FLOPs, start nothing")
-    sub.add_argument("--mock-batch", action="store_true", help="with --dry-run: measure memory on random tokens too")
 
     sub = command("prepare", prepare, "Turn text, jsonl or parquet files into a tokenizer and token sets.")
     sub.add_argument("config", help="YAML file whose section `data` says what to prepare")
@@ -94,16 +93,16 @@ def parser() -> argparse.ArgumentParser:
 
 def train(args: argparse.Namespace) -> None:
     config = configuration.load(args.config, args.overrides)
-    if args.resume and config.train.auto_batch:
+    auto = config.train.micro_batch_size == "auto"
+    if auto and args.resume:
         from lptransformer.auto_batch import recorded
 
         config = recorded(config)
     assert config.run.dir is not None
+    folder = Path(config.run.dir)
     # All that one process can check and make is done before others are started.
-    run_folder.check(Path(config.run.dir), config, args.resume, args.overwrite)
+    run_folder.check(folder, config, args.resume, args.overwrite)
     check_until(config, args.until, args.resume)
-    if args.mock_batch and not args.dry_run:
-        raise UserError("--mock-batch belongs to --dry-run: give both, or neither")
     import torch
 
     from lptransformer.prepare import prepare_all
@@ -113,18 +112,27 @@ def train(args: argparse.Namespace) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed chooses anyway, with a warning
     check_devices(config.parallel.channel, config.parallel.data)
     if args.dry_run:
-        from lptransformer.auto_batch import previewed
-        from lptransformer.dry_run import dry_run
+        from lptransformer.dry_run import dry_run, unprepared
 
-        dry_run(previewed(config), args.mock_batch)
+        if auto:
+            from lptransformer.auto_batch import for_this_host, with_size
+
+            config = for_this_host(config, unprepared(with_size(config, 1)))
+        dry_run(config)
         return
     prepared = prepare_all(**config.data.model_dump())
     if args.resume:
-        run_folder.check_data(Path(config.run.dir), prepared.folders())
+        run_folder.check_data(folder, prepared.folders())
+    if auto:
+        from lptransformer.auto_batch import for_this_host, of_prepared
+
+        config = for_this_host(config, *of_prepared(config, prepared))
     processes = config.parallel.pipeline * config.parallel.data
     if processes > 1:
         flags = [flag for flag in ("--resume", "--overwrite") if getattr(args, flag[2:])]
         flags += [] if args.until is None else [f"--until={args.until}"]
+        if auto:
+            args.overrides.append(f"--train.micro_batch_size={config.train.micro_batch_size}")
         raise SystemExit(launch(args.config, [*flags, *args.overrides], processes))
     from lptransformer.train import train as train_here
 
@@ -191,7 +199,7 @@ def sweep(args: argparse.Namespace) -> None:
     from lptransformer import sweep_file
 
     checked = sweep_file.read(args.sweep_file, args.overrides)  # before anything slow is imported
-    if run := next((run for run in checked.runs if run.config.train.auto_batch), None):
+    if run := next((run for run in checked.runs if run.config.train.micro_batch_size == "auto"), None):
         raise UserError(
             f"{args.sweep_file}: run {run.name}: train.micro_batch_size is auto: runs with batches of different size "
             "cannot be compared, and those that train at once share the memory; give a number"

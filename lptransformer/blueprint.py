@@ -14,13 +14,13 @@ from lptransformer import family, partition
 from lptransformer import objective as objectives
 from lptransformer.codecs import CODECS
 from lptransformer.config import Config
-from lptransformer.config_checks import state_bytes, zero_stage
+from lptransformer.config_checks import micro_batch_size, zero_stage
 from lptransformer.cost import ModelCosts, loss_positions, model_costs
 from lptransformer.dtypes import DTYPES
 from lptransformer.errors import ConfigError
 from lptransformer.family import Anatomy
-from lptransformer.gradients import Duty, Flow, clip_groups, crossing, duty, flows, lag_of
-from lptransformer.head_kinds import HEADS, HeadOptions, holds_copies
+from lptransformer.gradients import Duty, Flow, clip_groups, copy_lags, crossing, duty, flows
+from lptransformer.head_kinds import HeadOptions, followed
 from lptransformer.objective import Objective
 from lptransformer.partition import StagePlan
 from lptransformer.spans import Phase
@@ -55,7 +55,6 @@ class Blueprint:
     `model_config` is that of the Hugging Face model. By the index of a stage: `head_losses` of those with a head,
     `copy_lags` in updates of those whose head holds read-only copies, `codecs` of those whose output is encoded for the
     next one. Sizes: windows in a micro-batch, tokens in a window, micro-batches in an update (over all replicas).
-    `state_bytes` is what a trained weight takes with its gradient and the optimizer's state, before ZeRO divides it.
     """
 
     model_config: Any
@@ -71,7 +70,6 @@ class Blueprint:
     chunk_tokens: int
     dtype: str
     zero_stage: int
-    state_bytes: int
     seed: int
     steps: int
     replicas: int
@@ -125,7 +123,8 @@ def draw(config: Config, vocab_size: int, end_of_text_id: int | None) -> Bluepri
 
 def of_model(config: Config, hf_config: Any) -> Blueprint:
     """The blueprint of a run with this model. Raises ModelError where it cannot be cut, ConfigError where not so."""
-    train, length, head = config.train, config.data.sequence_length, config.head
+    train, windows = config.train, micro_batch_size(config)
+    length, head = config.data.sequence_length, config.head
     parts = family.anatomy(hf_config)
     costs = model_costs(
         parts.block_parameters,
@@ -148,17 +147,16 @@ def of_model(config: Config, hf_config: Any) -> Blueprint:
         stages=stages,
         phases=tuple(_phase_plan(phase, stages) for phase in objective.phases),
         head=head,
-        head_losses=_head_losses(stages, train.micro_batches_per_update * train.micro_batch_size, length, head),
-        copy_lags=_copy_lags(between, head, config.parallel.in_flight, rounds),
+        head_losses=_head_losses(stages, train.micro_batches_per_update * windows, length, head),
+        copy_lags=copy_lags(stages, followed(head), config.parallel.in_flight, rounds),
         codecs=dict.fromkeys(between, config.border.codec) if config.border.codec != "none" else {},
         chunk_tokens=config.loss.chunk_tokens,
         dtype=train.dtype,
         zero_stage=zero_stage(config),
-        state_bytes=state_bytes(config),
         seed=train.seed,
         steps=train.steps,
         replicas=config.parallel.data,
-        micro_batch_size=train.micro_batch_size,
+        micro_batch_size=windows,
         sequence_length=length,
         micro_batches=train.micro_batches_per_update,
         in_flight=config.parallel.in_flight,
@@ -177,19 +175,4 @@ def _head_losses(stages: tuple[StagePlan, ...], rows: int, length: int, head: He
     return {
         index: HeadLoss(rows * (length - 1 if fraction == 1.0 else loss_positions(length, fraction)), fraction)
         for index, fraction in fractions.items()
-    }
-
-
-def _copy_lags(between: list[int], head: HeadOptions, in_flight: int, rounds: int) -> dict[int, int]:
-    """The lags of the copies in auxiliary heads, in updates.
-
-    The hops are counted in heads, as if each were on a pipeline rank of its own, so that the lag (and with it the
-    result) does not depend on the placement: to the model's own head, or to the next one.
-    """
-    if not holds_copies(head):
-        return {}
-    follows_last = HEADS[head.kind].follows_readout
-    return {
-        index: lag_of(len(between) - number if follows_last else 1, in_flight, rounds)
-        for number, index in enumerate(between)
     }

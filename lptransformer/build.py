@@ -14,6 +14,7 @@ from lptransformer import config as configuration
 from lptransformer import run_folder
 from lptransformer.blueprint import Blueprint
 from lptransformer.config import Config
+from lptransformer.config_checks import micro_batch_size
 from lptransformer.data import TrainStream
 from lptransformer.deepspeed_stage import FrozenStage, TrainedStage, deepspeed_config
 from lptransformer.dtypes import DTYPES
@@ -42,18 +43,19 @@ def initialize(source: str | Path | dict[str, Any] | Config, overrides: Sequence
 
 def start(config: Config) -> tuple[TrainingEngine, Prepared]:
     """Join the world, prepare the data, build this process's stages."""
+    micro_batch_size(config)  # refused before processes wait for each other
     configuration.check_world_size(config, launched_size())
     check_devices(config.parallel.channel, config.parallel.data, config.engine)
     use_fair_share_of_cores()
     world = join_world(config)
     data = prepare_once(config, world)
+    blueprint = blueprints.draw(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
     stream = TrainStream(
         [source.tokens for source in data.train],
         [source.weight for source in data.train],
         seed=config.train.seed,
-        micro_batch_size=config.train.micro_batch_size,
+        micro_batch_size=blueprint.micro_batch_size,
     )
-    blueprint = blueprints.draw(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
     engine = build_engine(config, world, blueprint, stream, data.valid)
 
     def describe_run(folder: Path, overwrite: bool) -> None:
@@ -99,7 +101,7 @@ def build_engine(
     torch_dtype: torch.dtype = getattr(torch, dtype.name)
     ds_config = deepspeed_config(
         config.deepspeed,
-        micro_batch_size=train.micro_batch_size,
+        micro_batch_size=blueprint.micro_batch_size,
         zero_stage=blueprint.zero_stage,
         bf16=train.dtype == "bf16",
         grad_clip=train.grad_clip,

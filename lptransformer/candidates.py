@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from lptransformer import memory, objective, partition
+from lptransformer import objective, partition, rank_memory
 from lptransformer.devices import Cluster
 from lptransformer.gradients import borders_carry_gradients
-from lptransformer.memory import RankBytes
 from lptransformer.objective import Objective
 from lptransformer.partition import StagePlan
+from lptransformer.rank_memory import Precision, RankMemory
 from lptransformer.simulate import StageSeconds, steady
 from lptransformer.step_time import (
     Bound,
@@ -45,7 +45,7 @@ class RankRow:
     blocks: str
     head: str
     parameters: int
-    memory: RankBytes
+    memory: RankMemory
     idle_share: float
 
 
@@ -117,29 +117,21 @@ class Candidate:
     def memory_bytes(self) -> float:
         """Of the process that needs most."""
         if self.ours:
-            return max(of_rank.total for of_rank in self.rank_bytes)
+            return max(of_rank.peak for of_rank in self.rank_bytes)
         return max(self._bytes_of_others(stage) for stage in self.stages)
 
     @cached_property
-    def rank_bytes(self) -> list[RankBytes]:
+    def rank_bytes(self) -> list[RankMemory]:
         """Of a process of every pipeline rank, as this program runs it."""
-        work = self.work
-        return memory.predict(
-            self.goal,
-            self.stages,
-            work.costs,
-            work.activations,
-            work.states,
-            micro_batches=self.rounds,
-            micro_batch_tokens=work.micro_batch_tokens,
-            chunk_tokens=work.chunk_tokens,
-            zero_stage=self.zero_stage,
-            replicas=self.data,
-            in_flight=work.in_flight,
-            head_blocks=work.head_blocks,
-            token_fraction=work.token_fraction,
-            fused_step=not self.cluster.device.is_cpu,
-        )
+        if self.work.empty is None:
+            return [RankMemory()] * self.pipeline
+        size = self.work.micro_batch_size
+        return self.work.empty.ranks(self.goal, self.stages, self._precision, micro_batch_size=size, rounds=self.rounds)
+
+    @property
+    def _precision(self) -> Precision:
+        on_gpu = not self.cluster.device.is_cpu
+        return replace(self.work.states, zero_stage=self.zero_stage, replicas=self.data, fused_step=on_gpu)
 
     def _bytes_of_others(self, stage: StagePlan) -> float:
         """Of one process of a rank of 1F1B at its peak, which keeps a pass for every rank from its own on.
@@ -152,10 +144,10 @@ class Candidate:
         readout = stage.is_last * int(costs.head_flops / 2)
         kept = blocks * (self.recompute * of.rows + (1 - self.recompute) * of.block) + (self.recompute > 0) * of.block
         kept += stage.is_last * (of.norm + of.rows) + readout * of.readout_weight
-        return memory.of_others(
-            memory.weights_of(stage, costs)[0],
-            memory.largest_tensor(stage.num_blocks, costs, stage.is_first, readout),
-            states.precision(self.zero_stage, self.data, fused_step=not self.cluster.device.is_cpu),
+        return rank_memory.of_others(
+            partition.weights_of(stage, costs)[0],
+            rank_memory.largest_tensor(stage.num_blocks, costs, stage.is_first, readout),
+            self._precision,
             kept=kept,
             logits=stage.is_last * of.logits,
             messages=(self.pipeline > 1) * 2 * of.rows * (2 - stage.is_first),
@@ -164,7 +156,7 @@ class Candidate:
 
     @cached_property
     def _seconds(self) -> tuple[list[StageSeconds], list[float]]:
-        work, moved = self.work, 2 * self.work.states.versions * self.work.states.weights
+        work, moved = self.work, 2 * self.work.states.weights
         if self.goal.delayed:  # every update copies one version of the weights to the other (versions.py)
             work = replace(work, update_bytes=work.update_bytes + moved)
         return stage_seconds(
@@ -196,11 +188,11 @@ class Candidate:
         )
         step, reductions = found.update_seconds, by_rank(stages, waits)
         idle = [share + wait / step for share, wait in zip(found.idle_shares, reductions, strict=True)]
-        weights = by_rank(stages, (memory.weights_of(stage, work.costs)[0] * stage.trained for stage in stages))
+        weights = by_rank(stages, (partition.weights_of(stage, work.costs)[0] * stage.trained for stage in stages))
         passes = {2: self.rounds + 1 if self.ours else 2, 3: 3 * self.rounds}.get(self.zero_stage, 2)
         return Prediction(
             method=self.method,
-            local=not _is_backprop(self.goal),
+            local=not self.goal.is_backprop,
             pipeline=self.pipeline,
             data=data,
             micro_batch_size=work.micro_batch_size,
@@ -223,20 +215,14 @@ class Candidate:
         local = [stage for stage in self.stages if stage.pipeline_rank == rank]
         heads = ["the model's own" if stage.is_last else self.head for stage in local if stage.has_head]
         blocks = f"{local[0].first_block}-{local[-1].last_block}"
-        parameters = sum(memory.weights_of(stage, self.work.costs)[0] for stage in local)
+        parameters = sum(partition.weights_of(stage, self.work.costs)[0] for stage in local)
         head = " + ".join(dict.fromkeys(heads)) or "none"
         return RankRow(rank, blocks, head, parameters, self.rank_bytes[rank], idle)
 
 
-def _is_backprop(goal: Objective) -> bool:
-    """Whether it trains as plain backprop does: one loss for all blocks, at the weights as they are."""
-    whole = all(span.first == 0 and span.last == goal.num_blocks - 1 for span in goal.usual.spans)
-    return whole and not goal.delayed
-
-
 def of_backprop(work: Work, cluster: Cluster, pipeline: int, data: int, zero_stage: int, recompute: float) -> Candidate:
     """1F1B as others run it; on one pipeline rank data parallel training, or one process."""
-    goal = objective.build(work.num_blocks, "backprop")
+    goal = Objective(work.num_blocks, objective.backprop(work.num_blocks))
     sizes = balanced_sizes(work.num_blocks, pipeline, work.costs.block_flops, work.costs.head_flops)
     stages = partition.cut(goal, pipeline, work.costs, sizes)
     method = "backprop, 1F1B" if pipeline > 1 else "data parallel" if data > 1 else "one process"
@@ -320,7 +306,7 @@ def methods(
                     break
             continue
         sizes = _chunks(smaller, pipeline)
-        chunked = objective.build(work.num_blocks, "chunked", chunks=sizes)
+        chunked = Objective(work.num_blocks, objective.chunked(work.num_blocks, sizes))
         add_ours("chunked, one per rank", chunked, smaller, pipeline, data, sizes)
         pairs = Objective(work.num_blocks, objective.overlapping(work.num_blocks, sizes, 1, 0.5, first_head=False))
         add_ours("overlapping, one per rank", pairs, smaller, pipeline, data, sizes)

@@ -35,7 +35,7 @@ from lptransformer.config_sections import (
 )
 from lptransformer.config_text import dump_yaml, parse_yaml, read_json, read_text
 from lptransformer.errors import ConfigError, ModelError
-from lptransformer.head_kinds import HEADS, holds_copies
+from lptransformer.head_kinds import HEADS, followed
 from lptransformer.section import Section
 
 __all__ = ["Config", "check_depth", "check_world_size", "differences", "load", "resume_differences", "to_dict"]
@@ -359,7 +359,7 @@ def resume_differences(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
     both = (saved, new)
     constant = all(values["train"]["lr_scheduler"].startswith("constant") for values in both)
     share = any(values["objective"].get("backprop_share") for values in both)
-    copies = any(holds_copies(HEADS[values["head"]["kind"]].options(**values["head"])) for values in both)
+    copies = any(followed(HEADS[values["head"]["kind"]].options(**values["head"])) is not None for values in both)
     free = {*FREE_ON_RESUME}
     if constant and not share:
         free.add("train.steps")

@@ -12,7 +12,7 @@ from lptransformer.cost import ModelCosts
 from lptransformer.dtypes import DTYPES
 from lptransformer.errors import ConfigError, OptionError
 from lptransformer.gradients import borders_carry_gradients, crossing, flows
-from lptransformer.head_kinds import HEADS, holds_copies
+from lptransformer.head_kinds import HEADS, followed
 from lptransformer.objective import METHODS, Objective
 from lptransformer.partition import StagePlan, cut
 
@@ -26,13 +26,15 @@ def zero_stage(config: Config) -> int:
     return int(DTYPES[config.train.dtype].has_masters) if stage is None else int(stage)
 
 
-def state_bytes(config: Config) -> int:
-    """What a trained weight takes with its gradient and the optimizer's state, before ZeRO divides it."""
-    dtype = DTYPES[config.train.dtype]
-    versions = int(METHODS[config.objective.name].delayed)
-    moments = 2 if config.optimizer.name == "adamw" else int(config.optimizer.momentum > 0)
-    weight_and_gradient = 2 * dtype.bytes + dtype.has_masters * dtype.state_bytes
-    return weight_and_gradient + (moments + versions) * dtype.state_bytes
+def micro_batch_size(config: Config) -> int:
+    """train.micro_batch_size, in windows. Raises ConfigError where it is still `auto`."""
+    size = config.train.micro_batch_size
+    if size == "auto":
+        raise ConfigError(
+            "train.micro_batch_size is auto: `train` finds the number when a run starts, and nothing else does; give "
+            "one here, for example --train.micro_batch_size=8"
+        )
+    return size
 
 
 def pretrained_warning(config: Config) -> str | None:
@@ -143,7 +145,7 @@ def _train(config: Config) -> Iterator[str]:
             f"{at('train.warmup_steps')} has no effect with {at('train.lr_scheduler')}: set it to 0, or "
             "train.lr_scheduler=constant_with_warmup"
         )
-    if train.auto_batch and config.engine == "deepspeed_pipeline":
+    if train.micro_batch_size == "auto" and config.engine == "deepspeed_pipeline":
         yield (
             f"train.micro_batch_size = auto with {at('engine')}: the memory of DeepSpeed's own pipeline is not "
             "predicted; give a number"
@@ -246,7 +248,7 @@ def _head(config: Config, of_run: Objective, layers: str) -> Iterator[str]:
         yield f"{at(error.key)} with {at('model.hidden_size')}: {error.problem}"
     if head.blocks > num_layers:
         yield f"{at('head.blocks')} is more than {layers}: extra blocks are like the model's; give at most {num_layers}"
-    if head.refresh_every > 1 and not holds_copies(head):
+    if head.refresh_every > 1 and followed(head) is None:
         yield (
             f"{at('head.refresh_every')} has no meaning with {at('head.kind')} and {at('head.ema_decay')}: there is "
             "nothing to refresh. Remove it (or give null)"

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, SerializeAsAny
 
 from lptransformer import deepspeed_keys
-from lptransformer.errors import ConfigError
 from lptransformer.head_kinds import HEADS, HeadOptions
 from lptransformer.objective import METHODS, ChunkedOptions, ObjectiveOptions
 from lptransformer.section import (
@@ -28,11 +27,8 @@ from lptransformer.section import (
     Whole,
 )
 
-AUTO = "auto"
-if TYPE_CHECKING:  # who reads it gets a number, or an error: TrainSection sees to that
-    BatchSize = int
-else:
-    BatchSize = Annotated[Count | Literal["auto"], "a whole number, 1 or more, or auto"]
+# Who needs the number takes it from config_checks.micro_batch_size.
+BatchSize = Annotated[Count | Literal["auto"], "a whole number, 1 or more, or auto"]
 _SOURCES = "a glob, a list of globs, or a mapping of names to globs or to {files, weight}"
 
 
@@ -155,23 +151,6 @@ class TrainSection(Section):
     )
     eval_every: Whole = Field(default=0, description="updates between evaluations (0: only at the end)")
     max_skipped_updates: Count = Field(default=10, description="skipped updates of a stage in a row that end the run")
-
-    @property
-    def auto_batch(self) -> bool:
-        """Whether `micro_batch_size` is still the word `auto`, which auto_batch.py makes a number."""
-        return self.__dict__["micro_batch_size"] == AUTO
-
-    if not TYPE_CHECKING:  # a type checker has no need of it, and would believe in every name
-
-        def __getattribute__(self, name: str) -> Any:
-            """Nobody takes the word for a number. Raises ConfigError."""
-            value = super().__getattribute__(name)
-            if name == "micro_batch_size" and value == AUTO:
-                raise ConfigError(
-                    "train.micro_batch_size is auto: `train` finds the number when a run starts, and nothing else "
-                    "does; give one here, for example --train.micro_batch_size=8"
-                )
-            return value
 
 
 class CheckpointSection(Section):

@@ -44,11 +44,7 @@ class Wire:
 
 @dataclass(frozen=True)
 class Device:
-    """What one process computes on. `flops` is the peak by dtype (fp32, bf16, fp64).
-
-    `parameter_seconds` is the optimizer's time per weight where it was measured; else it follows from the memory.
-    `achievable_head` is the share of the peak in heads and their loss where it was measured; else as elsewhere.
-    """
+    """What one process computes on. `flops` is the peak by dtype (fp32, bf16, fp64)."""
 
     key: str
     name: str
@@ -57,8 +53,6 @@ class Device:
     memory_bytes: float
     memory_bandwidth: float
     intra_link: Wire
-    parameter_seconds: float | None = None
-    achievable_head: float | None = None
 
     @property
     def is_cpu(self) -> bool:
@@ -71,12 +65,11 @@ class Device:
 
     def head_seconds(self, flops: float, dtype: str) -> float:
         """The time of so many FLOPs in heads with their loss."""
-        return flops / (self.flops[dtype] * (self.achievable_head or self.achievable))
+        return self.compute_seconds(flops, dtype)
 
     def update_seconds(self, parameters: float, bytes_moved: float) -> float:
         """An optimizer step over `parameters`, which reads and writes `bytes_moved` for each."""
-        each = bytes_moved / self.memory_bandwidth if self.parameter_seconds is None else self.parameter_seconds
-        return parameters * each
+        return parameters * bytes_moved / self.memory_bandwidth
 
 
 @dataclass(frozen=True)
@@ -145,7 +138,7 @@ class Table:
 
     def device(self, key: str, origin: str = "--gpu") -> Device:
         """Raises UserError for a device that is not in the table."""
-        return self.devices[_known(key, self.devices, origin, f"others go into {TABLE.name}")]
+        return self.devices[_known(key, self.devices, origin, f"others go into {TABLE.name}: benchmarks/calibrate.py")]
 
     def link(self, key: str, origin: str = "--link") -> Wire:
         """Raises UserError for a link that is not in the table."""

@@ -1,8 +1,6 @@
 """`train --dry-run`: what a run would be, before anything is started: its cuts, its FLOPs, its memory.
 
-Stages are built on the meta device, and no process, no run folder and no token set is made. With a mock batch each
-pipeline rank's stages train for two updates on random tokens, in this process and one rank after another, and the
-measured peak stands beside the predicted one.
+Stages are built on the meta device, and no process, no run folder and no token set is made.
 """
 
 from __future__ import annotations
@@ -13,84 +11,73 @@ import psutil
 import torch
 
 from lptransformer import flops, partition
-from lptransformer.blueprint import Blueprint as ModelPlan
-from lptransformer.blueprint import draw as plan_model
+from lptransformer.blueprint import Blueprint, draw
 from lptransformer.config import Config
-from lptransformer.config_checks import head_in_words, state_bytes
 from lptransformer.console import print_table
-from lptransformer.empty_model import EmptyModel
-from lptransformer.errors import ConfigError
-from lptransformer.footprint import RankMemory
-from lptransformer.mock_run import UPDATES, as_one_replica, peak_bytes
+from lptransformer.head_kinds import label
 from lptransformer.prepare import vocabulary
+from lptransformer.rank_memory import Precision, RankMemory, precision
+from lptransformer.stage_memory import EmptyStages
 
 MIB = 2**20
+_COLUMNS = ("weights", "gradients", "optimizer", "copies", "activations", "buckets", "messages", "peak")
 
 
-def dry_run(config: Config, mock_batch: bool = False) -> None:
+def dry_run(config: Config) -> None:
     """Check all that one process can, print the plan of the run and the memory of every pipeline rank.
 
     Of `engine: deepspeed_pipeline` the stages and FLOPs alone are known: they are those of the engine local.
     Raises UserError where the run could not start. Training text has to be there, but need not be prepared.
     """
-    if mock_batch and config.engine != "local":
-        raise ConfigError(
-            f"--mock-batch with {config.at('engine')}: DeepSpeed's own pipeline is not run in one process"
-        )
-    data = config.data
-    ids = vocabulary(**data.model_dump(include={"train", "valid", "tokenizer", "vocab_size"}))
-    plan = plan_model(config, ids, None)
-    rows = partition.table(plan.stages, plan.costs, head_in_words(config), state_bytes(config))
-    print_table(f"dry run: {config.run.dir} is not touched", list(rows[0]), [list(row.values()) for row in rows])
-    print(_flops_in_words(config, plan))
+    blueprint = unprepared(config)
+    print_stages(f"dry run: {config.run.dir} is not touched", config, blueprint)
+    print(_flops_in_words(blueprint))
     if config.engine != "local":
         print(
-            f"no memory is predicted with {config.at('engine')}: what DeepSpeed's own pipeline keeps is not known; "
+            f"{config.at('engine')}: the memory of DeepSpeed's own pipeline is not predicted; the same with "
             "--engine=local predicts what the same stages take under 1F1B of this program"
         )
         return
-    model = EmptyModel(config, plan)
-    memory = [model.predict(config, rank) for rank in range(config.parallel.pipeline)]
-    print_table("predicted memory of one process, MiB", COLUMNS, [_row(rank, one) for rank, one in enumerate(memory)])
-    print(_machine_in_words(config, max(one.peak for one in memory)))
-    if mock_batch:
-        one = as_one_replica(config)
-        rows_of_ranks = []
-        for rank in range(config.parallel.pipeline):
-            expected, measured = model.predict(one, rank, UPDATES - 1).peak, peak_bytes(one, plan, rank)
-            rows_of_ranks.append((rank, _mib(expected), _mib(measured), f"{expected / measured - 1:+.1%}"))
-        few = one.train.micro_batches_per_update
-        title = f"{UPDATES} mock updates of {few} micro-batches, one replica: peak memory of one process, MiB"
-        print_table(title, ("pipeline rank", "predicted", "measured", "difference"), rows_of_ranks)
+    ranks = predicted(config, blueprint)
+    lines = [
+        (number, *(f"{getattr(rank, name) / MIB:,.1f}" for name in _COLUMNS), rank.held)
+        for number, rank in enumerate(ranks)
+    ]
+    names = ("pipeline rank", *_COLUMNS, "micro-batches held")
+    print_table("predicted memory of one process, MiB (buckets: ZeRO's)", names, lines)
+    print(_machine_in_words(config, max(rank.peak for rank in ranks)))
 
 
-_KINDS = ("weights", "gradients", "optimizer", "copies", "activations", "ZeRO buckets", "messages")
-COLUMNS = ("pipeline rank", *_KINDS, "peak", "micro-batches held")
+def unprepared(config: Config) -> Blueprint:
+    """The blueprint of a run whose text need not be prepared."""
+    data = config.data.model_dump(include={"train", "valid", "tokenizer", "vocab_size"})
+    return draw(config, vocabulary(**data), None)
 
 
-def _row(rank: int, one: RankMemory) -> tuple[Any, ...]:
-    sizes = (
-        one.weights,
-        one.gradients,
-        one.optimizer,
-        one.copies,
-        one.activations,
-        one.buckets,
-        one.messages,
-        one.peak,
-    )
-    return (rank, *map(_mib, sizes), one.held)
+def print_stages(title: str, config: Config, blueprint: Blueprint) -> None:
+    """The stages of a run, a row each."""
+    trained = _precision(config, blueprint).trained_bytes(blueprint.objective.delayed)
+    rows = partition.stage_rows(blueprint.stages, blueprint.costs, label(blueprint.head), trained)
+    print_table(title, list(rows[0]), [list(row.values()) for row in rows])
 
 
-def _mib(size: int) -> str:
-    return f"{size / MIB:,.1f}"
+def predicted(config: Config, blueprint: Blueprint) -> list[RankMemory]:
+    """The memory of a process of every pipeline rank, on this machine."""
+    how = _precision(config, blueprint, fused_step=torch.cuda.is_available())
+    return EmptyStages(blueprint).ranks(blueprint.objective, blueprint.stages, how)
 
 
-def _flops_in_words(config: Config, plan: ModelPlan) -> str:
-    tokens = config.train.micro_batches_per_update * config.train.micro_batch_size * config.data.sequence_length
-    mean = flops.spent(plan.objective, plan.costs, config.train.steps, config.train.steps).total / config.train.steps
-    trained = f"{config.train.steps} updates: {mean * tokens * config.train.steps:.3g} FLOPs"
-    return f"an update: {tokens} tokens, {mean * tokens:.3g} FLOPs; {trained}"
+def _precision(config: Config, blueprint: Blueprint, **how: Any) -> Precision:
+    zero_stage, replicas = blueprint.zero_stage, blueprint.replicas
+    optimizer, deepspeed = config.optimizer, config.deepspeed
+    return precision(blueprint.dtype, optimizer, deepspeed, zero_stage=zero_stage, replicas=replicas, **how)
+
+
+def _flops_in_words(blueprint: Blueprint) -> str:
+    steps = blueprint.steps
+    tokens = blueprint.micro_batches * blueprint.micro_batch_size * blueprint.sequence_length
+    total = flops.spent(blueprint.objective, blueprint.costs, steps, steps).total * tokens
+    return f"an update: {tokens} tokens, {total / steps:.3g} FLOPs; {steps} updates: {total:.3g} FLOPs"
 
 
 def _machine_in_words(config: Config, peak: int) -> str:

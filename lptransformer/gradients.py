@@ -125,9 +125,16 @@ def borders_carry_gradients(objective: Objective, stages: Sequence[StagePlan]) -
     return any(flows(phase, stages) for phase in objective.phases)
 
 
-def lag_of(hops: int, in_flight: int, rounds: int) -> int:
-    """Updates after which a copy of weights has surely arrived `hops` stages below, in steady state.
+def copy_lags(stages: Sequence[StagePlan], followed: str | None, in_flight: int, rounds: int) -> dict[int, int]:
+    """The stages whose auxiliary heads hold read-only copies, and the lag of those: after so many updates a version has
+    surely arrived, in steady state.
 
-    A stage can be `in_flight` + 1 messages ahead of the next, and `rounds` messages make an update.
+    `followed` is the "last" stage or the "next" one (None: there are no copies). A stage can be `in_flight` + 1
+    messages ahead of the next, and `rounds` messages make an update. The hops are counted in heads, as if each were on
+    a pipeline rank of its own, so that the lag (and with it the result) does not depend on the placement.
     """
-    return math.ceil(hops * (2 * in_flight + 1) / rounds)
+    if followed is None:
+        return {}
+    heads = [stage.index for stage in stages if stage.has_head]
+    hops = [len(heads) - 1 - number if followed == "last" else 1 for number in range(len(heads) - 1)]
+    return {index: math.ceil(hop * (2 * in_flight + 1) / rounds) for index, hop in zip(heads, hops, strict=False)}

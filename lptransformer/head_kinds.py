@@ -129,6 +129,8 @@ def label(options: HeadOptions) -> str:
     return ", ".join(words)
 
 
-def holds_copies(options: HeadOptions) -> bool:
-    """Whether auxiliary heads hold read-only copies of other stages' weights."""
-    return HEADS[options.kind].follows_readout or options.ema_decay is not None
+def followed(options: HeadOptions) -> Literal["last", "next"] | None:
+    """The stage whose weights auxiliary heads hold read-only copies of; the further one where it is two."""
+    if HEADS[options.kind].follows_readout:
+        return "last"
+    return None if options.ema_decay is None else "next"

@@ -2,8 +2,8 @@
 
 A head may follow weights above it: the last stage's readout, or the next stage's blocks (head.py, `Copy`). Their stage
 sends them after every `refresh_every`-th update; in update u (counted from 0) a head uses them as of update
-floor((u - lag) / refresh_every) * refresh_every, whatever the timing. With the lag of `lag_of` they are there in steady
-state and nobody waits.
+floor((u - lag) / refresh_every) * refresh_every, whatever the timing. With the lag of `copy_lags` they are there in
+steady state and nobody waits.
 """
 
 from __future__ import annotations

@@ -113,7 +113,15 @@ def cut(
     ]
 
 
-def table(stages: Sequence[StagePlan], costs: ModelCosts, head: str, state_bytes: int) -> list[dict[str, object]]:
+def weights_of(stage: StagePlan, costs: ModelCosts) -> tuple[int, int]:
+    """Own weights and read-only copies of a stage."""
+    auxiliary = stage.has_head and not stage.is_last
+    own = stage.num_blocks * costs.block_parameters + stage.is_first * costs.embedding_parameters
+    own += costs.head_parameters if stage.is_last else auxiliary * costs.auxiliary_parameters
+    return own, auxiliary * costs.auxiliary_copied
+
+
+def stage_rows(stages: Sequence[StagePlan], costs: ModelCosts, head: str, state_bytes: int) -> list[dict[str, object]]:
     """One row per stage for people: blocks, pipeline rank, head, forward FLOPs and their share, weights and memory.
 
     `head` says what the auxiliary heads are, `state_bytes` what a trained weight takes with its gradient and the
@@ -124,9 +132,7 @@ def table(stages: Sequence[StagePlan], costs: ModelCosts, head: str, state_bytes
     for stage in stages:
         flops = _flops(stage, costs)
         auxiliary = stage.has_head and not stage.is_last
-        weights = stage.num_blocks * costs.block_parameters + stage.is_first * costs.embedding_parameters
-        weights += costs.head_parameters if stage.is_last else auxiliary * costs.auxiliary_parameters
-        copies = auxiliary * costs.auxiliary_copied
+        weights, copies = weights_of(stage, costs)
         memory = weights * (state_bytes if stage.trained else 4) + copies * 4
         kind = head if auxiliary else "the model's own" if stage.has_head else "none"
         rows.append(

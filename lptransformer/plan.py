@@ -9,17 +9,21 @@ from dataclasses import dataclass, replace
 from glob import glob
 from typing import TYPE_CHECKING, Any
 
-from lptransformer import candidates, cost, memory, objective, partition
-from lptransformer import config as configuration
+from lptransformer import candidates
 from lptransformer.candidates import Candidate, Prediction
+from lptransformer.codecs import CODECS
 from lptransformer.config import Config
-from lptransformer.config_checks import head_in_words
+from lptransformer.config_checks import micro_batch_size
 from lptransformer.devices import HOST_MEMORY, Cluster, table
+from lptransformer.dtypes import DTYPES
 from lptransformer.errors import ConfigError, UserError
+from lptransformer.head_kinds import label
+from lptransformer.objective import METHODS, Objective
+from lptransformer.rank_memory import precision
 from lptransformer.step_time import Bound, Work
 
 if TYPE_CHECKING:
-    from lptransformer.family import Anatomy
+    from lptransformer.blueprint import Blueprint
 
 MOST_WINDOWS = 65_536  # of an update: nobody trains with larger batches
 LONGEST = 2**20  # tokens of a window: torch can still say how large the attention mask of MOST_WINDOWS of them is
@@ -59,35 +63,40 @@ def make(
     cluster = _cluster(config, nodes, gpus_per_node, gpu, link)
     size = cluster.size
     batch = f"{config.at('train.micro_batches_per_update')} x {config.at('train.micro_batch_size')} windows"
-    windows = config.train.micro_batches_per_update * config.train.micro_batch_size
+    windows = config.train.micro_batches_per_update * micro_batch_size(config)
     if windows > MOST_WINDOWS:
         raise UserError(f"{batch}: updates of up to {MOST_WINDOWS:,} windows can be planned")
     if config.data.sequence_length > LONGEST:
         raise UserError(f"{config.at('data.sequence_length')}: windows of up to {LONGEST:,} tokens can be planned")
 
-    hf_config, parts = _model(config, _vocab_size(config, vocab_size))
+    blueprint = _blueprint(config, _vocab_size(config, vocab_size))
+    goal = blueprint.objective
     no_split = (
-        f"no split of {size} processes: at most {hf_config.num_hidden_layers} pipeline ranks (blocks), and replicas "
-        f"must divide {batch}: give fewer devices or more micro-batches"
+        f"no split of {size} processes: at most {goal.num_blocks} pipeline ranks (blocks), and replicas must divide "
+        f"{batch}: give fewer devices or more micro-batches"
     )
-    if size > hf_config.num_hidden_layers * windows:  # the search over splits goes through all of them
+    if size > goal.num_blocks * windows:  # the search over splits goes through all of them
         raise ConfigError(no_split)
-    work = _work(config, hf_config, parts)
+    work = _work(config, blueprint)
     if cluster.device.is_cpu or config.parallel.channel == "nccl":
         work = replace(work, channel=None)
-    goal = objective.build(work.num_blocks, **config.objective.model_dump())
-    name, chunks = config.objective.name, config.objective.chunks
-    numbers = f"({chunks if isinstance(chunks, int) else len(chunks)})" if name in ("chunked", "overlapping") else ""
-    compared = name != "backprop" and len(goal.trained) == work.num_blocks
-    own = f"{name}{numbers}, as configured" if compared else None
-    options: dict[str, Any] = {"zero_stage": configuration.zero_stage(config)}
-    options |= {"head": head_in_words(config), "steps": config.train.steps}
+    own = f"{_method(config)}, as configured" if not goal.is_backprop and len(goal.trained) == goal.num_blocks else None
+    options: dict[str, Any] = {"zero_stage": blueprint.zero_stage}
+    options |= {"head": label(blueprint.head), "steps": blueprint.steps}
     methods, bounds = candidates.methods(work, cluster, own, goal, **options)
     if not methods:
         raise ConfigError(no_split)
     processes = config.parallel.pipeline * config.parallel.data
-    configured = _configured(config, goal, work, cluster, options) if processes == size else None
+    configured = _configured(config, blueprint, work, cluster, options) if processes == size else None
     return Plan(cluster, work, configured, methods, bounds, _remarks(config, goal, cluster))
+
+
+def _method(config: Config) -> str:
+    """The objective with the number of its chunks."""
+    options = config.objective
+    chunks = getattr(options, "chunks", None)
+    numbers = "" if chunks is None else f"({chunks if isinstance(chunks, int) else len(chunks)})"
+    return METHODS[options.name].label + numbers
 
 
 def _cluster(config: Config, nodes: int, per_node: int | None, gpu: str, link: str | None) -> Cluster:
@@ -115,7 +124,7 @@ def _cluster(config: Config, nodes: int, per_node: int | None, gpu: str, link: s
     return Cluster(device, nodes, per_node or processes // nodes, between)
 
 
-def _remarks(config: Config, goal: objective.Objective, cluster: Cluster) -> list[str]:
+def _remarks(config: Config, goal: Objective, cluster: Cluster) -> list[str]:
     """What has to be said of the run as it is configured."""
     lines, pipeline, data = [], config.parallel.pipeline, config.parallel.data
     if len(goal.trained) < goal.num_blocks:
@@ -163,80 +172,52 @@ def _there(sources: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: source for name, source in found.items() if source["files"]}
 
 
-def _model(config: Config, vocab_size: int | None) -> tuple[Any, Anatomy]:
-    """The library's configuration of the model, and its parts."""
-    from lptransformer import family
+def _blueprint(config: Config, vocab_size: int | None) -> Blueprint:
+    """The run as it is configured, with a vocabulary of that size (None: the model's own)."""
+    from lptransformer import blueprint, family
 
-    model = config.model
-    if model.pretrained is not None:
-        hf_config = family.read_config(model.pretrained)
-        if vocab_size is not None:
-            hf_config.vocab_size = vocab_size
-    else:
-        sizes = model.model_dump(exclude={"family", "pretrained", "max_position_embeddings"})
-        longest = model.max_position_embeddings or config.data.sequence_length
-        hf_config = family.new_config(
-            model.family, **sizes, vocab_size=vocab_size, max_position_embeddings=longest, end_of_text_id=None
-        )
-    return hf_config, family.anatomy(hf_config)
+    if config.model.pretrained is None:
+        assert vocab_size is not None
+        return blueprint.draw(config, vocab_size, None)
+    hf_config = family.read_config(config.model.pretrained)
+    hf_config.vocab_size = vocab_size or hf_config.vocab_size
+    return blueprint.of_model(config, hf_config)
 
 
-def _work(config: Config, hf_config: Any, parts: Anatomy) -> Work:
-    from lptransformer import activations
+def _work(config: Config, blueprint: Blueprint) -> Work:
+    from lptransformer.stage_memory import EmptyStages
 
-    train, head, optimizer = config.train, config.head, config.optimizer
-    length = config.data.sequence_length
-    costs = cost.model_costs(
-        parts.block_parameters,
-        parts.hidden_size,
-        parts.vocab_size,
-        length,
-        embedding_parameters=parts.embedding_parameters,
-        norm_parameters=parts.norm_parameters,
-        **head.cost_options(),
-    )
-    kept = activations.count(
-        hf_config,
-        parts,
-        micro_batch_size=train.micro_batch_size,
-        sequence_length=length,
-        chunk_tokens=head.chunk_tokens,
-        dtype=train.dtype,
-    )
-    states = memory.state_bytes(
-        train.dtype, optimizer.name, optimizer.momentum > 0, int(config.objective.name == "delayed")
-    )
-    size = memory.BYTES[train.dtype]
-    per_token = {None: parts.hidden_size * size, "bf16": parts.hidden_size * 2, "int8": parts.hidden_size + 4}
-    rows = min(head.chunk_tokens, train.micro_batch_size * length)
+    empty, parts, dtype = EmptyStages(blueprint, alike=True), blueprint.parts, DTYPES[blueprint.dtype]
+    kept = empty.of_others(blueprint.micro_batch_size)
+    states = precision(blueprint.dtype, config.optimizer, config.deepspeed)
+    rows = min(blueprint.chunk_tokens, blueprint.micro_batch_size * blueprint.sequence_length)
     return Work(
-        costs=costs,
-        num_blocks=hf_config.num_hidden_layers,
+        costs=blueprint.costs,
+        num_blocks=blueprint.objective.num_blocks,
         hidden_size=parts.hidden_size,
         vocab_size=parts.vocab_size,
-        sequence_length=length,
-        micro_batch_size=train.micro_batch_size,
-        micro_batches=train.micro_batches_per_update,
-        dtype=train.dtype,
+        sequence_length=blueprint.sequence_length,
+        micro_batch_size=blueprint.micro_batch_size,
+        micro_batches=blueprint.micro_batches,
+        dtype=blueprint.dtype,
         activations=kept,
         logit_bytes=kept.logits / rows,
-        token_bytes=per_token[train.border_dtype],
-        chunk_tokens=head.chunk_tokens,
+        token_bytes=CODECS[config.border.codec].token_bytes(parts.hidden_size, dtype.bytes),
+        chunk_tokens=blueprint.chunk_tokens,
         states=states,
         # The gradient twice (norm, step), weights and moments read and written; bf16 weights written.
-        update_bytes=2 * states.gradients + 2 * states.optimizer + states.weights * (1 if size == 2 else 2),
-        in_flight=config.parallel.in_flight,
-        head_blocks=head.blocks,
-        token_fraction=head.token_fraction,
+        update_bytes=2 * states.gradients + 2 * states.optimizer + states.weights * (1 if dtype.has_masters else 2),
+        empty=empty,
+        in_flight=blueprint.in_flight,
         channel=table().links[HOST_MEMORY],
     )
 
 
 def _configured(
-    config: Config, goal: objective.Objective, work: Work, cluster: Cluster, options: dict[str, Any]
+    config: Config, blueprint: Blueprint, work: Work, cluster: Cluster, options: dict[str, Any]
 ) -> Prediction:
     """The run on its own split; DeepSpeed's pipelines have no channel of this program between their ranks."""
-    parallel, ours = config.parallel, config.engine == "local"
-    stages = partition.cut(goal, parallel.pipeline, work.costs, parallel.partition)
+    ours = config.engine == "local"
     method, work = (config.objective.name, work) if ours else (PIPELINE_ENGINE, replace(work, channel=None))
-    return Candidate(method, goal, stages, work, cluster, parallel.data, **options).evaluate()
+    goal, stages = blueprint.objective, blueprint.stages
+    return Candidate(method, goal, stages, work, cluster, blueprint.replicas, **options).evaluate()

@@ -11,7 +11,7 @@ from lptransformer.console import print_table
 from lptransformer.plan import Plan
 
 _RANKS: tuple[str, ...] = ("pipeline rank", "blocks", "head", "parameters", "weights", "gradients", "optimizer")
-_RANKS += ("activations", "messages, logits", "total", "idle")
+_RANKS += ("activations", "messages", "peak", "idle")
 _METHODS: tuple[str, ...] = ("method", "pipeline x data", "micro-batch", "m", "ZeRO", "recompute", "seconds/update")
 _METHODS += ("tokens/s", "idle", "memory", "border up", "border down", "ring")
 
@@ -64,10 +64,7 @@ def to_json(plan: Plan) -> str:
 
 def _as_data(one: Prediction) -> dict[str, Any]:
     """A prediction with what follows from its numbers."""
-    data = {**asdict(one), "idle_share": one.idle_share}
-    for row, rank in zip(data["ranks"], one.ranks, strict=True):
-        row["memory"]["total"] = rank.memory.total
-    return data
+    return {**asdict(one), "idle_share": one.idle_share}
 
 
 def advice(plan: Plan) -> list[str]:
@@ -145,8 +142,8 @@ def _name(one: Prediction) -> str:
 
 def _rank_row(one: Prediction, rank: int) -> tuple[object, ...]:
     row, memory = one.ranks[rank], one.ranks[rank].memory
-    parts = (memory.weights + memory.copies, memory.gradients, memory.optimizer, memory.activations)
-    sizes = [_size(part) for part in (*parts, memory.messages + memory.logits, memory.total)]
+    parts = (memory.weights + memory.copies, memory.gradients + memory.buckets, memory.optimizer, memory.activations)
+    sizes = [_size(part) for part in (*parts, memory.messages, memory.peak)]
     return rank, row.blocks, row.head, f"{row.parameters / 1e6:,.1f} M", *sizes, f"{row.idle_share:.1%}"
 
 

@@ -27,6 +27,7 @@ from lptransformer.head import (
 )
 from lptransformer.partition import StagePlan
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}  # train.dtype
 Pull = Callable[[Tensor], Tensor]
 
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from lptransformer import memory
+from lptransformer import partition
 from lptransformer.cost import ModelCosts
 from lptransformer.devices import Cluster, Wire
 from lptransformer.gradients import crossing, flows
-from lptransformer.memory import ActivationBytes, StateBytes
 from lptransformer.objective import Objective
 from lptransformer.partition import StagePlan
+from lptransformer.rank_memory import ActivationBytes, Precision
 from lptransformer.simulate import Link, StageSeconds
+
+if TYPE_CHECKING:
+    from lptransformer.stage_memory import EmptyStages
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,9 @@ class Work:
 
     `micro_batches` are those of an update over all replicas. `activations` are of a micro-batch of `micro_batch_size`
     windows; `logit_bytes` of one row of logits; `token_bytes` of one token's hidden states in a message that may be
-    rounded (train.border_dtype); `update_bytes` what the optimizer reads and writes per weight. `channel` limits what a
-    border has, where it is slower than the link.
+    encoded (border.codec); `update_bytes` what the optimizer reads and writes per weight. `channel` limits what a
+    border has, where it is slower than the link. `empty` are the model's stages on any split; without them
+    nothing is said of memory.
     """
 
     costs: ModelCosts
@@ -41,12 +46,11 @@ class Work:
     logit_bytes: float
     token_bytes: float
     chunk_tokens: int
-    states: StateBytes
+    states: Precision
     update_bytes: float
     in_flight: int = 2
-    head_blocks: int = 0
-    token_fraction: float = 1.0
     channel: Wire | None = None
+    empty: EmptyStages | None = None
 
     @property
     def tokens(self) -> int:
@@ -94,7 +98,7 @@ def stage_seconds(
         head *= stage.has_head
         forward = pull + (head if ours else head / 3)
         backward = (2 + recompute) * pull + (0.0 if ours else head * 2 / 3)
-        own, _ = memory.weights_of(stage, costs)
+        own, _ = partition.weights_of(stage, costs)
         weights, gradients, pieces = own * work.states.weights, own * work.states.gradients, stage.num_blocks
         in_forward = in_backward = in_update = 0.0
         if zero_stage == 3:

@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lptransformer import checkpoint, partition, run_folder
-from lptransformer.auto_batch import recorded, settled
+from lptransformer import checkpoint, run_folder
+from lptransformer.auto_batch import agreed, recorded
 from lptransformer.build import start
 from lptransformer.channel import Control
 from lptransformer.config import Config
 from lptransformer.config_checks import pretrained_warning
-from lptransformer.console import print_table
+from lptransformer.dry_run import print_stages
 from lptransformer.errors import TrainingError
 from lptransformer.face import Report, TrainingEngine, UpdateResult
-from lptransformer.head_kinds import label
 from lptransformer.loss_plot import plot_losses
 from lptransformer.metrics import Aggregator, TraceReport, text_counts
 from lptransformer.prepare import Prepared
@@ -39,7 +38,7 @@ def train(config: Config, resume: bool = False, overwrite: bool = False, until: 
     folder = Path(config.run.dir)
     if launched_rank() == 0:
         run_folder.check(folder, recorded(config) if resume else config, resume, overwrite)
-    with settled(config, resume) as config:
+    with agreed(config, resume) as config:
         engine, data = start(config)
     with engine.world.starting():  # a run folder appears only when every process has got this far
         if resume:
@@ -126,9 +125,7 @@ class Desk:
         self.writer = MetricsWriter(folder, resume_at=engine.update if resume else None)
         self.trace = TraceWriter(folder) if config.run.trace else None
         self.progress = Progress(until or config.train.steps, self.stages)
-        blueprint = engine.blueprint
-        rows = partition.table(engine.stages, blueprint.costs, label(blueprint.head), blueprint.state_bytes)
-        print_table(f"run folder: {folder}", list(rows[0]), [list(row.values()) for row in rows])
+        print_stages(f"run folder: {folder}", config, engine.blueprint)
         if warning := pretrained_warning(config):
             self.progress.message(warning)
 

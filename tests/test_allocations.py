@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-
-from lptransformer.allocations import recorded
+from allocations import recorded
 
 MATRIX = 256 * 1000 * 4
 WEIGHT = 1000 * 1000 * 4

@@ -27,7 +27,7 @@ ALLOWED = {
     "matplotlib": {"progress", "plots", "figures", "diagnosis", "trace_plot"},
 }
 WHOLE_CONFIGURATION = {"build", "train", "launcher", "run_folder", "__main__"}
-WHOLE_CONFIGURATION |= {"sweep_file", "run_record", "plan", "mock_run", "dry_run", "empty_model", "auto_batch"}
+WHOLE_CONFIGURATION |= {"sweep_file", "run_record", "plan", "dry_run", "auto_batch"}
 WITHOUT_DEEPSPEED = {"evaluate", "export", "report", "sweep", "run_folder", "data", "stage", "checkpoint"}
 WITHOUT_DEEPSPEED |= {"diagnosis"}
 

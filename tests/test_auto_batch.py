@@ -12,13 +12,15 @@ import small_run
 import yaml
 from safetensors.torch import load_file
 
-from lptransformer import auto_batch, free_memory, run_folder
+from lptransformer import auto_batch, run_folder
 from lptransformer import config as configuration
 from lptransformer import train as training
 from lptransformer.__main__ import parser
-from lptransformer.build import ModelPlan, initialize, plan_model
+from lptransformer.blueprint import Blueprint, draw
+from lptransformer.build import initialize
 from lptransformer.config import Config
-from lptransformer.empty_model import EmptyModel
+from lptransformer.config_checks import micro_batch_size
+from lptransformer.dry_run import predicted
 from lptransformer.errors import ConfigError
 from lptransformer.launcher import run
 from lptransformer.world import leave
@@ -32,17 +34,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return small_run.stand_in(tmp_path, monkeypatch, CONFIG)
 
 
-def given(*overrides: str) -> tuple[Config, ModelPlan]:
+def given(*overrides: str) -> tuple[Config, Blueprint]:
     config = configuration.load(CONFIG, overrides)
-    return config, plan_model(config, BYTES, None)
+    sized = config if config.train.micro_batch_size != "auto" else auto_batch.with_size(config, 1)
+    return config, draw(sized, BYTES, None)
 
 
 @cache
 def peak(size: int, *overrides: str) -> int:
     """What is predicted for a number given by hand, of the pipeline rank that needs most."""
     config, plan = given(*overrides, f"train.micro_batch_size={size}")
-    model = EmptyModel(config, plan)
-    return max(model.predict(config, rank).peak for rank in range(config.parallel.pipeline))
+    return max(rank.peak for rank in predicted(config, plan))
 
 
 def memory_for(size: int, *overrides: str) -> int:
@@ -90,11 +92,10 @@ def test_it_says_what_it_chose(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_word_is_never_taken_for_a_number() -> None:
     config = configuration.load(CONFIG)
-    assert config.train.auto_batch
     with pytest.raises(ConfigError, match=r"train\.micro_batch_size is auto.*--train\.micro_batch_size=8"):
-        print(config.train.micro_batch_size)
+        micro_batch_size(config)
     again = configuration.load(yaml.safe_load(configuration.to_yaml(config)))
-    assert again.train.auto_batch and "micro_batch_size: auto" in configuration.to_yaml(again)
+    assert again.train.micro_batch_size == "auto" and "micro_batch_size: auto" in configuration.to_yaml(again)
     with pytest.raises(ConfigError, match="must be a whole number, 1 or more, or auto"):
         configuration.load(CONFIG, ["train.micro_batch_size=atuo"])
     with pytest.raises(ConfigError, match="deepspeed_pipeline"):
@@ -122,7 +123,7 @@ def test_the_engine_by_itself_refuses_it(folder: Path) -> None:
 def test_a_dry_run_shows_the_number(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(free_memory, "of_a_process", lambda local: memory_for(4))
+    monkeypatch.setattr(auto_batch, "free_memory", lambda local: memory_for(4))
     run(parser(), ["train", "c.yaml", "--dry-run"])
     said = capsys.readouterr().out
     assert "auto is 4." in said and f"an update: {4 * 2 * 16} tokens" in said
@@ -143,7 +144,7 @@ def test_a_run_records_the_number_keeps_it_and_is_the_run_of_that_number(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = memory_for(4)
-    monkeypatch.setattr(free_memory, "of_a_process", lambda local: memory)
+    monkeypatch.setattr(auto_batch, "free_memory", lambda local: memory)
     by_hand = ["train", "c.yaml", "--train.micro_batch_size=4", "--run.dir=by-hand"]
     for arguments in (["train", "c.yaml", "--until=1"], by_hand):
         run(parser(), arguments)
@@ -161,7 +162,7 @@ def train_with_memory(folder: str, memories: list[int], resume: bool, until: int
     """A process of a run, with a memory of its own; the run folder's configuration."""
     os.chdir(folder)
     rank = int(os.environ["RANK"])
-    free_memory.of_a_process = lambda local: memories[rank]
+    auto_batch.free_memory = lambda local: memories[rank]
     config = configuration.load("c.yaml", ["parallel.pipeline=2"])
     training.train(config, resume=resume, until=until)
     return (Path("run") / run_folder.CONFIG).read_text()
@@ -179,7 +180,7 @@ def test_processes_agree_on_the_smallest_memory(folder: Path, pool: Any) -> None
 def refused_for_memory(folder: str, memories: list[int]) -> str:
     os.chdir(folder)
     rank = int(os.environ["RANK"])
-    free_memory.of_a_process = lambda local: memories[rank]
+    auto_batch.free_memory = lambda local: memories[rank]
     config = configuration.load("c.yaml", ["parallel.pipeline=2"])
     try:
         training.train(config)
@@ -210,7 +211,7 @@ def test_limits_of_control_groups_count(tmp_path: Path) -> None:
     own.write_text("0::/job/step\n")
     group(root / "job" / "step", "max", 700, 0)
     group(root / "job", "1000", 800, 50)
-    assert list(free_memory.cgroup_rooms(root, own)) == [250]
+    assert list(auto_batch.cgroup_rooms(root, own)) == [250]
 
     old = root / "memory" / "job"
     old.mkdir(parents=True)
@@ -218,22 +219,22 @@ def test_limits_of_control_groups_count(tmp_path: Path) -> None:
         (old / f"memory.{name}").write_text(f"{value}\n")
     (old / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 30\n")
     own.write_text("5:cpu:/job\n4:memory:/job\n0::/gone\n")
-    assert list(free_memory.cgroup_rooms(root, own)) == [430]
-    assert list(free_memory.cgroup_rooms(root, tmp_path / "no such file")) == []
+    assert list(auto_batch.cgroup_rooms(root, own)) == [430]
+    assert list(auto_batch.cgroup_rooms(root, tmp_path / "no such file")) == []
 
 
 def test_processes_of_a_host_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(free_memory.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(free_memory, "cgroup_rooms", lambda: [1001])
-    assert free_memory.of_a_process(4) == 250
+    monkeypatch.setattr(auto_batch.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(auto_batch, "cgroup_rooms", lambda: [1001])
+    assert auto_batch.free_memory(4) == 250
 
 
 def test_pipeline_ranks_on_one_gpu_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    cuda = free_memory.torch.cuda
+    cuda = auto_batch.torch.cuda
     monkeypatch.setattr(cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "device_count", lambda: 2)
     monkeypatch.setattr(cuda, "mem_get_info", lambda device: ([10, 90][device], 100))
-    assert free_memory.of_a_process(4) == 45
-    assert free_memory.of_a_process(2) == 90
+    assert auto_batch.free_memory(4) == 45
+    assert auto_batch.free_memory(2) == 90

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,15 @@ def test_one_process_measures_updates_whose_losses_are_the_plain_loop_s(tmp_path
     assert [row["method"] for row in rows] == ["backprop", "chunked 2", "chunked 4"]
     assert all(len(row["plain"]) == len(row["engine"]) == 2 for row in rows)
     assert (tmp_path / "one_process.md").read_text().count("| small | 1 |") == 3
+
+
+@pytest.mark.slow
+def test_a_machine_is_measured_as_an_entry_of_the_table_of_devices() -> None:
+    sizes = ["--data.train=none", "--data.vocab_size=300", "--model.hidden_size=32", "--data.sequence_length=16"]
+    said = run_benchmark("calibrate.py", str(ROOT / "configs" / "quickstart.yaml"), *sizes)
+    (entry,) = yaml.safe_load(said).values()
+    assert set(entry) == {"name", "flops", "achievable", "memory_bytes", "memory_bandwidth", "intra_link"}
+    assert float(entry["flops"]["fp32"]) > 1e6 and float(entry["memory_bandwidth"]) > 1e6
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lptransformer import progress
+from lptransformer import loss_plot, progress
 from lptransformer.console import print_table
 from lptransformer.loss_plot import plot_losses
 from lptransformer.metrics import Record

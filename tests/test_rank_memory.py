@@ -1,0 +1,242 @@
+"""What a run takes in memory: predicted from empty stages, against the real engine, against `plan`, and by hand."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from allocations import recorded
+from one_rank import peak_bytes
+from random_tokens import RandomTokens
+
+from lptransformer import config as configuration
+from lptransformer import rank_memory
+from lptransformer.blueprint import Blueprint, draw
+from lptransformer.config import Config
+from lptransformer.dry_run import dry_run, predicted
+from lptransformer.gradients import duties
+from lptransformer.head import LossBatch
+from lptransformer.objective import Objective, backprop, chunked
+from lptransformer.partition import StagePlan
+from lptransformer.plan import make
+from lptransformer.rank_memory import PassBytes, Precision, StageState, StageTensors, precision, stage_state
+from lptransformer.stage import make_stage
+from lptransformer.stage_memory import EmptyStages
+
+BASE: dict[str, Any] = {
+    "model": {"family": "llama", "hidden_size": 32, "num_layers": 4, "num_heads": 4},
+    "data": {"train": "unused", "sequence_length": 32},
+    "train": {"micro_batch_size": 4, "micro_batches_per_update": 4},
+}
+V = 300
+
+
+def loaded(*overrides: str) -> tuple[Config, Blueprint]:
+    config = configuration.load(BASE, overrides)
+    return config, draw(config, V, None)
+
+
+# ---------------------------------------------------------------------------------------------- the real engine
+
+EXACT = {
+    "llama, chunked": (),
+    "gpt2, chunked, 2 ranks": ("model.family=gpt2", "parallel.pipeline=2"),
+    "gpt2, backprop, 4 ranks": ("model.family=gpt2", "objective.name=backprop", "parallel.pipeline=4"),
+    "llama, one micro-batch": ("objective.chunks=4", "train.micro_batches_per_update=1"),
+}
+ZERO = "deepspeed.zero_optimization"
+CLOSE = {
+    "overlapping": ("objective.name=overlapping", "objective.chunks=4", "parallel.pipeline=2"),
+    "delayed": ("objective.name=delayed", "parallel.pipeline=2"),
+    "hybrid": ("objective.backprop_every=2", "parallel.pipeline=2"),
+    "last": ("objective.name=last", "parallel.pipeline=2"),
+    "shared readouts": ("objective.chunks=4", "head.kind=shared", "parallel.pipeline=2"),
+    "averaged blocks": ("head.blocks=1", "head.ema_decay=0.9", "parallel.pipeline=2"),
+    "low rank, a part of the tokens": ("head.kind=low_rank", "head.rank=8", "head.token_fraction=0.25"),
+    "SGD": ("optimizer.name=sgd",),
+    **{
+        f"{dtype}, ZeRO {stage}": (f"train.dtype={dtype}", f"{ZERO}.stage={stage}", f"{ZERO}.reduce_bucket_size=20000")
+        for dtype, stage in itertools.product(("fp32", "bf16"), (1, 2, 3))
+    },
+    "ZeRO 3, much weight": (
+        f"{ZERO}.stage=3",
+        "model.hidden_size=256",
+        "data.sequence_length=16",
+        "train.micro_batch_size=1",
+    ),
+}
+
+
+def check_against_the_engine(overrides: tuple[str, ...], within: float) -> None:
+    config, plan = loaded(*overrides)
+    for rank, memory in enumerate(predicted(config, plan)):
+        assert memory.peak == pytest.approx(peak_bytes(config, plan, rank), rel=within)
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_predicted_bytes_are_those_of_the_engine(case: str) -> None:
+    check_against_the_engine(EXACT[case], 0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CLOSE)
+def test_predicted_bytes_are_within_a_tenth_for_every_objective_and_head(case: str) -> None:
+    check_against_the_engine(CLOSE[case], 0.1)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_pass_of_an_empty_stage_takes_what_a_real_one_takes(family: str) -> None:
+    config, plan = loaded(f"model.family={family}")
+    stage, duty = plan.stages[1], duties(plan.objective.usual, plan.stages)[1]
+    found = EmptyStages(plan).passes(stage, duty, 4)
+    real = make_stage(stage, plan, seed=0)
+    hidden, labels = torch.randn(4, 32, 32), RandomTokens(4, 32, V).batch(0).labels
+    with recorded() as record:
+        for _ in range(2):
+            record.mark("forward")
+            output = real(hidden, LossBatch(labels, 1.0))
+            record.mark("backward")
+            output.loss.backward()
+            del output
+    kept = record.alive(1) - record.alive(0) - hidden.nbytes
+    later = record.peak(3) - record.alive(3)
+    measured = (record.peak(0, 1), kept, record.peak(1, 2) - record.alive(1), later)
+    assert (found.forward, found.kept, found.first_backward, found.backward) == pytest.approx(measured, abs=256)
+
+
+# -------------------------------------------------------------------------------------- what `plan` says of the same
+
+DEEP = ("model.num_layers=12", "train.micro_batches_per_update=16")
+SMALL = (*DEEP, "data.sequence_length=16", "train.micro_batch_size=1", "model.hidden_size=128")
+SAME = {
+    "chunked, 2 replicas, ZeRO 2": (*DEEP, "parallel.data=2", f"{ZERO}.stage=2", f"{ZERO}.reduce_bucket_size=9000"),
+    "bf16, ZeRO 1": (*DEEP, "train.dtype=bf16", "parallel.pipeline=2"),
+    "bf16, ZeRO 3": (*SMALL, "train.dtype=bf16", "parallel.data=2", f"{ZERO}.stage=3"),
+    "backprop, 3 ranks": (*DEEP, "model.family=gpt2", "objective.name=backprop", "parallel.pipeline=3"),
+    "overlapping": (*DEEP, "objective.name=overlapping", "objective.chunks=3", "parallel.pipeline=3"),
+    "delayed": (*DEEP, "objective.name=delayed", "parallel.pipeline=2"),
+    "last": (*DEEP, "objective.name=last", "objective.trained_blocks=5"),
+    "hybrid, extra blocks": (*DEEP, "objective.backprop_every=2", "head.blocks=1", "head.token_fraction=0.25"),
+    "shared readouts": (*SMALL, "objective.chunks=3", "head.kind=shared", "parallel.pipeline=3"),
+    "averaged blocks": (*SMALL, "objective.chunks=3", "head.blocks=2", "head.ema_decay=0.9", "parallel.pipeline=3"),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_plan_and_dry_run_agree_to_the_byte(case: str) -> None:
+    """Stages of 4 to 12 blocks, of which `plan` counts three."""
+    config, plan = loaded(*SAME[case])
+    processes = config.parallel.pipeline * config.parallel.data
+    configured = make(config, gpus_per_node=processes, vocab_size=V).configured
+    assert configured is not None
+    assert [row.memory for row in configured.ranks] == predicted(config, plan)
+
+
+# ---------------------------------------------------------------------------------------------- arithmetic, by hand
+
+
+def two_stages(ranks: int) -> list[StagePlan]:
+    return [
+        StagePlan(0, 0, 0, 0, ranks == 1, True, False, True),
+        StagePlan(1, 1, 1, ranks - 1, True, False, True, True),
+    ]
+
+
+FP32 = precision("fp32")
+STAGE = StageTensors(trained=True, weights=250, largest=10, decaying=250, buffer_bytes=0)  # 1000 bytes
+PASS = PassBytes(forward=130, kept=100, first_backward=1010, backward=40)
+STAYS = 1000 + 2000  # weights and their two moments
+
+
+def test_local_updates_hold_one_pass_and_backprop_as_many_as_there_are_ranks_above() -> None:
+    sizes: dict[str, Any] = {"rounds": 4, "micro_batch_tokens": 1, "hidden_bytes": 7, "in_flight": 2}
+    both = [STAGE, STAGE], [[PASS, PASS]], FP32
+    (local,) = rank_memory.predict(Objective(2, chunked(2, 2)), two_stages(1), *both, **sizes)
+    # In the upper stage: gradients of both, its pass with what comes in and goes out, four batches of ids and labels.
+    assert local.peak == 2 * STAYS + 2000 + (7 + 7 + 100 + 40) + 4 * 16
+    assert (local.held, local.messages) == (1, 0)
+    low, high = rank_memory.predict(Objective(2, backprop(2)), two_stages(2), *both, **sizes)
+    # Two passes with their outputs, and the gradient that has come down for one of them.
+    assert low.peak == STAYS + 1000 + 2 * (100 + 7) + 7 + 40 + 4 * 16 + low.messages
+    assert (low.held, high.held) == (2, 1)
+    assert (low.messages, high.messages) == (7 * (1 + 2), 7 * (2 + 1))
+
+
+def test_with_one_micro_batch_no_stage_has_the_gradients_of_those_above() -> None:
+    sizes: dict[str, Any] = {"rounds": 1, "micro_batch_tokens": 0, "hidden_bytes": 0, "in_flight": 2}
+    big = PassBytes(forward=5000, kept=4900, first_backward=1100, backward=200)
+    goal = Objective(2, chunked(2, 2))
+    (found,) = rank_memory.predict(goal, two_stages(1), [STAGE, STAGE], [[big, PASS]], FP32, **sizes)
+    assert found.peak == 2 * STAYS + 4900 + 1100
+    assert (found.gradients, found.activations) == (2000, 5000)
+
+
+@pytest.mark.parametrize("name", ["backprop", "chunked", "overlapping", "deep_supervision", "last", "delayed"])
+@pytest.mark.parametrize(("ranks", "rounds"), [(1, 40), (3, 40), (8, 40), (8, 3)])
+def test_what_repeats_is_counted_once(name: str, ranks: int, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut to a few micro-batches, and to ranks that differ, it says what all of them would."""
+    chunks = "" if name in ("backprop", "last") else "objective.chunks=4"
+    options = ["model.num_layers=8", f"objective.name={name}", f"parallel.pipeline={ranks}", chunks]
+    _, plan = loaded(*filter(None, options))
+    passes = [[PASS] * len(plan.stages) for _ in plan.objective.phases]
+    sizes: dict[str, Any] = {"rounds": rounds, "micro_batch_tokens": 3, "hidden_bytes": 7, "in_flight": 2}
+    known = plan.objective, plan.stages, [STAGE] * len(plan.stages), passes, FP32
+    short = rank_memory.predict(*known, **sizes)
+    monkeypatch.setattr(rank_memory, "_furthest", lambda *_: rounds)
+    monkeypatch.setattr(rank_memory, "_place", lambda *_: object())
+    assert short == rank_memory.predict(*known, **sizes)
+
+
+def test_zero_divides_what_it_divides() -> None:
+    stage = StageTensors(trained=True, weights=1000, largest=400, decaying=900, buffer_bytes=8)
+
+    def of(zero_stage: int, replicas: int = 2) -> StageState:
+        how = Precision(2, 4, 2, 2, 2, bucket=50, zero_stage=zero_stage, replicas=replicas)
+        return stage_state(stage, how)
+
+    assert (of(1).weights, of(1).gradients, of(1).optimizer) == (2000, 2000, 500 * 12)
+    assert (of(2).weights, of(2).gradients, of(2).optimizer) == (2000, 1000, 500 * 12)
+    assert (of(3).weights, of(3).gradients, of(3).optimizer) == (1000, 1000, 500 * 12)
+    assert {of(zero).bucket for zero in (1, 2, 3)} == {100}
+    plain, delayed = stage_state(stage, FP32), stage_state(stage, FP32, delayed=True)
+    assert (plain.weights, plain.gradients, plain.optimizer, plain.step) == (4000, 4000, 8000, 3200)
+    assert delayed.optimizer == 8000 + 4000, "a second version of the weights"
+    frozen = stage_state(StageTensors(False, 1000, 400, 900, 0), FP32)
+    assert (frozen.weights, frozen.gradients, frozen.optimizer) == (4000, 0, 0)
+
+
+def test_somebody_else_s_program_by_hand() -> None:
+    options = {"kept": 5e6, "logits": 1e6, "messages": 1e3, "gathered": 7e4}
+
+    def of(zero: int, **more: float) -> float:
+        how = precision("bf16", zero_stage=zero, replicas=4, fused_step=True)
+        return rank_memory.of_others(1000, 500, how, **{**options, **more})
+
+    assert of(1) == 2000 + 2000 + 250 * 12 + 1e3 + 6e6 + 2000  # weights, gradients, their bucket; the rest divided
+    assert of(3) == 500 + 500 + 250 * 12 + 1e3 + 6e6 + 2000 + 7e4
+    # Nothing kept: the step decides, with gradients in fp32 and a temporary of every own weight, and at ZeRO 1 the
+    # gradients of the own share once more.
+    assert of(1, kept=0.0, logits=0.0) == 2000 + 2000 + 250 * 12 + 1e3 + 250 * 4 + 250 * 4 + 500
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize("engine", ["local", "deepspeed_pipeline"])
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str
+) -> None:
+    """Of DeepSpeed's own pipeline no memory is predicted."""
+    text = tmp_path / "text.txt"
+    text.write_text("It is a truth universally acknowledged.\n")
+    data = {"train": str(text), "tokenizer": "bytes", "sequence_length": 32, "cache": str(tmp_path / "prepared")}
+    overrides = ["parallel.pipeline=2", "objective.name=backprop", f"engine={engine}"]
+    dry_run(configuration.load({**BASE, "data": data, "run": {"dir": str(tmp_path / "run")}}, overrides))
+    said = capsys.readouterr().out
+    assert "FLOPs" in said and "the model's own" in said
+    assert ("predicted memory" in said) == (engine == "local")
+    assert ("no memory is predicted with engine = 'deepspeed_pipeline'" in said) == (engine != "local")
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

@@ -132,8 +132,8 @@ def test_a_case_that_hangs_is_noted(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def compiled() -> None:
     """The stand-in for CUDA's device guard."""
-    if guard.is_needed() and not guard.shutil.which("g++"):
-        pytest.skip(guard.NO_COMPILER)
+    if why := guard.hindrance():
+        pytest.skip(why)
     guard.built()
 
 

@@ -31,7 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from torch._subclasses import FakeTensor, FakeTensorMode  # noqa: E402
+from torch._subclasses import FakeTensor, FakeTensorMode, fake_tensor  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
@@ -308,6 +308,7 @@ def fake_gpu() -> Iterator[None]:
 
     replace(coordinator, assert_ints_same_as_other_ranks=lambda ints: None)  # compares values that are made up
     replace(masking_utils, is_tracing=lambda *args: False)  # the library takes FakeTensors for a compiler at work
+    replace(fake_tensor, init_gpu_context=lambda *args: None)  # would make a tensor on the GPU
     replace(nn.Module, to=_move)
     replace(torch.autograd, _engine_run_backward=_run_backward)
     replace(FakeTensor, tolist=lambda tensor: made_up(tensor, "tolist"))

@@ -1,5 +1,5 @@
 // Stands in for CUDA's device guard and hooks in a CPU build of torch, so that autograd runs on FakeTensors of device
-// cuda: one device, one stream, nothing to wait for. A CUDA build of torch has both and does not need this.
+// cuda: one device, one stream, nothing to wait for. A CUDA build of torch has both, and they ask the driver.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 

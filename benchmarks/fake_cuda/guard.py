@@ -1,4 +1,4 @@
-"""Loads guard.cpp before torch is imported, where the installed torch is a CPU build; builds it once."""
+"""Loads guard.cpp before torch is imported; builds it once."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("guard.cpp")
 NO_COMPILER = "guard.cpp needs g++, and there is none: a CPU build of torch has no device guard for cuda"
+CUDA_BUILD = "torch is a CUDA build, which asks its driver: a fake GPU needs a CPU build of torch"
 
 
 def torch_folder() -> Path:
@@ -25,9 +26,11 @@ def torch_folder() -> Path:
     return Path(found.origin).parent
 
 
-def is_needed() -> bool:
-    """Whether torch is a CPU build. One for CUDA has its own guard; FakeTensorMode makes it work without a GPU."""
-    return not list((torch_folder() / "lib").glob("libtorch_cuda.*"))
+def hindrance() -> str | None:
+    """Why there can be no guard here, or None."""
+    if list((torch_folder() / "lib").glob("libtorch_cuda.*")):
+        return CUDA_BUILD
+    return None if shutil.which("g++") else NO_COMPILER
 
 
 def built() -> Path:
@@ -38,8 +41,6 @@ def built() -> Path:
     library = folder / f"guard-{content.hexdigest()[:16]}.so"
     if library.exists():
         return library
-    if shutil.which("g++") is None:
-        raise SystemExit(NO_COMPILER)
     folder.mkdir(mode=0o700, exist_ok=True)
     unfinished = folder / f"{library.name}.{os.getpid()}"
     command = ["g++", "-shared", "-fPIC", "-std=c++20", "-O0", str(SOURCE), "-o", str(unfinished)]
@@ -54,5 +55,6 @@ def built() -> Path:
 def load() -> None:
     """Register the guard. torch asks for the hooks of a device when it is imported, so this has to come first."""
     assert "torch" not in sys.modules, "the guard has to be loaded before torch"
-    if is_needed():
-        ctypes.CDLL(str(built()), mode=ctypes.RTLD_GLOBAL)
+    if why := hindrance():
+        raise SystemExit(why)
+    ctypes.CDLL(str(built()), mode=ctypes.RTLD_GLOBAL)

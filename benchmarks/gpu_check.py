@@ -84,7 +84,7 @@ LOSSES: dict[str, LossCase] = {
     "shared head": LossCase({"head": {"kind": "shared"}}),
     "averaged head": LossCase({"head": {"blocks": 1, "ema_decay": 0.9}}),
     "a quarter of the tokens": LossCase({"head": {"token_fraction": 0.25}}),
-    "int8 border": LossCase({"train": {"border_dtype": "int8"}}),
+    "int8 border": LossCase({"border": {"codec": "int8"}}),
     "gpt2": LossCase({"model": {"family": "gpt2"}}),
     "ZeRO 2": LossCase({"deepspeed": _zero(2)}),
     "bf16, ZeRO 1": LossCase({"train": {"dtype": "bf16"}}),

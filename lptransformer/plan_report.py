@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from lptransformer.candidates import USABLE_MEMORY, WORTH, Prediction, choose, fastest
@@ -52,7 +52,7 @@ def to_json(plan: Plan) -> str:
     """The whole plan; docs/design.md, section Formats, has the keys."""
     content = {
         "cluster": asdict(plan.cluster),
-        "work": asdict(plan.work),
+        "work": asdict(replace(plan.work, empty=None)),
         "body_to_head": plan.ratio,
         "configured": None if plan.configured is None else _as_data(plan.configured),
         "methods": [_as_data(one) for one in plan.methods],

@@ -238,5 +238,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(
     said = capsys.readouterr().out
     assert "FLOPs" in said and "the model's own" in said
     assert ("predicted memory" in said) == (engine == "local")
-    assert ("no memory is predicted with engine = 'deepspeed_pipeline'" in said) == (engine != "local")
+    assert ("engine = 'deepspeed_pipeline' (on the command line): the memory of DeepSpeed's own" in said) == (
+        engine != "local"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

@@ -162,7 +162,7 @@ def test_only_delayed_gradients_are_charged_for_a_second_version_of_the_weights(
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 def test_rounded_borders_are_of_chunks_only(kind: str) -> None:
-    rounded, exact = methods(*ALONE, f"train.border_dtype={kind}"), methods(*ALONE)
+    rounded, exact = methods(*ALONE, f"border.codec={kind}"), methods(*ALONE)
     assert set(rounded) == set(exact)
     for name in set(exact) - {"chunked(4), as configured", "chunked, one per rank"}:
         assert (rounded[name].up_bytes, rounded[name].step_seconds) == (exact[name].up_bytes, exact[name].step_seconds)

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from lptransformer import rank_memory, rivals
+from lptransformer import rivals
 from lptransformer.cost import ModelCosts
 from lptransformer.devices import Cluster
+from lptransformer.rank_memory import Precision, StageTensors, stage_state
 from lptransformer.rivals import ChunkSeconds
 from lptransformer.workload import (
     Candidate,
@@ -150,9 +151,9 @@ def _bytes(
     readout = last * int(costs.head_flops / 2)
     kept = blocks * (recompute * of.rows + (1 - recompute) * of.block) + (of.block if recompute else 0.0)
     kept += last * (of.norm + of.rows) + readout * of.readout_weight
-    return rank_memory.of_others(
+    return of_others(
         weights,
-        rank_memory.largest_tensor(int(blocks), costs, first, readout),
+        largest_tensor(int(blocks), costs, first, readout),
         replace(work.states, zero_stage=zero_stage, replicas=data, fused_step=fused_step(cluster.device)),
         kept=kept,
         logits=last * of.logits,
@@ -207,3 +208,28 @@ def data_parallel(work: Work, cluster: Cluster, data: int, *, zero_stage: int, r
         )
 
     return Candidate(fits(most, cluster), most, compute, evaluate)
+
+
+def of_others(
+    weights: int,
+    largest: int,
+    how: Precision,
+    *,
+    kept: float,
+    logits: float,
+    messages: float = 0.0,
+    gathered: float = 0.0,
+) -> float:
+    """Bytes of a process of somebody else's program that trains so many weights, at its peak.
+
+    `kept` is what waits for its backward pass, `gathered` what ZeRO 3 has of the other replicas' weights meanwhile.
+    """
+    zero_3 = how.zero_stage == 3
+    state = stage_state(StageTensors(True, weights, largest, weights, 0), how)
+    stays = state.weights + state.gradients + state.optimizer + messages
+    return stays + state.bucket * zero_3 + max(kept + logits + (gathered if zero_3 else state.bucket), state.step)
+
+
+def largest_tensor(num_blocks: int, costs: ModelCosts, embedding: bool, readout: int) -> int:
+    """Weights of the largest tensor: a third of a block (one of its MLP's two or three), or at one of the ends."""
+    return max((num_blocks > 0) * costs.block_parameters // 3, embedding * costs.embedding_parameters, readout)

@@ -126,14 +126,35 @@ def test_data_parallel_by_hand() -> None:
     assert found.reduced_bytes == pytest.approx(4 * weights)
 
 
+def saved_by(hf_config: Any, parts: Any, blocks: int, dtype: Any) -> int:
+    """Bytes that autograd saves of so many blocks, really run."""
+    import torch
+
+    from lptransformer import pieces
+
+    base = pieces.new_piece(hf_config, parts, range(blocks), False, False, 0).base.to(dtype)
+    hidden = torch.randn(2, T, H, dtype=dtype).requires_grad_()
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*base.parameters(), *base.buffers())}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = base(inputs_embeds=hidden, use_cache=False)
+    assert output is not None
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(("family", "groups"), [("gpt2", None), ("llama", None), ("llama", 2)])
 def test_activations_are_what_autograd_keeps(family: str, groups: int | None, dtype: str) -> None:
-    """Counted on an empty model: equal to what a real block saves for its backward pass."""
+    """Counted on empty stages: equal to what a real block adds to what is saved for the backward pass."""
     import torch
 
     from lptransformer import family as families
-    from lptransformer import pieces
     from lptransformer.config_sections import HeadSection
     from lptransformer.stage_memory import EmptyStages
 
@@ -144,22 +165,7 @@ def test_activations_are_what_autograd_keeps(family: str, groups: int | None, dt
     parts = families.anatomy(hf_config)
     found = EmptyStages(hf_config, parts, HeadSection(chunk_tokens=16), dtype=dtype, sequence_length=T).of_others(2)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    block = pieces.new_piece(hf_config, parts, range(1), False, False, 0).base.to(kind)
-    hidden = torch.randn(2, T, H, dtype=kind).requires_grad_()
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), *block.buffers())}
-    saved: dict[int, int] = {}
-    kept = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept.append(tensor)
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        block(inputs_embeds=hidden, use_cache=False)
-    assert found.block == sum(saved.values())
+    assert found.block == saved_by(hf_config, parts, 2, kind) - saved_by(hf_config, parts, 1, kind)
     assert found.rows == 2 * T * H * (2 if dtype == "bf16" else 4)
     assert found.logits >= 16 * V * (18 + 2 if dtype == "bf16" else 16), "a chunk in fp32, its gradients, and others"
 

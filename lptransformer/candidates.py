@@ -11,12 +11,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from lptransformer import objective, partition, rank_memory
+from lptransformer import objective, partition
+from lptransformer.cost import ModelCosts
 from lptransformer.devices import Cluster
 from lptransformer.gradients import borders_carry_gradients
 from lptransformer.objective import Objective
 from lptransformer.partition import StagePlan
-from lptransformer.rank_memory import Precision, RankMemory
+from lptransformer.rank_memory import Precision, RankMemory, StageTensors, stage_state
 from lptransformer.simulate import StageSeconds, steady
 from lptransformer.step_time import (
     Bound,
@@ -144,9 +145,9 @@ class Candidate:
         readout = stage.is_last * int(costs.head_flops / 2)
         kept = blocks * (self.recompute * of.rows + (1 - self.recompute) * of.block) + (self.recompute > 0) * of.block
         kept += stage.is_last * (of.norm + of.rows) + readout * of.readout_weight
-        return rank_memory.of_others(
+        return of_others(
             partition.weights_of(stage, costs)[0],
-            rank_memory.largest_tensor(stage.num_blocks, costs, stage.is_first, readout),
+            largest_tensor(stage.num_blocks, costs, stage.is_first, readout),
             self._precision,
             kept=kept,
             logits=stage.is_last * of.logits,
@@ -218,6 +219,31 @@ class Candidate:
         parameters = sum(partition.weights_of(stage, self.work.costs)[0] for stage in local)
         head = " + ".join(dict.fromkeys(heads)) or "none"
         return RankRow(rank, blocks, head, parameters, self.rank_bytes[rank], idle)
+
+
+def of_others(
+    weights: int,
+    largest: int,
+    how: Precision,
+    *,
+    kept: float,
+    logits: float,
+    messages: float = 0.0,
+    gathered: float = 0.0,
+) -> float:
+    """Bytes of a process of somebody else's program that trains so many weights, at its peak.
+
+    `kept` is what waits for its backward pass, `gathered` what ZeRO 3 has of the other replicas' weights meanwhile.
+    """
+    zero_3 = how.zero_stage == 3
+    state = stage_state(StageTensors(True, weights, largest, weights, 0), how)
+    stays = state.weights + state.gradients + state.optimizer + messages
+    return stays + state.bucket * zero_3 + max(kept + logits + (gathered if zero_3 else state.bucket), state.step)
+
+
+def largest_tensor(num_blocks: int, costs: ModelCosts, embedding: bool, readout: int) -> int:
+    """Weights of the largest tensor: a third of a block (one of its MLP's two or three), or at one of the ends."""
+    return max((num_blocks > 0) * costs.block_parameters // 3, embedding * costs.embedding_parameters, readout)
 
 
 def of_backprop(work: Work, cluster: Cluster, pipeline: int, data: int, zero_stage: int, recompute: float) -> Candidate:

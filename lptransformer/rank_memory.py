@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lptransformer.config_sections import OptimizerSection
-from lptransformer.cost import ModelCosts
 from lptransformer.deepspeed_keys import BUCKET_ELEMENTS, bucket_elements
 from lptransformer.dtypes import DTYPES
 from lptransformer.gradients import Duty, Flow, crossing, duties, flows
@@ -212,7 +211,7 @@ class _Walk:
     """
 
     states: Mapping[int, StageState]
-    passes: Mapping[int, PassBytes]
+    passes: Sequence[PassBytes]
     duty: Sequence[Duty]
     stages: Sequence[StagePlan]
     hidden: int
@@ -352,46 +351,51 @@ def predict(
     duty_of_phases = [duties(phase, stages) for phase in objective.phases]
     short = min(rounds, _furthest(of_phases, stages) + 2)  # more micro-batches only repeat what was
 
-    def of_rank(local: Sequence[StagePlan], on_their_way: int) -> RankMemory:
-        states = {stage.index: stage_state(tensors[stage.index], how, objective.delayed) for stage in local}
-        walks = []
-        for phase, of_phase, duty in zip(objective.phases, passes, duty_of_phases, strict=True):
-            pattern = one_update(stages, phase, local[0].pipeline_rank, short, objective.delayed)
-            of_stage = {stage.index: of_phase[stage.index] for stage in local}
-            batch, more = micro_batch_tokens * TOKEN_BYTES, rounds - short
-            walk = _Walk(states, of_stage, duty, stages, hidden_bytes, batch, short - 1, more)
-            for action in (*pattern.fill, *pattern.body, *(pattern.goes_on or pattern.drains), *pattern.updates):
-                walk.do(action)
-            walks.append(walk)
-        worst = max(walks, key=lambda walk: walk.peak)
-        messages = hidden_bytes * _messages(of_phases, len(stages), local, in_flight)
-        weights, gradients, optimizer, buffers = (
-            sum(getattr(state, name) for state in states.values())
-            for name in ("weights", "gradients", "optimizer", "buffers")
-        )
-        return RankMemory(
-            weights=weights,
-            gradients=gradients,
-            optimizer=optimizer,
-            copies=buffers + on_their_way,
-            activations=worst.peak - sum(worst.at_peak),
-            buckets=worst.at_peak[1],
-            messages=messages,
-            peak=weights + optimizer + buffers + on_their_way + messages + worst.peak,
-            held=max(walk.most_held for walk in walks),
-        )
-
     found: list[RankMemory] = []
     known: dict[Hashable, RankMemory] = {}  # of a hundred ranks most are alike
     for rank in range(stages[-1].pipeline_rank + 1):
         local = [stage for stage in stages if stage.pipeline_rank == rank]
+        patterns = [one_update(stages, phase, rank, short, objective.delayed) for phase in objective.phases]
+        done = [(*one.fill, *one.body, *(one.goes_on or one.drains), *one.updates) for one in patterns]
         on_their_way = _on_their_way(local, stages, tensors, lags or {}, refresh_every)
-        parts = [(tensors[stage.index], *(of_phase[stage.index] for of_phase in passes)) for stage in local]
-        key = tuple(parts), on_their_way, _place(local, stages, of_phases, duty_of_phases)
+        messages = hidden_bytes * _messages(of_phases, len(stages), local, in_flight)
+        first = local[0].index
+        key = (
+            tuple((tensors[one.index], one.is_first, one.is_last, *(of[one.index] for of in passes)) for one in local),
+            tuple((len(of[one.index].above), of[one.index].down is None) for of in duty_of_phases for one in local),
+            tuple(tuple((action.op, action.stage - first, action.micro_batch) for action in one) for one in done),
+            (on_their_way, messages),
+        )
         if key not in known:
-            known[key] = of_rank(local, on_their_way)
+            states = {stage.index: stage_state(tensors[stage.index], how, objective.delayed) for stage in local}
+            walks = []
+            for actions, of_phase, duty in zip(done, passes, duty_of_phases, strict=True):
+                batch, more = micro_batch_tokens * TOKEN_BYTES, rounds - short
+                walk = _Walk(states, of_phase, duty, stages, hidden_bytes, batch, short - 1, more)
+                for action in actions:
+                    walk.do(action)
+                walks.append(walk)
+            known[key] = _summed(walks, states.values(), on_their_way, messages)
         found.append(known[key])
     return found
+
+
+def _summed(walks: Sequence[_Walk], states: Collection[StageState], on_their_way: int, messages: int) -> RankMemory:
+    """What is always there, and the worst of the phases."""
+    worst = max(walks, key=lambda walk: walk.peak)
+    weights, optimizer = sum(one.weights for one in states), sum(one.optimizer for one in states)
+    copies = sum(one.buffers for one in states) + on_their_way
+    return RankMemory(
+        weights=weights,
+        gradients=sum(one.gradients for one in states),
+        optimizer=optimizer,
+        copies=copies,
+        activations=worst.peak - sum(worst.at_peak),
+        buckets=worst.at_peak[1],
+        messages=messages,
+        peak=weights + optimizer + copies + messages + worst.peak,
+        held=max(walk.most_held for walk in walks),
+    )
 
 
 def _messages(of_phases: Sequence[Sequence[Flow]], num_stages: int, local: Sequence[StagePlan], in_flight: int) -> int:
@@ -437,34 +441,6 @@ def _furthest(of_phases: Sequence[Sequence[Flow]], stages: Sequence[StagePlan]) 
     return max((stages[flow.top].pipeline_rank - stages[flow.bottom].pipeline_rank for flow in of_all), default=0)
 
 
-def _place(
-    local: Sequence[StagePlan],
-    stages: Sequence[StagePlan],
-    of_phases: Sequence[Sequence[Flow]],
-    duty_of_phases: Sequence[Sequence[Duty]],
-) -> Hashable:
-    """What a rank does, equal where another does as much: stages and flows are numbered from its own."""
-    first, rank, top = local[0].index, local[0].pipeline_rank, local[-1].index
-
-    def numbered(duty: Duty) -> Hashable:
-        own, down = (None if flow is None else flow - first for flow in (duty.own, duty.down))
-        above = tuple((flow - first, weight) for flow, weight in duty.above)
-        return duty.loss_weight, own, above, tuple(flow - first for flow in duty.pulls), down
-
-    shapes = tuple((one.is_first, one.is_last, one.trained) for one in local)
-    duty = tuple(numbered(of_phase[stage.index]) for of_phase in duty_of_phases for stage in local)
-    passing = tuple(
-        (phase, flow.number - first, stages[flow.top].pipeline_rank - rank)
-        for phase, of_phase in enumerate(of_phases)
-        for flow in of_phase
-        if flow.bottom <= top < flow.top
-    )
-    return shapes, duty, passing
-
-
-# ------------------------------------------------------------------------------------------ other people's programs
-
-
 @dataclass(frozen=True)
 class ActivationBytes:
     """Of one micro-batch, in bytes: what autograd keeps from the forward to the backward pass.
@@ -480,28 +456,3 @@ class ActivationBytes:
     rows: float
     logits: float
     readout_weight: int
-
-
-def of_others(
-    weights: int,
-    largest: int,
-    how: Precision,
-    *,
-    kept: float,
-    logits: float,
-    messages: float = 0.0,
-    gathered: float = 0.0,
-) -> float:
-    """Bytes of a process of somebody else's program that trains so many weights, at its peak.
-
-    `kept` is what waits for its backward pass, `gathered` what ZeRO 3 has of the other replicas' weights meanwhile.
-    """
-    zero_3 = how.zero_stage == 3
-    state = stage_state(StageTensors(True, weights, largest, weights, 0), how)
-    stays = state.weights + state.gradients + state.optimizer + messages
-    return stays + state.bucket * zero_3 + max(kept + logits + (gathered if zero_3 else state.bucket), state.step)
-
-
-def largest_tensor(num_blocks: int, costs: ModelCosts, embedding: bool, readout: int) -> int:
-    """Weights of the largest tensor: a third of a block (one of its MLP's two or three), or at one of the ends."""
-    return max((num_blocks > 0) * costs.block_parameters // 3, embedding * costs.embedding_parameters, readout)

@@ -111,12 +111,9 @@ class EmptyStages:
         with_head = StagePlan(0, last, last, 0, has_head=True, is_first=False, is_last=True, trained=True)
         without = replace(with_head, has_head=False, is_last=False)
         whole = self.passes(with_head, Duty(1.0, None, (), (), 0), micro_batch_size)
-        one, two = (
-            self.passes(
-                replace(without, first_block=first), Duty(None, None, ((0, 1.0),), (), 0), micro_batch_size
-            ).kept
-            for first in (last, max(0, last - 1))
-        )
+        above = Duty(None, None, ((0, 1.0),), (), 0)
+        longer = replace(without, first_block=max(0, last - 1))
+        one, two = (self.passes(stage, above, micro_batch_size).kept for stage in (without, longer))
         rows = micro_batch_size * self.blueprint.sequence_length * self.blueprint.parts.hidden_size * size
         return ActivationBytes(
             block=two - one if last > 0 else one + rows,

@@ -125,4 +125,4 @@ def test_no_class_derives_deeper_than_one_level_over_module() -> None:
 def test_no_room_of_odds_and_ends_and_none_too_large() -> None:
     assert not {"utils", "util", "common", "helpers", "misc"} & set(MODULES)
     sizes = {module: len((PACKAGE / f"{module}.py").read_text().splitlines()) for module in MODULES}
-    assert not {module: lines for module, lines in sizes.items() if lines > 400}
+    assert not {module: lines for module, lines in sizes.items() if lines > 500}

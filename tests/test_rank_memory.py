@@ -12,8 +12,8 @@ from allocations import recorded
 from one_rank import peak_bytes
 from random_tokens import RandomTokens
 
+from lptransformer import candidates, rank_memory
 from lptransformer import config as configuration
-from lptransformer import rank_memory
 from lptransformer.blueprint import Blueprint, draw
 from lptransformer.config import Config
 from lptransformer.dry_run import dry_run, predicted
@@ -177,7 +177,7 @@ def test_with_one_micro_batch_no_stage_has_the_gradients_of_those_above() -> Non
 @pytest.mark.parametrize("name", ["backprop", "chunked", "overlapping", "deep_supervision", "last", "delayed"])
 @pytest.mark.parametrize(("ranks", "rounds"), [(1, 40), (3, 40), (8, 40), (8, 3)])
 def test_what_repeats_is_counted_once(name: str, ranks: int, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut to a few micro-batches, and to ranks that differ, it says what all of them would."""
+    """Cut to a few micro-batches it says what all of them would."""
     chunks = "" if name in ("backprop", "last") else "objective.chunks=4"
     options = ["model.num_layers=8", f"objective.name={name}", f"parallel.pipeline={ranks}", chunks]
     _, plan = loaded(*filter(None, options))
@@ -186,7 +186,6 @@ def test_what_repeats_is_counted_once(name: str, ranks: int, rounds: int, monkey
     known = plan.objective, plan.stages, [STAGE] * len(plan.stages), passes, FP32
     short = rank_memory.predict(*known, **sizes)
     monkeypatch.setattr(rank_memory, "_furthest", lambda *_: rounds)
-    monkeypatch.setattr(rank_memory, "_place", lambda *_: object())
     assert short == rank_memory.predict(*known, **sizes)
 
 
@@ -213,7 +212,7 @@ def test_somebody_else_s_program_by_hand() -> None:
 
     def of(zero: int, **more: float) -> float:
         how = precision("bf16", zero_stage=zero, replicas=4, fused_step=True)
-        return rank_memory.of_others(1000, 500, how, **{**options, **more})
+        return candidates.of_others(1000, 500, how, **{**options, **more})
 
     assert of(1) == 2000 + 2000 + 250 * 12 + 1e3 + 6e6 + 2000  # weights, gradients, their bucket; the rest divided
     assert of(3) == 500 + 500 + 250 * 12 + 1e3 + 6e6 + 2000 + 7e4

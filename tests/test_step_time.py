@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from lptransformer.memory import ActivationBytes
 
 from lptransformer import config as configuration
 from lptransformer import memory, objective
 from lptransformer.candidates import Candidate, Prediction, balanced_sizes, of_backprop, splits
 from lptransformer.cost import model_costs
 from lptransformer.devices import Cluster, table
-from lptransformer.memory import ActivationBytes
 from lptransformer.partition import cut
 from lptransformer.plan import make
 from lptransformer.step_time import Work, bounds, exposed_seconds, message_bytes, stage_seconds

@@ -307,7 +307,7 @@ def test_a_gpu_without_the_dtype_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 # Flags, and seconds of an update by method as in docs/benchmarks/plan.md: the first method is recommended.
 NODES: dict[str, Any] = {"gpus_per_node": 8, "gpu": "h100"}
 COMMITTED: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
-    "gpt2-124m-laptop": ({}, {"data parallel": 19.25, "backprop, 1F1B": 26.19, "chunked, one per rank": 22.62}),
+    "gpt2-124m-laptop": ({}, {"data parallel": 18.24, "backprop, 1F1B": 26.19, "chunked, one per rank": 22.62}),
     "llama3-8b-2x8h100-25gbit": (
         {"nodes": 2, "link": "25gbit", **NODES},
         {"chunked, one per rank": 4.127, "backprop, 1F1B": 6.345, "data parallel": 14.71},

@@ -59,7 +59,7 @@ def test_it_trains_and_is_evaluated_planned_recorded_reported(
     engine.close()
     main("train", "c.yaml", "--train.steps=2")
     main("evaluate", "run", "--json")
-    exits = json.loads(capfd.readouterr().out.splitlines()[-1])["sets"]["valid"]["exits"]
+    exits = json.loads(capfd.readouterr().out.splitlines()[-1])["exits"]
     assert [one["last_block"] for one in exits] == [0, 1]
     main("export", "run", "exported-model")
     main("plan", "c.yaml", "--gpu=h100", "--json=plan.json")

@@ -6,15 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from lptransformer.memory import ActivationBytes
 
 from lptransformer import config as configuration
-from lptransformer import memory, objective
+from lptransformer import objective
 from lptransformer.candidates import Candidate, Prediction, balanced_sizes, of_backprop, splits
 from lptransformer.cost import model_costs
 from lptransformer.devices import Cluster, table
+from lptransformer.head_kinds import HeadOptions
 from lptransformer.partition import cut
 from lptransformer.plan import make
+from lptransformer.rank_memory import ActivationBytes, precision
 from lptransformer.step_time import Work, bounds, exposed_seconds, message_bytes, stage_seconds
 
 H, BLOCKS, T, V = 64, 8, 32, 512
@@ -30,8 +31,10 @@ ALONE = ["train.micro_batch_size=1", "train.micro_batches_per_update=1"]
 
 
 def work(micro_batches: int = 8, vocab_size: int = V) -> Work:
-    costs = model_costs(12 * H * H, H, vocab_size, T, embedding_parameters=vocab_size * H, norm_parameters=2 * H)
-    kept, states = ActivationBytes(1e6, 1e4, 2 * T * H * 4, 64 * vocab_size * 16, 4), memory.state_bytes("fp32")
+    costs = model_costs(
+        12 * H * H, H, vocab_size, T, HeadOptions(), embedding_parameters=vocab_size * H, norm_parameters=2 * H
+    )
+    kept, states = ActivationBytes(1e6, 1e4, 2 * T * H * 4, 64 * vocab_size * 16, 4), precision("fp32")
     sizes = (BLOCKS, H, vocab_size, T, 2, micro_batches)
     return Work(costs, *sizes, "fp32", kept, vocab_size * 16, H * 4, 64, states, 32.0)
 

@@ -67,7 +67,7 @@ def test_it_trains_and_is_evaluated_planned_recorded_reported(
     main("report", "run")
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["method"] == "ladder-square" and record["stages"][0]["gradients_bytes"] == 0
-    assert "ladder-square" in capfd.readouterr().out
+    assert "record: run/record.json" in capfd.readouterr().out
 
 
 def train_outside(overrides: tuple[str, ...], updates: int) -> Trained:

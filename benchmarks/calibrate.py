@@ -1,4 +1,4 @@
-"""This machine as an entry of lptransformer/devices.yaml, measured at the sizes of a configuration in a few seconds.
+"""This machine as an entry of lptransformer/planning/devices.yaml, at the sizes of a configuration.
 
     OMP_NUM_THREADS=1 python benchmarks/calibrate.py configs/quickstart.yaml --processes 2
 
@@ -19,14 +19,14 @@ from collections.abc import Callable
 import psutil
 import torch
 
-from lptransformer import config as configuration
-from lptransformer import pieces
-from lptransformer.blueprint import Blueprint, draw
-from lptransformer.config import Config
-from lptransformer.dtypes import DTYPES
-from lptransformer.head import Readout
-from lptransformer.optimizer import build_optimizer
-from lptransformer.rank_memory import precision
+from lptransformer.config.load import load
+from lptransformer.config.schema import Config
+from lptransformer.engine.optimizer import build_optimizer
+from lptransformer.methods.dtypes import DTYPES
+from lptransformer.models import split
+from lptransformer.models.blueprint import Blueprint, draw
+from lptransformer.models.head import Readout
+from lptransformer.planning.rank_memory import precision
 
 SECONDS = 1.0  # of every measurement, about
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("config", help="YAML file whose sizes are measured")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="that share this machine (default: 1)")
     args, overrides = parser.parse_known_args()
-    config = configuration.load(args.config, overrides)
+    config = load(args.config, overrides)
     plan = draw(config, config.data.vocab_size, None)
     place = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert place is not None
@@ -84,7 +84,7 @@ def torch_dtype(plan: Blueprint) -> torch.dtype:
 
 def block_speed(config: Config, plan: Blueprint, place: torch.device) -> tuple[float, float]:
     """FLOP/s of a block's forward and backward pass; seconds of the optimizer per weight, in fp32."""
-    block = pieces.new_piece(plan.model_config, plan.parts, range(1), False, False, 0).base.to(place)
+    block = split.new_piece(plan.model_config, plan.parts, range(1), False, False, 0).base.to(place)
     optimizer = build_optimizer(block.parameters(), config.optimizer, learning_rate=1e-4)
     for parameter in block.parameters():
         parameter.grad = torch.zeros_like(parameter)

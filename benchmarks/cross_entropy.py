@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lptransformer.loss import IGNORE_INDEX, chunked_cross_entropy
+from lptransformer.models.cross_entropy import IGNORE_INDEX, chunked_cross_entropy
 
 ROWS, HIDDEN, VOCABULARY, CHUNK, REPEATS = 1024, 256, 4096, 256, 15
 Result = tuple[Tensor, Tensor, Tensor]

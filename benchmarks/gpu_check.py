@@ -627,7 +627,7 @@ class Worker:
 
         if not self.on_gpu:
             return None
-        from lptransformer.devices import table
+        from lptransformer.planning.devices import table
 
         words = torch.cuda.get_device_name(0).lower().replace("-", " ").split()
         return next((one.flops["bf16"] for key, one in table().devices.items() if key in words), None)

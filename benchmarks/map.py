@@ -16,16 +16,16 @@ from pathlib import Path
 
 from side_by_side import rivals
 
-from lptransformer import objective
-from lptransformer.candidates import Candidate, balanced_sizes, of_backprop
-from lptransformer.cost import model_costs
-from lptransformer.devices import Cluster, table
 from lptransformer.figures import new_figure, save
-from lptransformer.head_kinds import HeadOptions
-from lptransformer.partition import cut
-from lptransformer.plots import COLOURS
-from lptransformer.rank_memory import ActivationBytes, precision
-from lptransformer.step_time import Work, border_links
+from lptransformer.methods import objectives
+from lptransformer.methods.cost import model_costs
+from lptransformer.methods.heads import HeadOptions
+from lptransformer.methods.stages import cut
+from lptransformer.planning.candidates import Candidate, balanced_sizes, of_backprop
+from lptransformer.planning.devices import Cluster, table
+from lptransformer.planning.rank_memory import ActivationBytes, precision
+from lptransformer.planning.step_time import Work, border_links
+from lptransformer.study.plots import COLOURS
 
 WIDTH, BLOCKS, LENGTH, ROWS = 2048, 32, 2048, 8
 BASE = {"ranks": 8, "micro_batches": 8, "link": "100gbit", "vocabulary": 32768}
@@ -120,7 +120,7 @@ def speeds(ranks: int, micro_batches: int, link: str, vocabulary: int) -> dict[s
             costs = one.costs
             heads = (costs.head_training_flops(True), costs.head_training_flops(False))
             sizes = balanced_sizes(BLOCKS, ranks, 3 * costs.block_flops, *heads)
-            goal = objective.build(BLOCKS, "chunked", chunks=sizes)
+            goal = objectives.build(BLOCKS, "chunked", chunks=sizes)
             local = Candidate("chunked", goal, cut(goal, ranks, costs, sizes), one, cluster, 1, zero_stage=1)
             add(name, local.evaluate().tokens_per_second)
         one = work(micro_batches, vocabulary, 1.0).cut_smaller(rows)

@@ -28,14 +28,14 @@ from typing import Any
 import torch
 from allocations import Allocations, recorded
 
-from lptransformer import config as configuration
-from lptransformer import family
-from lptransformer.blueprint import draw
-from lptransformer.build import build_engine
-from lptransformer.documents import ResultTable, update
+from lptransformer.config.load import load
+from lptransformer.data.token_set import Batch
+from lptransformer.engine.process_groups import World, join, leave
+from lptransformer.models import family
+from lptransformer.models.blueprint import draw
 from lptransformer.processes import use_fair_share_of_cores
-from lptransformer.token_set import Batch
-from lptransformer.world import World, join, leave
+from lptransformer.study.markdown_tables import ResultTable, update
+from lptransformer.training.build import build_engine
 
 FOLDER = Path(__file__).parent.parent / "docs" / "benchmarks"
 BASE = {"blocks": 8, "window": 128, "vocabulary": 256}
@@ -87,7 +87,7 @@ def random_batch(window: int, vocabulary: int) -> Batch:
 
 def plain(case: dict[str, int], checkpointed: bool) -> list[int]:
     """Hugging Face's own model and loss, one backward pass per micro-batch."""
-    config = configuration.load(sizes(**case, contender=BACKPROP))
+    config = load(sizes(**case, contender=BACKPROP))
     blueprint = draw(config, case["vocabulary"], None)
     model = family.model_class(blueprint.model_config)(blueprint.model_config).train()
     if checkpointed:
@@ -103,7 +103,7 @@ def plain(case: dict[str, int], checkpointed: bool) -> list[int]:
 
 def ours(case: dict[str, int], contender: str, world: World) -> list[int]:
     """The engine with all stages in this process; the peak of every stage."""
-    config = configuration.load(sizes(**case, contender=contender))
+    config = load(sizes(**case, contender=contender))
     blueprint = draw(config, case["vocabulary"], None)
     record = Allocations()
     stream = RandomTokens(random_batch(case["window"], case["vocabulary"]), record)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from lptransformer import config as configuration
-from lptransformer import flops
-from lptransformer.blueprint import draw
-from lptransformer.build import build_engine
+from lptransformer.config.load import load
+from lptransformer.data.token_set import Batch
+from lptransformer.engine.process_groups import join, leave
+from lptransformer.methods import flops
+from lptransformer.models.blueprint import draw
 from lptransformer.processes import use_fair_share_of_cores
-from lptransformer.token_set import Batch
-from lptransformer.world import join, leave
+from lptransformer.training.build import build_engine
 
 VOCABULARY, REPEATS = 512, 15
 BASE = {
@@ -62,7 +62,7 @@ def main() -> None:
     world = join(1, 1, 60)
     engines, counted = {}, {}
     for name, overrides in OBJECTIVES.items():
-        config = configuration.load(BASE, overrides)
+        config = load(BASE, overrides)
         blueprint = draw(config, VOCABULARY, None)
         engines[name] = build_engine(config, world, blueprint, stream, {})
         counted[name] = flops.of_phase(blueprint.objective, blueprint.objective.usual, blueprint.costs).total

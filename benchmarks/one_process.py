@@ -25,12 +25,13 @@ import torch
 from random_tokens import RandomTokens
 from torch import Tensor, nn
 
-from lptransformer import config as configuration
-from lptransformer.blueprint import draw
-from lptransformer.build import build_engine
-from lptransformer.documents import ResultTable, update
+from lptransformer.config.load import load
+from lptransformer.config.schema import Config
+from lptransformer.engine.process_groups import join, leave
+from lptransformer.models.blueprint import draw
 from lptransformer.processes import use_fair_share_of_cores
-from lptransformer.world import join, leave
+from lptransformer.study.markdown_tables import ResultTable, update
+from lptransformer.training.build import build_engine
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -47,9 +48,9 @@ METHODS = {"backprop": 1, "chunked 2": 2, "chunked 4": 4}
 Update = Callable[[], object]
 
 
-def loaded(size: dict[str, Any], chunks: int, micro_batches: int) -> configuration.Config:
+def loaded(size: dict[str, Any], chunks: int, micro_batches: int) -> Config:
     objective = {"name": "backprop"} if chunks == 1 else {"name": "chunked", "chunks": chunks}
-    return configuration.load(
+    return load(
         {
             "model": {
                 "family": "llama",
@@ -72,7 +73,7 @@ def loaded(size: dict[str, Any], chunks: int, micro_batches: int) -> configurati
     )
 
 
-def plain_loop(config: configuration.Config, model_config: Any, stream: RandomTokens) -> Update:
+def plain_loop(config: Config, model_config: Any, stream: RandomTokens) -> Update:
     """The loop that somebody would write by hand; returns what makes one update."""
     blocks, chunks = config.model.num_layers, config.value("objective.chunks") or 1
     assert isinstance(chunks, int) and blocks % chunks == 0

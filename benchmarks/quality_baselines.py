@@ -22,16 +22,17 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from lptransformer import config as configuration
-from lptransformer import documents, ngram
-from lptransformer.blueprint import draw
-from lptransformer.config import Config
-from lptransformer.data import TrainStream
-from lptransformer.documents import ResultTable
-from lptransformer.metrics import perplexity, text_counts
-from lptransformer.optimizer import build_lr_scheduler, build_optimizer
-from lptransformer.prepare import Prepared, prepare_all
-from lptransformer.token_set import TokenSet
+from lptransformer.config.load import load
+from lptransformer.config.schema import Config
+from lptransformer.data.prepare import Prepared, prepare_all
+from lptransformer.data.token_set import TokenSet
+from lptransformer.data.train_stream import TrainStream
+from lptransformer.engine.optimizer import build_lr_scheduler, build_optimizer
+from lptransformer.evaluation import ngram
+from lptransformer.models.blueprint import draw
+from lptransformer.run_folder.metrics import perplexity, text_counts
+from lptransformer.study import markdown_tables
+from lptransformer.study.markdown_tables import ResultTable
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCUMENT = ROOT / "docs/benchmarks/quality/baselines.json", ROOT / "docs/benchmarks/quality.md"
@@ -40,13 +41,13 @@ COLUMNS = ("model", "training text", "nats/token", "perplexity", "bits/byte")
 
 def main(overrides: list[str]) -> None:
     torch.set_flush_denormal(True)
-    config = configuration.load(ROOT / "configs/quality.yaml", overrides)
+    config = load(ROOT / "configs/quality.yaml", overrides)
     data = prepare_all(**config.data.model_dump())
     found: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for row in [*ngrams(data), *(plain(config, data, tied) for tied in (False, True))]:
         found[f"{row['valid']}: {row['model']}, {row['tokens']} tokens"] = row
     RESULTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    documents.update(DOCUMENT, tables(list(found.values())), "baselines")
+    markdown_tables.update(DOCUMENT, tables(list(found.values())), "baselines")
 
 
 def ngrams(data: Prepared) -> list[dict[str, Any]]:

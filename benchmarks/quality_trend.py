@@ -15,14 +15,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from lptransformer import documents, run_record
-from lptransformer.comparison import Choice, Estimate, choices, depth_gain_kept, difference, find
-from lptransformer.documents import ResultTable
 from lptransformer.figures import new_figure, save
-from lptransformer.metrics import Record
-from lptransformer.plots import looks
-from lptransformer.records import final_loss
-from lptransformer.result_tables import share
+from lptransformer.run_folder.metrics import Record
+from lptransformer.study import collect, markdown_tables
+from lptransformer.study.comparison import Choice, Estimate, choices, depth_gain_kept, difference, find
+from lptransformer.study.markdown_tables import ResultTable
+from lptransformer.study.plots import looks
+from lptransformer.study.records import final_loss
+from lptransformer.study.result_tables import share
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT, PICTURE = ROOT / "docs/benchmarks/quality.md", ROOT / "docs/benchmarks/quality/trend"
@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     parser.add_argument("--picture", type=Path, default=PICTURE, help="without suffix")
     flags = parser.parse_args()
-    found = regimes([record for path in flags.records for record in run_record.collect(path)])
-    documents.update(flags.document, tables(found, flags.set), "trend")
+    found = regimes([record for path in flags.records for record in collect.collect(path)])
+    markdown_tables.update(flags.document, tables(found, flags.set), "trend")
     print(draw(found, flags.set, flags.picture))
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lptransformer.loss import IGNORE_INDEX
-from lptransformer.token_set import Batch
+from lptransformer.data.token_set import Batch
+from lptransformer.models.cross_entropy import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -45,13 +45,14 @@ import torch
 from random_tokens import RandomTokens
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lptransformer import config as configuration
-from lptransformer.blueprint import draw
-from lptransformer.build import build_engine
-from lptransformer.channel import Receiver, Sender
-from lptransformer.documents import ResultTable, update
+from lptransformer.config.load import load
+from lptransformer.config.schema import Config
+from lptransformer.engine.p2p import Receiver, Sender
+from lptransformer.engine.process_groups import join
+from lptransformer.models.blueprint import draw
 from lptransformer.processes import use_fair_share_of_cores
-from lptransformer.world import join
+from lptransformer.study.markdown_tables import ResultTable, update
+from lptransformer.training.build import build_engine
 
 FOLDER = Path(__file__).parent.parent / "docs" / "benchmarks"
 VOCABULARY, ROWS, WINDOW, WARM_UP = 2048, 8, 128, 3
@@ -100,8 +101,8 @@ def kind_of(name: str, around: list[str]) -> str:
     return "Python" if name in (UPDATE, MODEL) else "other operators"
 
 
-def loaded(pipeline: int, chunks: int) -> configuration.Config:
-    return configuration.load(
+def loaded(pipeline: int, chunks: int) -> Config:
+    return load(
         {
             "model": {"family": "llama", "hidden_size": 256, "num_layers": 8, "num_heads": 4},
             "data": {"train": "unused", "sequence_length": WINDOW},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lptransformer.build import initialize as initialize
+    from lptransformer.training.build import initialize as initialize
 
 __version__ = "0.1.0"
 
@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """`initialize` on first use: importing torch and deepspeed takes seconds, and bad configuration should not."""
     if name == "initialize":
-        from lptransformer.build import initialize
+        from lptransformer.training.build import initialize
 
         return initialize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

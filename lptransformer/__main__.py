@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from lptransformer import __version__, run_folder
-from lptransformer import config as configuration
+from lptransformer import __version__
+from lptransformer.config.load import load, to_yaml
 from lptransformer.errors import UserError
-from lptransformer.launcher import add_training_flags, check_until, launch, run
+from lptransformer.run_folder import layout
+from lptransformer.training.launcher import add_training_flags, check_until, launch, run
 
 # Flags of `report` that are about several runs.
 COMPARISON = ("baseline", "deep", "shallow", "choose", "markdown", "name")
@@ -92,39 +93,39 @@ def parser() -> argparse.ArgumentParser:
 
 
 def train(args: argparse.Namespace) -> None:
-    config = configuration.load(args.config, args.overrides)
+    config = load(args.config, args.overrides)
     auto = config.train.micro_batch_size == "auto"
     if auto and args.resume:
-        from lptransformer.auto_batch import recorded
+        from lptransformer.training.auto_batch import recorded
 
         config = recorded(config)
     assert config.run.dir is not None
     folder = Path(config.run.dir)
     # All that one process can check and make is done before others are started.
-    run_folder.check(folder, config, args.resume, args.overwrite)
+    layout.check(folder, config, args.resume, args.overwrite)
     check_until(config, args.until, args.resume)
     import torch
 
-    from lptransformer.prepare import prepare_all
+    from lptransformer.data.prepare import prepare_all
     from lptransformer.processes import check_devices
 
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed chooses anyway, with a warning
     check_devices(config.parallel.channel, config.parallel.data)
     if args.dry_run:
-        from lptransformer.dry_run import dry_run, unprepared
+        from lptransformer.planning.dry_run import dry_run, unprepared
 
         if auto:
-            from lptransformer.auto_batch import for_this_host, with_size
+            from lptransformer.training.auto_batch import for_this_host, with_size
 
             config = for_this_host(config, unprepared(with_size(config, 1)))
         dry_run(config)
         return
     prepared = prepare_all(**config.data.model_dump())
     if args.resume:
-        run_folder.check_data(folder, prepared.folders())
+        layout.check_data(folder, prepared.folders())
     if auto:
-        from lptransformer.auto_batch import for_this_host, of_prepared
+        from lptransformer.training.auto_batch import for_this_host, of_prepared
 
         config = for_this_host(config, *of_prepared(config, prepared))
     processes = config.parallel.pipeline * config.parallel.data
@@ -134,15 +135,15 @@ def train(args: argparse.Namespace) -> None:
         if auto:
             args.overrides.append(f"--train.micro_batch_size={config.train.micro_batch_size}")
         raise SystemExit(launch(args.config, [*flags, *args.overrides], processes))
-    from lptransformer.train import train as train_here
+    from lptransformer.training.train import train as train_here
 
     train_here(config, args.resume, args.overwrite, args.until)
 
 
 def prepare(args: argparse.Namespace) -> None:
-    config = configuration.load(args.config, args.overrides)
+    config = load(args.config, args.overrides)
     from lptransformer.console import print_table
-    from lptransformer.prepare import prepare_all
+    from lptransformer.data.prepare import prepare_all
 
     prepared = prepare_all(**config.data.model_dump())
     sets = [(f"train: {one.name}", one.tokens) for one in prepared.train]
@@ -156,13 +157,13 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def show_config(args: argparse.Namespace) -> None:
-    print(configuration.to_yaml(configuration.load(args.config, args.overrides)), end="")
+    print(to_yaml(load(args.config, args.overrides)), end="")
 
 
 def plan(args: argparse.Namespace) -> None:
-    config = configuration.load(args.config, args.overrides)
+    config = load(args.config, args.overrides)
     from lptransformer import files
-    from lptransformer import plan as planning
+    from lptransformer.planning import plan as planning
 
     target = None if args.json is None else Path(args.json)
     if target is not None:
@@ -175,7 +176,7 @@ def plan(args: argparse.Namespace) -> None:
         link=args.link,
         vocab_size=args.vocab_size,
     )
-    from lptransformer.plan_report import print_plan, to_json
+    from lptransformer.planning.plan_report import print_plan, to_json
 
     print_plan(made)
     if target is not None:
@@ -184,7 +185,7 @@ def plan(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     no_overrides(args)
-    from lptransformer.evaluate import evaluate_run, print_evaluations, to_json
+    from lptransformer.evaluation.perplexity import evaluate_run, print_evaluations, to_json
 
     results = evaluate_run(
         Path(args.run_folder), args.data, step=args.step, batch_size=args.batch_size, processes=args.processes
@@ -196,7 +197,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def sweep(args: argparse.Namespace) -> None:
     if args.processes < 1:
         raise UserError(f"--processes={args.processes}: give a whole number, 1 or more")
-    from lptransformer import sweep_file
+    from lptransformer.study import sweep_file
 
     checked = sweep_file.read(args.sweep_file, args.overrides)  # before anything slow is imported
     if run := next((run for run in checked.runs if run.config.train.micro_batch_size == "auto"), None):
@@ -204,16 +205,16 @@ def sweep(args: argparse.Namespace) -> None:
             f"{args.sweep_file}: run {run.name}: train.micro_batch_size is auto: runs with batches of different size "
             "cannot be compared, and those that train at once share the memory; give a number"
         )
-    from lptransformer.sweep import run_sweep
+    from lptransformer.study.sweep import run_sweep
 
     run_sweep(checked, args.processes, args.dry_run)
 
 
 def report(args: argparse.Namespace) -> None:
     no_overrides(args)
-    from lptransformer.report import compare, report_trace
-    from lptransformer.report import report as report_run
-    from lptransformer.result_tables import Question
+    from lptransformer.study.report import compare, report_trace
+    from lptransformer.study.report import report as report_run
+    from lptransformer.study.result_tables import Question
 
     paths = [Path(run) for run in args.runs]
     compared = [f"--{name}" for name in COMPARISON if getattr(args, name) is not None]
@@ -223,7 +224,7 @@ def report(args: argparse.Namespace) -> None:
             raise UserError(f"--trace with {', '.join(others)}: it is a report of its own, about one run")
         report_trace(paths[0], Path(args.out) if args.out else paths[0])
         return
-    if len(paths) == 1 and (run_folder.holds_run(paths[0]) or not paths[0].exists()):
+    if len(paths) == 1 and (layout.holds_run(paths[0]) or not paths[0].exists()):
         others = compared + ["--out"] * (args.out is not None)
         if others and paths[0].exists():
             raise UserError(
@@ -245,7 +246,7 @@ def report(args: argparse.Namespace) -> None:
 
 def diagnose(args: argparse.Namespace) -> None:
     no_overrides(args)
-    from lptransformer.diagnosis import diagnose_run, print_diagnosis, write_diagnosis
+    from lptransformer.evaluation.diagnosis import diagnose_run, print_diagnosis, write_diagnosis
 
     run = Path(args.run_folder)
     results = diagnose_run(run, step=args.step, batches=args.batches, batch_size=args.batch_size, set_name=args.set)
@@ -255,7 +256,7 @@ def diagnose(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     no_overrides(args)
-    from lptransformer.export import export_run
+    from lptransformer.evaluation.export import export_run
 
     update = export_run(Path(args.run_folder), Path(args.out), step=args.step)
     print(f"{args.out}: the model of {args.run_folder} after {update} updates")

@@ -263,7 +263,7 @@ def failure(error: BaseException) -> dict[str, Any]:
 def leave(answer: dict[str, Any]) -> dict[str, Any]:
     """Take down what the job has left, so that the next one starts from nothing. A failure here is one of the job."""
     try:
-        world, torch = sys.modules.get("lptransformer.world"), sys.modules["torch"]
+        world, torch = sys.modules.get("lptransformer.engine.process_groups"), sys.modules["torch"]
         if world is not None and hasattr(world, "leave"):
             world.leave()
         if torch.distributed.is_initialized():

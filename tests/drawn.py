@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from lptransformer import blueprint as blueprints
-from lptransformer.blueprint import Blueprint
-from lptransformer.config import load
-from lptransformer.head_kinds import HEADS
+from lptransformer.config.load import load
+from lptransformer.methods.heads import HEADS
+from lptransformer.models import blueprint as blueprints
+from lptransformer.models.blueprint import Blueprint
 
 
 def drawn(

@@ -20,20 +20,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lptransformer import config as configuration
-from lptransformer.blueprint import draw
-from lptransformer.build import build_engine
-from lptransformer.channel import Control, Neighbours
-from lptransformer.deepspeed_stage import TrainedStage
-from lptransformer.engine import LocalUpdateEngine
+from lptransformer.config import load as configuration
+from lptransformer.config.schema import Config
+from lptransformer.data.token_set import Batch
+from lptransformer.engine.deepspeed_stage import TrainedStage
+from lptransformer.engine.engine import LocalUpdateEngine
+from lptransformer.engine.p2p import Control, Neighbours
+from lptransformer.engine.process_groups import join
 from lptransformer.errors import TrainingError
-from lptransformer.head import LossBatch, LossTerm
-from lptransformer.metrics import EvaluationReport, StageReport
-from lptransformer.partition import StagePlan
+from lptransformer.methods.stages import StagePlan
+from lptransformer.models.blueprint import draw
+from lptransformer.models.head import LossBatch, LossTerm
+from lptransformer.models.stage import StageOutput
 from lptransformer.processes import use_fair_share_of_cores
-from lptransformer.stage import StageOutput
-from lptransformer.token_set import Batch
-from lptransformer.world import join
+from lptransformer.run_folder.metrics import EvaluationReport, StageReport
+from lptransformer.training.build import build_engine
 
 VOCAB_SIZE = 64
 VALID_LABEL_TOKENS = (30, 30, 18)  # of the validation set's micro-batches: the last one is not full
@@ -89,11 +90,11 @@ class RandomValidSet:
             yield batch
 
 
-def load_config(overrides: Sequence[str]) -> configuration.Config:
+def load_config(overrides: Sequence[str]) -> Config:
     return configuration.load(BASE, overrides)
 
 
-def make_stream(config: configuration.Config) -> RandomStream:
+def make_stream(config: Config) -> RandomStream:
     vocab_size = config.data.vocab_size if "vocab_size" in config.data.model_fields_set else VOCAB_SIZE
     return RandomStream(config.train.micro_batch_size, config.data.sequence_length, vocab_size)
 

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lptransformer import config as configuration
-from lptransformer import objective, partition, run_folder
-from lptransformer.cost import ModelCosts
-from lptransformer.metrics import TextCounts, perplexity
-from lptransformer.run_log import MetricsWriter
+from lptransformer.config.load import load, to_yaml
+from lptransformer.methods import objectives
+from lptransformer.methods.cost import ModelCosts
+from lptransformer.methods.stages import cut
+from lptransformer.run_folder import layout
+from lptransformer.run_folder.metrics import TextCounts, perplexity
+from lptransformer.run_folder.metrics_log import MetricsWriter
 
 COUNTS = {"tokens": 1000, "bytes": 1000, "words": 200}
 BASE: dict[str, Any] = {
@@ -39,19 +41,19 @@ def make_run(
     seconds: float = 0.5,
 ) -> Path:
     """A run folder as `train` leaves it, but for checkpoints; `seconds` is the time of an update."""
-    config = configuration.load(BASE, [*overrides, f"--run.dir={folder}"])
+    config = load(BASE, [*overrides, f"--run.dir={folder}"])
     folder.mkdir(parents=True, exist_ok=True)
     tokens = folder.parent / "tokens"
     tokens.mkdir(exist_ok=True)
     (tokens / "manifest.json").write_text(json.dumps(COUNTS))
-    (folder / run_folder.CONFIG).write_text(configuration.to_yaml(config))
-    (folder / run_folder.MODEL).write_text(json.dumps({**MODEL, "n_layer": config.model.num_layers}))
+    (folder / layout.CONFIG).write_text(to_yaml(config))
+    (folder / layout.MODEL).write_text(json.dumps({**MODEL, "n_layer": config.model.num_layers}))
     sets = {"train": {"train": str(tokens)}, "valid": dict.fromkeys(config.data.valid, str(tokens))}
-    (folder / run_folder.DATA).write_text(json.dumps(sets))
-    (folder / run_folder.ENVIRONMENT).write_text(json.dumps([{"cpu_count": 2, "omp_num_threads": "1"}]))
+    (folder / layout.DATA).write_text(json.dumps(sets))
+    (folder / layout.ENVIRONMENT).write_text(json.dumps([{"cpu_count": 2, "omp_num_threads": "1"}]))
     loss = loss or falling(1.5)
-    goal = objective.build(config.model.num_layers, **config.objective.model_dump())
-    stages = partition.cut(goal, config.parallel.pipeline, ModelCosts(1.0, 1.0, 1.0))
+    goal = objectives.build(config.model.num_layers, **config.objective.model_dump())
+    stages = cut(goal, config.parallel.pipeline, ModelCosts(1.0, 1.0, 1.0))
     done = config.train.steps if updates is None else updates
     (folder / "metrics.jsonl").unlink(missing_ok=True)
     writer = MetricsWriter(folder)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fake_runs import make_run
 
-from lptransformer.partition import StagePlan
+from lptransformer.methods.stages import StagePlan
 
 PLAN = StagePlan(0, 0, 3, 0, has_head=True, is_first=True, is_last=True, trained=True)
 

@@ -8,11 +8,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from lptransformer import objective
-from lptransformer.cost import ModelCosts
-from lptransformer.objective import Objective
-from lptransformer.partition import StagePlan, cut
-from lptransformer.spans import Phase, Span
+from lptransformer.methods.cost import ModelCosts
+from lptransformer.methods.objectives import METHODS, Objective, build
+from lptransformer.methods.spans import Phase, Span
+from lptransformer.methods.stages import StagePlan, cut
 
 COSTS = ModelCosts(block_flops=3.0, head_flops=5.0, auxiliary_flops=4.0)
 OWN_WEIGHTS = (0.0, 0.3, 0.5, 1.0)
@@ -69,9 +68,9 @@ def all_compositions(total: int) -> list[tuple[int, ...]]:
 def every_objective(num_blocks: int) -> Iterator[Objective]:
     """All objectives of the method over this many blocks, hybrid ones too."""
     for name, options in _every_option(num_blocks):
-        yield objective.build(num_blocks, name, **options)
+        yield build(num_blocks, name, **options)
         if name in WITH_GLOBAL_UPDATES:
-            yield objective.build(num_blocks, name, backprop_every=2, **options)
+            yield build(num_blocks, name, backprop_every=2, **options)
 
 
 def _every_option(num_blocks: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -103,7 +102,7 @@ def sizes_of(draw: st.DrawFn, total: int, most_parts: int) -> list[int]:
 
 
 @st.composite
-def objectives(draw: st.DrawFn, most_blocks: int = 10, names: tuple[str, ...] = tuple(objective.METHODS)) -> Objective:
+def objectives(draw: st.DrawFn, most_blocks: int = 10, names: tuple[str, ...] = tuple(METHODS)) -> Objective:
     """Any objective, hybrid ones too."""
     num_blocks = draw(st.integers(1, most_blocks))
     name = draw(st.sampled_from(names))
@@ -119,7 +118,7 @@ def objectives(draw: st.DrawFn, most_blocks: int = 10, names: tuple[str, ...] = 
     if name in WITH_GLOBAL_UPDATES:
         options["backprop_every"] = draw(st.sampled_from([None, None, 1, 2, 3]))
         options["backprop_share"] = draw(st.sampled_from([0.0, 0.0, 0.1, 0.5, 1.0]))
-    return objective.build(num_blocks, name, **options)
+    return build(num_blocks, name, **options)
 
 
 @st.composite

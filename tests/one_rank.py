@@ -17,12 +17,12 @@ from allocations import recorded
 from random_tokens import RandomTokens
 from torch import Tensor
 
-from lptransformer.blueprint import Blueprint
-from lptransformer.build import build_engine
-from lptransformer.channel import HEADER_BYTES, HEADER_INTS, Kind
-from lptransformer.config import Config
-from lptransformer.stage import make_stage
-from lptransformer.world import World, join, leave
+from lptransformer.config.schema import Config
+from lptransformer.engine.p2p import HEADER_BYTES, HEADER_INTS, Kind
+from lptransformer.engine.process_groups import World, join, leave
+from lptransformer.models.blueprint import Blueprint
+from lptransformer.models.stage import make_stage
+from lptransformer.training.build import build_engine
 
 
 class _Done:
@@ -108,7 +108,7 @@ def _peak(config: Config, plan: Blueprint, pipeline_rank: int) -> int:
 
 
 def _tell_names_of_copies(config: Config, plan: Blueprint, world: OneRank) -> None:
-    """What the processes of other pipeline ranks would say about the weights that their heads follow (mirror.py)."""
+    """What the processes of other pipeline ranks would say about the weights that their heads follow."""
     for stage in plan.stages:
         if stage.pipeline_rank == world.pipeline_rank or not stage.has_head:
             continue

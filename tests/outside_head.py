@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from lptransformer.head import BuiltReadout, Material, Readout
-from lptransformer.head_kinds import HEADS, HeadKind, HeadOptions, ReadoutCost, register
+from lptransformer.methods.heads import HEADS, HeadKind, HeadOptions, ReadoutCost, register
+from lptransformer.models.head import BuiltReadout, Material, Readout
 from lptransformer.section import Count
 
 

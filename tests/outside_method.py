@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from lptransformer.objective import METHODS, HybridOptions, Method, register
+from lptransformer.methods.objectives import METHODS, HybridOptions, Method, register
+from lptransformer.methods.spans import Phase, Span
 from lptransformer.section import Count, Share
-from lptransformer.spans import Phase, Span
 
 
 class LadderOptions(HybridOptions):

@@ -14,9 +14,9 @@ from engine_jobs import Trained, load_config, make_stream
 from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, get_scheduler
 
-from lptransformer.config import Config
-from lptransformer.head import token_positions
-from lptransformer.partition import StagePlan
+from lptransformer.config.schema import Config
+from lptransformer.methods.stages import StagePlan
+from lptransformer.models.head import token_positions
 
 
 def whole_model_config(config: Config, vocab_size: int) -> GPT2Config | LlamaConfig:

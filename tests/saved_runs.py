@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lptransformer import checkpoint, run_folder
-from lptransformer import config as configuration
-from lptransformer.blueprint import draw
-from lptransformer.prepare import prepare_all
-from lptransformer.stage import make_stage
+from lptransformer.config.load import load
+from lptransformer.data.prepare import prepare_all
+from lptransformer.models.blueprint import draw
+from lptransformer.models.stage import make_stage
+from lptransformer.run_folder import checkpoint, layout
 
 WINDOW = 16
 TEXT = "The moor was wide, and the wind had a voice of its own; who heard it once never lost it. " * 12
@@ -61,13 +61,13 @@ def make_run(
     }
     if tokenizer == "sentencepiece":
         raw["data"]["vocab_size"] = 300
-    config = configuration.load(raw)
+    config = load(raw)
     data = prepare_all(**config.data.model_dump(), progress=False)
     blueprint = draw(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
     run = folder / "run"
     valid_sets = {name: str(one.folder.absolute()) for name, one in data.valid.items()}
     model_config = blueprint.model_config.to_dict()
-    run_folder.create(run, config, model_config, data.tokenizer_folder, {"valid": valid_sets}, ["a test"])
+    layout.create(run, config, model_config, data.tokenizer_folder, {"valid": valid_sets}, ["a test"])
     for update in updates:
         for plan in blueprint.stages:
             stage = make_stage(plan, blueprint, seed=update, pretrained=config.model.pretrained)

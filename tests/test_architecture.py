@@ -12,31 +12,54 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lptransformer"
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+MODULES = sorted(name for name in FILES if not name.endswith("__init__"))
+ENTRANCES = {"__main__", "__init__"}  # import anything, and only when it is needed
 
-PURE = {"errors", "config", "config_sections", "config_text", "config_checks", "deepspeed_keys"}
-PURE |= {"objective", "cost", "partition", "gradients", "schedule", "run_folder", "launcher", "__main__"}
-PURE |= {"flops", "halving", "sweep_file", "records", "comparison", "pareto", "documents", "result_tables", "plots"}
-PURE |= {"simulate", "devices", "memory", "footprint", "step_time", "candidates", "plan", "plan_report"}
-HEAVY = {"torch", "deepspeed", "transformers", "datasets", "safetensors", "sentencepiece", "matplotlib", "numpy"}
-ALLOWED = {
-    "deepspeed": {"world", "deepspeed_stage", "pipeline_baseline"},
-    "transformers": {"family", "pieces", "tokenizer", "optimizer", "export"},
-    "datasets": {"prepare", "token_set"},
-    "sentencepiece": {"tokenizer"},
-    "matplotlib": {"progress", "plots", "figures", "diagnosis", "trace_plot"},
+# What each package may import beside the leaves of the root and itself.
+ALL = {"methods", "config", "models", "data", "run_folder", "engine", "training", "evaluation", "planning", "study"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "root": set(),
+    "methods": set(),
+    "data": set(),
+    "config": {"methods"},
+    "models": {"config", "methods"},
+    "run_folder": {"config", "methods"},
+    "engine": {"models", "run_folder", "data", "config", "methods"},
+    "planning": {"models", "run_folder", "data", "config", "methods"},
+    "evaluation": {"models", "run_folder", "data", "methods"},
+    "training": ALL - {"training", "evaluation", "study"},
+    "study": ALL - {"study", "engine", "training"},
 }
-WHOLE_CONFIGURATION = {"build", "train", "launcher", "run_folder", "__main__"}
-WHOLE_CONFIGURATION |= {"sweep_file", "run_record", "plan", "dry_run", "auto_batch"}
-WITHOUT_DEEPSPEED = {"evaluate", "export", "report", "sweep", "run_folder", "data", "stage", "checkpoint"}
-WITHOUT_DEEPSPEED |= {"diagnosis"}
+HEAVY = {"torch", "deepspeed", "transformers", "datasets", "safetensors", "sentencepiece", "matplotlib", "numpy"}
+# Packages and modules that are imported before a configuration is accepted, or by those who only compare runs.
+LIGHT = {"methods", "config", "root"} - {"processes"}
+LIGHT_MODULES = {"run_folder.layout", "training.launcher", "__main__", "planning.simulate", "planning.devices"}
+LIGHT_MODULES |= {"planning.step_time", "planning.candidates", "planning.plan", "planning.plan_report"}
+LIGHT_MODULES |= {"study.sweep_file", "study.records", "study.comparison", "study.markdown_tables"}
+LIGHT_MODULES |= {"study.result_tables", "study.plots"}
+WHERE = {
+    "deepspeed": {"engine"},
+    "transformers": {"models", "data.tokenizer", "engine.optimizer", "evaluation.export"},
+    "datasets": {"data"},
+    "sentencepiece": {"data.tokenizer"},
+    "matplotlib": {"figures", "run_folder.loss_plot", "study", "evaluation.diagnosis"},
+}
+WHOLE_CONFIGURATION = {"__main__", "__init__", "models.blueprint", "run_folder.layout"}
+WHOLE_CONFIGURATION |= {"study.sweep_file", "study.collect"}
+WHOLE_CONFIGURATION |= {name for name in MODULES if name.startswith(("planning.", "training.", "config."))}
+WITHOUT_DEEPSPEED = {"evaluation", "study", "run_folder", "data", "models", "planning", "config", "methods"}
+
+
+def package(module: str) -> str:
+    head, dot, _ = module.partition(".")
+    return head if dot else "root"
 
 
 def imports(module: str, top_level_only: bool = False) -> set[str]:
     """Every module that is imported, dotted, anywhere in the source or only when the module itself is imported."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
     found: set[str] = set()
-    todo: list[ast.AST] = [tree]
+    todo: list[ast.AST] = [ast.parse(FILES[module].read_text())]
     while todo:
         node = todo.pop()
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -53,34 +76,68 @@ def imports(module: str, top_level_only: bool = False) -> set[str]:
 
 
 def own(module: str) -> set[str]:
-    """The modules of this package that a module imports anywhere."""
-    parts = [name.split(".") for name in imports(module)]
-    return {part[1] for part in parts if part[0] == "lptransformer" and len(part) > 1 and part[1] in MODULES}
+    """The modules of this program that a module imports anywhere."""
+    names = {name.removeprefix("lptransformer.") for name in imports(module) if name.startswith("lptransformer.")}
+    return {part for name in names for part in (name, name.rpartition(".")[0]) if part in MODULES}
 
 
-def floors() -> dict[str, int]:
-    """The table of docs/design.md, section Floors."""
-    text = (ROOT / "docs" / "design.md").read_text()
-    section = text.split("## Floors")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (\d+) \| (.*?) \|$", section, re.M)
-    return {name: int(floor) for floor, names in rows for name in re.findall(r"`([\w_]+)`", names)}
+def design_table() -> dict[str, set[str]]:
+    """The packages and modules in the table of docs/design.md, section The house."""
+    section = (ROOT / "docs" / "design.md").read_text().split("## The house")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `?(\w+)/?`? \|.*?\| (.*?) \|$", section, re.M)
+    return {name: set(re.findall(r"`([\w_]+)`", modules)) for name, modules in rows}
 
 
-def test_every_module_is_on_a_floor_and_nothing_else_is() -> None:
-    assert sorted(floors()) == MODULES
+def test_the_table_of_the_design_has_every_module_and_nothing_else() -> None:
+    found: dict[str, set[str]] = {}
+    for module in MODULES:
+        found.setdefault(package(module), set()).add(module.rpartition(".")[2])
+    assert design_table() == found
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_floors_below_its_own(module: str) -> None:
-    table = floors()
-    above = {other: table[other] for other in own(module) if table[other] >= table[module]}
-    assert not above, f"{module} is on floor {table[module]} and imports {above}"
+def test_every_package_says_what_lives_there() -> None:
+    assert set(MAY_IMPORT) == {package(module) for module in MODULES}
+    for name in sorted(ALL):
+        text = FILES[f"{name}.__init__"].read_text()
+        assert ast.get_docstring(ast.parse(text)), name
+        assert not imports(f"{name}.__init__"), f"{name}/__init__.py imports something"
 
 
-@pytest.mark.parametrize("module", sorted(PURE))
+@pytest.mark.parametrize("module", [name for name in MODULES if name not in ENTRANCES])
+def test_a_module_imports_only_what_its_package_may(module: str) -> None:
+    here = package(module)
+    wrong = {other for other in own(module) if package(other) not in {here, "root", *MAY_IMPORT[here]}}
+    assert not wrong, f"{module} imports {wrong}"
+    assert not own(module) & ENTRANCES or module == "training.launcher"
+
+
+def test_no_imports_in_a_circle() -> None:
+    def reached(module: str) -> set[str]:
+        seen: set[str] = set()
+        todo = list(own(module))
+        while todo:
+            one = todo.pop()
+            if one not in seen:
+                seen.add(one)
+                todo += own(one)
+        return seen
+
+    assert not [module for module in MODULES if module in reached(module)]
+
+
+LIGHT_ONES = [name for name in MODULES if package(name) in ("methods", "config") or name in LIGHT_MODULES]
+
+
+@pytest.mark.parametrize("module", [*LIGHT_ONES, "errors", "section", "files", "console", "figures"])
 def test_modules_that_reject_bad_configuration_import_nothing_slow(module: str) -> None:
     heavy = {name.split(".")[0] for name in imports(module, top_level_only=True)} & HEAVY
     assert not heavy
+
+
+def test_methods_know_no_torch_at_all() -> None:
+    for module in MODULES:
+        if package(module) == "methods":
+            assert not {name.split(".")[0] for name in imports(module)} & HEAVY, module
 
 
 def test_the_command_line_starts_without_anything_slow() -> None:
@@ -89,32 +146,45 @@ def test_the_command_line_starts_without_anything_slow() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("library", sorted(ALLOWED))
+@pytest.mark.parametrize("library", sorted(WHERE))
 def test_a_library_is_used_in_its_place_only(library: str) -> None:
     users = {module for module in MODULES if any(name.split(".")[0] == library for name in imports(module))}
-    assert users <= ALLOWED[library]
+    assert not {module for module in users if not {module, package(module)} & WHERE[library]}
 
 
 def test_only_those_who_put_the_parts_together_see_the_whole_configuration() -> None:
-    readers = {module for module in MODULES if "lptransformer.config.Config" in imports(module)}
+    readers = {module for module in MODULES if "lptransformer.config.schema.Config" in imports(module)}
     assert readers <= WHOLE_CONFIGURATION
 
 
-@pytest.mark.parametrize("module", sorted(WITHOUT_DEEPSPEED))
-def test_evaluation_and_export_never_reach_deepspeed(module: str) -> None:
-    seen, todo = set(), [module]
-    while todo:
-        one = todo.pop()
-        if one not in seen:
-            seen.add(one)
-            todo += own(one)
-    assert not seen & ALLOWED["deepspeed"], f"{module} reaches {seen & ALLOWED['deepspeed']}"
+def test_only_the_engine_reaches_deepspeed() -> None:
+    for module in MODULES:
+        if package(module) in WITHOUT_DEEPSPEED:
+            seen: set[str] = set()
+            todo = [module]
+            while todo:
+                one = todo.pop()
+                if one not in seen:
+                    seen.add(one)
+                    todo += own(one)
+            assert not {one for one in seen if package(one) == "engine"}, module
+
+
+METHOD_NAMES = re.compile(r"[\"'](backprop|chunked|greedy|overlapping|deep_supervision|delayed|low_rank|shared)[\"']")
+
+
+def test_no_module_asks_for_a_method_or_a_head_by_name() -> None:
+    """What follows from a method or a head is derived from its row."""
+    for module in MODULES:
+        if module not in ("methods.objectives", "methods.heads"):
+            asked = [line for line in FILES[module].read_text().splitlines() if METHOD_NAMES.search(line)]
+            assert not [line for line in asked if re.search(r"==|!=| in \(|\.get\(", line)], module
 
 
 def test_no_class_derives_deeper_than_one_level_over_module() -> None:
     classes: dict[str, list[str]] = {}
     for module in MODULES:
-        for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        for node in ast.walk(ast.parse(FILES[module].read_text())):
             if isinstance(node, ast.ClassDef):
                 classes[node.name] = [ast.unparse(base) for base in node.bases]
     modules = {name for name, bases in classes.items() if "nn.Module" in bases}
@@ -122,7 +192,7 @@ def test_no_class_derives_deeper_than_one_level_over_module() -> None:
     assert not {name for name, bases in classes.items() if modules & set(bases)}
 
 
-def test_no_room_of_odds_and_ends_and_none_too_large() -> None:
-    assert not {"utils", "util", "common", "helpers", "misc"} & set(MODULES)
-    sizes = {module: len((PACKAGE / f"{module}.py").read_text().splitlines()) for module in MODULES}
-    assert not {module: lines for module, lines in sizes.items() if lines > 500}
+def test_no_room_of_odds_and_ends() -> None:
+    assert not {"utils", "util", "common", "helpers", "misc"} & {module.rpartition(".")[2] for module in MODULES}
+    for name in sorted(ALL):
+        assert len([module for module in MODULES if package(module) == name]) <= 13, name

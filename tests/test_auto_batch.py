@@ -12,18 +12,19 @@ import small_run
 import yaml
 from safetensors.torch import load_file
 
-from lptransformer import auto_batch, run_folder
-from lptransformer import config as configuration
-from lptransformer import train as training
 from lptransformer.__main__ import parser
-from lptransformer.blueprint import Blueprint, draw
-from lptransformer.build import initialize
-from lptransformer.config import Config
-from lptransformer.config_checks import micro_batch_size
-from lptransformer.dry_run import predicted
+from lptransformer.config.checks import micro_batch_size
+from lptransformer.config.load import load, to_yaml
+from lptransformer.config.schema import Config
+from lptransformer.engine.process_groups import leave
 from lptransformer.errors import ConfigError
-from lptransformer.launcher import run
-from lptransformer.world import leave
+from lptransformer.models.blueprint import Blueprint, draw
+from lptransformer.planning.dry_run import predicted
+from lptransformer.run_folder import layout
+from lptransformer.training import auto_batch
+from lptransformer.training import train as training
+from lptransformer.training.build import initialize
+from lptransformer.training.launcher import run
 
 CONFIG = small_run.CONFIG | {"train": {**small_run.CONFIG["train"], "micro_batch_size": "auto"}}
 BYTES = 259  # entries of the vocabulary
@@ -35,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def given(*overrides: str) -> tuple[Config, Blueprint]:
-    config = configuration.load(CONFIG, overrides)
+    config = load(CONFIG, overrides)
     sized = config if config.train.micro_batch_size != "auto" else auto_batch.with_size(config, 1)
     return config, draw(sized, BYTES, None)
 
@@ -91,15 +92,15 @@ def test_it_says_what_it_chose(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_word_is_never_taken_for_a_number() -> None:
-    config = configuration.load(CONFIG)
+    config = load(CONFIG)
     with pytest.raises(ConfigError, match=r"train\.micro_batch_size is auto.*--train\.micro_batch_size=8"):
         micro_batch_size(config)
-    again = configuration.load(yaml.safe_load(configuration.to_yaml(config)))
-    assert again.train.micro_batch_size == "auto" and "micro_batch_size: auto" in configuration.to_yaml(again)
+    again = load(yaml.safe_load(to_yaml(config)))
+    assert again.train.micro_batch_size == "auto" and "micro_batch_size: auto" in to_yaml(again)
     with pytest.raises(ConfigError, match="must be a whole number, 1 or more, or auto"):
-        configuration.load(CONFIG, ["train.micro_batch_size=atuo"])
+        load(CONFIG, ["train.micro_batch_size=atuo"])
     with pytest.raises(ConfigError, match="deepspeed_pipeline"):
-        configuration.load(CONFIG, ["engine=deepspeed_pipeline", "objective.name=backprop"])
+        load(CONFIG, ["engine=deepspeed_pipeline", "objective.name=backprop"])
 
 
 @pytest.mark.parametrize("arguments", [["plan", "c.yaml", "--gpu=h100"], ["sweep", "s.yaml", "--dry-run"]])
@@ -149,12 +150,12 @@ def test_a_run_records_the_number_keeps_it_and_is_the_run_of_that_number(
     for arguments in (["train", "c.yaml", "--until=1"], by_hand):
         run(parser(), arguments)
         leave()
-    recorded = (Path("run") / run_folder.CONFIG).read_text()
+    recorded = (Path("run") / layout.CONFIG).read_text()
     assert yaml.safe_load(recorded)["train"]["micro_batch_size"] == 4
     memory = memory_for(1)  # would give another number now
     run(parser(), ["train", "c.yaml", "--resume"])
     leave()
-    assert (Path("run") / run_folder.CONFIG).read_text() == recorded
+    assert (Path("run") / layout.CONFIG).read_text() == recorded
     assert weights(Path("run"), 2) == weights(Path("by-hand"), 2)
 
 
@@ -163,9 +164,9 @@ def train_with_memory(folder: str, memories: list[int], resume: bool, until: int
     os.chdir(folder)
     rank = int(os.environ["RANK"])
     auto_batch.free_memory = lambda local: memories[rank]
-    config = configuration.load("c.yaml", ["parallel.pipeline=2"])
+    config = load("c.yaml", ["parallel.pipeline=2"])
     training.train(config, resume=resume, until=until)
-    return (Path("run") / run_folder.CONFIG).read_text()
+    return (Path("run") / layout.CONFIG).read_text()
 
 
 @pytest.mark.slow
@@ -181,7 +182,7 @@ def refused_for_memory(folder: str, memories: list[int]) -> str:
     os.chdir(folder)
     rank = int(os.environ["RANK"])
     auto_batch.free_memory = lambda local: memories[rank]
-    config = configuration.load("c.yaml", ["parallel.pipeline=2"])
+    config = load("c.yaml", ["parallel.pipeline=2"])
     try:
         training.train(config)
     except (ConfigError, SystemExit) as error:

@@ -18,9 +18,9 @@ import small_run
 import yaml
 from small_run import CONFIG, TEXT
 
-from lptransformer import deepspeed_keys
 from lptransformer.__main__ import parser
-from lptransformer.launcher import run
+from lptransformer.config import deepspeed_keys
+from lptransformer.training.launcher import run
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_compiler_that_is_not_there(
 
 
 def test_a_world_of_another_size(folder: Path) -> None:
-    done = command("-m", "lptransformer.launcher", "--config", "c.yaml", WORLD_SIZE="3", RANK="0")
+    done = command("-m", "lptransformer.training.launcher", "--config", "c.yaml", WORLD_SIZE="3", RANK="0")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "3" in done.stderr and "parallel.pipeline" in done.stderr and "parallel.data" in done.stderr
 

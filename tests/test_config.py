@@ -12,11 +12,18 @@ from typing import Any
 
 import pytest
 
-from lptransformer import config as configuration
-from lptransformer import deepspeed_keys
-from lptransformer.config import check_depth, check_world_size, differences, load, resume_differences, to_dict, to_yaml
-from lptransformer.config_checks import FAMILIES, pretrained_warning
-from lptransformer.config_sections import PLAIN, SECTIONS, fields_of, known_keys
+from lptransformer.config import deepspeed_keys
+from lptransformer.config.checks import FAMILIES, pretrained_warning, zero_stage
+from lptransformer.config.load import (
+    check_depth,
+    check_world_size,
+    differences,
+    load,
+    resume_differences,
+    to_dict,
+    to_yaml,
+)
+from lptransformer.config.schema import PLAIN, SECTIONS, fields_of, known_keys
 from lptransformer.errors import ConfigError, ModelError, UserError
 
 DATA = {"data": {"train": "books/*.txt"}}
@@ -478,7 +485,7 @@ STAGE = "deepspeed.zero_optimization.stage"
     ],
 )
 def test_zero_stage(overrides: str, stage: int) -> None:
-    assert configuration.zero_stage(load(DATA, overrides.split())) == stage
+    assert zero_stage(load(DATA, overrides.split())) == stage
 
 
 @pytest.mark.parametrize(
@@ -635,7 +642,7 @@ def test_the_tables_are_those_of_the_installed_deepspeed() -> None:
 
 
 def test_families_are_those_that_can_be_built() -> None:
-    from lptransformer.family import FAMILIES as BUILDERS
+    from lptransformer.models.family import FAMILIES as BUILDERS
 
     assert set(FAMILIES) == set(BUILDERS)
 
@@ -821,7 +828,7 @@ def test_nothing_slow_is_imported(tmp_path: Path) -> None:
     path = write(tmp_path, "data: {train: a.txt}\ntrain: {learning_rate: -1}\n")
     code = f"""
 import sys
-import lptransformer.config as config
+import lptransformer.config.load as config
 try:
     config.load({str(path)!r})
 except config.ConfigError as error:

@@ -10,9 +10,9 @@ from drawn import drawn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from lptransformer.cost import ModelCosts, loss_positions
-from lptransformer.head import CROSS_ENTROPY, Head, LossBatch, token_positions
-from lptransformer.stage import make_stage
+from lptransformer.methods.cost import ModelCosts, loss_positions
+from lptransformer.models.head import CROSS_ENTROPY, Head, LossBatch, token_positions
+from lptransformer.models.stage import make_stage
 
 VOCAB, HIDDEN, LENGTH, ROWS = 320, 64, 16, 2
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "max_position_embeddings": LENGTH}

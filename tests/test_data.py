@@ -18,13 +18,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lptransformer import data, sources, tokenizer
-from lptransformer import prepare as preparing
-from lptransformer.data import TrainStream
+from lptransformer.data import prepare as preparing
+from lptransformer.data import readers, tokenizer, train_stream
+from lptransformer.data.prepare import prepare, prepare_all
+from lptransformer.data.readers import parse_sources
+from lptransformer.data.token_set import TokenSet
+from lptransformer.data.train_stream import TrainStream
 from lptransformer.errors import ConfigError, DataError
-from lptransformer.prepare import prepare, prepare_all
-from lptransformer.sources import parse_sources
-from lptransformer.token_set import TokenSet
 
 BYTES = tokenizer.load("bytes")
 END = 1  # of a document, in bytes
@@ -45,7 +45,7 @@ def write(path: Path, text: str | bytes) -> str:
     return str(path)
 
 
-def one(spec: Any) -> sources.Source:
+def one(spec: Any) -> readers.Source:
     (source,) = parse_sources(spec, "train")
     return source
 
@@ -110,7 +110,7 @@ def test_reading_in_blocks_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
     path = write(tmp_path / "a.txt", text)
     ours = BYTES if kind == "bytes" else tokenizer.train_sentencepiece([text], 400, tmp_path / "tokenizer")
     whole = prepare(one(path), ours, 32, tmp_path / "whole")
-    for module in (sources, preparing):
+    for module in (readers, preparing):
         monkeypatch.setattr(module, "_BLOCK", 7)
     monkeypatch.setattr(preparing, "_ROWS_PER_CHUNK", 3)
     monkeypatch.setattr(tokenizer, "PIECE_CHARACTERS", 300)
@@ -173,7 +173,7 @@ def test_the_second_time_everything_is_found(tmp_path: Path, monkeypatch: pytest
 
 def test_an_interrupted_prepare_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.txt", prose())
-    for module in (sources, preparing):
+    for module in (readers, preparing):
         monkeypatch.setattr(module, "_BLOCK", 100)
     encode, calls = tokenizer.Tokenizer.encode_many, []
 
@@ -381,7 +381,7 @@ def test_sources_of_another_form_are_refused(tmp_path: Path, spec: Any, says: st
 def test_a_broken_file_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, says: str, kind: str, block: int
 ) -> None:
-    for module in (sources, preparing):
+    for module in (readers, preparing):
         monkeypatch.setattr(module, "_BLOCK", block)
     write(tmp_path / "texts" / name, content)
     with pytest.raises(DataError, match=says) as caught:
@@ -414,10 +414,10 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         (path, None, "tokenisers/none", r"data\.tokenizer: tokenisers/none does not exist"),
     ]:
         with pytest.raises(DataError, match=says):
-            sources.check_sources_exist(train, valid, kind)
+            readers.check_sources_exist(train, valid, kind)
         with pytest.raises(DataError, match=says):
             prepare_all(train, valid, kind, 300, 4, tmp_path / "cache")
-    sources.check_sources_exist(path, path, "bytes")
+    readers.check_sources_exist(path, path, "bytes")
     assert not (tmp_path / "cache").exists()
 
 
@@ -531,8 +531,8 @@ def test_a_batch_is_a_function_of_its_index(tmp_path: Path) -> None:
 
 def test_permutations_are_computed_once_per_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = TrainStream([numbered(tmp_path, "a", 10)], None, seed=0, micro_batch_size=3)
-    permutation, calls = data._permutation, []
-    monkeypatch.setattr(data, "_permutation", lambda *key: calls.append(key) or permutation(*key))
+    permutation, calls = train_stream._permutation, []
+    monkeypatch.setattr(train_stream, "_permutation", lambda *key: calls.append(key) or permutation(*key))
     rows_of(stream, 0, 20)  # 60 rows: 6 epochs
     assert len(calls) == len(set(calls)) == 12 and len(stream._orders) <= 2
     calls.clear()
@@ -577,7 +577,7 @@ def test_position_and_back(tmp_path: Path) -> None:
 
 def test_checking_sources_is_light(tmp_path: Path) -> None:
     code = (
-        "import sys; from lptransformer.sources import check_sources_exist\n"
+        "import sys; from lptransformer.data.readers import check_sources_exist\n"
         "from lptransformer.errors import DataError\n"
         f"check_sources_exist({write(tmp_path / 'a.txt', 'x')!r})\n"
         "try: check_sources_exist('absent/*.txt')\n"

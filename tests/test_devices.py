@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lptransformer.devices import TABLE, Cluster, Wire, table
 from lptransformer.errors import UserError
+from lptransformer.planning.devices import TABLE, Cluster, Wire, table
 
 H100, SLOW = table().device("h100"), table().link("25gbit")
 

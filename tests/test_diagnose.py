@@ -19,17 +19,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
-from lptransformer import family, objective, run_folder, run_model
 from lptransformer.__main__ import parser
-from lptransformer.diagnose import Diagnosis, diagnose
-from lptransformer.diagnosis import diagnose_run, draw_diagnosis, print_diagnosis, write_diagnosis
+from lptransformer.data.token_set import IGNORE_INDEX, Batch
+from lptransformer.data.tokenizer import load as load_tokenizer
 from lptransformer.errors import DataError, RunError, UserError
-from lptransformer.run_model import RunModel
-from lptransformer.spans import Phase, Span
-from lptransformer.spectrum import Moments, effective_rank, stable_rank
-from lptransformer.stage import make_stage
-from lptransformer.token_set import IGNORE_INDEX, Batch
-from lptransformer.tokenizer import load as load_tokenizer
+from lptransformer.evaluation import trained_model
+from lptransformer.evaluation.diagnosis import diagnose_run, draw_diagnosis, print_diagnosis, write_diagnosis
+from lptransformer.evaluation.local_gradients import Diagnosis, diagnose
+from lptransformer.evaluation.spectrum import Moments, effective_rank, stable_rank
+from lptransformer.evaluation.trained_model import RunModel
+from lptransformer.methods import objectives
+from lptransformer.methods.spans import Phase, Span
+from lptransformer.models import family
+from lptransformer.models.stage import make_stage
+from lptransformer.run_folder import layout
 
 VOCAB, WINDOW, BLOCKS = 67, 12, 4
 SIZES: dict[str, Any] = {"intermediate_size": None, "num_key_value_heads": None, "end_of_text_id": None}
@@ -60,7 +63,7 @@ def make_batches(number: int, rows: int = 3) -> list[Batch]:
 
 
 def diagnosed(model: RunModel, name: str, batches: Sequence[Batch], **options: Any) -> Diagnosis:
-    return diagnose(model, objective.build(BLOCKS, name, **options).usual, batches)
+    return diagnose(model, objectives.build(BLOCKS, name, **options).usual, batches)
 
 
 # ---- gradients
@@ -373,7 +376,7 @@ def test_a_run_is_diagnosed_on_windows_from_all_over_the_set(saved: Path) -> Non
     rows = torch.tensor([ids[16 * w : 16 * w + 16] for w in (i * (len(ids) // 16) // 6 for i in range(6))])
     labels = torch.cat([rows[:, 1:], torch.full((6, 1), IGNORE_INDEX)], dim=1)
     batches = [Batch(rows[i : i + 2], labels[i : i + 2]) for i in (0, 2, 4)]
-    wanted = diagnose(run_model.load(saved, 20), Phase((Span(0, 1), Span(2, 3))), batches)
+    wanted = diagnose(trained_model.load(saved, 20), Phase((Span(0, 1), Span(2, 3))), batches)
     assert {key: results[key] for key in list(results)[9:]} == asdict(wanted)
 
 
@@ -397,7 +400,7 @@ def test_of_a_hybrid_objective_the_usual_phase_counts(saved: Path, tmp_path: Pat
     shutil.copytree(saved, hybrid)
     config = (hybrid / "config.yaml").read_text()
     (hybrid / "config.yaml").write_text(config.replace("backprop_every: null", "backprop_every: 2"))
-    assert run_folder.read_config(hybrid).objective.backprop_every == 2
+    assert layout.read_config(hybrid).objective.backprop_every == 2
     of_hybrid, plain = (diagnose_run(run, batches=1)["gradients"] for run in (hybrid, saved))
     assert of_hybrid == plain and plain[0]["cosine"] < 1
 
@@ -440,7 +443,7 @@ def test_who_replaces_a_run_replaces_its_diagnosis(saved: Path, tmp_path: Path) 
     run = tmp_path / "run"
     shutil.copytree(saved, run)
     write_diagnosis(run, diagnose_run(run, batches=1, batch_size=1))
-    run_folder.remove(run)
+    layout.remove(run)
     assert not list(run.iterdir())
 
 

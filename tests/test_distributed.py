@@ -67,7 +67,7 @@ def die_on(dying_rank: int) -> None:
 def train_at_zero_3(updates: int) -> float:
     import deepspeed
 
-    from lptransformer.world import join
+    from lptransformer.engine.process_groups import join
 
     join(1, int(os.environ["WORLD_SIZE"]), timeout_seconds=30)
     torch.manual_seed(0)

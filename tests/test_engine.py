@@ -28,7 +28,7 @@ from engine_jobs import (
 from parity import compare, expected, gather, learning_rates, runs_of, whole_model_config
 from torch import Tensor
 
-from lptransformer.channel import Control
+from lptransformer.engine.p2p import Control
 
 FOUR_STAGES = ("objective.chunks=4", "parallel.pipeline=2")  # two on each pipeline rank
 

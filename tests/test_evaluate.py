@@ -23,14 +23,15 @@ from saved_runs import TEXT, WINDOW, make_run, write_text
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from lptransformer import checkpoint, run_model
 from lptransformer.__main__ import parser
+from lptransformer.data.token_set import Batch
+from lptransformer.data.tokenizer import load as load_tokenizer
 from lptransformer.errors import DataError, RunError, UserError
-from lptransformer.evaluate import evaluate_run, print_evaluations, to_json
-from lptransformer.export import export_run
-from lptransformer.launcher import run as run_command
-from lptransformer.token_set import Batch
-from lptransformer.tokenizer import load as load_tokenizer
+from lptransformer.evaluation import trained_model
+from lptransformer.evaluation.export import export_run
+from lptransformer.evaluation.perplexity import evaluate_run, print_evaluations, to_json
+from lptransformer.run_folder import checkpoint
+from lptransformer.training.launcher import run as run_command
 
 ROOT = Path(__file__).parent.parent
 EXIT_KEYS = ["stage", "last_block", "nll_per_token", "perplexity", "bits_per_byte", "word_perplexity", "tokens"]
@@ -139,7 +140,7 @@ def test_the_batch_size_changes_nothing_but_rounding(saved: Path) -> None:
 def test_the_weights_are_taken_in_fp32(tmp_path: Path) -> None:
     """bf16 weights give fp32 logits: the numbers of the same weights stored as fp32, to the last bit."""
     run = make_run(tmp_path, valid={"moor": TEXT}, dtype=torch.bfloat16)
-    model = run_model.load(run, 10)
+    model = trained_model.load(run, 10)
     assert model.logits(torch.tensor([[5, 6, 7]])).dtype == torch.float32
     before = evaluated(run)
     for folder in checkpoint.stage_folders(run, 10):
@@ -150,7 +151,7 @@ def test_the_weights_are_taken_in_fp32(tmp_path: Path) -> None:
 
 
 def test_the_logits_of_a_whole_batch_are_those_of_the_losses(saved: Path) -> None:
-    model = run_model.load(saved, 10)
+    model = trained_model.load(saved, 10)
     ids = torch.arange(3, 3 + WINDOW)[None]
     loss = F.cross_entropy(model.logits(ids)[0, :-1], ids[0, 1:], reduction="sum").item()
     labels = F.pad(ids[:, 1:], (0, 1), value=-100)

@@ -16,15 +16,16 @@ from saved_runs import FEW, TEXT, make_run, write_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lptransformer import checkpoint, run_model
-from lptransformer import config as configuration
 from lptransformer.__main__ import parser
+from lptransformer.config.load import load
+from lptransformer.data.tokenizer import load as load_tokenizer
 from lptransformer.errors import RunError
-from lptransformer.evaluate import evaluate_run
-from lptransformer.export import export_run
-from lptransformer.launcher import run as run_command
-from lptransformer.run_log import read_metrics
-from lptransformer.tokenizer import load as load_tokenizer
+from lptransformer.evaluation import trained_model
+from lptransformer.evaluation.export import export_run
+from lptransformer.evaluation.perplexity import evaluate_run
+from lptransformer.run_folder import checkpoint
+from lptransformer.run_folder.metrics_log import read_metrics
+from lptransformer.training.launcher import run as run_command
 
 BOOKS = Path(__file__).parent.parent / "data" / "books"
 STRANGE = "Two   spaces,\n\n\ttabs\r\n and e\u0301, ﬁ, ２, 😀, \u00a0\u3000x \u200b <s> </s> <unk> <0x41> [PAD] ...\n"
@@ -44,7 +45,7 @@ def test_the_exported_model_has_the_logits_of_the_run(
 ) -> None:
     run = make_run(tmp_path, model=model, chunks=chunks, pipeline=pipeline)
     export_run(run, tmp_path / "out")
-    own = run_model.load(run, 10)
+    own = trained_model.load(run, 10)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert exported.dtype == torch.float32 and not exported.config.tie_word_embeddings
     for shape in ((3, 16), (1, 1), (2, 7)):
@@ -63,7 +64,7 @@ def test_two_threads_give_the_same_bits_too(tmp_path: Path) -> None:
     try:
         with torch.no_grad():
             logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
-        assert torch.equal(logits, run_model.load(run, 10).logits(ids))
+        assert torch.equal(logits, trained_model.load(run, 10).logits(ids))
     finally:
         torch.set_num_threads(1)
 
@@ -83,7 +84,7 @@ def test_a_run_from_a_tied_model_folder_exports_without_it(dtype: torch.dtype, t
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = input_ids(259, (2, 16))
     with torch.no_grad():
-        assert torch.equal(exported(ids).logits, run_model.load(run, 10).logits(ids))
+        assert torch.equal(exported(ids).logits, trained_model.load(run, 10).logits(ids))
     assert exported.dtype == torch.float32
     readout, embedding = exported.get_output_embeddings().weight, exported.get_input_embeddings().weight
     assert readout.data_ptr() != embedding.data_ptr() and not torch.equal(readout, embedding)
@@ -111,7 +112,7 @@ def test_the_checkpoint_asked_for_is_exported(tmp_path: Path) -> None:
     for name, update in (("newest", 20), ("older", 10)):
         with torch.no_grad():
             logits[update] = AutoModelForCausalLM.from_pretrained(tmp_path / name)(ids).logits
-        assert torch.equal(logits[update], run_model.load(run, update).logits(ids))
+        assert torch.equal(logits[update], trained_model.load(run, update).logits(ids))
     assert not torch.equal(logits[10], logits[20])
 
 
@@ -218,10 +219,10 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path, capsys: pyte
 
 def _train(raw: dict[str, Any], *overrides: str) -> str:
     """What the process has printed."""
-    from lptransformer.train import train
+    from lptransformer.training.train import train
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        train(configuration.load(raw, overrides))
+        train(load(raw, overrides))
     return printed.getvalue()
 
 

@@ -37,11 +37,11 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from lptransformer import family, pieces
 from lptransformer.errors import ModelError
-from lptransformer.head import CROSS_ENTROPY, Head, LossBatch, Readout
-from lptransformer.loss import LogitRule
-from lptransformer.pieces import Piece
+from lptransformer.models import family, split
+from lptransformer.models.cross_entropy import LogitRule
+from lptransformer.models.head import CROSS_ENTROPY, Head, LossBatch, Readout
+from lptransformer.models.split import Piece
 
 VOCAB, BLOCKS = 61, 4
 ONE_PIECE = [range(0, 4)]
@@ -150,8 +150,8 @@ def make(config: Any, cut: list[range], folder: Path | None = None, seed: int | 
     parts = family.anatomy(config)
     placed = [(blocks, blocks.start == 0, blocks.stop == BLOCKS) for blocks in cut]
     if folder is not None:
-        return [pieces.load_piece(folder, config, parts, *place) for place in placed]
-    return [pieces.new_piece(config, parts, *place, seed) for place in placed]
+        return [split.load_piece(folder, config, parts, *place) for place in placed]
+    return [split.new_piece(config, parts, *place, seed) for place in placed]
 
 
 def weights_of(config: Any, joined: list[Piece]) -> dict[str, Tensor]:
@@ -309,9 +309,9 @@ def test_only_owned_tensors_are_allocated(name: str, loaded: bool, folders: dict
     for place, with_table in (((range(0, 1), True, False), True), ((range(1, 3), False, False), False)):
         with Allocations() as seen:
             if loaded:
-                piece = pieces.load_piece(folders[name], config, parts, *place)
+                piece = split.load_piece(folders[name], config, parts, *place)
             else:
-                piece = pieces.new_piece(config, parts, *place, 0)
+                piece = split.new_piece(config, parts, *place, 0)
         if not loaded:  # the library loads in threads, which are not seen
             assert (table in seen.shapes) == with_table
         embedding = VOCAB * 32 + (32 * 32 if name == "gpt2" else 0)
@@ -329,7 +329,7 @@ def test_anatomy_allocates_no_weights() -> None:
 def test_auxiliary_heads_are_like_the_models_own_and_differ_from_block_to_block() -> None:
     config = CONFIGS["llama"]
     parts = family.anatomy(config)
-    heads = [pieces.new_head(config, parts, block, seed=0) for block in (0, 1, 0)]
+    heads = [split.new_head(config, parts, block, seed=0) for block in (0, 1, 0)]
     readouts = [one.linear((parts.hidden_size, parts.vocab_size))[0].weight for one in heads]
     assert readouts[0].shape == (VOCAB, 32) and type(heads[0].norm).__name__ == "LlamaRMSNorm"
     assert torch.equal(readouts[0], readouts[2]) and not torch.equal(readouts[0], readouts[1])
@@ -446,7 +446,7 @@ def test_a_broken_model_folder_is_refused_by_name(what: str, folders: dict[str, 
         config = family.read_config(folder)
         parts = family.anatomy(config)
         last = config.num_hidden_layers - 1
-        pieces.load_piece(folder, config, parts, range(2, last + 1), False, True)
+        split.load_piece(folder, config, parts, range(2, last + 1), False, True)
     assert f"model.pretrained is {folder}" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -455,4 +455,4 @@ def test_tensors_of_other_stages_may_be_missing(folders: dict[str, Path], tmp_pa
     shutil.copytree(folders["llama"], tmp_path, dirs_exist_ok=True)
     _edit_weights(tmp_path, UP, None)
     config = family.read_config(tmp_path)
-    pieces.load_piece(tmp_path, config, family.anatomy(config), range(0, 2), True, False)
+    split.load_piece(tmp_path, config, family.anatomy(config), range(0, 2), True, False)

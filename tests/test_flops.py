@@ -1,4 +1,4 @@
-"""lptransformer.flops against numbers worked out by hand: 8 equal blocks of forward cost 1, heads of 10 (30 in all)."""
+"""FLOPs against numbers worked out by hand: 8 equal blocks of forward cost 1, heads of 10 (30 in all)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from lptransformer import flops, objective
-from lptransformer.cost import ModelCosts
+from lptransformer.methods import flops, objectives
+from lptransformer.methods.cost import ModelCosts
 
 COSTS = ModelCosts(block_flops=1.0, head_flops=10.0, auxiliary_flops=10.0, auxiliary_backward_flops=20.0)
 OVERLAPPING = {"chunks": 4, "overlap": 1, "own_weight": 0.5, "first_head": False}
 
 
 def usual(name: str, costs: ModelCosts = COSTS, num_blocks: int = 8, **options: Any) -> tuple[float, float]:
-    built = objective.build(num_blocks, name, **options)
+    built = objectives.build(num_blocks, name, **options)
     found = flops.of_phase(built, built.usual, costs)
     return found.total, found.serial
 
@@ -68,16 +68,16 @@ def test_what_a_cheap_head_saves() -> None:
 
 def test_hybrid_is_the_mean_over_its_phases() -> None:
     """Global updates: all blocks by the last head; the auxiliary heads learn and move no block."""
-    hybrid = objective.build(8, "chunked", chunks=2, backprop_every=5)
+    hybrid = objectives.build(8, "chunked", chunks=2, backprop_every=5)
     local, whole = (flops.of_phase(hybrid, phase, COSTS) for phase in hybrid.phases)
     assert (local.total, local.serial) == (24 + 60, 12 + 30)
     assert (whole.total, whole.serial) == (24 + 60, 24 + 30)
     spent = flops.spent(hybrid, COSTS, updates=10, steps=100)
     assert (spent.total, spent.serial) == (10 * 84, 8 * 42 + 2 * 54)
-    late = objective.build(8, "chunked", chunks=2, backprop_share=0.25)
+    late = objectives.build(8, "chunked", chunks=2, backprop_share=0.25)
     assert flops.spent(late, COSTS, updates=7, steps=8).serial == 6 * 42 + 1 * 54  # the last 2 of 8 are global
 
 
 def test_spent_counts_updates() -> None:
-    backprop = objective.build(8, "backprop")
+    backprop = objectives.build(8, "backprop")
     assert flops.spent(backprop, COSTS, updates=7, steps=100) == flops.UpdateFlops(7 * 54, 7 * 54)

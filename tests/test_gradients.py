@@ -23,10 +23,10 @@ from objective_cases import (
     wanted_of_block,
 )
 
-from lptransformer.gradients import Duty, borders_carry_gradients, clip_groups, crossing, duties, flows
-from lptransformer.objective import Objective, build
-from lptransformer.partition import StagePlan, cut
-from lptransformer.spans import Phase
+from lptransformer.methods.gradient_flow import Duty, borders_carry_gradients, clip_groups, crossing, duties, flows
+from lptransformer.methods.objectives import Objective, build
+from lptransformer.methods.spans import Phase
+from lptransformer.methods.stages import StagePlan, cut
 
 
 @dataclass

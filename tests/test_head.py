@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
-from lptransformer import family, run_model
-from lptransformer.blueprint import Blueprint
-from lptransformer.config import check_depth, load, to_dict
+from lptransformer.config.checks import check_depth
+from lptransformer.config.load import load, to_dict
+from lptransformer.data.token_set import Batch
 from lptransformer.errors import ConfigError, RunError
-from lptransformer.export import export_run
-from lptransformer.head import CROSS_ENTROPY, Copy, Head, LossBatch, LossTerm, Readout, token_positions
-from lptransformer.loss import IGNORE_INDEX
-from lptransformer.stage import Stage, load_stage, make_stage
-from lptransformer.token_set import Batch
+from lptransformer.evaluation import trained_model
+from lptransformer.evaluation.export import export_run
+from lptransformer.models import family
+from lptransformer.models.blueprint import Blueprint
+from lptransformer.models.cross_entropy import IGNORE_INDEX
+from lptransformer.models.head import CROSS_ENTROPY, Copy, Head, LossBatch, LossTerm, Readout, token_positions
+from lptransformer.models.stage import Stage, load_stage, make_stage
 
 VOCAB, HIDDEN, DEPTH, LENGTH, ROWS = 41, 16, 5, 12, 3
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": DEPTH}
@@ -467,7 +469,7 @@ def test_the_last_head_is_the_models_own_whatever_the_options_say() -> None:
 
 @pytest.mark.parametrize("kind", ["shared, 1 block", "private, averaged blocks"])
 def test_a_run_is_evaluated_at_its_exits(kind: str, tmp_path: Path) -> None:
-    own = run_model.load(make_run(tmp_path, head=KINDS[kind] | {"blocks": 1}), 10)
+    own = trained_model.load(make_run(tmp_path, head=KINDS[kind] | {"blocks": 1}), 10)
     ids = torch.arange(32).view(2, 16)
     labels = torch.cat([ids[:, 1:], torch.full((2, 1), IGNORE_INDEX)], 1)
     first = own.stages[0]
@@ -485,7 +487,7 @@ def test_a_model_with_capped_logits_is_trained_further_and_exported(tmp_path: Pa
     model = {"pretrained": str(tmp_path / "gemma2"), **dict.fromkeys(FEW)}
     run = make_run(tmp_path, model=model, head={"kind": "shared", "blocks": 2})
     export_run(run, tmp_path / "out")
-    own, ids = run_model.load(run, 10), torch.arange(32).view(2, 16)
+    own, ids = trained_model.load(run, 10), torch.arange(32).view(2, 16)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         logits = own.logits(ids)

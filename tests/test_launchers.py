@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lptransformer import checkpoint
-from lptransformer.run_log import read_metrics
+from lptransformer.run_folder import checkpoint
+from lptransformer.run_folder.metrics_log import read_metrics
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lptransformer.loss import IGNORE_INDEX, PLAIN, LogitRule, chunked_cross_entropy
+from lptransformer.models.cross_entropy import IGNORE_INDEX, PLAIN, LogitRule, chunked_cross_entropy
 
 ROWS, HIDDEN, VOCABULARY = 37, 16, 50
 

@@ -1,4 +1,4 @@
-"""lptransformer.metrics: sums over stages and replicas, the files, the n-gram baselines."""
+"""lptransformer.run_folder.metrics: sums over stages and replicas, the files, the n-gram baselines."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lptransformer import ngram, run_log
 from lptransformer.errors import RunError
-from lptransformer.metrics import (
+from lptransformer.evaluation import ngram
+from lptransformer.evaluation.ngram import nll
+from lptransformer.run_folder import metrics_log
+from lptransformer.run_folder.metrics import (
     Aggregator,
     EvaluationReport,
     Record,
@@ -28,8 +30,7 @@ from lptransformer.metrics import (
     perplexity,
     report_from_dict,
 )
-from lptransformer.ngram import nll
-from lptransformer.run_log import MetricsWriter, read_metrics
+from lptransformer.run_folder.metrics_log import MetricsWriter, read_metrics
 
 STAGES = [(0, 0, 1), (1, 2, 2), (2, 3, 5)]
 TEXT = TextCounts(tokens=100, bytes=400, words=80)
@@ -371,7 +372,7 @@ def test_tensorboard_gets_scalars_where_it_is_installed(tmp_path: Path, monkeypa
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(run_log.importlib.util, "find_spec", lambda name: name == "tensorboard" or None)
+    monkeypatch.setattr(metrics_log.importlib.util, "find_spec", lambda name: name == "tensorboard" or None)
     MetricsWriter(tmp_path).close()
     calls.clear()
     writer = MetricsWriter(tmp_path, resume_at=4)
@@ -385,7 +386,7 @@ def test_tensorboard_gets_scalars_where_it_is_installed(tmp_path: Path, monkeypa
 
 
 def test_without_tensorboard_there_is_no_folder_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_log.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(metrics_log.importlib.util, "find_spec", lambda name: None)
     MetricsWriter(tmp_path).close()
     assert not (tmp_path / "tensorboard").exists()
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from objective_cases import every_objective, objectives, wanted_of_block
 
 from lptransformer.errors import ConfigError
-from lptransformer.objective import METHODS, Objective, build, chunked, greedy
-from lptransformer.spans import Phase, Span
+from lptransformer.methods.objectives import METHODS, Objective, build, chunked, greedy
+from lptransformer.methods.spans import Phase, Span
 
 Pairs = list[tuple[int, int]]
 

@@ -17,9 +17,9 @@ from distributed import Pool
 from engine_jobs import Tamper, load_config, open_engine, train
 from parity import compare, expected, gather, phases_of
 
-from lptransformer.channel import Control
+from lptransformer.engine.p2p import Control
 from lptransformer.errors import TrainingError
-from lptransformer.partition import StagePlan
+from lptransformer.methods.stages import StagePlan
 
 UPDATES = 4
 SGD = ("optimizer.name=sgd", "optimizer.momentum=0.9", "train.learning_rate=0.5")

@@ -20,11 +20,11 @@ from objective_cases import (
     wanted_at_border,
 )
 
-from lptransformer.cost import ModelCosts, model_costs
 from lptransformer.errors import ConfigError
-from lptransformer.head_kinds import HeadOptions
-from lptransformer.objective import Objective, build
-from lptransformer.partition import StagePlan, cut, rank_sizes, table
+from lptransformer.methods.cost import ModelCosts, model_costs
+from lptransformer.methods.heads import HeadOptions
+from lptransformer.methods.objectives import Objective, build
+from lptransformer.methods.stages import StagePlan, cut, rank_sizes, table
 
 COSTS = ModelCosts(block_flops=3.0, head_flops=5.0, auxiliary_flops=4.0)
 

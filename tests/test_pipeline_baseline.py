@@ -27,18 +27,18 @@ from engine_jobs import train as train_locally
 from parity import expected, largest_difference
 from torch import Tensor
 
-from lptransformer import checkpoint
-from lptransformer import config as configuration
-from lptransformer.blueprint import draw
-from lptransformer.build import build_engine, join_world
-from lptransformer.channel import Control
+from lptransformer.config import load as configuration
+from lptransformer.engine.deepspeed_pipeline import PipelineBaseline
+from lptransformer.engine.p2p import Control
 from lptransformer.errors import ConfigError, RunError, TrainingError
-from lptransformer.head import LossTerm
-from lptransformer.metrics import StageReport
-from lptransformer.partition import StagePlan
-from lptransformer.pipeline_baseline import PipelineBaseline
+from lptransformer.methods.stages import StagePlan
+from lptransformer.models.blueprint import draw
+from lptransformer.models.head import LossTerm
 from lptransformer.processes import check_devices, use_fair_share_of_cores
-from lptransformer.run_log import read_metrics
+from lptransformer.run_folder import checkpoint
+from lptransformer.run_folder.metrics import StageReport
+from lptransformer.run_folder.metrics_log import read_metrics
+from lptransformer.training.build import build_engine, join_world
 
 UPDATES = 20
 BASELINE = ("engine=deepspeed_pipeline", "objective.name=backprop")
@@ -334,7 +334,7 @@ def run_config(folder: Path, **train_keys: Any) -> dict[str, Any]:
 
 
 def train_run(raw: dict[str, Any], resume: bool, until: int | None = None) -> None:
-    from lptransformer.train import train as train_as_configured
+    from lptransformer.training.train import train as train_as_configured
 
     train_as_configured(configuration.load(raw), resume, until=until)
 
@@ -344,12 +344,12 @@ def save_locally(overrides: tuple[str, ...], folder: Path) -> None:
 
 
 def test_its_run_folder_is_that_of_any_run(pool: Pool, tmp_path: Path) -> None:
-    """Trained by the story in train.py; evaluated and exported without DeepSpeed."""
+    """Trained by the story in training/train.py; evaluated and exported without DeepSpeed."""
     from transformers import AutoModelForCausalLM
 
-    from lptransformer import run_model
-    from lptransformer.evaluate import evaluate_run
-    from lptransformer.export import export_run
+    from lptransformer.evaluation import trained_model
+    from lptransformer.evaluation.export import export_run
+    from lptransformer.evaluation.perplexity import evaluate_run
 
     raw, run = run_config(tmp_path), tmp_path / "run"
     pool.run(2, train_run, raw, False)
@@ -367,7 +367,7 @@ def test_its_run_folder_is_that_of_any_run(pool: Pool, tmp_path: Path) -> None:
     ids = torch.arange(97, 113)[None]
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()(ids).logits
-    assert torch.equal(logits, run_model.load(run, 4).logits(ids))
+    assert torch.equal(logits, trained_model.load(run, 4).logits(ids))
 
 
 @pytest.mark.slow
@@ -510,7 +510,7 @@ def test_a_signal_stops_it_and_it_resumes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_all_launchers_start_it(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(run_config(tmp_path)))
-    bin_, launch = Path(sys.executable).parent, Path(__file__).parent.parent / "launch" / "train.py"
+    bin_, launch = Path(sys.executable).parent, Path(__file__).parent.parent / "launch" / "training/train.py"
     script = [str(launch), "--config", str(tmp_path / "c.yaml")]
     commands = {
         "a": [sys.executable, "-m", "lptransformer", "train", str(tmp_path / "c.yaml")],

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from lptransformer import config as configuration
-from lptransformer import plan as planning
 from lptransformer.__main__ import parser
-from lptransformer.candidates import Prediction, best, choose
-from lptransformer.devices import Cluster, table
+from lptransformer.config.load import load, to_dict
 from lptransformer.errors import UserError
-from lptransformer.launcher import run
-from lptransformer.plan import Plan
-from lptransformer.plan_report import advice, to_json
-from lptransformer.step_time import Bound
+from lptransformer.planning import plan as planning
+from lptransformer.planning.candidates import Prediction, best, choose
+from lptransformer.planning.devices import Cluster, table
+from lptransformer.planning.plan import Plan
+from lptransformer.planning.plan_report import advice, to_json
+from lptransformer.planning.step_time import Bound
+from lptransformer.training.launcher import run
 
 PLANS = Path(__file__).parent.parent / "configs" / "plans"
 H, BLOCKS, T, V = 64, 8, 32, 512
@@ -32,7 +32,7 @@ SMALL: dict[str, Any] = {
 
 
 def plan(overrides: list[str] | None = None, gpu: str = "h100", **options: Any) -> Plan:
-    return planning.make(configuration.load(SMALL, overrides or []), gpu=gpu, **options)
+    return planning.make(load(SMALL, overrides or []), gpu=gpu, **options)
 
 
 LARGER = ["model.hidden_size=1024", "model.num_layers=16", "data.sequence_length=1024"]
@@ -134,9 +134,9 @@ def test_best_does_not_replay_what_cannot_be_faster() -> None:
 
 @pytest.mark.parametrize("path", sorted(PLANS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_plans_are_configurations(path: Path) -> None:
-    config = configuration.load(path)
-    again = configuration.load(configuration.to_dict(config))
-    assert configuration.to_dict(again) == configuration.to_dict(config)
+    config = load(path)
+    again = load(to_dict(config))
+    assert to_dict(again) == to_dict(config)
 
 
 def test_data_parallel_wins_where_links_are_fast_and_the_model_is_small() -> None:
@@ -241,12 +241,12 @@ def test_no_link_is_needed_on_one_node_and_no_tokenizer_is_trained(tmp_path: Pat
 
 def test_the_vocabulary_is_the_one_of_training(tmp_path: Path) -> None:
     """A tokenizer that lies beside prepared text counts, and not data.vocab_size."""
-    from lptransformer.prepare import prepare_all, vocabulary
+    from lptransformer.data.prepare import prepare_all, vocabulary
 
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 50)
     prepared = prepare_all(str(tmp_path / "text.txt"), None, "sentencepiece", 290, T, tmp_path / "cache", False)
     folder = prepared.train[0].tokens.folder
-    data = configuration.load(SMALL, [f"data.train={folder}"]).data
+    data = load(SMALL, [f"data.train={folder}"]).data
     wanted = vocabulary(**data.model_dump(include={"train", "valid", "tokenizer", "vocab_size"}))
     assert wanted == 290 != V
     assert plan([f"data.train={folder}"], gpus_per_node=1).work.vocab_size == wanted
@@ -291,7 +291,7 @@ def test_a_cluster_of_another_size_is_told() -> None:
 
 
 def test_without_a_gpu_it_is_a_core_of_a_cpu() -> None:
-    config = configuration.load(SMALL)
+    config = load(SMALL)
     assert planning.make(config).cluster.device.key == "laptop-core"
     assert parser().parse_args(["plan", "x.yaml"]).gpu == "laptop-core"
 
@@ -323,7 +323,7 @@ COMMITTED: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
 def test_the_committed_plans_in_less_than_ten_seconds(name: str) -> None:
     started = time.process_time()
     options, seconds = COMMITTED[name]
-    made = planning.make(configuration.load(PLANS / f"{name}.yaml"), **options)
+    made = planning.make(load(PLANS / f"{name}.yaml"), **options)
     assert time.process_time() - started < 10
     found = {one.method: one.step_seconds for one in made.methods}
     assert {method: found[method] for method in seconds} == pytest.approx(seconds, rel=0.001)
@@ -334,9 +334,9 @@ def saved_by(blueprint: Any, blocks: int, dtype: Any) -> int:
     """Bytes that autograd saves of so many blocks, really run."""
     import torch
 
-    from lptransformer import pieces
+    from lptransformer.models import split
 
-    base = pieces.new_piece(blueprint.model_config, blueprint.parts, range(blocks), False, False, 0).base.to(dtype)
+    base = split.new_piece(blueprint.model_config, blueprint.parts, range(blocks), False, False, 0).base.to(dtype)
     hidden = torch.randn(2, T, H, dtype=dtype).requires_grad_()
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*base.parameters(), *base.buffers())}
     saved: dict[int, torch.Tensor] = {}
@@ -358,12 +358,12 @@ def test_activations_are_what_autograd_keeps(family: str, groups: int | None, dt
     """Counted on empty stages: equal to what a real block adds to what is saved for the backward pass."""
     import torch
 
-    from lptransformer.blueprint import draw
-    from lptransformer.stage_memory import EmptyStages
+    from lptransformer.models.blueprint import draw
+    from lptransformer.planning.stage_memory import EmptyStages
 
     overrides = [f"model.family={family}", "model.num_layers=2", "loss.chunk_tokens=16", f"train.dtype={dtype}"]
     overrides += [] if groups is None else [f"model.num_key_value_heads={groups}"]
-    blueprint = draw(configuration.load(SMALL, overrides), V, None)
+    blueprint = draw(load(SMALL, overrides), V, None)
     found, kind = EmptyStages(blueprint).of_others(2), {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     assert found.block == saved_by(blueprint, 2, kind) - saved_by(blueprint, 1, kind)
     assert found.rows == 2 * T * H * (2 if dtype == "bf16" else 4)

@@ -1,4 +1,4 @@
-"""lptransformer.progress: plain lines, the display in a terminal, tables, the loss plot."""
+"""lptransformer.training.progress: plain lines, the display in a terminal, tables, the loss plot."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lptransformer import loss_plot, progress
 from lptransformer.console import print_table
-from lptransformer.loss_plot import plot_losses
-from lptransformer.metrics import Record
-from lptransformer.progress import Progress
+from lptransformer.run_folder import loss_plot
+from lptransformer.run_folder.loss_plot import plot_losses
+from lptransformer.run_folder.metrics import Record
+from lptransformer.training import progress
+from lptransformer.training.progress import Progress
 
 STAGES = [(0, 0, 1), (1, 2, 2)]
 
@@ -28,7 +29,7 @@ def no_terminal_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Clock:
-    """Stands in for time.monotonic in lptransformer.progress."""
+    """Stands in for time.monotonic in lptransformer.training.progress."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fake_runs import falling, make_run
 
-from lptransformer import run_record
+from lptransformer.study import collect
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -27,11 +27,11 @@ def records(folder: Path, steps: int = 40) -> list[dict[str, object]]:
             name = f"{method}-{steps}-{seed}"
             overrides = (f"--train.steps={steps}", f"--train.seed={seed}", f"--objective.name={method}")
             run = make_run(folder / name, overrides, lambda update, block, end=end: end)
-            found.append({**run_record.build(run), "method": method})
+            found.append({**collect.build(run), "method": method})
     shallow = make_run(
         folder / f"shallow-{steps}", (f"--train.steps={steps}", "--model.num_layers=2"), lambda u, b: 1.5
     )
-    return [*found, {**run_record.build(shallow), "method": quality_trend.SHALLOW}]
+    return [*found, {**collect.build(shallow), "method": quality_trend.SHALLOW}]
 
 
 def test_the_gap_is_in_percent_of_backprop_s_loss_of_the_same_seeds(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_methods_are_compared_with_others_than_backprop_too(tmp_path: Path) -> N
 
 def test_token_counts_have_rows_of_their_own_and_runs_that_are_not_complete_have_none(tmp_path: Path) -> None:
     half = make_run(tmp_path / "half", ("--train.steps=80", "--objective.name=backprop"), falling(1.0), updates=40)
-    all_ = [*records(tmp_path), *records(tmp_path, 20), {**run_record.build(half), "method": "backprop"}]
+    all_ = [*records(tmp_path), *records(tmp_path, 20), {**collect.build(half), "method": "backprop"}]
     gaps, _, kept = quality_trend.tables(quality_trend.regimes(all_), "report")
     assert [row[0] for row in gaps.rows] == [16, 16] and len({row[1] for row in gaps.rows}) == 2
     assert kept.rows[0][-2:] == ("80 %", "0 %")  # (1.5 - 1.1) / (1.5 - 1.0), of the seed that all three have

@@ -12,19 +12,19 @@ from allocations import recorded
 from one_rank import peak_bytes
 from random_tokens import RandomTokens
 
-from lptransformer import candidates, rank_memory
-from lptransformer import config as configuration
-from lptransformer.blueprint import Blueprint, draw
-from lptransformer.config import Config
-from lptransformer.dry_run import dry_run, predicted
-from lptransformer.gradients import duties
-from lptransformer.head import LossBatch
-from lptransformer.objective import Objective, backprop, chunked
-from lptransformer.partition import StagePlan
-from lptransformer.plan import make
-from lptransformer.rank_memory import PassBytes, Precision, StageState, StageTensors, precision, stage_state
-from lptransformer.stage import make_stage
-from lptransformer.stage_memory import EmptyStages
+from lptransformer.config.load import load
+from lptransformer.config.schema import Config
+from lptransformer.methods.gradient_flow import duties
+from lptransformer.methods.objectives import Objective, backprop, chunked
+from lptransformer.methods.stages import StagePlan
+from lptransformer.models.blueprint import Blueprint, draw
+from lptransformer.models.head import LossBatch
+from lptransformer.models.stage import make_stage
+from lptransformer.planning import candidates, rank_memory
+from lptransformer.planning.dry_run import dry_run, predicted
+from lptransformer.planning.plan import make
+from lptransformer.planning.rank_memory import PassBytes, Precision, StageState, StageTensors, precision, stage_state
+from lptransformer.planning.stage_memory import EmptyStages
 
 BASE: dict[str, Any] = {
     "model": {"family": "llama", "hidden_size": 32, "num_layers": 4, "num_heads": 4},
@@ -35,7 +35,7 @@ V = 300
 
 
 def loaded(*overrides: str) -> tuple[Config, Blueprint]:
-    config = configuration.load(BASE, overrides)
+    config = load(BASE, overrides)
     return config, draw(config, V, None)
 
 
@@ -233,7 +233,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(
     text.write_text("It is a truth universally acknowledged.\n")
     data = {"train": str(text), "tokenizer": "bytes", "sequence_length": 32, "cache": str(tmp_path / "prepared")}
     overrides = ["parallel.pipeline=2", "objective.name=backprop", f"engine={engine}"]
-    dry_run(configuration.load({**BASE, "data": data, "run": {"dir": str(tmp_path / "run")}}, overrides))
+    dry_run(load({**BASE, "data": data, "run": {"dir": str(tmp_path / "run")}}, overrides))
     said = capsys.readouterr().out
     assert "FLOPs" in said and "the model's own" in said
     assert ("predicted memory" in said) == (engine == "local")

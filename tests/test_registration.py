@@ -15,9 +15,9 @@ from small_run import CONFIG, stand_in
 
 from lptransformer import initialize
 from lptransformer.__main__ import parser
-from lptransformer.config import load, to_dict, to_yaml
+from lptransformer.config.load import load, to_dict, to_yaml
 from lptransformer.errors import ConfigError
-from lptransformer.launcher import run
+from lptransformer.training.launcher import run
 
 OUTSIDE: dict[str, Any] = {"objective": {"name": "ladder", "rung": 1, "near": 0.25}, "head": {"kind": "square"}}
 

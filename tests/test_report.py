@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from fake_runs import falling, make_run
 
-from lptransformer import pareto, plots, records, report, run_record
 from lptransformer.__main__ import COMPARISON, parser
-from lptransformer.comparison import choices, deciding_set, depth_gain_kept, difference, estimate, find
-from lptransformer.documents import ResultTable, markdown, update
 from lptransformer.errors import RunError, UserError
-from lptransformer.launcher import run
-from lptransformer.pareto import Point
-from lptransformer.result_tables import Question, points, short, tables
+from lptransformer.study import collect, pareto, plots, records, report
+from lptransformer.study.comparison import choices, deciding_set, depth_gain_kept, difference, estimate, find
+from lptransformer.study.markdown_tables import ResultTable, markdown, update
+from lptransformer.study.pareto import Point
+from lptransformer.study.result_tables import Question, points, short, tables
+from lptransformer.training.launcher import run
 
 CHOOSE = {"set": "choose", "exit_block": None}
 
@@ -26,7 +26,7 @@ CHOOSE = {"set": "choose", "exit_block": None}
 def build(folder: Path, *overrides: str, method: str | None = None, **options: Any) -> dict[str, Any]:
     made = make_run(folder, overrides, **options)
     identity = {"name": folder.name, "method": method, "score": CHOOSE} if method else None
-    return run_record.build(made, identity)
+    return collect.build(made, identity)
 
 
 def record(
@@ -138,18 +138,18 @@ def test_records_come_back_as_they_were_and_say_nothing_of_the_machine(tmp_path:
 def test_a_run_keeps_the_name_that_a_sweep_gave_it(tmp_path: Path) -> None:
     made = make_run(tmp_path / "run")
     identity = {"name": "mine/lr=1", "method": "mine", "score": CHOOSE}
-    records.write(made / "record.json", run_record.build(made, identity))
-    (found,) = run_record.collect(made)
+    records.write(made / "record.json", collect.build(made, identity))
+    (found,) = collect.collect(made)
     assert {key: found[key] for key in identity} == identity
 
 
 def test_what_can_be_collected(tmp_path: Path) -> None:
     for name in ("a", "b"):
         make_run(tmp_path / "sweep" / name)
-    assert len(run_record.collect(tmp_path / "sweep")) == 2
-    records.write(tmp_path / "sweep" / "records.json", run_record.collect(tmp_path / "sweep" / "a"))
-    assert len(run_record.collect(tmp_path / "sweep")) == 1, "a sweep's own records count"
-    assert len(run_record.collect(tmp_path / "sweep" / "records.json")) == 1
+    assert len(collect.collect(tmp_path / "sweep")) == 2
+    records.write(tmp_path / "sweep" / "records.json", collect.collect(tmp_path / "sweep" / "a"))
+    assert len(collect.collect(tmp_path / "sweep")) == 1, "a sweep's own records count"
+    assert len(collect.collect(tmp_path / "sweep" / "records.json")) == 1
     (tmp_path / "empty").mkdir()
     (tmp_path / "other.json").write_text('{"format": 0}')
     (tmp_path / "broken.json").write_text(json.dumps({"format": records.FORMAT, "training": 3}))
@@ -160,7 +160,7 @@ def test_what_can_be_collected(tmp_path: Path) -> None:
         ("no", "neither"),
     ):
         with pytest.raises(RunError, match=word):
-            run_record.collect(tmp_path / path)
+            collect.collect(tmp_path / path)
 
 
 # --- comparison

@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from side_by_side import rivals  # noqa: E402
 from side_by_side.rivals import ChunkSeconds, replay  # noqa: E402
 
-from lptransformer import objective as objectives  # noqa: E402
-from lptransformer.cost import ModelCosts  # noqa: E402
-from lptransformer.partition import cut  # noqa: E402
-from lptransformer.simulate import Link, StageSeconds, simulate  # noqa: E402
+from lptransformer.methods import objectives  # noqa: E402
+from lptransformer.methods.cost import ModelCosts  # noqa: E402
+from lptransformer.methods.stages import cut  # noqa: E402
+from lptransformer.planning.simulate import Link, StageSeconds, simulate  # noqa: E402
 
 RANKS = [1, 2, 3, 4, 8]
 CASES = [(p, m) for p in RANKS for m in (1, 2, 5, 8, 16)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lptransformer.rounding import decode, encode, num_bytes, rounded
+from lptransformer.models.border_codec import decode, encode, num_bytes, rounded
 
 SHAPE = (2, 3, 8)
 

@@ -26,8 +26,9 @@ from small_run import CONFIG, TEXT
 from test_pipeline_baseline import BASELINE, open_baseline
 from test_pipeline_baseline import train as train_baseline
 
-from lptransformer import family, tokenizer
+from lptransformer.data import tokenizer
 from lptransformer.errors import DataError, ModelError, RunError
+from lptransformer.models import family
 
 
 class Planted:

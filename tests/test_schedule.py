@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from objective_cases import COSTS, any_spans, every_objective, every_placement, objectives, placements
 from torch.distributed.pipelining.schedules import _Action, _ComputationType
 
-from lptransformer.gradients import clip_groups, crossing, duties, flows
-from lptransformer.objective import Objective, build
-from lptransformer.partition import StagePlan, cut
-from lptransformer.schedule import OPS, Action, Pattern, one_update, parse, replay, to_text
-from lptransformer.spans import Phase
+from lptransformer.methods.gradient_flow import clip_groups, crossing, duties, flows
+from lptransformer.methods.objectives import Objective, build
+from lptransformer.methods.schedule import OPS, Action, Pattern, one_update, parse, replay, to_text
+from lptransformer.methods.spans import Phase
+from lptransformer.methods.stages import StagePlan, cut
 
 Schedules = list[list[Action]]
 Case = tuple[Objective, list[StagePlan]]

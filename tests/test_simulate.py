@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lptransformer import objective as objectives
-from lptransformer.cost import ModelCosts
-from lptransformer.partition import cut
-from lptransformer.simulate import Link, StageSeconds, Timeline, simulate, steady
+from lptransformer.methods import objectives
+from lptransformer.methods.cost import ModelCosts
+from lptransformer.methods.stages import cut
+from lptransformer.planning.simulate import Link, StageSeconds, Timeline, simulate, steady
 
 COSTS = ModelCosts(1.0, 0.0, 0.0)
 

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from lptransformer import config as configuration
-from lptransformer import objective
-from lptransformer.candidates import Candidate, Prediction, balanced_sizes, of_backprop, splits
-from lptransformer.cost import model_costs
-from lptransformer.devices import Cluster, table
-from lptransformer.head_kinds import HeadOptions
-from lptransformer.partition import cut
-from lptransformer.plan import make
-from lptransformer.rank_memory import ActivationBytes, precision
-from lptransformer.step_time import Work, bounds, exposed_seconds, message_bytes, stage_seconds
+from lptransformer.config.load import load
+from lptransformer.methods import objectives
+from lptransformer.methods.cost import model_costs
+from lptransformer.methods.heads import HeadOptions
+from lptransformer.methods.stages import cut
+from lptransformer.planning.candidates import Candidate, Prediction, balanced_sizes, of_backprop, splits
+from lptransformer.planning.devices import Cluster, table
+from lptransformer.planning.plan import make
+from lptransformer.planning.rank_memory import ActivationBytes, precision
+from lptransformer.planning.step_time import Work, bounds, exposed_seconds, message_bytes, stage_seconds
 
 H, BLOCKS, T, V = 64, 8, 32, 512
 BASE: dict[str, Any] = {
@@ -50,7 +50,7 @@ def ideal(size: int) -> Cluster:
 
 
 def methods(*overrides: str) -> dict[str, Prediction]:
-    made = make(configuration.load(BASE, list(overrides)), nodes=4, gpus_per_node=1, gpu="h100", link="100mbit")
+    made = make(load(BASE, list(overrides)), nodes=4, gpus_per_node=1, gpu="h100", link="100mbit")
     return {one.method: one for one in made.methods}
 
 
@@ -66,7 +66,7 @@ def test_balanced_sizes(arguments: tuple[Any, ...], sizes: list[int]) -> None:
 def test_seconds_of_a_stage() -> None:
     """FLOPs over what the device achieves; the ring of the replicas and the optimizer in the update."""
     one, here = work(), cluster()
-    goal = objective.build(BLOCKS, "chunked", chunks=2)
+    goal = objectives.build(BLOCKS, "chunked", chunks=2)
     stages = cut(goal, 2, one.costs)
     (low, high), waits = stage_seconds(stages, one, here, 2, 1)
     rate = 6.69e13 * 0.43
@@ -83,7 +83,7 @@ def test_seconds_of_a_stage() -> None:
 
 def test_local_updates_have_no_bubble_and_backprop_has_one() -> None:
     one, here = work(micro_batches=4), cluster(per_node=4)
-    goal = objective.build(BLOCKS, "chunked", chunks=4)
+    goal = objectives.build(BLOCKS, "chunked", chunks=4)
     stages = cut(goal, 4, one.costs)
     local = Candidate("chunked", goal, stages, one, here, data=1, zero_stage=0)
     found = local.evaluate()
@@ -178,7 +178,7 @@ def test_inside_of_a_chunk_hidden_states_travel_as_they_are() -> None:
     """Two chunks on four ranks: only the middle border is behind a head, and carries no gradient."""
     one = replace(work(), token_bytes=H + 4)
     for chunks, rounded in ((4, [True] * 3), (2, [False, True, False])):
-        goal = objective.build(BLOCKS, "chunked", chunks=chunks)
+        goal = objectives.build(BLOCKS, "chunked", chunks=chunks)
         up, down = message_bytes(goal, cut(goal, 4, one.costs, [2, 2, 2, 2]), one)
         assert up == [2 * T * (H + 4) if small else one.activations.rows for small in rounded]
         assert down == [int(not small) for small in rounded]

@@ -20,14 +20,14 @@ import yaml
 from fake_runs import BASE, make_run
 from rich.console import Console
 
-from lptransformer import records, sweep, sweep_folder
 from lptransformer.__main__ import parser
 from lptransformer.errors import ConfigError, RunError, TrainingError
-from lptransformer.halving import Halving, planned_updates, targets
-from lptransformer.launcher import run
-from lptransformer.sweep import run_sweep
-from lptransformer.sweep_display import DONE, FAILED, RUNNING, RunState, SweepDisplay
-from lptransformer.sweep_file import Run, Sweep, read
+from lptransformer.study import records, sweep, sweep_folder
+from lptransformer.study.halving import Halving, planned_updates, targets
+from lptransformer.study.sweep import run_sweep
+from lptransformer.study.sweep_display import DONE, FAILED, RUNNING, RunState, SweepDisplay
+from lptransformer.study.sweep_file import Run, Sweep, read
+from lptransformer.training.launcher import run
 
 TESTS = Path(__file__).parent
 SWEEP: dict[str, Any] = {
@@ -108,7 +108,7 @@ def test_the_command_line_is_the_same_for_all_runs_and_wins(folder: Path) -> Non
 def test_values_go_through_the_command_line_of_train_unchanged(folder: Path) -> None:
     values = {"objective.chunks": [1, 3], "train.learning_rate": 1e-05, "data.valid": {"choose": "*.txt"}}
     (one,) = read(write(set=values, grid=None, methods=None)).runs
-    from lptransformer.config import load
+    from lptransformer.config.load import load
 
     again = load("base.yaml", one.arguments)
     assert again == one.config and again.objective.chunks == [1, 3] and again.train.learning_rate == 1e-5
@@ -472,7 +472,7 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_until_and_resume_are_the_same_run(folder: Path) -> None:
     """The learning rate goes by train.steps, so a run in two parts equals the run in one."""
-    from lptransformer.run_log import read_metrics
+    from lptransformer.run_folder.metrics_log import read_metrics
 
     options = ["--train.steps=6", "--train.lr_scheduler=cosine", "--data.sequence_length=16"]
     for arguments in (

@@ -21,10 +21,10 @@ from contenders import emulated  # noqa: E402
 from contenders.face import Sleeper, Spec, Work  # noqa: E402
 from side_by_side import cases, ideal, ratios, rounds, splits, tables  # noqa: E402
 
-from lptransformer import objective as objectives  # noqa: E402
-from lptransformer.cost import ModelCosts  # noqa: E402
-from lptransformer.partition import StagePlan, cut  # noqa: E402
-from lptransformer.simulate import StageSeconds, simulate  # noqa: E402
+from lptransformer.methods import objectives  # noqa: E402
+from lptransformer.methods.cost import ModelCosts  # noqa: E402
+from lptransformer.methods.stages import StagePlan, cut  # noqa: E402
+from lptransformer.planning.simulate import StageSeconds, simulate  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------- numbers
 

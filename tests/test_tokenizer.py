@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from lptransformer import tokenizer
+from lptransformer.data import tokenizer
 from lptransformer.errors import ConfigError, DataError
 
 STRANGE = [
@@ -303,7 +303,7 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
 
 def test_importing_is_light() -> None:
     code = (
-        "import sys; from lptransformer.tokenizer import check_name; check_name('bytes')\n"
+        "import sys; from lptransformer.data.tokenizer import check_name; check_name('bytes')\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'sentencepiece') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,18 +12,21 @@ import pytest
 from distributed import Pool
 from fake_runs import make_run
 
-from lptransformer import config as configuration
-from lptransformer import objective, partition, schedule, trace, trace_plot
 from lptransformer.__main__ import COMPARISON, parser
-from lptransformer.cost import ModelCosts
+from lptransformer.config.load import load, resume_differences, to_dict
 from lptransformer.errors import ConfigError, RunError
-from lptransformer.launcher import run
-from lptransformer.metrics import TraceReport, report_from_dict
-from lptransformer.recorder import Recorder
-from lptransformer.run_log import read_metrics
-from lptransformer.schedule import Action
-from lptransformer.trace import Slice, Trace, TraceWriter, chrome, read, shares, slices
-from lptransformer.trace_backprop import idle_share, medians, simulated_1f1b
+from lptransformer.methods import objectives, schedule
+from lptransformer.methods.cost import ModelCosts
+from lptransformer.methods.schedule import Action
+from lptransformer.methods.stages import cut
+from lptransformer.run_folder import trace
+from lptransformer.run_folder.metrics import TraceReport, report_from_dict
+from lptransformer.run_folder.metrics_log import read_metrics
+from lptransformer.run_folder.recorder import Recorder
+from lptransformer.run_folder.trace import Slice, Trace, TraceWriter, chrome, read, shares, slices
+from lptransformer.study import trace_plot
+from lptransformer.study.trace_backprop import idle_share, medians, simulated_1f1b
+from lptransformer.training.launcher import run
 
 TWO_STAGES = [[0, 0, 1], [1, 2, 3]]
 
@@ -66,8 +69,8 @@ def write(folder: Path, *sessions: Sequence[TraceReport]) -> None:
 
 def test_a_recorder_tells_waiting_and_the_head_from_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     now, waited = [100.0], [7.0]
-    monkeypatch.setattr("lptransformer.recorder.time.perf_counter", lambda: now[0])
-    monkeypatch.setattr("lptransformer.recorder.time.time", lambda: now[0] + 5000.0)
+    monkeypatch.setattr("lptransformer.run_folder.recorder.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("lptransformer.run_folder.recorder.time.time", lambda: now[0] + 5000.0)
     recorder = Recorder(2, 3, lambda: waited[0])
     assert [update for update in range(6) if recorder.wants(update)] == [2, 3]
     recorder.begin(100.0)
@@ -106,15 +109,15 @@ def test_a_report_survives_the_store() -> None:
 def test_updates_that_cannot_be_recorded_are_refused(override: str, parts: tuple[str, ...]) -> None:
     source = {"data": {"train": "a.txt"}, "train": {"steps": 40}}
     with pytest.raises(ConfigError) as raised:
-        configuration.load(source, f"run.trace={override}".split())
+        load(source, f"run.trace={override}".split())
     assert all(part in str(raised.value) for part in parts), raised.value
 
 
 def test_what_is_recorded_may_change_on_resume() -> None:
     source = {"data": {"train": "a.txt"}}
-    traced, plain = (configuration.load(source, more) for more in (["run.trace=[1,1000]"], []))
+    traced, plain = (load(source, more) for more in (["run.trace=[1,1000]"], []))
     assert traced.run.trace == [1, 1000] and plain.run.trace is None
-    assert configuration.resume_differences(configuration.to_dict(traced), configuration.to_dict(plain)) == []
+    assert resume_differences(to_dict(traced), to_dict(plain)) == []
 
 
 # --- on disk
@@ -433,10 +436,10 @@ def test_reports_of_traces_that_are_refused(
 def train_run(source: dict[str, Any], overrides: Sequence[str], resume: bool = False, until: int | None = None) -> None:
     """The training of a whole run, in every process of it."""
     from lptransformer.processes import use_fair_share_of_cores
-    from lptransformer.train import train
+    from lptransformer.training.train import train
 
     use_fair_share_of_cores()
-    train(configuration.load(source, overrides), resume=resume, until=until)
+    train(load(source, overrides), resume=resume, until=until)
 
 
 @pytest.mark.slow
@@ -463,8 +466,8 @@ def test_a_recorded_run_is_the_schedule_and_the_same_run(pool: Pool, tmp_path: P
     assert losses(traced) == losses(plain) and len(losses(plain)) == 5
     traces = read(traced, 2, 1)
     assert [(one.session, one.updates) for one in traces] == [(1, [2, 3]), (2, [4, 5])]
-    goal = objective.build(4, "overlapping", chunks=4, overlap=1, own_weight=0.5, first_head=False)
-    stages = partition.cut(goal, 2, ModelCosts(1.0, 1.0, 1.0))
+    goal = objectives.build(4, "overlapping", chunks=4, overlap=1, own_weight=0.5, first_head=False)
+    stages = cut(goal, 2, ModelCosts(1.0, 1.0, 1.0))
     idle = {r["update"]: [stage["idle_share"] for stage in r["stages"]] for r in read_metrics(traced) if "stages" in r}
     for one in traces:
         for report in one.reports:

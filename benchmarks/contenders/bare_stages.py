@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from contenders.face import Spec, Work, stream_of
 from contenders.pieces import optimizer_of
-from lptransformer.blueprint import draw
-from lptransformer.gradients import Duty
-from lptransformer.head import LossBatch, token_positions
-from lptransformer.simulate import StageSeconds
-from lptransformer.stage import Stage, backward_loss, make_stage
+from lptransformer.methods.gradient_flow import Duty
+from lptransformer.models.blueprint import draw
+from lptransformer.models.head import LossBatch, token_positions
+from lptransformer.models.stage import Stage, backward_loss, make_stage
+from lptransformer.planning.simulate import StageSeconds
 
 
 @dataclass

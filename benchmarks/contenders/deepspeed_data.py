@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from contenders.face import Sleeper, Spec, Work, stream_of
 from contenders.pieces import optimizer_of, whole_model
-from lptransformer.build import join_world
-from lptransformer.stage import Stage
-from lptransformer.token_set import Batch
+from lptransformer.data.token_set import Batch
+from lptransformer.models.stage import Stage
+from lptransformer.training.build import join_world
 
 
 class _Loss(nn.Module):

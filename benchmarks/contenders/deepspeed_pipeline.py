@@ -1,4 +1,4 @@
-"""DeepSpeed's PipelineEngine: backprop by 1F1B, one stage on every pipeline rank (lptransformer.pipeline_baseline)."""
+"""DeepSpeed's PipelineEngine: backprop by 1F1B, one stage on every pipeline rank."""
 
 from __future__ import annotations
 

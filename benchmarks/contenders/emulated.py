@@ -16,12 +16,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-import lptransformer.build
+import lptransformer.training.build
 from contenders.face import Sleeper
-from lptransformer.blueprint import Blueprint
-from lptransformer.head import CROSS_ENTROPY, LossBatch, LossTerm
-from lptransformer.partition import StagePlan
-from lptransformer.stage import Stage
+from lptransformer.methods.stages import StagePlan
+from lptransformer.models.blueprint import Blueprint
+from lptransformer.models.head import CROSS_ENTROPY, LossBatch, LossTerm
+from lptransformer.models.stage import Stage
 
 
 class _Sleep(torch.autograd.Function):
@@ -80,7 +80,7 @@ class CheapHead(nn.Module):
         self.weight = nn.Parameter(torch.full([hidden_size], 0.5))
 
     def forward(self, hidden_states: Tensor, batch: LossBatch) -> dict[str, LossTerm]:
-        """See lptransformer.head.StageLoss."""
+        """See lptransformer.models.head.StageLoss."""
         count = int((batch.labels >= 0).sum())
         total = ((hidden_states - self.weight) ** 2).mean() * count
         return {CROSS_ENTROPY: LossTerm(total * batch.scale, total.detach())}
@@ -90,12 +90,12 @@ class CheapHead(nn.Module):
 
 
 def stages(sleeper: Sleeper, block_seconds: float) -> AbstractContextManager[Any]:
-    """While it lasts, lptransformer.build makes stages that sleep."""
+    """While it lasts, lptransformer.training.build makes stages that sleep."""
 
     def make(plan: StagePlan, blueprint: Blueprint, **options: Any) -> Stage:
         return sleeping_stage(plan, blueprint.parts.hidden_size, sleeper, block_seconds)
 
-    return mock.patch.object(lptransformer.build, "make_stage", make)
+    return mock.patch.object(lptransformer.training.build, "make_stage", make)
 
 
 def sleeping_stage(plan: StagePlan, hidden_size: int, sleeper: Sleeper, block_seconds: float) -> Stage:

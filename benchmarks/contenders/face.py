@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
-from lptransformer import config as configuration
-from lptransformer.config import Config
-from lptransformer.token_set import Batch
+from lptransformer.config.load import load
+from lptransformer.config.schema import Config
+from lptransformer.data.token_set import Batch
 
 TIMEOUT_SECONDS = 120.0
 
@@ -47,7 +47,7 @@ class Spec:
         given = [] if self.partition is None else [f"parallel.partition={list(self.partition)}"]
         updates = f"train.micro_batches_per_update={work.micro_batches}"
         timeout = f"parallel.timeout_seconds={TIMEOUT_SECONDS}"
-        return configuration.load(dict(work.base), [updates, timeout, *self.config, *given, *more])
+        return load(dict(work.base), [updates, timeout, *self.config, *given, *more])
 
 
 @dataclass

@@ -6,11 +6,11 @@ import contextlib
 
 from contenders import emulated
 from contenders.face import Sleeper, Spec, Work, stream_of
-from lptransformer.blueprint import draw
-from lptransformer.build import build_engine, join_world
-from lptransformer.config import Config
-from lptransformer.face import TrainingEngine
-from lptransformer.metrics import StageReport
+from lptransformer.config.schema import Config
+from lptransformer.engine.interface import TrainingEngine
+from lptransformer.models.blueprint import draw
+from lptransformer.run_folder.metrics import StageReport
+from lptransformer.training.build import build_engine, join_world
 
 
 class EngineContender:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lptransformer.blueprint import draw
-from lptransformer.config import Config
-from lptransformer.optimizer import build_optimizer
-from lptransformer.stage import Stage, make_stage
+from lptransformer.config.schema import Config
+from lptransformer.engine.optimizer import build_optimizer
+from lptransformer.models.blueprint import draw
+from lptransformer.models.stage import Stage, make_stage
 
 
 def optimizer_of(config: Config, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:

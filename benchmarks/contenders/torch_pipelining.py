@@ -19,10 +19,10 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 from contenders import emulated
 from contenders.face import Sleeper, Spec, Work, stream_of, together
 from contenders.pieces import label_tokens_of, optimizer_of
-from lptransformer.blueprint import draw
-from lptransformer.build import join_world
-from lptransformer.head import CROSS_ENTROPY, LossBatch
-from lptransformer.stage import Stage, make_stage
+from lptransformer.models.blueprint import draw
+from lptransformer.models.head import CROSS_ENTROPY, LossBatch
+from lptransformer.models.stage import Stage, make_stage
+from lptransformer.training.build import join_world
 
 
 def stages_per_rank(schedule: str) -> int:

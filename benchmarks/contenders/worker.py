@@ -19,7 +19,7 @@ import torch
 
 from contenders import bare_stages
 from contenders.face import Contender, Sleeper, Spec, Work
-from lptransformer.simulate import StageSeconds
+from lptransformer.planning.simulate import StageSeconds
 
 CLONE_NEWNET = 0x40000000
 

@@ -43,9 +43,9 @@ def observed(source: str | dict[str, Any], overrides: list[str], rank: int, upda
     import peers
 
     import lptransformer
-    from lptransformer import config as configuration
+    from lptransformer.config.load import load
 
-    config = configuration.load(source, overrides)
+    config = load(source, overrides)
     parallel, train = config.parallel, config.train
     pipeline, shared = parallel.pipeline, config.head.kind == "shared"
     if pipeline > 1 and config.head.ema_decay is not None:

@@ -10,8 +10,8 @@ import yaml
 from contenders import deepspeed_pipeline, torch_pipelining
 from contenders.face import Spec, Work
 
-from lptransformer.blueprint import draw
-from lptransformer.cost import ModelCosts
+from lptransformer.methods.cost import ModelCosts
+from lptransformer.models.blueprint import draw
 from side_by_side import splits
 
 HERE = Path(__file__).parent.parent

@@ -12,8 +12,8 @@ from dataclasses import fields
 
 from contenders.face import Spec, Work
 
-from lptransformer.blueprint import draw
-from lptransformer.simulate import StageSeconds, Timeline, simulate
+from lptransformer.models.blueprint import draw
+from lptransformer.planning.simulate import StageSeconds, Timeline, simulate
 from side_by_side import rivals
 
 UPDATES = 32

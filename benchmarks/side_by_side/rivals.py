@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lptransformer.simulate import Link
+from lptransformer.planning.simulate import Link
 
 Task = tuple[str, int, int]
 Schedule = list[list[Task]]  # of every pipeline rank

@@ -12,7 +12,7 @@ from typing import Any
 from contenders.face import Spec, Work
 from contenders.worker import Place, StageTimes
 
-from lptransformer.simulate import StageSeconds
+from lptransformer.planning.simulate import StageSeconds
 from side_by_side import cases, groups, ideal, ratios, rounds, splits
 from side_by_side.namespaces import ADDRESSES, NoNamespaces, Pair, joined_pair
 

@@ -1,0 +1,332 @@
+"""What several keys of the configuration must say together. Every message names the numbers and where they are from."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from lptransformer.config import deepspeed_keys
+from lptransformer.config.schema import ONLY_WITH, Config
+from lptransformer.errors import ConfigError, OptionError
+from lptransformer.methods import objectives
+from lptransformer.methods.codecs import CODECS
+from lptransformer.methods.cost import ModelCosts
+from lptransformer.methods.dtypes import DTYPES
+from lptransformer.methods.gradient_flow import borders_carry_gradients, crossing, flows
+from lptransformer.methods.heads import HEADS, followed
+from lptransformer.methods.objectives import METHODS, Objective
+from lptransformer.methods.stages import StagePlan, cut
+
+FAMILIES = ("gpt2", "llama")
+GENTLE_LEARNING_RATE = 3e-4  # above it a pretrained model forgets more than it learns
+
+
+def zero_stage(config: Config) -> int:
+    """The ZeRO stage of every engine: deepspeed.zero_optimization.stage, by default 0 in fp32 and 1 in bf16."""
+    stage = config.value("deepspeed.zero_optimization.stage")
+    return int(DTYPES[config.train.dtype].has_masters) if stage is None else int(stage)
+
+
+def micro_batch_size(config: Config) -> int:
+    """train.micro_batch_size, in windows. Raises ConfigError where it is still `auto`."""
+    size = config.train.micro_batch_size
+    if size == "auto":
+        raise ConfigError(
+            "train.micro_batch_size is auto: `train` finds the number when a run starts, and nothing else does; give "
+            "one here, for example --train.micro_batch_size=8"
+        )
+    return size
+
+
+def pretrained_warning(config: Config) -> str | None:
+    """One line on what this start does to a pretrained model, and what to set; None where nothing speaks against it.
+
+    Auxiliary heads that are copies of the model's own pull earlier blocks away from what later ones expect.
+    """
+    if config.model.pretrained is None:
+        return None
+    why, instead, at = [], [], config.at
+    auxiliary = objectives.build(config.model.num_layers, **config.objective.model_dump()).heads[:-1]
+    if auxiliary and config.head.init in (None, "model"):
+        why.append(f"auxiliary heads are copied from it ({at('head.init')})")
+        instead.append("objective.name=backprop (better heads are not built yet)")
+    if config.train.learning_rate > GENTLE_LEARNING_RATE:
+        why.append(f"{at('train.learning_rate')} is above {GENTLE_LEARNING_RATE:g}")
+    if not why:
+        return None
+    return (
+        f"warning: {at('model.pretrained')}: this start can make the model worse: {' and '.join(why)}. Measured with "
+        "SmolLM2-135M, 40 updates, perplexity of new and of old text: before 46 and 36, backprop 30 and 38, local "
+        "updates with copied heads 42 and 46, and at the default learning rate 57 and 327. Set "
+        f"{' and '.join([*instead, 'train.learning_rate=1e-4'])}"
+    )
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for the first contradiction between keys of a resolved configuration."""
+    rules = (_lone, _model, _train, _trace, _deepspeed, _pipeline_baseline)
+    for problem in itertools.chain.from_iterable(rule(config) for rule in rules):
+        raise ConfigError(problem)
+    check_depth(config, config.model.num_layers, config.model.max_position_embeddings, "")
+
+
+def check_depth(config: Config, num_layers: int, max_position_embeddings: int | None, origin: str) -> None:
+    """Raises ConfigError when a model of this depth and length cannot be cut and fed as the configuration says.
+
+    `max_position_embeddings` is in tokens, None for no limit. `origin` says where the two numbers came from; empty:
+    they are those of the configuration.
+    """
+    layers = f"model.num_layers = {num_layers} ({origin})" if origin else config.at("model.num_layers")
+    limit_key = "model.max_position_embeddings"
+    limit = f"{limit_key} = {max_position_embeddings} ({origin})" if origin else config.at(limit_key)
+    for problem in _depth(config, num_layers, layers):
+        raise ConfigError(problem)
+    if max_position_embeddings is not None and config.data.sequence_length > max_position_embeddings:
+        at = config.at("data.sequence_length")
+        raise ConfigError(f"{at} is more than {limit}: give at most {max_position_embeddings}")
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """Raises ConfigError unless `world_size` (number of processes) is parallel.pipeline x parallel.data."""
+    parallel = config.parallel
+    needed = parallel.pipeline * parallel.data
+    if world_size != needed:
+        raise ConfigError(
+            f"{world_size} processes were started, but {config.at('parallel.pipeline')} x {config.at('parallel.data')} "
+            f"needs {needed}: start `deepspeed --num_gpus {needed} launch/train.py --config CONFIG` (on several nodes: "
+            f"{needed} in all) or `python -m lptransformer train CONFIG`, or change parallel"
+        )
+
+
+def _lone(config: Config) -> Iterator[str]:
+    """Keys that were given although they have no meaning beside the others."""
+    for key, (other, values) in ONLY_WITH.items():
+        section, name = key.split(".")
+        if name in getattr(config, section).model_fields_set and config.value(other) not in values:
+            yield f"{config.at(key)} has no meaning with {config.at(other)}: remove it (or give null)"
+    for name, source in config.data.valid.items():
+        if source.weight is not None:
+            yield f"{config.at(f'data.valid.{name}.weight')}: validation sets are not mixed; remove the weight"
+    without = [name for name, source in config.data.train.items() if source.weight is None]
+    if 0 < len(without) < len(config.data.train):
+        yield f"data.train.{without[0]} has no weight and others have one: give every source a weight, or none of them"
+
+
+def _model(config: Config) -> Iterator[str]:
+    model, at = config.model, config.at
+    if model.pretrained is not None:  # its sizes are its own business
+        return
+    if model.family not in FAMILIES:
+        yield f"{at('model.family')}: must be one of {', '.join(FAMILIES)}, or give a folder as model.pretrained"
+    heads, groups = model.num_heads, model.num_key_value_heads
+    if model.hidden_size % heads:
+        yield f"{at('model.hidden_size')} is not a multiple of {at('model.num_heads')}"
+    if model.family == "llama" and model.hidden_size // heads % 2:
+        yield (
+            f"{at('model.hidden_size')} over {at('model.num_heads')} makes heads of width {model.hidden_size // heads}"
+            ": rotary positions need an even width"
+        )
+    if groups is not None and model.family != "llama":
+        yield f"{at('model.num_key_value_heads')} has no meaning with {at('model.family')}: remove it"
+    if groups is not None and heads % groups:
+        yield f"{at('model.num_heads')} is not a multiple of {at('model.num_key_value_heads')}"
+
+
+def _train(config: Config) -> Iterator[str]:
+    train, at = config.train, config.at
+    if train.micro_batches_per_update % config.parallel.data:
+        yield (
+            f"{at('train.micro_batches_per_update')} is not a multiple of {at('parallel.data')}: every replica takes "
+            "as many micro-batches of an update"
+        )
+    if train.warmup_steps > train.steps:
+        yield f"{at('train.warmup_steps')} is more than {at('train.steps')}"
+    if train.warmup_steps and train.lr_scheduler == "constant":
+        yield (
+            f"{at('train.warmup_steps')} has no effect with {at('train.lr_scheduler')}: set it to 0, or "
+            "train.lr_scheduler=constant_with_warmup"
+        )
+    if train.micro_batch_size == "auto" and config.engine == "deepspeed_pipeline":
+        yield (
+            f"train.micro_batch_size = auto with {at('engine')}: the memory of DeepSpeed's own pipeline is not "
+            "predicted; give a number"
+        )
+    if train.eval_every and not config.data.valid:
+        yield f"{at('train.eval_every')}, but there is nothing to evaluate on: give data.valid, or set it to 0"
+
+
+def _trace(config: Config) -> Iterator[str]:
+    if config.run.trace is None:
+        return
+    (first, last), at = config.run.trace, config.at
+    if first < 1:
+        yield f"{at('run.trace')}: updates are counted from 1; give [1, {last}]"
+    if first > last:
+        yield f"{at('run.trace')}: the first update to record comes before the last; give [{last}, {first}]"
+    if last > config.train.steps:
+        yield f"{at('run.trace')}: the last update to record is above {at('train.steps')}"
+    if config.engine == "deepspeed_pipeline":
+        yield f"{at('run.trace')} with {at('engine')}: the actions of DeepSpeed's own pipeline are not recorded"
+
+
+def _depth(config: Config, num_layers: int, layers: str) -> Iterator[str]:
+    """What objective, heads, borders and placement say together with the number of blocks."""
+    at = config.at
+    try:
+        of_run = objectives.build(num_layers, **config.objective.model_dump())
+    except OptionError as error:
+        beside = "".join(f" beside {at(key)}" for key in error.beside)
+        yield f"{at(error.key)}{beside}: {error.problem} ({layers})"
+        return
+    yield from _hybrid(config)
+    pipeline, partition = config.parallel.pipeline, config.parallel.partition
+    if pipeline > num_layers:
+        yield f"{at('parallel.pipeline')} is more than {layers}: every pipeline rank needs a block"
+    if isinstance(partition, list) and len(partition) != pipeline:
+        yield f"{at('parallel.partition')} has {len(partition)} numbers, but {at('parallel.pipeline')}: give {pipeline}"
+    if isinstance(partition, list) and sum(partition) != num_layers:
+        yield f"{at('parallel.partition')} is {sum(partition)} blocks in all, but {layers}: the two must be equal"
+    if config.engine == "deepspeed_pipeline" and not of_run.is_backprop:
+        yield f"{at('engine')} with {at('objective.name')}: it trains by backprop alone. Set objective.name=backprop"
+    yield from _border(config, of_run)
+    if zero_stage(config) == 3:
+        yield from _zero_3(config, of_run)
+    yield from _head(config, of_run, layers)
+
+
+def _hybrid(config: Config) -> Iterator[str]:
+    options, at = config.objective, config.at
+    if not isinstance(options, objectives.HybridOptions):
+        return
+    if options.backprop_every is not None and options.backprop_every > config.train.steps:
+        yield f"{at('objective.backprop_every')} is more than {at('train.steps')}: no update would be a global one"
+    if options.backprop_share > 0 and round(options.backprop_share * config.train.steps) == 0:
+        yield f"{at('objective.backprop_share')} of {at('train.steps')} is no update: give more, or 0"
+
+
+def _hybrid_key(config: Config) -> str | None:
+    """The key that asks for global updates."""
+    keys = ("objective.backprop_every", "objective.backprop_share")
+    return next((key for key in keys if config.value(key)), None)
+
+
+def _stages(of_run: Objective, pipeline: int = 1, partition: str | list[int] = "balanced") -> list[StagePlan]:
+    """Where the stages are cut. What the parts cost moves only borders that carry as many gradients elsewhere."""
+    return cut(of_run, pipeline, ModelCosts(1.0, 1.0, 1.0), partition)
+
+
+def _border(config: Config, of_run: Objective) -> Iterator[str]:
+    """What rounds hidden states stands between chunks, and only where no gradient comes back."""
+    at, hidden_size, number_bytes = config.at, config.model.hidden_size, DTYPES[config.train.dtype].bytes
+    if config.border.codec == "none":
+        return
+    if len(of_run.heads) == 1:
+        yield f"{at('border.codec')} has no meaning with {at('objective.name')}: there is one chunk. Remove it"
+    stages = _stages(of_run)
+    borders = [stage.index + 1 for stage in stages if stage.has_head and not stage.is_last]
+    for phase in of_run.phases:
+        if any(crossing(flows(phase, stages), border) for border in borders):
+            what = at((phase is of_run.backprop and _hybrid_key(config)) or "objective.name")
+            yield f"{at('border.codec')} with {what}: a border that carries a gradient is not rounded. Remove one"
+    if CODECS[config.border.codec].token_bytes(hidden_size, number_bytes) >= hidden_size * number_bytes:
+        yield f"{at('border.codec')} saves nothing with {at('train.dtype')}: remove it, or give another"
+
+
+def _head(config: Config, of_run: Objective, layers: str) -> Iterator[str]:
+    """What the options of auxiliary heads say together, and with the number of blocks."""
+    head, at, num_layers = config.head, config.at, of_run.num_blocks
+    auxiliary = of_run.heads[:-1]
+    fields = type(head).model_fields.items()
+    changed = [key for key, field in fields if getattr(head, key) != field.default]
+    if changed and not auxiliary:
+        yield (
+            f"{at(f'head.{changed[0]}')} has no meaning with {at('objective.name')}: the only head is the model's own. "
+            "Remove it (or give null)"
+        )
+    try:
+        HEADS[head.kind].check(head, config.model.hidden_size)
+    except OptionError as error:
+        yield f"{at(error.key)} with {at('model.hidden_size')}: {error.problem}"
+    if head.blocks > num_layers:
+        yield f"{at('head.blocks')} is more than {layers}: extra blocks are like the model's; give at most {num_layers}"
+    if head.refresh_every > 1 and followed(head) is None:
+        yield (
+            f"{at('head.refresh_every')} has no meaning with {at('head.kind')} and {at('head.ema_decay')}: there is "
+            "nothing to refresh. Remove it (or give null)"
+        )
+    if head.ema_decay is None:
+        return
+    if head.blocks == 0:
+        yield f"{at('head.ema_decay')} has no meaning with {at('head.blocks')}: give head.blocks=1 or more"
+    top = auxiliary[-1]
+    if top + head.blocks >= num_layers:
+        yield (
+            f"{at('head.ema_decay')} with {at('head.blocks')}: the head after block {top} would follow blocks "
+            f"{top + 1} to {top + head.blocks}, but with {layers} the last one is block {num_layers - 1}: give "
+            f"head.blocks={num_layers - 1 - top} or less"
+        )
+
+
+def _zero_3(config: Config, of_run: Objective) -> Iterator[str]:
+    """ZeRO 3 needs stages that no gradient leaves."""
+    parallel, at = config.parallel, config.at
+    stage_at = at("deepspeed.zero_optimization.stage")
+    why = "the weights of all micro-batches in flight would stay gathered, so nothing is saved. Use ZeRO 2 or less"
+    if borders_carry_gradients(of_run, _stages(of_run)):
+        by_itself = any(flows(of_run.usual, _stages(of_run)))
+        what = at("objective.name" if by_itself else _hybrid_key(config) or "objective.name")
+        yield f"{stage_at} with {what}: gradients go from stage to stage there, and {why}"
+    elif borders_carry_gradients(of_run, _stages(of_run, parallel.pipeline, parallel.partition)):
+        what = at("objective.chunks" if config.value("objective.chunks") is not None else "objective.name")
+        where = at("parallel.partition" if isinstance(parallel.partition, list) else "parallel.pipeline")
+        sizes = [span.last - span.first + 1 for span in of_run.usual.spans]
+        yield (
+            f"{stage_at} with {what} and {where}: runs of {sizes} blocks would cross from one pipeline rank to the "
+            f"next, and {why}, or cut at the pipeline ranks (at least {parallel.pipeline} chunks)"
+        )
+
+
+def _deepspeed(config: Config) -> Iterator[str]:
+    """What this program cannot do with options that DeepSpeed itself knows."""
+    bf16, at = config.train.dtype == "bf16", config.at
+    for key, value in deepspeed_keys.entries(config.deepspeed):
+        if problem := deepspeed_keys.complaint(key, value):
+            yield f"{at(f'deepspeed.{key}')}: {problem}"
+    stage_at, stage = at("deepspeed.zero_optimization.stage"), config.value("deepspeed.zero_optimization.stage")
+    if stage not in (None, 0, 1, 2, 3):
+        yield f"{stage_at}: must be 0, 1, 2 or 3"
+    if METHODS[config.objective.name].delayed and (bf16 or zero_stage(config) > 0):
+        what = at("train.dtype") if bf16 else stage_at
+        yield f"{what} with {at('objective.name')}: two versions of the weights are kept, in fp32 at ZeRO 0 only"
+    if bf16 and stage == 0:
+        yield (
+            f"{stage_at} with {at('train.dtype')}: DeepSpeed steps the optimizer once with zero gradients when it is "
+            "made, which decays the weights and counts as an update. Use stage 1, 2 or 3"
+        )
+    if config.train.dtype == "fp64" and zero_stage(config) > 0:
+        yield f"{stage_at} with {at('train.dtype')}: fp64 is for checking algebra, at ZeRO 0 only"
+    if config.train.dtype == "fp64" and config.parallel.data > 1:
+        yield f"{at('parallel.data')} with {at('train.dtype')}: DeepSpeed averages no fp64 gradients; give 1 replica"
+    key = "deepspeed.data_types.grad_accum_dtype"
+    accumulate = config.value(key)
+    if accumulate not in (None, "fp32", "bf16") or (accumulate == "bf16" and not bf16):
+        yield f"{at(key)} with {at('train.dtype')}: must be fp32{' or bf16' if bf16 else ''}"
+    if bf16 and accumulate == "fp32" and zero_stage(config) == 1:
+        yield (
+            f"{at(key)} with {at('train.dtype')} at ZeRO 1: this optimizer of DeepSpeed does not follow the usual "
+            "arithmetic. Set deepspeed.zero_optimization.stage=2 (or 3)"
+        )
+
+
+def _pipeline_baseline(config: Config) -> Iterator[str]:
+    """What DeepSpeed's own PipelineEngine cannot do."""
+    if config.engine != "deepspeed_pipeline":
+        return
+    at = config.at
+    engine_at, stage_key = at("engine"), "deepspeed.zero_optimization.stage"
+    if zero_stage(config) > 1:
+        yield f"{engine_at} with {at(stage_key)}: DeepSpeed's pipelines work with ZeRO 0 and 1 only"
+    if config.train.dtype not in ("fp32", "bf16"):
+        yield f"{engine_at} with {at('train.dtype')}: must be fp32 or bf16"
+    if config.deepspeed.get("wall_clock_breakdown") and not config.deepspeed.get("steps_per_print"):
+        yield f"{engine_at} with {at('deepspeed.wall_clock_breakdown')}: give deepspeed.steps_per_print too"

@@ -1,0 +1,373 @@
+"""The configuration of a run: a YAML file, dotted overrides, and one clear message for every mistake.
+
+Whatever the configuration alone can show is refused here, before anything slow is imported. The sections with their
+keys are in config/schema.py, the checks between keys in config/checks.py. A null means "as if not given". Every
+value remembers where it came from, so that messages can say it.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from lptransformer.config import deepspeed_keys
+from lptransformer.config.checks import check
+from lptransformer.config.schema import (
+    ONLY_WITH,
+    PLAIN,
+    RENAMED,
+    ROWS,
+    SECTIONS,
+    Config,
+    Source,
+    fields_of,
+    known_keys,
+    origin_of,
+    section_type,
+    translated,
+)
+from lptransformer.config.text import dump_yaml, parse_yaml, read_json, read_text
+from lptransformer.errors import ConfigError, ModelError
+from lptransformer.methods.codecs import CODECS
+from lptransformer.methods.heads import HEADS, followed
+from lptransformer.section import Section
+
+COMMAND_LINE = "on the command line"
+Validated = TypeVar("Validated", bound=Section)
+# Names of the sizes in config.json of Hugging Face model folders.
+SIZES = {
+    "family": ("model_type",),
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "num_layers": ("num_hidden_layers", "n_layer", "n_layers"),
+    "num_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim"),
+    "num_key_value_heads": ("num_key_value_heads",),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
+}
+NEEDED_SIZES = ("family", "hidden_size", "num_layers", "num_heads")
+# What may be another on resume without changing what is computed.
+FREE_ON_RESUME = (
+    "run.",
+    "checkpoint.every",
+    "train.eval_every",
+    "parallel.timeout_seconds",
+    "parallel.in_flight",
+    "parallel.channel",
+)
+
+
+def load(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, saved: bool = False) -> Config:
+    """The checked configuration from a YAML file or a mapping, with overrides such as "--train.steps=200".
+
+    Values of overrides are YAML; they reach into mappings (deepspeed.zero_optimization.stage=2). What is null by
+    default and follows from other keys is filled in: run.dir, max_position_embeddings, and for model.pretrained the
+    sizes in its config.json and its tokenizer. `saved` says that a run folder holds it: keys may have names of before,
+    and the sizes of model.pretrained are there, so no model folder is opened.
+
+    Raises ConfigError, and ModelError when the folder model.pretrained is missing or its config.json is broken.
+    """
+    if isinstance(source, dict):
+        origin, raw = "in the given mapping", copy.deepcopy(source)
+    else:
+        origin, raw = f"in {source}", parse_yaml(read_text(source, "the configuration"), str(source))
+        if not isinstance(raw, dict):
+            found = "is empty" if raw is None else f"holds {raw!r:.80}"
+            raise ConfigError(f"{source} {found}: a configuration is a mapping of sections ({', '.join(SECTIONS)})")
+    if saved:
+        raw = translated(raw)
+    origins: dict[str, str] = {}
+    sections = _admit(raw, origin, origins)
+    for text in overrides:
+        _override(sections, text, origins)
+    given: dict[str, Any] = {}
+    for key in PLAIN:
+        if sections.get(key) is not None:
+            given[key] = sections[key]
+        else:
+            origins.pop(key, None)
+    for section in SECTIONS:
+        keys = sections.get(section, {})
+        given[section] = {key: value for key, value in keys.items() if value is not None}
+        for key in keys.keys() - given[section].keys():
+            del origins[f"{section}.{key}"]
+    for table in ("zero_optimization", "data_types"):
+        if isinstance(given["deepspeed"].get(table), dict):
+            options = given["deepspeed"][table]
+            given["deepspeed"][table] = {key: value for key, value in options.items() if value is not None}
+    for key, _ in deepspeed_keys.entries(given["deepspeed"]):
+        if not deepspeed_keys.is_known(key):
+            raise _unknown(f"deepspeed.{key}", origin_of(f"deepspeed.{key}", origins))
+    for section in ROWS:
+        given[section] = _options_of_row(section, given[section], origin, origins)
+    config = _validated(Config, given, (), origin, origins)
+    if config.border.codec not in CODECS:
+        raise _no_row("border.codec", config.border.codec, CODECS, origin_of("border.codec", origins))
+    config._origins.update(origins)
+    _resolve(config, source, saved)
+    check(config)
+    return config
+
+
+def _validated(
+    kind: type[Validated], values: dict[str, Any], above: tuple[str, ...], origin: str, origins: dict[str, str]
+) -> Validated:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        unknown_first = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+        raise _wrong_value(unknown_first[0], kind, above, origin, origins) from None
+
+
+def _options_of_row(section: str, values: dict[str, Any], origin: str, origins: dict[str, str]) -> Section:
+    """The options of the row that a section names: those of its class and no others."""
+    key, rows = ROWS[section]
+    name = values.get(key, section_type(section).model_fields[key].default)
+    if not isinstance(name, str) or name not in rows:
+        raise _no_row(f"{section}.{key}", name, rows, origin_of(f"{section}.{key}", origins))
+    of_row = section_type(section, name)
+    for other, value in values.items():
+        if other not in of_row.model_fields:
+            raise ConfigError(
+                f"{section}.{other} = {value!r} ({origin_of(f'{section}.{other}', origins)}) has no meaning with "
+                f"{section}.{key} = {name!r} ({origin_of(f'{section}.{key}', origins)}): remove it (or give null)"
+            )
+    return _validated(of_row, values, (section,), origin, origins)
+
+
+def _no_row(key: str, value: Any, rows: Mapping[str, Any], at: str) -> ConfigError:
+    near = difflib.get_close_matches(value, rows, n=1) if isinstance(value, str) else []
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return ConfigError(f"{key} = {value!r} ({at}): must be one of {', '.join(rows)}{hint}")
+
+
+def _admit(raw: dict[Any, Any], origin: str, origins: dict[str, str]) -> dict[str, Any]:
+    """The sections of `raw` as mappings of known keys; notes in `origins` where every key came from."""
+    sections: dict[str, Any] = {}
+    for section, keys in raw.items():
+        if section in PLAIN:
+            sections[section], origins[section] = keys, origin
+            continue
+        if section not in SECTIONS:
+            raise _unknown(str(section), origin)
+        at = origin
+        if section == "deepspeed" and isinstance(keys, str):
+            at = f"in {keys}"
+            keys = read_json(keys, f"deepspeed = {keys!r} ({origin})")
+        if not isinstance(keys, dict | None):
+            wanted = "a mapping of its keys" + (" or the path of a DeepSpeed JSON" if section == "deepspeed" else "")
+            raise ConfigError(f"{section} = {keys!r} ({origin}): must be {wanted}")
+        sections[section] = dict(keys or {})
+        for key in sections[section]:
+            if not isinstance(key, str) or (section != "deepspeed" and key not in fields_of(section)):
+                raise _unknown(f"{section}.{key}", at)
+            origins[f"{section}.{key}"] = at
+    return sections
+
+
+def _override(sections: dict[str, Any], text: str, origins: dict[str, str]) -> None:
+    """Puts one "--section.key=VALUE" of the command line in its place."""
+    key, equals, value_text = text.strip().removeprefix("--").partition("=")
+    if not equals:
+        raise ConfigError(f"{text!r} {COMMAND_LINE} has no value: write --{key}=VALUE")
+    # A glob such as *.txt is an alias in YAML.
+    value = value_text if value_text.startswith("*") else parse_yaml(value_text, f"{key} {COMMAND_LINE}")
+    section, *names = key.split(".")
+    if not names and section in (*SECTIONS, *PLAIN):
+        added = _admit({section: value}, COMMAND_LINE, origins)[section]
+        whole = section == "deepspeed" or section in PLAIN
+        sections[section] = added if whole else {**sections.get(section, {}), **added}
+        return
+    goes_deep = section == "deepspeed" or key.startswith(("data.train.", "data.valid."))
+    known = section in SECTIONS and bool(names) and (section == "deepspeed" or names[0] in fields_of(section))
+    if not known or (names[1:] and not goes_deep):
+        raise _unknown(key, COMMAND_LINE)
+    target = sections.setdefault(section, {})
+    for depth, name in enumerate(names[:-1], start=1):
+        if target.get(name) is None:
+            target[name] = {}
+        if not isinstance(target[name], dict):
+            above = ".".join((section, *names[:depth]))
+            at = f"{above} = {target[name]!r} ({origin_of(above, origins)})"
+            raise ConfigError(f"{key} {COMMAND_LINE}: {at} is not a mapping")
+        target = target[name]
+    target[names[-1]] = value
+    origins[key] = COMMAND_LINE
+
+
+def _unknown(key: str, origin: str) -> ConfigError:
+    """The error for a key that does not exist, with the nearest one that does, in its own section or another."""
+    if key in RENAMED:
+        return ConfigError(f"unknown key {key} ({origin}): it is called {RENAMED[key]} now")
+    section, _, name = key.rpartition(".")
+    keys = known_keys()
+    nearest = [known for known in keys if known.rpartition(".")[2] == name]
+    if section in keys and not section.startswith("deepspeed."):  # a key below a plain value
+        nearest = [section]
+
+    def likeness(known: str) -> float:
+        known_section, _, known_name = known.rpartition(".")
+        ratio = difflib.SequenceMatcher(None, name, known_name).ratio()
+        return ratio + 0.2 * (known_section == section) if ratio > 0.6 else 0.0
+
+    if not nearest:
+        best = max([*SECTIONS, *keys], key=likeness)
+        nearest = [best] if likeness(best) else []
+    if nearest:
+        return ConfigError(f"unknown key {key} ({origin}): did you mean {' or '.join(nearest)}?")
+    valid = [known.rpartition(".")[2] for known in keys if section and known.rpartition(".")[0] == section]
+    return ConfigError(f"unknown key {key} ({origin}): valid are {', '.join(valid or SECTIONS)}")
+
+
+def _wrong_value(
+    error: ErrorDetails, kind: type[Section], above: tuple[str, ...], origin: str, origins: dict[str, str]
+) -> ConfigError:
+    """The first complaint of pydantic as one line: key, value, where it came from, what would be right.
+
+    `kind` is the class that was validated, `above` the names that lead to it.
+    """
+    names = [*above, *(str(name) for name in error["loc"])]
+    in_source = names[:2] in (["data", "train"], ["data", "valid"])
+    names = names[:4] if in_source else names[:2]  # below are the members of unions and lists
+    key, at = ".".join(names), origin_of(".".join(names), origins)
+    of = Source if len(names) > 3 else kind if above or len(names) == 1 else section_type(names[0])
+    fields: dict[str, Any] = of.model_fields
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(names[-1], fields, n=1, cutoff=0.0)[0]
+        return ConfigError(f"unknown key {key} ({at}): did you mean {'.'.join((*names[:-1], near))}?")
+    field = fields[names[-1] if len(names) != 3 else names[1]]
+    choices = get_args(field.annotation)
+    right = next((text for text in field.metadata if isinstance(text, str)), f"one of {', '.join(map(str, choices))}")
+    if "ctx" in error and "error" in error["ctx"]:
+        right = str(error["ctx"]["error"])
+    if error["type"] == "missing":
+        return ConfigError(f"{key} is missing ({origin if len(names) < 3 else at}): it must be {right}")
+    value = error["input"]
+    words = [choice for choice in choices if isinstance(choice, str)]
+    near_value = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
+    hint = f"; did you mean {near_value[0]}?" if near_value else ""
+    return ConfigError(f"{key} = {value!r} ({at}): must be {right}{hint}")
+
+
+def _resolve(config: Config, source: str | Path | dict[str, Any], saved: bool) -> None:
+    """Fills in what follows from other keys or from the folder model.pretrained."""
+    model = config.model
+    if config.run.dir is None:
+        config.run.dir = f"runs/{'run' if isinstance(source, dict) else Path(source).stem}"
+    if model.pretrained is None:
+        model.max_position_embeddings = model.max_position_embeddings or config.data.sequence_length
+        return
+    if "tokenizer" not in config.data.model_fields_set:
+        config.data.tokenizer = model.pretrained
+        config._origins["data.tokenizer"] = "from model.pretrained"
+    elif config.data.tokenizer == "sentencepiece":
+        at = config.at("data.tokenizer")
+        raise ConfigError(
+            f"{at} would train a new one, but {config.at('model.pretrained')} has its own: remove the key"
+        )
+    if saved:
+        return
+    path = Path(model.pretrained) / "config.json"
+    for key, size in _pretrained_sizes(path, config.at("model.pretrained")).items():
+        if key in model.model_fields_set and getattr(model, key) != size:
+            raise ConfigError(
+                f"{config.at(f'model.{key}')} contradicts {path}, where it is {size!r}: remove the key (or give null)"
+            )
+        setattr(model, key, size)
+        config._origins[f"model.{key}"] = f"in {path}"
+
+
+def _pretrained_sizes(path: Path, at: str) -> dict[str, Any]:
+    """The keys of the model section that config.json of a Hugging Face model folder decides. Raises ModelError."""
+    if not path.parent.is_dir():
+        raise ModelError(f"{at}: no such folder; give the folder of a Hugging Face model, with its config.json")
+    content = read_json(path, at, ModelError)
+    sizes: dict[str, Any] = {}
+    for key, names in SIZES.items():
+        name = next((name for name in names if content.get(name) is not None), None)
+        size = content[name] if name else None
+        wanted = str if key == "family" else int
+        if key in ("intermediate_size", "num_key_value_heads") and not isinstance(size, int):
+            size = None  # some families have one per block; nothing here depends on it
+        if size is None and key in NEEDED_SIZES:
+            raise ModelError(f"{at}: {path} has none of {', '.join(names)}; is it the folder of a causal LM?")
+        if size is not None and (not isinstance(size, wanted) or isinstance(size, bool) or size in ("", 0)):
+            raise ModelError(f"{at}: {path} says {name} = {size!r}: must be {'text' if wanted is str else 'a number'}")
+        sizes[key] = size
+    return sizes
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Every key that has a meaning here, with its value, as plain data that `load` takes."""
+    values = config.model_dump()
+    for key, (other, values_with_meaning) in ONLY_WITH.items():
+        if config.value(other) not in values_with_meaning:
+            section, name = key.split(".")
+            del values[section][name]
+    return values
+
+
+def to_yaml(config: Config, comments: bool = True) -> str:
+    """`to_dict` as YAML that `load` takes; with comments, every key says what it means."""
+    lines = []
+    for section, keys in to_dict(config).items():
+        if section in PLAIN:
+            lines += _yaml_lines(section, keys, Config.model_fields[section].description if comments else None)
+            continue
+        lines.append(f"{section}:" if keys else f"{section}: {{}}")
+        for key, value in keys.items():
+            about = fields_of(section)[key].description if comments and section != "deepspeed" else None
+            lines += [f"  {line}" for line in _yaml_lines(key, value, about)]
+    return "\n".join(lines) + "\n"
+
+
+def _yaml_lines(key: str, value: Any, about: str | None) -> list[str]:
+    """One key as YAML, with its comment behind it, or before it where it takes several lines."""
+    text = dump_yaml({key: value}).splitlines()
+    if about and len(text) == 1:
+        return [f"{text[0]}  # {about}"]
+    return [f"# {about}", *text] if about else text
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif value != {}:
+            yield f"{prefix}{key}", value
+
+
+def differences(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines such as "train.learning_rate: 0.001 in the run, 0.002 now" for two results of `to_dict`."""
+    return [line for _, line in _differences(saved, new)]
+
+
+def resume_differences(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The differences that make a resumed run another run; the run folder, saving, evaluating and waiting do not.
+
+    More or fewer steps do not either, where neither the learning rate nor a last share of global updates depends on
+    them. The micro-batches in flight count where heads hold copies of other stages' weights: their lag follows.
+    """
+    both = (saved, new)
+    constant = all(values["train"]["lr_scheduler"].startswith("constant") for values in both)
+    share = any(values["objective"].get("backprop_share") for values in both)
+    copies = any(followed(HEADS[values["head"]["kind"]].options(**values["head"])) is not None for values in both)
+    free = {*FREE_ON_RESUME}
+    if constant and not share:
+        free.add("train.steps")
+    if copies:
+        free.remove("parallel.in_flight")
+    return [line for key, line in _differences(saved, new) if not key.startswith(tuple(free))]
+
+
+def _differences(saved: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    before, now = dict(_leaves(saved)), dict(_leaves(new))
+    for key in dict.fromkeys((*before, *now)):
+        if key not in before or key not in now or before[key] != now[key]:
+            values = [repr(values[key]) if key in values else "not set" for values in (before, now)]
+            yield key, f"{key}: {values[0]} in the run, {values[1]} now"

@@ -1,0 +1,267 @@
+"""The sections of the configuration: every key with its type, its default and what it means.
+
+Nothing here looks at more than one key; that is config/checks.py. Reading, overrides and printing are config/load.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PrivateAttr, SerializeAsAny
+
+from lptransformer.config import deepspeed_keys
+from lptransformer.methods.heads import HEADS, HeadOptions
+from lptransformer.methods.objectives import METHODS, ChunkedOptions, ObjectiveOptions
+from lptransformer.section import (
+    Count,
+    Fraction,
+    Globs,
+    MaybeCount,
+    MaybeText,
+    NotNegative,
+    Positive,
+    Section,
+    Text,
+    Whole,
+)
+
+# Who needs the number takes it from config_checks.micro_batch_size.
+BatchSize = Annotated[Count | Literal["auto"], "a whole number, 1 or more, or auto"]
+_SOURCES = "a glob, a list of globs, or a mapping of names to globs or to {files, weight}"
+
+
+class Source(Section):
+    """Text files of one kind, and their share in a mixture (null: every window once per epoch)."""
+
+    files: Globs
+    weight: Annotated[Annotated[float, Field(gt=0)] | None, "a number above 0"] = None
+
+
+def _sources(value: Any, info: Any) -> Any:
+    """{name: {files, weight}} from a glob, a list of globs, or a mapping of either by name."""
+    if isinstance(value, str | list) or (isinstance(value, dict) and "files" in value):
+        value = {info.field_name: value}
+    if not isinstance(value, dict):
+        return value
+    for name in value:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(name)) or not isinstance(name, str):
+            raise ValueError(f"a mapping whose names are letters, digits, - and _ (in quotes if digits); not {name!r}")
+    if not value and info.field_name == "train":
+        raise ValueError(f"{_SOURCES}, not empty")
+    as_list = {name: {"files": files} if isinstance(files, str | list) else files for name, files in value.items()}
+    for source in as_list.values():
+        if isinstance(source, dict) and isinstance(source.get("files"), str):
+            source["files"] = [source["files"]]
+    return as_list
+
+
+Sources = Annotated[dict[str, Source], BeforeValidator(_sources), _SOURCES]
+
+
+class ModelSection(Section):
+    family: Text = Field(default="gpt2", description="architecture of a new model: gpt2 or llama")
+    pretrained: MaybeText = Field(
+        default=None, description="folder of a Hugging Face model to start from (it has the sizes)"
+    )
+    hidden_size: Count = Field(default=256, description="width of the hidden states")
+    num_layers: Count = Field(default=4, description="number of blocks")
+    num_heads: Count = Field(default=4, description="attention heads")
+    intermediate_size: MaybeCount = Field(default=None, description="width of the MLP (null: the family's usual one)")
+    num_key_value_heads: MaybeCount = Field(
+        default=None, description="key and value heads, llama only (null: num_heads)"
+    )
+    max_position_embeddings: MaybeCount = Field(
+        default=None, description="longest sequence (null: data.sequence_length)"
+    )
+
+
+class DataSection(Section):
+    train: Sources = Field(description=f"training text: {_SOURCES}")
+    valid: Sources = Field(default={}, description="validation text, in the same form; every name is a set of its own")
+    tokenizer: Text = Field(
+        default="sentencepiece", description="sentencepiece (trained), bytes, folder or tokenizer.model"
+    )
+    vocab_size: Annotated[int, Field(ge=260), "a whole number, 260 or more (256 bytes, specials and pieces)"] = Field(
+        default=4096, description="entries of a tokenizer that is trained here"
+    )
+    sequence_length: Annotated[int, Field(ge=2), "a whole number, 2 or more"] = Field(
+        default=256, description="window, tokens"
+    )
+    cache: Text = Field(default="prepared", description="folder for tokenizers and token sets")
+
+
+class ParallelSection(Section):
+    pipeline: Count = Field(default=1, description="pipeline ranks; pipeline x data = number of processes")
+    data: Count = Field(default=1, description="replicas of every pipeline rank")
+    partition: Annotated[Literal["balanced"] | list[Count], '"balanced" or a list of block counts, each 1 or more'] = (
+        Field(default="balanced", description="blocks per pipeline rank: balanced (by cost, heads counted) or a list")
+    )
+    in_flight: Count = Field(default=2, description="micro-batches that may wait between two pipeline ranks")
+    channel: Literal["gloo", "nccl"] = Field(
+        default="gloo", description="between pipeline ranks: gloo (host memory) or nccl (experimental, needs GPUs)"
+    )
+    timeout_seconds: Positive = Field(default=1800.0, description="how long a process waits for another")
+
+
+class LossSection(Section):
+    """How the loss of every head is taken, the model's own included."""
+
+    chunk_tokens: Count = Field(default=1024, description="rows of logits that exist at once")
+
+
+class BorderSection(Section):
+    codec: str = Field(
+        default="none",
+        description="hidden states from chunk to chunk: as they are (none), bf16, or int8 with a scale per token",
+    )
+
+
+class OptimizerSection(Section):
+    name: Literal["adamw", "sgd"] = Field(default="adamw", description="adamw or sgd; one for every stage")
+    beta1: Fraction = Field(default=0.9, description="AdamW: decay of the mean")
+    beta2: Fraction = Field(default=0.95, description="AdamW: decay of the squares")
+    eps: Positive = Field(default=1e-8, description="AdamW: added to the root of the squares")
+    weight_decay: NotNegative = Field(default=0.1, description="decay of weights")
+    momentum: Fraction = Field(default=0.9, description="SGD: momentum")
+
+
+class TrainSection(Section):
+    steps: Count = Field(default=1000, description="updates of every stage")
+    micro_batch_size: BatchSize = Field(
+        default=8, description="windows per micro-batch; auto: the largest power of two that fits into memory"
+    )
+    micro_batches_per_update: Count = Field(
+        default=4, description="micro-batches per update, over all replicas together"
+    )
+    learning_rate: Positive = Field(default=1e-3, description="peak learning rate")
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        default="cosine", description="linear, cosine, constant or constant_with_warmup"
+    )
+    warmup_steps: Whole = Field(default=0, description="updates until the learning rate is at its peak")
+    grad_clip: NotNegative = Field(
+        default=1.0, description="greatest gradient norm of what clips together, usually a chunk (0: off)"
+    )
+    dtype: Literal["fp32", "bf16", "fp64"] = Field(
+        default="fp32", description="fp32, bf16 with fp32 master weights, or fp64 (to check algebra)"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32), "a whole number from 0 to 4294967295"] = Field(
+        default=0, description="seed of the weights and of the data order"
+    )
+    eval_every: Whole = Field(default=0, description="updates between evaluations (0: only at the end)")
+    max_skipped_updates: Count = Field(default=10, description="skipped updates of a stage in a row that end the run")
+
+
+class CheckpointSection(Section):
+    every: Whole = Field(default=0, description="updates between checkpoints (0: only at the end)")
+
+
+class RunSection(Section):
+    dir: MaybeText = Field(default=None, description="run folder (null: runs/ and the name of the file)")
+    trace: Annotated[
+        Annotated[list[int], Field(min_length=2, max_length=2)] | None,
+        "two numbers of updates, the first and the last, counted from 1, or null",
+    ] = Field(default=None, description="[first, last] updates to record, for `report --trace` (null: none)")
+
+
+def origin_of(key: str, origins: dict[str, str]) -> str:
+    """Where the value of a dotted key came from: the origin of the longest part of the key that has one."""
+    names = key.split(".")
+    parts = (".".join(names[:length]) for length in range(len(names), 0, -1))
+    return next((origins[part] for part in parts if part in origins), "by default")
+
+
+class Config(Section):
+    """All sections, and keys that stand beside them.
+
+    `deepspeed` holds the options for every stage's DeepSpeed engine, checked in config/deepspeed_keys.py.
+    """
+
+    engine: Literal["local", "deepspeed_pipeline"] = Field(
+        default="local", description="local, or deepspeed_pipeline: backprop by DeepSpeed's own PipelineEngine"
+    )
+    model: ModelSection = ModelSection()
+    data: DataSection
+    parallel: ParallelSection = ParallelSection()
+    objective: SerializeAsAny[ObjectiveOptions] = ChunkedOptions()
+    head: SerializeAsAny[HeadOptions] = HeadOptions()
+    loss: LossSection = LossSection()
+    border: BorderSection = BorderSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection = TrainSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    run: RunSection = RunSection()
+    deepspeed: dict[str, Any] = {}
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def value(self, key: str) -> Any:
+        """The value of a dotted key; None when it is not there."""
+        section, *names = key.split(".")
+        value: Any = getattr(self, section)
+        for name in names:
+            value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+        return value
+
+    def at(self, key: str) -> str:
+        """ "key = value (origin)", for messages."""
+        return f"{key} = {self.value(key)!r} ({origin_of(key, self._origins)})"
+
+
+PLAIN = ("engine",)  # keys that are in no section
+SECTIONS = [name for name in Config.model_fields if name not in PLAIN]
+# Sections whose options are those of a row: the key that names the row, and the rows.
+ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "objective": ("name", METHODS),
+    "head": ("kind", HEADS),
+}
+# Keys that have a meaning beside some values of another only; given explicitly elsewhere they are refused, and they are
+# not printed.
+ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "data.vocab_size": ("data.tokenizer", ("sentencepiece",)),
+    **{f"optimizer.{key}": ("optimizer.name", ("adamw",)) for key in ("beta1", "beta2", "eps")},
+    "optimizer.momentum": ("optimizer.name", ("sgd",)),
+}
+# Keys that had another name once. Who types or writes an old one is told the new one; what a run folder or a record
+# holds is translated.
+RENAMED = {
+    "train.border_dtype": "border.codec",
+    "train.save_every": "checkpoint.every",
+    "head.chunk_tokens": "loss.chunk_tokens",
+}
+
+
+def section_type(section: str, row: str | None = None) -> type[Section]:
+    """The class of a section's options; of those that take the options of a row, with the default one unless `row`."""
+    of_section = Config.model_fields[section].annotation
+    assert isinstance(of_section, type) and issubclass(of_section, Section)
+    if section not in ROWS:
+        return of_section
+    key, rows = ROWS[section]
+    return rows[row or of_section.model_fields[key].default].options
+
+
+def fields_of(section: str) -> dict[str, Any]:
+    """The fields of a section by key; of those that take the options of a row, of all rows together."""
+    if section == "deepspeed":
+        return {}
+    types = [row.options for row in ROWS[section][1].values()] if section in ROWS else [section_type(section)]
+    return {key: field for one in types for key, field in one.model_fields.items()}
+
+
+def known_keys() -> list[str]:
+    """Every dotted key that a configuration may have."""
+    keys = [*PLAIN, *(f"{section}.{key}" for section in SECTIONS for key in fields_of(section))]
+    return keys + [f"deepspeed.{table}{key}" for table, names in deepspeed_keys.TABLES.items() for key in names]
+
+
+def translated(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved configuration with today's names for keys that had another one when it was written."""
+    found = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in values.items()}
+    for old, new in RENAMED.items():
+        (section, key), (new_section, new_key) = old.split("."), new.split(".")
+        if isinstance(found.get(section), dict) and key in found[section]:
+            value = found[section].pop(key)
+            default = section_type(new_section).model_fields[new_key].default
+            found.setdefault(new_section, {})[new_key] = default if value is None else value
+    return found

@@ -1,0 +1,1 @@
+"""From text to micro-batches: readers, tokenizers, token sets, the order of training."""

@@ -1,0 +1,270 @@
+"""The baseline: the same run by DeepSpeed's own PipelineEngine, for `engine: deepspeed_pipeline`.
+
+Backprop through all blocks as 1F1B, over the same stages (so the same initial weights and cuts), micro-batches, loss,
+optimizer and learning rates as `objective.name: backprop` of the engine beside it. It has that engine's face, and its
+run folders and checkpoints. What is DeepSpeed's own: one torch.distributed world for all pipeline ranks, the schedule,
+messages, the reduction of gradients, clipping (over the whole model) and ZeRO 0 or 1. In fp32 at ZeRO 0 it skips no
+update: a gradient that is not finite spoils the weights. There it tells no gradient norm either, unless it clips.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.utils import clip_grad_norm_
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from lptransformer.data.token_set import Batch
+from lptransformer.engine.deepspeed_stage import read_safely
+from lptransformer.engine.interface import (
+    EngineOptions,
+    Report,
+    Stream,
+    TrainingEngine,
+    UpdateResult,
+    ValidSet,
+    gather_reports,
+)
+from lptransformer.engine.p2p import Control
+from lptransformer.engine.process_groups import World
+from lptransformer.errors import RunError, TrainingError
+from lptransformer.methods.stages import StagePlan
+from lptransformer.models.blueprint import Blueprint
+from lptransformer.models.head import CROSS_ENTROPY, LossBatch
+from lptransformer.models.stage import Stage
+from lptransformer.run_folder import checkpoint
+
+FLAGS = (Control.EVALUATE, Control.SAVE, Control.STOP)
+Built = tuple[Stage, torch.optim.Optimizer, LRScheduler]
+
+
+class PipelineBaseline(TrainingEngine):
+    """One stage of a model on every pipeline rank, trained by a PipelineEngine. Built by lptransformer.initialize.
+
+    Every call is a collective of all processes.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        blueprint: Blueprint,
+        build: Callable[[StagePlan], Built],
+        deepspeed_config: Mapping[str, Any],
+        stream: Stream,
+        valid: Mapping[str, ValidSet],
+        options: EngineOptions,
+        *,
+        grad_clip: float,
+    ) -> None:
+        super().__init__(world, blueprint, stream, valid, options)
+        stages = self.stages
+        assert [plan.pipeline_rank for plan in stages] == list(range(world.pipeline_size)), stages
+        self.plan = stages[world.pipeline_rank]
+        self.stage, self.optimizer, self.lr_scheduler = build(self.plan)
+        for parameter in self.stage.parameters():
+            # At ZeRO 0 DeepSpeed takes the norm over pipeline rank 0 and over what bears this mark.
+            parameter.model_parallel = True  # type: ignore[attr-defined]
+        config = {
+            **deepspeed_config,
+            "gradient_accumulation_steps": blueprint.rounds,
+            "managed_gradient_accumulation": True,
+            "gradient_clipping": grad_clip,
+        }
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers
+            module = PipelineModule(
+                # One layer for every pipeline rank; those of other processes are never made.
+                [_Layer(self.stage) if plan is self.plan else LayerSpec(nn.Identity) for plan in stages],
+                num_stages=len(stages),
+                loss_fn=self._loss,
+                partition_method="uniform",
+            )
+            self.engine, *_ = deepspeed.initialize(
+                model=module, optimizer=self.optimizer, config=config, dist_init_required=False
+            )
+        read_safely(self.engine)
+        self.engine.clip_fp32_gradients = self._clip
+        self._waited_seconds = 0.0
+        for call in ("send", "recv", "broadcast", "all_reduce"):
+            setattr(deepspeed.comm.comm.cdb, call, self._timed(getattr(deepspeed.comm.comm.cdb, call)))
+        self.skipped_in_a_row = 0
+        self._loss_sums: list[Tensor] = []
+        self._grad_norm: float | None = None
+        self._rounds: dict[str, tuple[int, int]] = {}  # of a validation set: micro-batches and labels of this replica
+
+    # ------------------------------------------------------------------------------------------ the four calls
+
+    def train_batch(self) -> UpdateResult:
+        """See TrainingEngine. At ZeRO 0 in fp32 losses that are not finite count as skipped."""
+        started, waited = time.perf_counter(), self._waited_seconds
+        self._loss_sums = []
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        first, many = self.update * self.blueprint.micro_batches, self.blueprint.micro_batches
+        own = range(first + self.world.data_rank, first + many, self.world.data_size)
+        with _lost_processes_in_our_words():
+            mean_loss = self.engine.train_batch(_pairs(map(self.stream.batch, own))).item()
+            control = self._timed(self._decide)()
+        self.lr_scheduler.step()
+        self.update += 1
+        skipped = bool(getattr(self.engine.optimizer, "overflow", False))
+        if self.engine.zero_optimization_stage() > 0:
+            self._grad_norm = float("nan") if skipped else float(self.engine.get_global_grad_norm())
+        report = self._stage_report(
+            self.plan,
+            loss_sum=sum(loss.item() for loss in self._loss_sums),
+            grad_norm=self._grad_norm,
+            skipped=skipped,
+            learning_rate=learning_rate,
+            seconds=time.perf_counter() - started,
+            idle_seconds=self._waited_seconds - waited if self.world.device.type == "cpu" else math.nan,
+        )
+        reports = gather_reports(self.world, [report])
+        self.skipped_in_a_row = 0 if math.isfinite(mean_loss) and not skipped else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= self.options.max_skipped_updates:
+            raise TrainingError(
+                f"{self.skipped_in_a_row} updates in a row were skipped, or had a loss that is not finite; the last "
+                f"one was update {self.update}. Start again with a lower train.learning_rate or more "
+                "train.warmup_steps, or look at these windows",
+                reports,
+            )
+        return UpdateResult(self.update, control, reports)
+
+    def eval_batch(self, name: str) -> list[Report]:
+        if name not in self._rounds:
+            own = [batch.label_tokens for _, batch in self._own_batches(name)]
+            self._rounds[name] = len(own), sum(own)
+        micro_batches, label_tokens = self._rounds[name]
+        self._loss_sums = []
+        if micro_batches > 0:
+            with _lost_processes_in_our_words():
+                batches = _pairs(batch for _, batch in self._own_batches(name))
+                self.engine.eval_batch(batches, bcast_loss=False, num_micro_batches=micro_batches)
+        nll_sum = sum(loss.item() for loss in self._loss_sums)
+        return gather_reports(self.world, [self._evaluation_report(name, self.plan, nll_sum, label_tokens)])
+
+    def _save(self, run: Path) -> None:
+        """DeepSpeed's own files are beside those of the stages: it reads one folder that all processes see."""
+        folder = checkpoint.stage_folder(run, self.update, self.plan.index)
+        state = {
+            **self._description(self.plan),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+        first_replica = self.world.data_rank == 0
+        with _lost_processes_in_our_words():
+            if first_replica:
+                checkpoint.begin_stage(folder)
+            if self.world.global_rank == 0:
+                shutil.rmtree(folder.parent / checkpoint.DEEPSPEED, ignore_errors=True)
+            dist.barrier()
+            self.engine.save_checkpoint(str(folder.parent / checkpoint.DEEPSPEED), tag="state", save_latest=False)
+            if first_replica:
+                weights = {name: weight.detach().cpu() for name, weight in self.stage.named_parameters()}
+                checkpoint.write_stage(folder, weights, state)
+            dist.barrier()
+        if first_replica:
+            checkpoint.finish_stage(folder)
+
+    def _load(self, run: Path, update: int) -> None:
+        """Raises RunError where another engine has written the checkpoint."""
+        folder = checkpoint.stage_folder(run, update, self.plan.index)
+        state = checkpoint.read_state(folder)
+        self._check_position(folder, update)
+        if not (folder.parent / checkpoint.DEEPSPEED).is_dir():
+            raise RunError(
+                f"{folder.parent} was not written by engine: deepspeed_pipeline, which can only resume its own"
+            )
+        self.engine.load_checkpoint(str(folder.parent / checkpoint.DEEPSPEED), tag="state")
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        for group, learning_rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = learning_rate
+
+    def _decide(self) -> Control:
+        """What follows this update: whatever any process was asked for."""
+        asked = self._take_requests()
+        flags = torch.tensor([int(bool(asked & flag)) for flag in FLAGS], device=self.world.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        decided = Control.NOTHING
+        for flag, is_set in zip(FLAGS, flags.tolist(), strict=True):
+            decided |= flag if is_set else Control.NOTHING
+        return decided
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    @property
+    def waited_seconds(self) -> float:
+        """In DeepSpeed's communication between pipeline ranks, transfers included, because its calls block."""
+        return self._waited_seconds
+
+    def _loss(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        """hidden_states [b, T, H] of the last block and labels [b, T] to the loss of a micro-batch.
+
+        DeepSpeed averages over the micro-batches and over the replicas: the mean has to be the one over tokens.
+        """
+        assert self.stage.head is not None
+        scale = self.blueprint.micro_batches / self.blueprint.label_tokens
+        term = self.stage.head(hidden_states, LossBatch(labels, scale))[CROSS_ENTROPY]
+        self._loss_sums.append(term.total)
+        return term.loss
+
+    def _clip(self) -> None:
+        """DeepSpeed's clip_fp32_gradients, which forgets the norm."""
+        norm = clip_grad_norm_(self.engine.module.parameters(), self.engine.gradient_clipping(), mpu=self.engine.mpu)
+        self._grad_norm = norm.item()
+
+    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """One of DeepSpeed's communications: between pipeline ranks its time is idle time, the transfer included.
+
+        Only gloo's calls return when they are done; on a GPU nothing is measured.
+        """
+        replicas = self.engine.grid.get_data_parallel_group()
+
+        @functools.wraps(call)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            done = call(*args, **kwargs)
+            between_ranks = self.world.pipeline_size > 1 and not any(a is replicas for a in (*args, *kwargs.values()))
+            if between_ranks:
+                self._waited_seconds += time.perf_counter() - started
+            return done
+
+        return timed
+
+
+class _Layer(nn.Module):
+    """What PipelineModule calls: inputs to hidden states. The head is in the stage, and its loss is the loss_fn."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.stage.hidden_states(inputs)
+
+
+def _pairs(batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    return ((batch.input_ids, batch.labels) for batch in batches)
+
+
+@contextlib.contextmanager
+def _lost_processes_in_our_words() -> Iterator[None]:
+    """gloo's errors are plain RuntimeErrors, among those that the model itself may raise."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        raise TrainingError(f"another process of this run has gone: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,327 @@
+"""One stage under DeepSpeed: a DeepSpeedEngine with ZeRO over the replicas, and the update that belongs to it.
+
+Clipping and skipping are per clip group (engine/clipping.py), learning rate and counters per stage. What each ZeRO
+stage does:
+
+    0        plain gradients; clipped here with torch's formula, before the optimizer's step
+    1, 2, 3  optimizer state (and gradients, and weights) partitioned; clipped by DeepSpeed's own formula
+    bf16     ZeRO 1 to 3 only: fp32 master weights, gradients accumulated in bf16 (ZeRO 2 and 3: in fp32 with
+             `deepspeed.data_types.grad_accum_dtype: fp32`)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import pickle
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from lptransformer.config.deepspeed_keys import bucket_elements
+from lptransformer.engine.versions import TwoVersions
+from lptransformer.errors import RunError
+from lptransformer.models.head import Copy, LossBatch
+from lptransformer.models.stage import Stage, StageOutput
+from lptransformer.run_folder import checkpoint
+
+
+def deepspeed_config(
+    user: dict[str, Any], *, micro_batch_size: int, zero_stage: int, bf16: bool, grad_clip: float
+) -> dict[str, Any]:
+    """The DeepSpeed configuration of a stage: the user's section and what the engine decides.
+
+    Every call of `step()` is an update: our schedule owns the accumulation boundary. The loss is scaled by us.
+    """
+    zero = {**user.get("zero_optimization", {}), "stage": zero_stage, "memory_efficient_linear": False}
+    config: dict[str, Any] = {
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        **user,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": grad_clip if zero_stage > 0 else 0.0,
+        "zero_optimization": zero,
+    }
+    if bf16:
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    return config
+
+
+def _with_bucket(config: dict[str, Any], parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
+    """Where the user does not say how large the bucket for reducing gradients is, it is no larger than the stage."""
+    bucket = bucket_elements(sum(parameter.numel() for parameter in parameters))
+    return {**config, "zero_optimization": {"reduce_bucket_size": bucket, **config["zero_optimization"]}}
+
+
+class SafeCheckpointEngine(TorchCheckpointEngine):
+    """Reads DeepSpeed's files, which are pickles, without executing what they say.
+
+    DeepSpeed itself reads with `weights_only=False`: whoever can write a file into a checkpoint's folder then decides
+    what the next `--resume` runs. Here tensors, plain values and the classes that ZeRO saves are read, nothing else.
+    """
+
+    CLASSES = (fragment_address, LossScaler, ZeroStageEnum)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Raises RunError when the file holds anything else, or is damaged."""
+        try:
+            with torch.serialization.safe_globals([*self.CLASSES]):
+                return torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            named = re.search(r"GLOBAL (\S+)", str(error))
+            what = f" ({named[1]})" if named else ""
+            raise RunError(
+                f"{path} is refused: it is damaged, or holds more than tensors and plain values{what}, which could "
+                "execute code when it is read: choose another checkpoint"
+            ) from None
+        except Exception as error:  # no archive of torch's, or one cut short: errors of many types
+            what = f"{type(error).__name__} {error}".splitlines()[0]
+            raise RunError(f"{path} cannot be read ({what}): choose another checkpoint") from None
+
+
+def read_safely(engine: deepspeed.DeepSpeedEngine) -> None:
+    """From now on the engine, or PipelineEngine, reads checkpoints without executing anything.
+
+    Only the universal checkpoint, which no key of ours turns on, has readers that do not ask `checkpoint_engine`.
+    """
+    assert type(engine.checkpoint_engine) is TorchCheckpointEngine, "deepspeed_keys refuses what chooses another"
+    engine.checkpoint_engine = SafeCheckpointEngine(engine._config)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an update did. The norm is before clipping, over the clip group; not finite when the update was skipped."""
+
+    grad_norm: float
+    skipped: bool
+    learning_rate: float
+
+
+class TrainedStage:
+    """A stage, its DeepSpeedEngine, its learning-rate schedule and its counters."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: LRScheduler,
+        config: dict[str, Any],
+        grad_clip: float,
+        delayed: bool = False,
+    ) -> None:
+        self.plan = stage.plan
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.grad_clip = grad_clip
+        self.skipped_in_a_row = 0
+        self._norm = torch.zeros(())  # what this update is clipped by
+        self._parameters = list(stage.parameters())  # to walk the modules takes time in every update
+        self.engine, *_ = deepspeed.initialize(
+            model=stage, optimizer=optimizer, config=_with_bucket(config, self._parameters), dist_init_required=False
+        )
+        read_safely(self.engine)
+        self.zero_stage: int = self.engine.zero_optimization_stage()
+        assert not delayed or self.zero_stage == 0, "at ZeRO 1 to 3 the weights are DeepSpeed's"
+        self.versions = TwoVersions(stage.parameters()) if delayed else None
+        if self.zero_stage == 0:
+            optimizer.register_step_pre_hook(self._clip_or_skip)
+        elif self.zero_stage < 3:
+            # In bf16 DeepSpeed looks for infinities first, stage by stage, and takes no norm where it finds one; other
+            # stages that clip by the same norm would wait for it. The norm finds the same infinities, on all alike.
+            self._own_norm = self.engine.optimizer.scaled_global_norm
+            self.engine.optimizer.check_overflow = lambda partition_gradients=True: None
+            self.engine.optimizer.scaled_global_norm = lambda norm_type=2: self._norm
+
+    def forward(self, inputs: Tensor, batch: LossBatch, split: bool = False) -> StageOutput:
+        """See Stage.forward. Not `engine.module(...)`: at ZeRO 3 that goes wrong silently."""
+        return self.engine(inputs, batch, split)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def gradient_norms(self) -> Tensor:
+        """The norms that the norm of a clip group is made of, after averaging the gradients over the replicas.
+
+        Of every parameter at ZeRO 0, of the whole stage at ZeRO 1 and 2. Not at ZeRO 3, where update() takes the norm
+        of the stage alone.
+        """
+        assert self.zero_stage < 3
+        if self.zero_stage == 2:
+            self.engine.optimizer.finalize_gradient_accumulation_boundary()
+            return self._own_norm().float().reshape(1)
+        if self.zero_stage == 1 or dist.get_world_size() > 1:  # at ZeRO 0 one replica has nothing to average
+            self.engine._running_engine_step = True  # what makes this the boundary of accumulation
+            self.engine.allreduce_gradients()
+            self.engine._running_engine_step = False
+        if self.zero_stage == 1:
+            return self._own_norm().float().reshape(1)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+
+    def update(self, norm: Tensor | None) -> Outcome:
+        """Clip, step, next learning rate; a gradient that is not finite leaves weights and optimizer state alone.
+
+        `norm` is that of the clip group, from the gradient_norms() of its stages; None at ZeRO 3. A skipped update
+        still advances the step and the learning rate.
+        """
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        if norm is None:
+            self.engine.step()
+        else:
+            self._norm = norm
+            with self._reduced(), self.versions.updating() if self.versions else contextlib.nullcontext():
+                self.engine.step()
+        self.lr_scheduler.step()
+        if norm is not None and self.zero_stage == 0:
+            grad_norm = norm.item()
+            skipped = not math.isfinite(grad_norm)
+        else:
+            skipped = bool(self.engine.optimizer.overflow)
+            grad_norm = float("nan") if skipped else float(self.engine.optimizer._global_grad_norm)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        return Outcome(grad_norm, skipped, learning_rate)
+
+    @contextlib.contextmanager
+    def _reduced(self) -> Iterator[None]:
+        """In here the engine's step does not average gradients again: gradient_norms() has done it."""
+        owner, name = self.engine, "allreduce_gradients"
+        if self.zero_stage == 2:
+            owner, name = self.engine.optimizer, "finalize_gradient_accumulation_boundary"
+        setattr(owner, name, lambda *args: None)
+        yield
+        delattr(owner, name)
+
+    def _clip_or_skip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """ZeRO 0: between the all-reduce of the gradients and the optimizer's step. No gradient, no step."""
+        parameters = [p for p in self._parameters if p.grad is not None]
+        if not bool(torch.isfinite(self._norm)):
+            for parameter in parameters:
+                parameter.grad = None
+        elif self.grad_clip > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, self._norm)
+
+    def train(self, mode: bool) -> None:
+        """Training or evaluation mode."""
+        self.engine.train(mode)
+
+    @property
+    def copies(self) -> tuple[Copy, ...]:
+        """What its head holds of other stages' weights."""
+        head = self.engine.module.head
+        return head.copies if head is not None else ()
+
+    def refresh(self, received: Mapping[str, Tensor]) -> None:
+        """New values for the head's copies."""
+        self.engine.module.head.refresh(received)
+
+    def tensors(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Some weights and copies, as they are now, by name; at ZeRO 3 all replicas call this together."""
+        module = self.engine.module
+        wanted = [parameter for name, parameter in module.named_parameters() if name in names]
+        gathered = deepspeed.zero.GatheredParameters(wanted) if self.zero_stage == 3 else contextlib.nullcontext()
+        with gathered:
+            return {name: t.detach().clone() for name, t in module.state_dict(keep_vars=True).items() if name in names}
+
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors under their names in a checkpoint, on the CPU; at ZeRO 3 all replicas call this together."""
+        return {name: tensor.cpu() for name, tensor in self.tensors(self.engine.module.state_dict().keys()).items()}
+
+    def save(self, folder: Path, description: dict[str, Any], pending: Mapping[str, Tensor]) -> None:
+        """Write the stage's folder, with the copies that are not in use yet; all replicas call this together."""
+        first_replica = dist.get_rank() == 0
+        if first_replica:
+            checkpoint.begin_stage(folder)
+        dist.barrier()
+        self.engine.save_checkpoint(str(folder / checkpoint.DEEPSPEED), tag="state", save_latest=False)
+        weights = self.weights()
+        state = {
+            **description,
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+        if first_replica:
+            before = self.versions.state() if self.versions is not None else {}
+            checkpoint.write_stage(folder, weights, state, {**before, **pending})
+        dist.barrier()
+        if first_replica:
+            checkpoint.finish_stage(folder)
+
+    def load(self, folder: Path) -> None:
+        """Continue from a folder that `save` wrote at the same ZeRO stage and number of replicas.
+
+        Raises RunError when a file is damaged, or would execute code when read.
+        """
+        self.engine.load_checkpoint(str(folder / checkpoint.DEEPSPEED), tag="state")
+        if self.versions is not None:
+            self.versions.load(checkpoint.read_others(folder))
+        state = checkpoint.read_state(folder)
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        for group, learning_rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = learning_rate
+
+
+class FrozenStage:
+    """A stage that stays as it was initialised: no DeepSpeedEngine, no optimizer."""
+
+    skipped_in_a_row = 0
+
+    def __init__(self, stage: Stage) -> None:
+        self.plan = stage.plan
+        self.stage = stage
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor, batch: LossBatch, split: bool = False) -> StageOutput:
+        return self.stage(inputs, batch)
+
+    def train(self, mode: bool) -> None:
+        """Training or evaluation mode."""
+        self.stage.train(mode)
+
+    @property
+    def copies(self) -> tuple[Copy, ...]:
+        return ()
+
+    def refresh(self, received: Mapping[str, Tensor]) -> None:
+        raise AssertionError("a stage without a head holds no copies")
+
+    def tensors(self, names: Collection[str]) -> dict[str, Tensor]:
+        return {name: t.detach().clone() for name, t in self.stage.state_dict().items() if name in names}
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: tensor.cpu() for name, tensor in self.tensors(self.stage.state_dict().keys()).items()}
+
+    def save(self, folder: Path, description: dict[str, Any], pending: Mapping[str, Tensor]) -> None:
+        """Write the stage's folder; all replicas call this together."""
+        if dist.get_rank() == 0:
+            checkpoint.begin_stage(folder)
+            checkpoint.write_stage(folder, self.weights(), description, pending)
+            checkpoint.finish_stage(folder)
+
+    def load(self, folder: Path) -> None:
+        """Nothing to do: its weights follow from the configuration."""
+
+
+def combine_norms(norms: Tensor, zero_stage: int) -> Tensor:
+    """The norm of a clip group from the norms of its stages, in order: by torch's formula at ZeRO 0, else DeepSpeed's.
+
+    One norm stays what it is, which the formula of DeepSpeed would round.
+    """
+    if zero_stage == 0:
+        return torch.linalg.vector_norm(norms)
+    return norms[0] if norms.numel() == 1 else combine_grad_norm_groups(list(norms))

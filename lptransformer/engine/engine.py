@@ -1,0 +1,233 @@
+"""The local-update engine: executes the actions of a schedule on the stages of one pipeline rank.
+
+Its weights after an update depend only on the updates before, never on timing (the law of local updates,
+docs/design.md), so a run over any number of processes equals the plain one-process loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from lptransformer.engine.deepspeed_stage import TrainedStage
+from lptransformer.engine.executor import Executor, LocalStage, Update, plan_phases
+from lptransformer.engine.interface import (
+    EngineOptions,
+    Report,
+    Stream,
+    TrainingEngine,
+    UpdateResult,
+    ValidSet,
+    gather_reports,
+)
+from lptransformer.engine.p2p import Control, Frame, Header, Kind, Neighbours, open_channels
+from lptransformer.engine.process_groups import World, any_replica
+from lptransformer.engine.weight_copies import Mirror
+from lptransformer.errors import TrainingError
+from lptransformer.methods.dtypes import DTYPES
+from lptransformer.methods.stages import StagePlan
+from lptransformer.models.blueprint import Blueprint
+from lptransformer.models.border_codec import make_codec
+from lptransformer.models.head import LossBatch
+from lptransformer.run_folder import checkpoint
+from lptransformer.run_folder.metrics import StageReport, TraceReport
+from lptransformer.run_folder.recorder import COPIES, Recorder
+
+STOP_KEY = "stop"  # in the store: set by any process that was told to stop
+
+
+class LocalUpdateEngine(TrainingEngine):
+    """All stages of one pipeline rank, their channels, and the update loop. Built by lptransformer.initialize."""
+
+    def __init__(
+        self,
+        world: World,
+        blueprint: Blueprint,
+        build: Callable[[StagePlan], LocalStage],
+        stream: Stream,
+        valid: Mapping[str, ValidSet],
+        options: EngineOptions,
+    ) -> None:
+        super().__init__(world, blueprint, stream, valid, options)
+        self.objective = blueprint.objective
+        self.local = {plan.index: build(plan) for plan in self.stages if plan.pipeline_rank == world.pipeline_rank}
+        bottom, top, phases, codecs = min(self.local), max(self.local), blueprint.phases, blueprint.codecs
+        dtype: torch.dtype = getattr(torch, DTYPES[blueprint.dtype].name)
+        self.neighbours = open_channels(
+            world,
+            Frame(blueprint.hidden_shape, dtype, world.device, options.channel),
+            blueprint.in_flight,
+            codec_below=make_codec(codecs.get(bottom - 1, "none")),
+            codec_above=make_codec(codecs.get(top, "none")),
+            gradients_below=max(len(plan.crossing(bottom)) for plan in phases),
+            gradients_above=max(len(plan.crossing(top + 1)) for plan in phases),
+        )
+        self.executor = Executor(world, blueprint, self.local, self.neighbours, stream.batch, self._decide)
+        self.work = plan_phases(world, blueprint, self.local)
+        self.mirror = Mirror(world, self.stages, self.local, blueprint.copy_lags, blueprint.head.refresh_every)
+        self._recorder = self._recorder_of(*options.trace) if options.trace else None
+
+    # ------------------------------------------------------------------------------------------ the four calls
+
+    def train_batch(self) -> UpdateResult:
+        """See TrainingEngine. No stage waits for another's optimizer."""
+        started, waited = time.perf_counter(), self.waited_seconds
+        recorder = self._recorder if self._recorder and self._recorder.wants(self.update + 1) else None
+        if recorder:
+            recorder.begin(started)
+        self.executor.recorder = recorder
+        phase, steps = self.objective.phase_at(self.update, self.blueprint.steps), self.blueprint.steps
+        with recorder.action(COPIES) if recorder and self.mirror.links else contextlib.nullcontext():
+            self.mirror.before(self.update)
+        done = self.executor.run(self.work[phase], self.update, is_last=self.update + 1 >= steps)
+        with recorder.action(COPIES) if recorder and self.mirror.links else contextlib.nullcontext():
+            self.mirror.after(self.update + 1)
+        if self.world.pipeline_size == 1:
+            done.control = self._decide()
+        self.update += 1
+        seconds, idle_seconds = time.perf_counter() - started, self.waited_seconds - waited
+        if self._stop_requested and self.world.pipeline_rank > 0:
+            self.world.store.set(STOP_KEY, "")
+        own: list[Report] = [self._report(index, done, seconds, idle_seconds) for index in self.local]
+        reports = gather_reports(self.world, [*own, *([self._trace(recorder, seconds)] if recorder else [])])
+        self._stop_when_skipping(reports, done)
+        return UpdateResult(self.update, done.control, reports)
+
+    @torch.no_grad()
+    def eval_batch(self, name: str) -> list[Report]:
+        """See TrainingEngine. No pipeline rank waits for the ones after it.
+
+        Where gradients are delayed, the update before must have been asked for it by `request`. Raises TrainingError
+        where it was not.
+        """
+        if not self.executor.between_updates:
+            raise TrainingError(
+                "the next update has begun, because gradients are delayed: ask for an evaluation with "
+                "engine.request(Control.EVALUATE) before the update that it is to follow"
+            )
+        sums = {index: 0.0 for index in self.local}
+        label_tokens = 0
+        for stage in self.local.values():
+            stage.train(False)
+        for index, batch in self._own_batches(name):
+            label_tokens += batch.label_tokens
+            if self.neighbours.below is None:
+                inputs = batch.input_ids.to(self.world.device)
+            else:
+                header, inputs = self.neighbours.below.receive()
+                assert (header.kind, header.update, header.micro_batch) == (Kind.EVALUATE, self.update, index)
+            loss_batch = LossBatch(batch.labels.to(self.world.device), scale=1.0)
+            for stage_index, stage in self.local.items():
+                output = stage.forward(inputs, loss_batch)
+                if output.nll_sum is not None:
+                    sums[stage_index] += output.nll_sum.item()
+                inputs = self.executor.handed_over(stage_index, output.hidden_states)
+            if self.neighbours.above is not None:
+                self.neighbours.above.send(Header(Kind.EVALUATE, self.update, index), inputs)
+        for stage in self.local.values():
+            stage.train(True)
+        plans = {index: stage.plan for index, stage in self.local.items()}
+        return gather_reports(
+            self.world,
+            [self._evaluation_report(name, plans[index], nll_sum, label_tokens) for index, nll_sum in sums.items()],
+        )
+
+    def _save(self, run: Path) -> None:
+        """No stage waits for another."""
+        for index, stage in self.local.items():
+            folder = checkpoint.stage_folder(run, self.update, index)
+            stage.save(folder, self._description(stage.plan), self.mirror.pending(index, self.update))
+
+    def _load(self, run: Path, update: int) -> None:
+        assert self.executor.between_updates, "a run that is under way with delayed gradients is not turned back"
+        self.mirror.close(self.update)
+        for index, stage in self.local.items():
+            folder = checkpoint.stage_folder(run, update, index)
+            self._check_position(folder, update)
+            stage.load(folder)
+            self.mirror.resume(index, update, checkpoint.read_others(folder))
+
+    # ------------------------------------------------------------------------------------------ control
+
+    def _decide(self) -> Control:
+        """On pipeline rank 0, once per update: what follows it. Its replicas agree first."""
+        asked = self._take_requests()
+        if self.world.store.check([STOP_KEY]):
+            asked |= Control.SAVE | Control.STOP
+        decided = Control.NOTHING
+        for flag in (Control.EVALUATE, Control.SAVE, Control.STOP):
+            if any_replica(bool(asked & flag), self.world):
+                decided |= flag
+        return decided
+
+    def _finish(self) -> None:
+        self.mirror.close(self.update)
+        self.neighbours.flush()
+
+    def _let_go(self) -> None:
+        self.neighbours = self.executor.neighbours = Neighbours()
+        self.mirror.links.clear()
+        self.work = []
+
+    # ------------------------------------------------------------------------------------------ reports
+
+    @property
+    def waited_seconds(self) -> float:
+        groups = {id(group): group for work in self.work for group in work.clip_groups.values()}
+        return (
+            self.neighbours.waited_seconds
+            + self.mirror.waited_seconds
+            + sum(group.waited_seconds for group in groups.values())
+        )
+
+    def _report(self, index: int, done: Update, seconds: float, idle_seconds: float) -> StageReport:
+        outcome = done.outcomes.get(index)
+        return self._stage_report(
+            self.local[index].plan,
+            loss_sum=sum(loss.item() for loss in done.loss_sums[index]),
+            grad_norm=outcome.grad_norm if outcome else None,
+            skipped=outcome.skipped if outcome else False,
+            learning_rate=outcome.learning_rate if outcome else 0.0,
+            seconds=seconds,
+            idle_seconds=idle_seconds,
+        )
+
+    def _recorder_of(self, first: int, last: int) -> Recorder:
+        """What records the updates `first` to `last`, counted from 1."""
+        recorder = Recorder(first, last, lambda: self.waited_seconds)
+        for stage in self.local.values():
+            if isinstance(stage, TrainedStage) and stage.plan.has_head:
+                recorder.watch_head(stage.engine.module.head)
+        return recorder
+
+    def _trace(self, recorder: Recorder, seconds: float) -> TraceReport:
+        plans = [stage.plan for stage in self.local.values()]
+        return TraceReport(
+            update=self.update,
+            pipeline_rank=self.world.pipeline_rank,
+            data_rank=self.world.data_rank,
+            device=self.world.device.type,
+            stages=[[plan.index, plan.first_block, plan.last_block] for plan in plans],
+            micro_batches=self.executor.rounds,
+            start=recorder.started,
+            seconds=seconds,
+            actions=recorder.actions,
+        )
+
+    def _stop_when_skipping(self, reports: list[Report], done: Update) -> None:
+        for index, stage in self.local.items():
+            if stage.skipped_in_a_row >= self.options.max_skipped_updates:
+                losses = [loss.item() for loss in done.loss_sums[index]]
+                bad = [self.executor.index(i) for i, loss in enumerate(losses) if not math.isfinite(loss)]
+                what = f"the loss of micro-batches {bad} is not finite" if bad else "its gradient is not finite"
+                raise TrainingError(
+                    f"stage {index} (blocks {stage.plan.first_block}-{stage.plan.last_block}) skipped "
+                    f"{stage.skipped_in_a_row} updates in a row; at update {self.update} {what}. Start "
+                    f"again with a lower train.learning_rate or more train.warmup_steps, or look at these windows",
+                    reports,
+                )

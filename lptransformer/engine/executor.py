@@ -1,0 +1,279 @@
+"""Executes the actions of a schedule on the stages of one pipeline rank: what is computed, kept, sent and received.
+
+One phase of the objective after another may need another schedule; which one an update takes is the engine's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lptransformer.data.token_set import Batch
+from lptransformer.engine.clipping import ClipGroup, local_clip_groups
+from lptransformer.engine.deepspeed_stage import FrozenStage, Outcome, TrainedStage
+from lptransformer.engine.p2p import Control, Header, Kind, Neighbours
+from lptransformer.engine.process_groups import World
+from lptransformer.methods.gradient_flow import Duty
+from lptransformer.methods.schedule import RECV_B, RECV_F, SEND_B, SEND_F, Action, Pattern, one_update
+from lptransformer.models.blueprint import Blueprint
+from lptransformer.models.border_codec import BorderCodec, as_received, make_codec
+from lptransformer.models.head import LossBatch, token_positions
+from lptransformer.models.stage import StageOutput, add, backward_loss
+from lptransformer.run_folder.recorder import Recorder
+
+LocalStage = TrainedStage | FrozenStage
+
+
+@dataclass
+class Pass:
+    """A forward pass that waits for its backward."""
+
+    inputs: Tensor
+    output: StageOutput
+
+
+@dataclass
+class Update:
+    """What an update has come to so far."""
+
+    number: int
+    control: Control = Control.NOTHING
+    loss_sums: dict[int, list[Tensor]] = field(default_factory=dict)
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PhaseWork:
+    """The schedule of a phase on this pipeline rank, and what its actions need to know."""
+
+    pattern: Pattern
+    duties: Sequence[Duty]
+    clip_groups: dict[int, ClipGroup]
+    slots_below: list[int]  # the flows that cross the border below this rank: which channel each one takes
+    slots_above: list[int]
+
+
+def plan_phases(world: World, blueprint: Blueprint, local: Mapping[int, LocalStage]) -> list[PhaseWork]:
+    """The work of every phase on this pipeline rank."""
+    trained = {index: stage for index, stage in local.items() if isinstance(stage, TrainedStage)}
+    stages, delayed = blueprint.stages, blueprint.objective.delayed
+    return [
+        PhaseWork(
+            one_update(stages, plan.phase, world.pipeline_rank, blueprint.rounds, delayed),
+            plan.duties,
+            local_clip_groups(world, stages, plan.clip_groups, trained, str(number)),
+            plan.crossing(min(local)),
+            plan.crossing(max(local) + 1),
+        )
+        for number, plan in enumerate(blueprint.phases)
+    ]
+
+
+class Executor:
+    """The stages of this process at work."""
+
+    def __init__(
+        self,
+        world: World,
+        blueprint: Blueprint,
+        local: Mapping[int, LocalStage],
+        neighbours: Neighbours,
+        batch: Callable[[int], Batch],
+        decide: Callable[[], Control],
+    ) -> None:
+        """`batch` gives a micro-batch by its number since the start of the run, over all replicas.
+
+        `decide` is asked on pipeline rank 0, once per update, what is to follow it.
+        """
+        self.world = world
+        self.blueprint = blueprint
+        self.local = local
+        self.neighbours = neighbours
+        self.rounds = blueprint.rounds
+        self.batch = batch
+        self.decide = decide
+        self.recorder: Recorder | None = None  # while an update is recorded
+        # A channel encodes what it carries by itself.
+        inside = [index for index in blueprint.codecs if index in local and index + 1 in local]
+        self._codecs: dict[int, BorderCodec] = {index: make_codec(blueprint.codecs[index]) for index in inside}
+        self._actions: dict[str, Callable[[LocalStage, Action], None]] = {
+            RECV_F: self._receive,
+            "F": self._forward,
+            SEND_F: self._send,
+            "I": self._pull,
+            RECV_B: self._receive_gradient,
+            "B": self._backward,
+            SEND_B: self._send_gradient,
+            "U": self._update,
+        }
+        # Keyed by the number of the micro-batch since the start of the run.
+        self._batches: dict[int, Batch] = {}
+        self._hidden: dict[tuple[int, int], Tensor] = {}  # (stage, micro-batch): its output, detached
+        self._passes: dict[tuple[int, int], Pass] = {}
+        self._gradients: dict[tuple[int, int, int], Tensor] = {}  # (stage, micro-batch, flow): at the stage's output
+        self._norms: dict[int, Tensor | None] = {}
+        self._next: Update | None = None  # the update whose first forward passes were made in the one before
+
+    @property
+    def between_updates(self) -> bool:
+        """Whether nothing of the next update has begun: so it is but for delayed gradients."""
+        return self._next is None
+
+    def run(self, work: PhaseWork, number: int, is_last: bool) -> Update:
+        """All actions of update `number` (counted from 0), in the order of the schedule; the run may end with it."""
+        pattern, self._work = work.pattern, work
+        self._now = self._next or self._begin(number)
+        assert self._now.number == number
+        self._do(pattern.body if self._next else (*pattern.fill, *pattern.body))
+        self._next = None
+        if pattern.goes_on and not self._now.control and not is_last:
+            self._next = self._begin(number + 1)
+            self._do(pattern.goes_on)
+        else:
+            self._do(pattern.drains)
+        self._do(pattern.updates)
+        ended = (number + 1) * self.rounds
+        left = [key for kept in (self._hidden, self._passes, self._gradients) for key in kept if key[1] < ended]
+        assert not left, f"an update left something behind: {left}"
+        self._batches = {key: batch for key, batch in self._batches.items() if key >= ended}
+        self._norms.clear()
+        return self._now
+
+    def _begin(self, number: int) -> Update:
+        return Update(number, loss_sums={index: [] for index in self.local})
+
+    def _do(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            if self.recorder is None:
+                self._actions[action.op](self.local[action.stage], action)
+                continue
+            with self.recorder.action(str(action)):
+                self._actions[action.op](self.local[action.stage], action)
+
+    def index(self, micro_batch: int) -> int:
+        """The number within the update of this replica's `micro_batch`-th micro-batch."""
+        return micro_batch % self.rounds * self.world.data_size + self.world.data_rank
+
+    def _of(self, action: Action) -> tuple[Update, int]:
+        """The update that an action belongs to, and its micro-batch counted from the start, on this replica."""
+        assert action.micro_batch is not None, f"{action} is of no micro-batch"
+        update = self._now if action.micro_batch < self.rounds else self._next
+        assert update is not None
+        return update, self._now.number * self.rounds + action.micro_batch
+
+    def _number(self, micro_batch: int) -> int:
+        """The number since the start of the run, over all replicas."""
+        return micro_batch * self.world.data_size + self.world.data_rank
+
+    def _batch(self, micro_batch: int) -> Batch:
+        if micro_batch not in self._batches:
+            self._batches[micro_batch] = self.batch(self._number(micro_batch))
+        return self._batches[micro_batch]
+
+    def _show_weights(self, stage: LocalStage, update: Update) -> None:
+        """Delayed gradients: those of one update before, for an update that is not made yet when its turn comes."""
+        if isinstance(stage, TrainedStage) and stage.versions is not None:
+            stage.versions.show(before=update is self._now)
+
+    # ------------------------------------------------------------------------------------------ compute
+
+    def _forward(self, stage: LocalStage, action: Action) -> None:
+        update, micro_batch = self._of(action)
+        plan, duty, batch = stage.plan, self._work.duties[stage.plan.index], self._batch(micro_batch)
+        if plan.is_first:
+            inputs = batch.input_ids.to(self.world.device)
+        else:
+            inputs = self._hidden.pop((plan.index - 1, micro_batch)).requires_grad_(bool(duty.below))
+        self._show_weights(stage, update)
+        output = stage.forward(inputs, self._loss_batch(plan.index, batch, self._number(micro_batch)), duty.split)
+        if output.nll_sum is not None:
+            update.loss_sums[plan.index].append(output.nll_sum)
+        if plan.trained:
+            self._passes[plan.index, micro_batch] = Pass(inputs, output)
+        if not plan.is_last:
+            self._hidden[plan.index, micro_batch] = self.handed_over(plan.index, output.hidden_states)
+
+    def _loss_batch(self, index: int, batch: Batch, number: int) -> LossBatch:
+        """What the loss of a stage sees of the micro-batch `number` since the start of the run."""
+        labels, scale, positions = batch.labels.to(self.world.device), 0.0, None
+        how = self.blueprint.head_losses.get(index)
+        if how is not None:
+            # DeepSpeed averages gradients over replicas: they have to add up to the mean over tokens.
+            scale = self.world.data_size / how.label_tokens
+            if how.token_fraction < 1.0:
+                block, (rows, length, _) = self.local[index].plan.last_block, self.blueprint.hidden_shape
+                drawn = token_positions(self.blueprint.seed, block, number, rows, length, how.token_fraction)
+                positions = drawn.to(self.world.device)
+        return LossBatch(labels, scale, positions)
+
+    def handed_over(self, index: int, hidden_states: Tensor) -> Tensor:
+        """What a stage's output is for the one that follows, detached."""
+        hidden_states = hidden_states.detach()
+        return as_received(hidden_states, self._codecs[index]) if index in self._codecs else hidden_states
+
+    def _pull(self, stage: LocalStage, action: Action) -> None:
+        index, flow, (_, micro_batch) = action.stage, action.flow, self._of(action)
+        assert flow is not None
+        waiting, duty = self._passes[index, micro_batch], self._work.duties[index]
+        parts = [waiting.output.loss_gradient] if duty.own == flow else []
+        parts += [self._gradients[index, micro_batch, number] for number, _ in duty.above if number == flow]
+        gradient = add(part for part in parts if part is not None)
+        assert waiting.output.pull is not None and gradient is not None
+        self._gradients[index - 1, micro_batch, flow] = waiting.output.pull(gradient)
+
+    def _backward(self, stage: LocalStage, action: Action) -> None:
+        index, (update, micro_batch) = action.stage, self._of(action)
+        done, duty = self._passes.pop((index, micro_batch)), self._work.duties[index]
+        above = [(self._gradients.pop((index, micro_batch, flow)), weight) for flow, weight in duty.above]
+        loss = backward_loss(done.output, duty, above)
+        assert isinstance(stage, TrainedStage)
+        self._show_weights(stage, update)
+        stage.backward(loss)
+        if duty.down is not None:
+            assert done.inputs.grad is not None
+            self._gradients[index - 1, micro_batch, duty.down] = done.inputs.grad
+
+    def _update(self, stage: LocalStage, action: Action) -> None:
+        assert isinstance(stage, TrainedStage)
+        group = self._work.clip_groups[action.stage]
+        if id(group) not in self._norms:
+            self._norms[id(group)] = group.norm()
+        self._now.outcomes[action.stage] = stage.update(self._norms[id(group)])
+
+    # ------------------------------------------------------------------------------------------ messages
+
+    def _receive(self, stage: LocalStage, action: Action) -> None:
+        assert self.neighbours.below is not None
+        update, micro_batch = self._of(action)
+        header, hidden_states = self.neighbours.below.receive()
+        self._check(header, Kind.TRAIN, update, micro_batch)
+        update.control |= header.control
+        self._hidden[action.stage - 1, micro_batch] = hidden_states
+
+    def _send(self, stage: LocalStage, action: Action) -> None:
+        assert self.neighbours.above is not None
+        update, micro_batch = self._of(action)
+        if self.world.pipeline_rank == 0 and (micro_batch + 1) % self.rounds == 0:
+            update.control = self.decide()
+        header = Header(Kind.TRAIN, update.number, self.index(micro_batch), update.control)
+        self.neighbours.above.send(header, self._hidden.pop((action.stage, micro_batch)))
+
+    def _receive_gradient(self, stage: LocalStage, action: Action) -> None:
+        assert action.flow is not None
+        update, micro_batch = self._of(action)
+        header, gradient = self.neighbours.gradients_above[self._work.slots_above.index(action.flow)].receive()
+        self._check(header, Kind.GRADIENT, update, micro_batch)
+        self._gradients[action.stage, micro_batch, action.flow] = gradient
+
+    def _send_gradient(self, stage: LocalStage, action: Action) -> None:
+        assert action.flow is not None
+        update, micro_batch = self._of(action)
+        header = Header(Kind.GRADIENT, update.number, self.index(micro_batch))
+        gradient = self._gradients.pop((action.stage - 1, micro_batch, action.flow))
+        self.neighbours.gradients_below[self._work.slots_below.index(action.flow)].send(header, gradient)
+
+    def _check(self, header: Header, kind: Kind, update: Update, micro_batch: int) -> None:
+        expected = (kind, update.number, self.index(micro_batch))
+        assert (header.kind, header.update, header.micro_batch) == expected, f"expected {expected}, received {header}"

@@ -1,0 +1,235 @@
+"""The interface of a training engine: what it takes and gives, whichever engine it is, and what all engines share.
+
+`train_batch() -> UpdateResult`, `eval_batch(name) -> reports`, `save_checkpoint(run)`, `load_checkpoint(run)`,
+`request(control)` and `close()` are all that training knows of an engine.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from lptransformer.data.token_set import Batch, whole_rounds
+from lptransformer.engine.p2p import Control
+from lptransformer.engine.process_groups import World, leave
+from lptransformer.methods.stages import StagePlan
+from lptransformer.models.blueprint import Blueprint
+from lptransformer.processes import peak_memory_bytes
+from lptransformer.run_folder import checkpoint, layout
+from lptransformer.run_folder.metrics import EvaluationReport, StageReport, TraceReport, report_from_dict
+
+Report = StageReport | EvaluationReport | TraceReport
+
+
+class Stream(Protocol):
+    """Micro-batches by their number since the start of the run; the same on every pipeline rank."""
+
+    def batch(self, index: int) -> Batch: ...
+
+    def position(self, index: int) -> dict[str, int]: ...
+
+    def index(self, position: Mapping[str, int]) -> int: ...
+
+
+class ValidSet(Protocol):
+    """A validation set: micro-batches of full shape, padded with positions that have no label."""
+
+    def batches(self, micro_batch_size: int) -> Iterable[Batch]: ...
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """After an update: how many there were, what pipeline rank 0 wants to follow, and reports.
+
+    On global rank 0 `reports` holds what has arrived from all processes since the last call, elsewhere this process's.
+    """
+
+    update: int
+    control: Control
+    reports: list[Report]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine is told beside the blueprint, and what changes no result.
+
+    `channel` is the backend between pipeline ranks, `trace` the first and last update to record (counted from 1).
+    """
+
+    max_skipped_updates: int
+    channel: str = "gloo"
+    trace: Sequence[int] | None = None
+
+
+class TrainingEngine(ABC):
+    """The stages of one process and the update loop."""
+
+    def __init__(
+        self,
+        world: World,
+        blueprint: Blueprint,
+        stream: Stream,
+        valid: Mapping[str, ValidSet],
+        options: EngineOptions,
+    ) -> None:
+        self.world = world
+        self.blueprint = blueprint
+        self.stages = blueprint.stages
+        self.stream = stream
+        self.valid = valid
+        self.options = options
+        self.update = 0
+        self.describe_run: Callable[[Path, bool], None] | None = None
+        self._requested = Control.NOTHING
+        self._stop_requested = False
+
+    # ------------------------------------------------------------------------------------------ the four calls
+
+    @abstractmethod
+    def train_batch(self) -> UpdateResult:
+        """One update of every stage of this process.
+
+        Raises TrainingError when too many updates in a row were skipped, or another process has gone.
+        """
+
+    @abstractmethod
+    def eval_batch(self, name: str) -> list[Report]:
+        """Sums of the losses of every local head over all windows of the validation set `name`.
+
+        Every process calls this at the same update; replica i takes each i-th micro-batch.
+        """
+
+    def save_checkpoint(self, run: str | Path) -> None:
+        """Write the stages of this process below the run folder `run`.
+
+        A folder that is no run folder yet becomes one, so that it can be evaluated and exported.
+        """
+        if self.world.global_rank == 0 and self.describe_run is not None and not layout.holds_run(Path(run)):
+            self.describe_run(Path(run), False)
+        self._save(Path(run))
+
+    def load_checkpoint(self, run: str | Path, update: int | None = None) -> int:
+        """Continue from a complete checkpoint of `run`, the newest one unless `update` says which.
+
+        It must have been written by the same engine with stages of the same shape. Returns its number of updates.
+        Raises RunError when there is none, or a file of it is damaged or would execute code when read; DataError when
+        its place in the data is none of this stream's.
+        """
+        update = checkpoint.latest(run) if update is None else update
+        self._load(Path(run), update)
+        self.update = update
+        return update
+
+    def request(self, control: Control, urgent: bool = False) -> None:
+        """Ask for something to follow the update under way. Pipeline rank 0 decides for all, elsewhere this is ignored.
+
+        An urgent request means save and stop. It counts on every process, and may be made in a signal handler.
+        """
+        if urgent:
+            self._stop_requested = True  # only ever set: a handler may run between any two steps of the loop
+        elif self.world.pipeline_rank == 0:
+            self._requested |= control
+
+    def close(self) -> list[Report]:
+        """Leave the run, when every process has come to its end; returns the last reports on global rank 0."""
+        self._finish()
+        self.world.wait_for_the_end()
+        reports = gather_reports(self.world, []) if self.world.global_rank == 0 else []
+        self._let_go()
+        leave(self.world)
+        return reports
+
+    @property
+    @abstractmethod
+    def waited_seconds(self) -> float:
+        """What this process has waited for others so far: its idle time."""
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    @abstractmethod
+    def _save(self, run: Path) -> None: ...
+
+    @abstractmethod
+    def _load(self, run: Path, update: int) -> None: ...
+
+    def _finish(self) -> None:  # noqa: B027 - an engine that has nothing on its way
+        """Before the others have come to their end: send and take what is on its way."""
+
+    def _let_go(self) -> None:  # noqa: B027
+        """After it: what holds process groups lets them go."""
+
+    def _take_requests(self) -> Control:
+        """What this process was asked for since the last call."""
+        asked, self._requested = self._requested, Control.NOTHING
+        return asked | Control.SAVE | Control.STOP if self._stop_requested else asked
+
+    def _description(self, plan: StagePlan) -> dict[str, Any]:
+        """What state.json says of a stage."""
+        position = self.stream.position(self.update * self.blueprint.micro_batches)
+        return checkpoint.describe(plan, len(self.stages), self.update, position)
+
+    def _check_position(self, folder: Path, update: int) -> None:
+        """The place in the data of a stage's checkpoint must be that of its update."""
+        position = checkpoint.read_state(folder)["position"]
+        assert self.stream.index(position) == update * self.blueprint.micro_batches
+
+    def _own_batches(self, name: str) -> Iterator[tuple[int, Batch]]:
+        """The micro-batches of a validation set that this replica takes, with their numbers."""
+        rounds = whole_rounds(self.valid[name].batches(self.blueprint.micro_batch_size), self.world.data_size)
+        return islice(enumerate(rounds), self.world.data_rank, None, self.world.data_size)
+
+    def _stage_report(
+        self,
+        plan: StagePlan,
+        *,
+        loss_sum: float | None,
+        grad_norm: float | None,
+        skipped: bool,
+        learning_rate: float,
+        seconds: float,
+        idle_seconds: float,
+    ) -> StageReport:
+        """The report of the update that was just made."""
+        how = self.blueprint.head_losses.get(plan.index)
+        label_tokens = how.label_tokens if how is not None else self.blueprint.label_tokens
+        return StageReport(
+            update=self.update,
+            stage=plan.index,
+            data_rank=self.world.data_rank,
+            loss_sum=loss_sum if plan.has_head else None,
+            label_tokens=label_tokens // self.world.data_size,
+            grad_norm=grad_norm,
+            skipped=skipped,
+            learning_rate=learning_rate,
+            seconds=seconds,
+            idle_seconds=idle_seconds,
+            peak_memory_bytes=peak_memory_bytes(self.world.device),
+        )
+
+    def _evaluation_report(self, name: str, plan: StagePlan, nll_sum: float, label_tokens: int) -> EvaluationReport:
+        return EvaluationReport(
+            update=self.update,
+            evaluation=name,
+            stage=plan.index,
+            data_rank=self.world.data_rank,
+            nll_sum=nll_sum if plan.has_head else None,
+            label_tokens=label_tokens,
+        )
+
+
+def gather_reports(world: World, reports: list[Report]) -> list[Report]:
+    """Reports go to global rank 0 through the store: no collective, nobody waits.
+
+    There: these and all that have arrived since the last call. Elsewhere: these.
+    """
+    if world.global_rank != 0:
+        world.store.queue_push("reports", json.dumps([report.to_dict() for report in reports]))
+        return reports
+    while world.store.queue_len("reports"):
+        reports = reports + [report_from_dict(r) for r in json.loads(world.store.queue_pop("reports", True))]
+    return reports

@@ -1,0 +1,35 @@
+"""Optimizers and learning-rate schedules: torch's and transformers', chosen by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from lptransformer.config.schema import OptimizerSection
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter],
+    options: OptimizerSection,
+    learning_rate: float,
+) -> torch.optim.Optimizer:
+    """AdamW or SGD. Weights of two and more dimensions decay; norms and biases do not."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if options.name == "adamw":
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(options.beta1, options.beta2), eps=options.eps)
+    assert options.name == "sgd", options.name
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=options.momentum)
+
+
+def build_lr_scheduler(optimizer: torch.optim.Optimizer, name: str, steps: int, warmup_steps: int) -> LRScheduler:
+    """The learning rate of every update, from 0 to `steps`, by transformers' schedule of that name."""
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)

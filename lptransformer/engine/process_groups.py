@@ -1,0 +1,205 @@
+"""Processes: one torch.distributed world per pipeline rank, and the store that joins them.
+
+The default process group of a process holds the data-parallel replicas of its pipeline rank and nothing else, so no
+collective of DeepSpeed can reach another pipeline rank. What crosses pipeline ranks are links (groups of two processes
+for engine/p2p.py), groups over the pipeline ranks that clip together, and the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lptransformer.errors import TrainingError, UserError
+from lptransformer.processes import launched_size
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed chooses anyway, with a warning
+import deepspeed  # noqa: E402
+
+REFUSED = "refused"  # in the store: how many processes cannot start
+GRACE_SECONDS = 10.0  # for the others to leave the store, when one cannot start
+
+
+@dataclass
+class World:
+    """Where this process stands. `global_rank` = `pipeline_rank` x `data_size` + `data_rank`."""
+
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    device: torch.device
+    store: dist.Store
+    timeout: timedelta
+    groups: list[dist.ProcessGroup] = field(default_factory=list)
+    environment: dict[str, str | None] = field(default_factory=dict)  # variables that join() set, as they were before
+
+    @property
+    def global_rank(self) -> int:
+        return self.pipeline_rank * self.data_size + self.data_rank
+
+    @property
+    def size(self) -> int:
+        return self.pipeline_size * self.data_size
+
+    def wait_for_all(self, word: str) -> None:
+        """Return when every process of the run has called this with the same word."""
+        if self.store.add(word, 1) == self.size:
+            self.store.set(f"all {word}", "")
+        self.store.wait([f"all {word}"])
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Around what may be refused last, before a run begins; leaves when every process has done it.
+
+        A UserError in one process ends all of them with its exit code, and only the first has a message.
+        """
+        try:
+            yield
+            self.wait_for_all("started")
+        except UserError:
+            first = self.store.add(REFUSED, 1) == 1
+            self.store.set("all started", "")
+            self._leave_the_store()
+            if first:
+                raise
+            raise SystemExit(UserError.exit_code) from None
+        except RuntimeError:  # of a replica that waited for another, which has refused
+            with lost_processes_in_our_words():
+                if not self.store.check([REFUSED]):
+                    raise
+        if self.store.check([REFUSED]):
+            self._leave_the_store()
+            raise SystemExit(UserError.exit_code)
+
+    def _leave_the_store(self) -> None:
+        """Global rank 0 keeps the store until the others have left it, or for a while: some may be stuck."""
+        if self.global_rank != 0:
+            self.store.queue_push("leaving", "")
+            return
+        deadline = time.monotonic() + GRACE_SECONDS
+        while self.store.queue_len("leaving") < self.size - 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def wait_for_the_end(self) -> None:
+        """Return when every process has come to its end, on global rank 0 after the others have left the store.
+
+        Nobody leaves before all are done: a connection that closes early can lose what its peer has not read. Global
+        rank 0 keeps the store, so it goes last.
+        """
+        self.wait_for_all("done")
+        if self.global_rank != 0:
+            self.store.queue_push("leaving", "")
+            return
+        for _ in range(self.size - 1):
+            self.store.queue_pop("leaving", True)
+
+    def group(self, name: str, rank: int, size: int, backend: str = "gloo") -> dist.ProcessGroup:
+        """A process group outside the default one; all its members call this with the same name."""
+        store = dist.PrefixStore(f"group/{name}/{self.data_rank}", self.store)
+        if backend == "nccl":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = self.timeout
+            group: Any = dist.ProcessGroupNCCL(store, rank, size, options)
+        else:
+            group = dist.ProcessGroupGloo(store, rank, size, self.timeout)
+        self.groups.append(group)
+        return group
+
+
+def join(pipeline: int, data: int, timeout_seconds: float, *, together: bool = False) -> World:
+    """Join the world of this process's pipeline rank. Works under `deepspeed`, `torchrun`, and without a launcher.
+
+    With `together` all pipeline ranks are one world, and the default group holds every process in the order of its
+    global rank: what DeepSpeed's own pipelines need. The world size that the launcher says must be `pipeline` x `data`
+    (config.check_world_size is the user's message).
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    before = {name: os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_RANK")}
+    size = launched_size()
+    assert size == pipeline * data, f"{size} processes for {pipeline} pipeline ranks x {data} replicas"
+    if size == 1:
+        store, global_rank = dist.HashStore(), 0
+        os.environ.setdefault("LOCAL_RANK", "0")
+    else:
+        store, global_rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    pipeline_rank, data_rank = divmod(global_rank, data)
+    cuda = deepspeed.accelerator.get_accelerator().device_name() == "cuda"  # not torch's word: DS_ACCELERATOR decides
+    device = torch.device("cpu")
+    if cuda:
+        # Several pipeline ranks may share a GPU. DeepSpeed takes the device from the variable.
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        os.environ["LOCAL_RANK"] = str(device.index)
+        torch.cuda.set_device(device)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed's shared-memory extension needs a compiler, leaks, and can wait for ever: never build it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    name, rank, size = ("all", global_rank, size) if together else (f"pipeline_rank/{pipeline_rank}", data_rank, data)
+    backend = "nccl" if cuda and size > 1 else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank, world_size=size, timeout=timeout)
+    # ZeRO 3 refuses a group that is smaller than what the launcher's variable says: here the group is the world.
+    os.environ["WORLD_SIZE"] = str(size)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return World(pipeline_rank, pipeline, data_rank, data, device, store, timeout, environment=before)
+
+
+@contextlib.contextmanager
+def lost_processes_in_our_words() -> Iterator[None]:
+    """The store and the groups fail in many ways when another process has gone: one TrainingError for all."""
+    try:
+        yield
+    except dist.DistError as error:
+        raise TrainingError(f"another process of this run has gone: {str(error).splitlines()[0]}") from error
+
+
+def any_replica(flag: bool, world: World) -> bool:
+    """Whether the flag is set on any replica of this pipeline rank."""
+    if world.data_size == 1:
+        return flag
+    value = torch.tensor([int(flag)], device=world.device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def gather(group: dist.ProcessGroup, rows: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Every member's vector (member i has sizes[i] elements) on every member, in the order of the pipeline ranks.
+
+    Raises TrainingError when a member has gone.
+    """
+    longest = max(sizes)
+    padded = torch.zeros(longest, dtype=rows.dtype)
+    padded[: rows.numel()] = rows.cpu()
+    out = [torch.zeros(longest, dtype=rows.dtype) for _ in sizes]
+    try:
+        group.allgather([out], [padded]).wait()
+    except RuntimeError as error:
+        raise TrainingError(f"another stage of this clip group has gone: {str(error).splitlines()[0]}") from error
+    return [vector[:size].to(rows.device) for vector, size in zip(out, sizes, strict=True)]
+
+
+def leave(world: World | None = None) -> None:
+    """Leave all groups and forget DeepSpeed's module state, so that the process can join another world."""
+    if world is not None:
+        world.groups.clear()
+        for name, value in world.environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+    groups = deepspeed.utils.groups
+    groups.mpu = None  # the grid of a pipeline
+    for name in [name for name in vars(groups) if name.isupper() and isinstance(vars(groups)[name], dist.ProcessGroup)]:
+        setattr(groups, name, None)

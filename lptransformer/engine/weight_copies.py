@@ -1,0 +1,206 @@
+"""Read-only copies of other stages' weights, refreshed with a fixed lag so that they are deterministic.
+
+A head may follow weights above it: the last stage's readout, or the next stage's blocks (models/head.py, `Copy`). Their
+stage sends them after every `refresh_every`-th update; in update u (counted from 0) a head uses them as of update
+floor((u - lag) / refresh_every) * refresh_every, whatever the timing. With the lag of `copy_lags` they are there in
+steady state and nobody waits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lptransformer.engine.deepspeed_stage import FrozenStage, TrainedStage
+from lptransformer.engine.p2p import breaks_in_our_words
+from lptransformer.engine.process_groups import World
+from lptransformer.methods.stages import StagePlan
+
+
+class Link:
+    """The versions of some weights of one stage on their way to one head, for one replica.
+
+    `names` are (source, target): the names of the tensors in the two stages.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[tuple[str, str]],
+        source: TrainedStage | FrozenStage | None,
+        target: TrainedStage | FrozenStage | None,
+        group: dist.ProcessGroup | None,
+        lag: int,
+        refresh_every: int,
+        name: str,
+    ) -> None:
+        self.name = name
+        self.names = list(names)
+        self.source, self.target, self.group = source, target, group
+        self.lag, self.refresh_every = lag, refresh_every
+        self.applied = 0  # the version in use
+        held = target.tensors([name for _, name in self.names]) if target is not None else {}
+        self._shapes = [(held[name].shape, held[name].dtype) for _, name in self.names] if held else []
+        self.arrived: deque[Tensor] = deque()  # the versions after it that are here, each one flat
+        self.waited_seconds = 0.0
+        self._posted: deque[tuple[Tensor, dist.Work]] = deque()
+        self._sending: tuple[Tensor, dist.Work] | None = None
+        if target is not None and group is not None:
+            # All versions that can be on the way: their sender never waits.
+            for _ in range(math.ceil(lag / refresh_every) + 1):
+                self._post()
+
+    def version(self, update: int) -> int:
+        """The version in use in an update (counted from 0)."""
+        return max(0, (update - self.lag) // self.refresh_every * self.refresh_every)
+
+    def publish(self, flat: Tensor) -> None:
+        """Send the source's weights, as they are now."""
+        if self.group is None:
+            self.arrived.append(flat)
+            return
+        self.flush()
+        flat = flat.cpu()
+        with breaks_in_our_words(self.name):
+            self._sending = (flat, self.group.send([flat], 1, 0))
+
+    def use(self, update: int) -> None:
+        """Before an update of the target: bring the version that it is to use, waiting if it is not there."""
+        if self.target is None:
+            return
+        while self.applied < self.version(update):
+            if not self.arrived:
+                self._receive()
+            parts = self.arrived.popleft().split([shape.numel() for shape, _ in self._shapes])
+            tensors = [part.view(shape) for part, (shape, _) in zip(parts, self._shapes, strict=True)]
+            self.target.refresh({target: one for (_, target), one in zip(self.names, tensors, strict=True)})
+            self.applied += self.refresh_every
+
+    def catch_up(self, updates: int) -> None:
+        """After `updates` updates of the target: wait for all versions up to there, to save them or to leave."""
+        if self.target is not None and self.group is not None:
+            newest = updates // self.refresh_every * self.refresh_every
+            while self.applied + len(self.arrived) * self.refresh_every < newest:
+                self._receive()
+
+    def flush(self) -> None:
+        """Wait until the version on the way has left."""
+        if self._sending is not None:
+            started = time.perf_counter()
+            with breaks_in_our_words(self.name):
+                self._sending[1].wait()
+            self.waited_seconds += time.perf_counter() - started
+            self._sending = None
+
+    def _post(self) -> None:
+        assert self.group is not None
+        (dtype,) = {dtype for _, dtype in self._shapes}
+        buffer = torch.empty(sum(shape.numel() for shape, _ in self._shapes), dtype=dtype)
+        with breaks_in_our_words(self.name):
+            self._posted.append((buffer, self.group.recv([buffer], 0, 0)))
+
+    def _receive(self) -> None:
+        assert self._posted, "a version that nobody sends"
+        buffer, work = self._posted.popleft()
+        started = time.perf_counter()
+        with breaks_in_our_words(self.name):
+            work.wait()
+        self.waited_seconds += time.perf_counter() - started
+        self.arrived.append(buffer)
+        self._post()
+
+
+class Mirror:
+    """All links of one process."""
+
+    def __init__(
+        self,
+        world: World,
+        plans: Sequence[StagePlan],
+        local: Mapping[int, TrainedStage | FrozenStage],
+        lags: Mapping[int, int],
+        refresh_every: int,
+    ) -> None:
+        """`lags` has the stages whose heads hold copies, with their lag in updates; all processes give the same."""
+        self.links: dict[tuple[int, int], Link] = {}  # (target stage, source stage)
+        for index in sorted(lags):
+            for source, names in sorted(_names_of(world, plans, local, index).items()):
+                here, there = plans[index].pipeline_rank, plans[source].pipeline_rank
+                if world.pipeline_rank not in (here, there):
+                    continue
+                group = None
+                if here != there:
+                    group = world.group(f"copy/{source}-{index}", int(world.pipeline_rank == here), 2)
+                self.links[index, source] = Link(
+                    names,
+                    local.get(source),
+                    local.get(index),
+                    group,
+                    lags[index],
+                    refresh_every,
+                    f"of copies from stage {source} to stage {index}",
+                )
+
+    @property
+    def waited_seconds(self) -> float:
+        return sum(link.waited_seconds for link in self.links.values())
+
+    def before(self, update: int) -> None:
+        """Before an update (counted from 0): every local head gets the copies that it is to use."""
+        for link in self.links.values():
+            link.use(update)
+
+    def after(self, updates: int) -> None:
+        """After `updates` updates: local weights that others follow are sent. Heads that follow the same share them."""
+        made: dict[tuple[int, tuple[str, ...]], Tensor] = {}
+        for (_, source), link in self.links.items():
+            if link.source is None or updates % link.refresh_every:
+                continue
+            names = tuple(name for name, _ in link.names)
+            if (source, names) not in made:
+                weights = link.source.tensors(names)
+                made[source, names] = torch.cat([weights[name].flatten() for name in names])
+            link.publish(made[source, names])
+
+    def pending(self, stage: int, updates: int) -> dict[str, Tensor]:
+        """The versions that a stage holds and does not use yet; waits for those of the updates made."""
+        held = {source: link for (target, source), link in self.links.items() if target == stage}
+        for link in held.values():
+            link.catch_up(updates)
+        return {f"copy.{source}.{i}": flat for source, link in held.items() for i, flat in enumerate(link.arrived)}
+
+    def resume(self, stage: int, updates: int, pending: Mapping[str, Tensor]) -> None:
+        """Continue after `updates` updates from what `pending` gave."""
+        for (target, source), link in self.links.items():
+            if target == stage:
+                link.applied = link.version(updates - 1) if updates else 0
+                number = sum(name.startswith(f"copy.{source}.") for name in pending)
+                link.arrived = deque(pending[f"copy.{source}.{i}"] for i in range(number))
+
+    def close(self, updates: int) -> None:
+        """Take and send all that is on the way, so that nobody waits for this process."""
+        for link in self.links.values():
+            link.catch_up(updates)
+        for link in self.links.values():
+            link.flush()
+
+
+def _names_of(
+    world: World, plans: Sequence[StagePlan], local: Mapping[int, TrainedStage | FrozenStage], target: int
+) -> dict[int, list[tuple[str, str]]]:
+    """The (source, target) names of a head's copies by source stage, told by the target's process through the store."""
+    key = f"copies/{target}"
+    if target in local:
+        names: dict[int, list[Any]] = {}
+        for copy in local[target].copies:
+            source = next(p.index for p in plans if p.first_block <= copy.source_block <= p.last_block)
+            names.setdefault(source, []).append((copy.source, copy.target))
+        world.store.set(key, json.dumps(names))
+    return {int(source): [(a, b) for a, b in pairs] for source, pairs in json.loads(world.store.get(key)).items()}

@@ -1,0 +1,1 @@
+"""A trained model: perplexity of its exits, export, diagnosis."""

@@ -1,0 +1,1 @@
+"""Which loss trains what, as plain data: objectives, stages, gradient flow, schedules, FLOPs, heads, codecs. No torch."""

@@ -1,0 +1,178 @@
+"""The blueprint of a run: everything that is known about it before anything is allocated, as plain data.
+
+Both engines, planning, the dry run, evaluation, export and records read it, so that each of these things is worked out
+in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lptransformer.config.checks import micro_batch_size, zero_stage
+from lptransformer.config.schema import Config
+from lptransformer.errors import ConfigError
+from lptransformer.methods import objectives
+from lptransformer.methods.codecs import CODECS
+from lptransformer.methods.cost import ModelCosts, loss_positions, model_costs
+from lptransformer.methods.dtypes import DTYPES
+from lptransformer.methods.gradient_flow import Duty, Flow, clip_groups, copy_lags, crossing, duty, flows
+from lptransformer.methods.heads import HeadOptions, followed
+from lptransformer.methods.objectives import Objective
+from lptransformer.methods.spans import Phase
+from lptransformer.methods.stages import StagePlan, cut
+from lptransformer.models import family
+from lptransformer.models.family import Anatomy
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """How the loss of a head is taken: over how many label tokens of the whole update, at which share of positions."""
+
+    label_tokens: int
+    token_fraction: float = 1.0
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """A phase over the stages: gradients across borders, what each stage does with them, what clips together."""
+
+    phase: Phase
+    flows: tuple[Flow, ...]
+    duties: tuple[Duty, ...]
+    clip_groups: tuple[tuple[int, ...], ...]
+
+    def crossing(self, stage: int) -> list[int]:
+        """The flows that cross the border below a stage."""
+        return crossing(self.flows, stage)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A run before it is built.
+
+    `model_config` is that of the Hugging Face model. By the index of a stage: `head_losses` of those with a head,
+    `copy_lags` in updates of those whose head holds read-only copies, `codecs` of those whose output is encoded for the
+    next one. Sizes: windows in a micro-batch, tokens in a window, micro-batches in an update (over all replicas).
+    """
+
+    model_config: Any
+    parts: Anatomy
+    costs: ModelCosts
+    objective: Objective
+    stages: tuple[StagePlan, ...]
+    phases: tuple[PhasePlan, ...]
+    head: HeadOptions
+    head_losses: Mapping[int, HeadLoss]
+    copy_lags: Mapping[int, int]
+    codecs: Mapping[int, str]
+    chunk_tokens: int
+    dtype: str
+    zero_stage: int
+    seed: int
+    steps: int
+    replicas: int
+    micro_batch_size: int
+    sequence_length: int
+    micro_batches: int
+    in_flight: int
+
+    @property
+    def label_tokens(self) -> int:
+        """Label tokens of an update: every window is full in training, and its last position has no label."""
+        return self.micro_batches * self.micro_batch_size * (self.sequence_length - 1)
+
+    @property
+    def rounds(self) -> int:
+        """Micro-batches of a replica in an update."""
+        return self.micro_batches // self.replicas
+
+    @property
+    def hidden_shape(self) -> tuple[int, int, int]:
+        """Of the hidden states of a micro-batch."""
+        return self.micro_batch_size, self.sequence_length, self.parts.hidden_size
+
+    def token_bytes(self, stage: int) -> int:
+        """Bytes in which a stage hands over the hidden states of a token."""
+        number_bytes = DTYPES[self.dtype].bytes
+        return CODECS[self.codecs.get(stage, "none")].token_bytes(self.parts.hidden_size, number_bytes)
+
+
+def draw(config: Config, vocab_size: int, end_of_text_id: int | None) -> Blueprint:
+    """The blueprint of a run to be started. Raises ConfigError where tokenizer, model and cuts do not fit."""
+    model = config.model
+    if model.pretrained is not None:
+        hf_config = family.read_config(model.pretrained)
+        if vocab_size > hf_config.vocab_size:
+            raise ConfigError(
+                f"data.tokenizer has {vocab_size} ids and the model in {model.pretrained} (model.pretrained) embeds "
+                f"{hf_config.vocab_size}: use that model's own tokenizer"
+            )
+    else:
+        sizes = model.model_dump(exclude={"family", "pretrained", "max_position_embeddings"})
+        hf_config = family.new_config(
+            model.family,
+            **sizes,
+            vocab_size=vocab_size,
+            max_position_embeddings=model.max_position_embeddings or config.data.sequence_length,
+            end_of_text_id=end_of_text_id,
+        )
+    return of_model(config, hf_config)
+
+
+def of_model(config: Config, hf_config: Any) -> Blueprint:
+    """The blueprint of a run with this model. Raises ModelError where it cannot be cut, ConfigError where not so."""
+    train, windows = config.train, micro_batch_size(config)
+    length, head = config.data.sequence_length, config.head
+    parts = family.anatomy(hf_config)
+    costs = model_costs(
+        parts.block_parameters,
+        parts.hidden_size,
+        parts.vocab_size,
+        length,
+        head,
+        embedding_parameters=parts.embedding_parameters,
+        norm_parameters=parts.norm_parameters,
+    )
+    objective = objectives.build(hf_config.num_hidden_layers, **config.objective.model_dump())
+    stages = tuple(cut(objective, config.parallel.pipeline, costs, config.parallel.partition))
+    rounds = train.micro_batches_per_update // config.parallel.data
+    between = [stage.index for stage in stages if stage.has_head and not stage.is_last]
+    return Blueprint(
+        model_config=hf_config,
+        parts=parts,
+        costs=costs,
+        objective=objective,
+        stages=stages,
+        phases=tuple(_phase_plan(phase, stages) for phase in objective.phases),
+        head=head,
+        head_losses=_head_losses(stages, train.micro_batches_per_update * windows, length, head),
+        copy_lags=copy_lags(stages, followed(head), config.parallel.in_flight, rounds),
+        codecs=dict.fromkeys(between, config.border.codec) if config.border.codec != "none" else {},
+        chunk_tokens=config.loss.chunk_tokens,
+        dtype=train.dtype,
+        zero_stage=zero_stage(config),
+        seed=train.seed,
+        steps=train.steps,
+        replicas=config.parallel.data,
+        micro_batch_size=windows,
+        sequence_length=length,
+        micro_batches=train.micro_batches_per_update,
+        in_flight=config.parallel.in_flight,
+    )
+
+
+def _phase_plan(phase: Phase, stages: tuple[StagePlan, ...]) -> PhasePlan:
+    of_phase = tuple(flows(phase, stages))
+    duties = tuple(duty(stage, phase, of_phase) for stage in stages)
+    return PhasePlan(phase, of_phase, duties, tuple(clip_groups(phase, stages)))
+
+
+def _head_losses(stages: tuple[StagePlan, ...], rows: int, length: int, head: HeadOptions) -> dict[int, HeadLoss]:
+    """`rows` are the windows of an update, of `length` tokens. The model's own head sees all positions."""
+    fractions = {stage.index: 1.0 if stage.is_last else head.token_fraction for stage in stages if stage.has_head}
+    return {
+        index: HeadLoss(rows * (length - 1 if fraction == 1.0 else loss_positions(length, fraction)), fraction)
+        for index, fraction in fractions.items()
+    }

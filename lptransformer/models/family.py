@@ -1,0 +1,351 @@
+"""Hugging Face causal language models: their configurations, where their parts are, and what can be taken out.
+
+Any family is taken that passes `anatomy`: the pieces it is cut into (models/split.py), run one after another by the
+library's own forward, are then the whole model. Blocks keep their global indices, so checkpoint keys and
+`config.layer_types` stay right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    masking_utils,
+)
+from transformers.initialization import no_init_weights
+from transformers.utils import logging as transformers_logging
+
+from lptransformer.errors import ModelError
+from lptransformer.models.cross_entropy import PLAIN, LogitRule
+
+
+def _gpt2(sizes: dict[str, Any]) -> GPT2Config:
+    return GPT2Config(
+        vocab_size=sizes["vocab_size"],
+        n_embd=sizes["hidden_size"],
+        n_layer=sizes["num_layers"],
+        n_head=sizes["num_heads"],
+        n_inner=sizes["intermediate_size"],
+        n_positions=sizes["max_position_embeddings"],
+        bos_token_id=sizes["end_of_text_id"],
+        eos_token_id=sizes["end_of_text_id"],
+    )
+
+
+def _llama(sizes: dict[str, Any]) -> LlamaConfig:
+    hidden_size = sizes["hidden_size"]
+    return LlamaConfig(
+        vocab_size=sizes["vocab_size"],
+        hidden_size=hidden_size,
+        num_hidden_layers=sizes["num_layers"],
+        num_attention_heads=sizes["num_heads"],
+        num_key_value_heads=sizes["num_key_value_heads"] or sizes["num_heads"],
+        # The usual width of a gated MLP: 8/3 of the hidden size, as many weights as a plain MLP of 4 times it.
+        intermediate_size=sizes["intermediate_size"] or -(-8 * hidden_size // 3 // 32) * 32,
+        max_position_embeddings=sizes["max_position_embeddings"],
+        bos_token_id=sizes["end_of_text_id"],
+        eos_token_id=sizes["end_of_text_id"],
+    )
+
+
+FAMILIES = {"gpt2": _gpt2, "llama": _llama}
+
+
+def new_config(family: str, **sizes: Any) -> Any:
+    """The Hugging Face configuration of a new model.
+
+    Sizes: vocab_size, hidden_size, num_layers, num_heads, intermediate_size and num_key_value_heads (None = the
+    family's usual), max_position_embeddings, end_of_text_id (None = none).
+    """
+    return _for_training(FAMILIES[family](sizes))
+
+
+def read_config(folder: str | Path) -> Any:
+    """The configuration of a model folder. Raises ModelError when it is missing, broken or no causal LM.
+
+    Nor may it need code that lies in the folder: the library would ask on the terminal whether to run it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model_class(config)
+    except Exception as error:  # whatever a file written by anyone can make the library raise
+        raise ModelError(f"model.pretrained is {folder}: no causal LM can be read there: {one_line(error)}") from None
+    return _for_training(config)
+
+
+def saved_config(content: Mapping[str, Any]) -> Any:
+    """The configuration that `to_dict()` of one gave. Raises ModelError when it is no causal LM's."""
+    try:
+        config = CONFIG_MAPPING[content["model_type"]].from_dict(dict(content))
+        model_class(config)
+    except Exception as error:
+        raise ModelError(f"the configuration is of no causal LM: {one_line(error)}") from None
+    return _for_training(config)
+
+
+def _for_training(config: Any) -> Any:
+    """Without dropout, without skipped blocks, without a cache of keys and values."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and "drop" in name:
+            setattr(config, name, 0.0)
+    config.use_cache = False
+    return config
+
+
+def model_class(config: Any) -> type[PreTrainedModel]:
+    """The causal LM that a configuration is of; KeyError where the library has none."""
+    return AutoModelForCausalLM._model_mapping[type(config)]
+
+
+def empty_model(of_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    """A model of a class with nothing allocated."""
+    with torch.device("meta"), no_init_weights():
+        return of_class(config)
+
+
+def one_line(error: Exception) -> str:
+    """An error of the library in one line, not too long: the first two that say something."""
+    lines = [line.strip(" -*|\t") for line in str(error).splitlines()]
+    return f"{type(error).__name__}: {' '.join([line for line in lines if line][:2])[:300]}"
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where the parts of a causal LM are, as module names below the causal LM's class.
+
+    `before` are the modules that only the first stage needs: token embedding, additive position embeddings, and norms
+    and dropouts that stand before the blocks. What else is beside the blocks has no weights (rotary embeddings) and
+    stays with every stage. `base` is the base model, `norm` the final norm. `logit_rule` is what the family does to
+    what the readout gives. The numbers of parameters are those of `before`, of one block, and of the final norm.
+    """
+
+    base: str
+    blocks: str
+    token_embedding: str
+    before: tuple[str, ...]
+    norm: str
+    lm_head: str
+    hidden_size: int
+    vocab_size: int
+    embedding_parameters: int
+    block_parameters: int
+    norm_parameters: int
+    logit_rule: LogitRule = PLAIN
+
+    @property
+    def blocks_in_base(self) -> str:
+        """The name of the blocks below the base model."""
+        return self.blocks.removeprefix(f"{self.base}.")
+
+
+def anatomy(config: Any) -> Anatomy:
+    """Find the parts of the model that `config` describes, from an empty model (no weights are allocated).
+
+    Raises ModelError when the model cannot be cut: it needs one list of blocks, a norm after it, a plain head, and
+    nothing that would be missing, or done twice, when its blocks run in several pieces.
+    """
+    whole = model_class(config)
+    try:
+        model = empty_model(whole, config)
+        depth, hidden_size, vocab_size = config.num_hidden_layers, config.hidden_size, config.vocab_size
+    except Exception as error:  # a configuration of anyone's, in the hands of the library
+        raise ModelError(f"{whole.__name__} cannot be built: {one_line(error)}") from None
+    names = {module: name for name, module in model.named_modules()}
+    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if len(lists) != 1:
+        raise ModelError(f"{whole.__name__} cannot be cut: {len(lists)} lists of {depth} blocks instead of one")
+    blocks = lists[0]
+    parent = model.get_submodule(names[blocks].rpartition(".")[0])
+    children = list(parent.children())
+    is_norm = [("norm" in type(child).__name__.lower()) for child in children]
+    norms = [child for child, norm in zip(children, is_norm, strict=True) if norm][-1:]
+    token_embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
+    plain_head = isinstance(lm_head, nn.Linear) and lm_head.bias is None
+    if len(norms) != 1 or not plain_head or token_embedding not in names or model.base_model is model:
+        raise ModelError(
+            f"{whole.__name__} cannot be cut: it needs a token embedding, a norm beside its blocks, and a head "
+            "that is one matrix"
+        )
+    before = [
+        child
+        for child, norm in zip(children, is_norm, strict=True)
+        if isinstance(child, nn.Embedding | nn.Dropout) or (norm and child is not norms[0])
+    ]
+    parts = Anatomy(
+        base=names[model.base_model],
+        blocks=names[blocks],
+        token_embedding=names[token_embedding],
+        before=tuple(names[child] for child in before),
+        norm=names[norms[0]],
+        lm_head=names[lm_head],
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        embedding_parameters=_count(*before),
+        block_parameters=_count(blocks[0]),
+        norm_parameters=_count(norms[0]),
+    )
+    return replace(parts, logit_rule=_check_cut(model, parts))
+
+
+def _count(*modules: nn.Module) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _check_cut(model: PreTrainedModel, parts: Anatomy) -> LogitRule:
+    """Raise ModelError unless the pieces of this empty model, joined, are the model; what it does to its logits.
+
+    A piece that owns nothing must hand its input on bit for bit: a family that scales the hidden states it is given,
+    or takes something else out of its blocks, would do so in every piece. Blocks must take the hidden states of the
+    block before and no others. The logits must be the readout of the final norm, but for a scale or a soft cap that
+    the configuration names.
+    """
+
+    def refuse(why: str) -> NoReturn:
+        raise ModelError(f"{type(model).__name__} cannot be cut: {why}") from None
+
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for buffer in sorted(set(model.state_dict()) - parameters):
+        refuse(f"{buffer} is kept with the weights, but is no weight that is trained")
+    model.tie_weights()
+    of_blocks = [p for block in model.get_submodule(parts.blocks).children() for p in set(block.parameters())]
+    if len(set(of_blocks)) < len(of_blocks):
+        refuse("its blocks share weights")
+    strip(model, parts, range(0), embedding=False, final=False)
+    for weight, _ in model.named_parameters():
+        refuse(f"{weight} is no part of its embedding, its blocks, or its head")
+
+    hidden_states = torch.linspace(-3, 3, 2 * 2 * parts.hidden_size).view(2, 2, parts.hidden_size)
+    handed: list[Any] = []
+    for block in model.get_submodule(parts.blocks).children():
+        block.register_forward_pre_hook(
+            lambda _, args, named: handed.extend((*args, *named.values())), with_kwargs=True
+        )
+    normed: list[Any] = []
+    model.get_submodule(parts.norm).register_forward_pre_hook(lambda _, args: normed.append(args))
+    readout = nn.Linear(parts.hidden_size, 5, bias=False)
+    with torch.no_grad():
+        # Logits of up to 100: below and above every cap.
+        weight = torch.linspace(-40, 40, readout.weight.numel()) / parts.hidden_size
+        readout.weight.copy_(weight.view_as(readout.weight))
+        try:
+            fill(model)
+            model.set_submodule(parts.lm_head, readout)
+            logits = model.eval()(inputs_embeds=hidden_states, use_cache=False).logits
+        except Exception as error:  # whatever the library's code runs into without its blocks
+            refuse(f"it fails where blocks are left out ({one_line(error)})")
+        rule = _find_logit_rule(model.config, readout(hidden_states), logits)
+        if rule is None:
+            refuse("it does more than run its blocks, its final norm and its head one after another")
+    alike = [one for one in handed if isinstance(one, Tensor) and one.shape == hidden_states.shape]
+    if sum(torch.equal(one, hidden_states) for one in alike) != len(model.get_submodule(parts.blocks)):
+        refuse("its blocks take more hidden states than those of the block before")
+    if len(normed) != 1:
+        refuse(f"it uses its final norm {len(normed)} times")
+    return rule
+
+
+def _find_logit_rule(config: Any, plain: Tensor, logits: Tensor) -> LogitRule | None:
+    """The rule that makes `logits` of `plain`, bit for bit, out of the numbers that the configuration has for logits.
+
+    Every number whose name speaks of logits or of the head is tried as factor, divisor and cap: the families' names
+    for the same thing differ, and so does what they mean by one name.
+    """
+    named = {name: value for name, value in config.to_dict().items() if "logit" in name or "lm_head" in name}
+    numbers = sorted({float(v) for v in named.values() if isinstance(v, int | float) and not isinstance(v, bool) and v})
+    scales = [PLAIN, *(LogitRule(factor=number) for number in numbers), *(LogitRule(divisor=n) for n in numbers)]
+    caps = [None, *(number for number in numbers if number > 0)]
+    rules = [replace(scale, cap=cap) for cap in caps for scale in scales]
+    return next((rule for rule in rules if torch.equal(rule(plain), logits)), None)
+
+
+def strip(model: PreTrainedModel, parts: Anatomy, blocks: range, embedding: bool, final: bool) -> None:
+    """Replace what a piece does not own by modules without weights."""
+    block_list = model.get_submodule(parts.blocks)
+    assert isinstance(block_list, nn.ModuleList)
+    for index in range(len(block_list)):
+        if index not in blocks:
+            block_list[index] = _Passing()
+    if not embedding:
+        drop_embedding(model, parts)
+    if not final:
+        model.set_submodule(parts.norm, nn.Identity())
+        model.set_submodule(parts.lm_head, nn.Identity())
+
+
+def drop_embedding(model: PreTrainedModel, parts: Anatomy) -> None:
+    """Take out what only the first stage needs, and what the family multiplies embeddings by: these are none."""
+    if hasattr(model.base_model, "embedding_multiplier"):
+        model.base_model.embedding_multiplier = 1.0
+    for name in parts.before:
+        additive = isinstance(model.get_submodule(name), nn.Embedding) and name != parts.token_embedding
+        model.set_submodule(name, _Zero() if additive else nn.Identity())
+
+
+class _Zero(nn.Module):
+    """Stands for an additive position embedding after the first stage."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros(())  # a scalar takes the dtype and device of what it is added to
+
+
+class _Passing(nn.Module):
+    """Stands for a block of another stage: hands the hidden states on, whatever else blocks are called with."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+
+def fill(model: PreTrainedModel) -> None:
+    """From nothing allocated to the CPU: the library's values in the buffers, whatever was there in the weights.
+
+    Raises ModelError where the library does not say what a buffer begins with.
+    """
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # the library then leaves it alone
+    buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    for buffer in buffers.values():
+        buffer.fill_(math.nan)
+    model.apply(model._init_weights)
+    for parameter in model.parameters():
+        del parameter._is_hf_initialized
+    for name, buffer in buffers.items():
+        if buffer.isnan().any():
+            raise ModelError(f"{type(model).__name__} cannot be cut: nothing says what {name} begins with")
+
+
+@contextlib.contextmanager
+def whole_windows() -> Iterator[None]:
+    """For tensors without contents: the library cannot look whether a window holds several documents; it holds one."""
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Tensors of other stages are reported as unexpected by the library; here they are what a piece leaves out."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()

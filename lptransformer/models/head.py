@@ -1,0 +1,335 @@
+"""LM heads, auxiliary and final: from hidden states to the loss, and to logits.
+
+A head is, in this order: extra Transformer blocks (none by default), a norm, for low rank a map to few dimensions, and
+the readout to the vocabulary with the loss behind it. What of it follows other stages' weights and is not trained is a
+buffer; `Head.copies` lists those, and `Head.refresh` takes what came in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lptransformer.errors import OptionError
+from lptransformer.methods.cost import loss_positions
+from lptransformer.methods.heads import HEADS, HeadOptions, LowRankOptions
+from lptransformer.models.cross_entropy import PLAIN, LogitRule, chunked_cross_entropy
+from lptransformer.models.seeds import unit_seed
+
+
+class LossBatch(NamedTuple):
+    """What a loss sees of a micro-batch beside hidden states.
+
+    `labels` int64 [b, T], IGNORE_INDEX where there is none; `scale` is what the sum over the labels is multiplied by;
+    of every row only the `positions` int64 [b, k] count (None: all).
+    """
+
+    labels: Tensor
+    scale: float
+    positions: Tensor | None = None
+
+
+class LossTerm(NamedTuple):
+    """A scaled loss to call backward on, and the sum in nats over the labels, for reports; scalars."""
+
+    loss: Tensor
+    total: Tensor
+
+
+class StageLoss(Protocol):
+    """The loss of a stage: hidden states [b, T, H] of its last block to loss terms by name, which are added up."""
+
+    def __call__(self, hidden_states: Tensor, batch: LossBatch) -> dict[str, LossTerm]: ...
+
+
+CROSS_ENTROPY = "cross_entropy"  # the term of an LM head, a negative log-likelihood
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A tensor that follows another stage's weight instead of being trained.
+
+    `target` is its name below this stage, `source` the name in the checkpoint of the stage that holds block
+    `source_block`. With a decay above 0 it is a moving average: decay * average + (1 - decay) * received.
+    """
+
+    target: str
+    source: str
+    source_block: int
+    decay: float = 0.0
+
+
+class Readout(nn.Module):
+    """The linear map to the vocabulary and the loss behind it.
+
+    One module with one forward: ZeRO 3 gathers the weight of a module around its forward and backward, so the weight
+    must not be used from outside.
+    """
+
+    def __init__(self, weight: Tensor, chunk_tokens: int, rule: LogitRule = PLAIN) -> None:
+        super().__init__()
+        assert isinstance(weight, nn.Parameter)
+        self.weight = weight  # [vocab_size, width of the rows]
+        self.chunk_tokens = chunk_tokens
+        self.rule = rule
+
+    def forward(self, rows: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """rows [tokens, H] and labels [tokens] to (scaled loss, sum of the losses in nats)."""
+        return chunked_cross_entropy(rows, self.weight, labels, scale, self.chunk_tokens, self.rule)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """rows [..., H] to logits [..., V]; for evaluation, outside DeepSpeed."""
+        return self.rule(F.linear(rows, self.weight))
+
+
+class SharedReadout(nn.Module):
+    """A read-only copy of the last stage's readout, and a trained temperature that multiplies the logits.
+
+    The copy is a buffer: no gradient is computed for it and no optimizer knows it. The temperature is applied to the
+    rows, which is the same before rounding and takes no pass over logits; the family's scale and soft cap come after.
+    """
+
+    def __init__(self, weight: Tensor, chunk_tokens: int, rule: LogitRule = PLAIN) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.register_buffer("weight", weight.detach())  # [vocab_size, H]
+        self.temperature = nn.Parameter(torch.ones(1))  # DeepSpeed cannot broadcast a scalar
+        self.chunk_tokens = chunk_tokens
+        self.rule = rule
+
+    def forward(self, rows: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """See Readout.forward."""
+        rows = rows * self.temperature
+        return chunked_cross_entropy(rows, self.weight, labels, scale, self.chunk_tokens, self.rule)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """See Readout.logits."""
+        return self.rule(F.linear(rows * self.temperature, self.weight))
+
+
+class Head(nn.Module):
+    """Norm and readout, with extra blocks before the norm and a map to few dimensions after it where they are given.
+
+    The last stage's head holds the model's own norm and full readout; an auxiliary head is whatever the configuration
+    says (2012.03837, section 3: an auxiliary network per chunk). `blocks` is a piece of the model (models/split.py)
+    that owns nothing but blocks; with an `ema_decay` in `copies` they are read-only.
+    """
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        readout: Readout | SharedReadout,
+        *,
+        blocks: nn.Module | None = None,
+        down: nn.Linear | None = None,
+        copies: Sequence[Copy] = (),
+    ) -> None:
+        super().__init__()
+        # The order in which parameters are listed: blocks, norm, down, readout, temperature.
+        self.blocks = blocks
+        self.norm = norm
+        self.down = down
+        self.readout = readout
+        self.copies = tuple(copies)
+        averaged = [copy.target for copy in self.copies if copy.decay > 0]
+        if averaged:
+            self.average = _Average({name: self._below(name) for name in averaged})
+
+    def forward(self, hidden_states: Tensor, batch: LossBatch) -> dict[str, LossTerm]:
+        """See StageLoss. Norm and readout see the positions that count and no others."""
+        hidden_states, labels = self._through_blocks(hidden_states), batch.labels
+        if batch.positions is not None:
+            width = hidden_states.shape[-1]
+            positions = batch.positions.unsqueeze(-1).expand(-1, -1, width)
+            hidden_states = hidden_states.gather(1, positions)  # [b, k, H]
+            labels = labels.gather(1, batch.positions)
+        rows = self._rows(hidden_states).flatten(0, 1)
+        return {CROSS_ENTROPY: LossTerm(*self.readout(rows, labels.flatten(), batch.scale))}
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [b, T, H] to logits [b, T, V]; for evaluation, outside DeepSpeed."""
+        return self.readout.logits(self._rows(self._through_blocks(hidden_states)))
+
+    @torch.no_grad()
+    def refresh(self, received: Mapping[str, Tensor]) -> None:
+        """Take new values for read-only copies, by target, in any dtype; their sources' weights as of some update."""
+        by_target = {copy.target: copy for copy in self.copies}
+        for target, tensor in received.items():
+            decay, held = by_target[target].decay, self._below(target)
+            if decay > 0:
+                average = self.average.of(target)
+                tensor = average.copy_(decay * average + (1 - decay) * tensor.to(average))
+            held.copy_(tensor)
+
+    def cast_copies(self, dtype: torch.dtype) -> None:
+        """Bring read-only copies to the dtype of the weights beside them; averages stay precise.
+
+        DeepSpeed casts parameters and leaves buffers as they are.
+        """
+        for copy in self.copies:
+            owner, _, name = copy.target.removeprefix("head.").rpartition(".")
+            setattr(self.get_submodule(owner), name, self._below(copy.target).to(dtype))
+
+    def _through_blocks(self, hidden_states: Tensor) -> Tensor:
+        if self.blocks is None:
+            return hidden_states
+        return self.blocks(inputs_embeds=hidden_states, use_cache=False).last_hidden_state
+
+    def _rows(self, hidden_states: Tensor) -> Tensor:
+        rows = self.norm(hidden_states)
+        return rows if self.down is None else self.down(rows)
+
+    def _below(self, target: str) -> Tensor:
+        """The read-only tensor of a name below the stage."""
+        return self.get_buffer(target.removeprefix("head."))
+
+
+class _Average(nn.Module):
+    """Moving averages, in fp32 or more whatever the dtype of the module around them: bf16 would lose the updates.
+
+    They are buffers under the names of what they average (`head.average.h.3...` for `head.blocks.h.3...`), so that a
+    checkpoint keeps them.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for target, tensor in tensors.items():
+            *path, name = self._name(target).split(".")
+            module: nn.Module = self
+            for part in path:
+                if part not in dict(module.named_children()):
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_buffer(name, tensor.detach().clone())
+
+    def of(self, target: str) -> Tensor:
+        return self.get_buffer(self._name(target))
+
+    @staticmethod
+    def _name(target: str) -> str:
+        return target.removeprefix("head.blocks.")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `to`, `bfloat16` and the like go through."""
+
+        def keep_precise(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            precise = torch.promote_types(moved.dtype, torch.float32)
+            return moved if moved.dtype == precise else tensor.to(moved.device, precise)
+
+        return super()._apply(keep_precise, recurse)
+
+
+def make_read_only(module: nn.Module) -> list[str]:
+    """Turn all parameters of a module into buffers, which no optimizer and no ZeRO touches; their names."""
+    names = [name for name, _ in module.named_parameters()]
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        owner = module.get_submodule(parent)
+        weight = owner.get_parameter(own).detach()
+        del owner._parameters[own]
+        owner.register_buffer(own, weight)
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------- builders
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a builder of a readout works with.
+
+    `new` takes shapes (in, out) and gives new linear maps (pieces.HeadMaker.linear). `model_readout` is the model's
+    own, with the weights that training starts from; with `as_model` the head starts from those instead of new ones.
+    `depth` is the number of the model's blocks.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    depth: int
+    chunk_tokens: int
+    rule: LogitRule
+    as_model: bool
+    new: Callable[..., list[nn.Linear]]
+    model_readout: Callable[[], nn.Linear]
+
+
+class BuiltReadout(NamedTuple):
+    """A readout, the map before it where there is one, and what of them are copies of other stages' weights."""
+
+    readout: Readout | SharedReadout
+    down: nn.Linear | None = None
+    copies: tuple[Copy, ...] = ()
+
+
+class BuildReadout(Protocol):
+    """What a row of HEADS names as its builder."""
+
+    def __call__(self, options: Any, material: Material) -> BuiltReadout: ...
+
+
+def build_readout(options: HeadOptions, material: Material) -> BuiltReadout:
+    """The readout of an auxiliary head, by the builder that its kind names."""
+    module, _, function = HEADS[options.kind].builder.partition(":")
+    build: BuildReadout = getattr(import_module(module), function)
+    return build(options, material)
+
+
+def private(options: HeadOptions, material: Material) -> BuiltReadout:
+    """A readout of the head's own."""
+    if material.as_model:
+        linear = material.model_readout()
+    else:
+        (linear,) = material.new((material.hidden_size, material.vocab_size))
+    return BuiltReadout(Readout(linear.weight, material.chunk_tokens, material.rule))
+
+
+def shared(options: HeadOptions, material: Material) -> BuiltReadout:
+    """A copy of the last readout (2609.35440)."""
+    readout = SharedReadout(material.model_readout().weight, material.chunk_tokens, material.rule)
+    name = "head.readout.weight"
+    return BuiltReadout(readout, copies=(Copy(name, name, material.depth - 1),))
+
+
+def low_rank(options: LowRankOptions, material: Material) -> BuiltReadout:
+    """A map to few dimensions and a readout from there. Raises OptionError for a rank that no readout has."""
+    rank, shape = options.rank, (material.vocab_size, material.hidden_size)
+    if rank > min(shape):
+        problem = f"a readout of {shape[0]} x {shape[1]} has at most rank {min(shape)}"
+        raise OptionError("head.rank", rank, problem)
+    down, readout = material.new((material.hidden_size, rank), (rank, material.vocab_size))
+    if material.as_model:
+        factors = factorised(material.model_readout().weight, rank)
+        down.weight, readout.weight = (nn.Parameter(factor) for factor in factors)
+    return BuiltReadout(Readout(readout.weight, material.chunk_tokens, material.rule), down)
+
+
+def factorised(readout: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The matrices [rank, H] and [V, rank] whose product is nearest to `readout` [V, H]: its truncated SVD.
+
+    The first has the right singular vectors as rows, the second the left ones times the singular values. Taken from
+    the eigenvectors of [H, H], which is much faster than an SVD of [V, H].
+    """
+    exact = readout.detach().double()
+    down = torch.linalg.eigh(exact.T @ exact).eigenvectors[:, -rank:].T  # eigenvalues ascend
+    return down.to(readout.dtype).contiguous(), (exact @ down.T).to(readout.dtype)
+
+
+def token_positions(
+    seed: int, block: int, micro_batch: int, rows: int, sequence_length: int, fraction: float
+) -> Tensor:
+    """The positions whose loss the auxiliary head after `block` sees: int64 [rows, k], ascending in every row.
+
+    k is cost.loss_positions; the last position of a row has no label and is never among them. A pure function of its
+    arguments: `micro_batch` is counted from the start of the run.
+    """
+    generator = torch.Generator().manual_seed(unit_seed(seed, f"head {block} positions {micro_batch}"))
+    drawn = torch.rand(rows, sequence_length - 1, generator=generator, dtype=torch.float64)
+    chosen = drawn.argsort(dim=1, stable=True)[:, : loss_positions(sequence_length, fraction)]
+    return chosen.sort(dim=1).values

@@ -1,0 +1,209 @@
+"""Pieces of a causal LM: some of its blocks, with or without the embedding and the head, new or from a model folder.
+
+A piece is the base model of the family (models/family.py) in which everything that is not wanted was replaced before
+its weights were made or read, so that only the owned tensors ever exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from lptransformer.errors import ModelError
+from lptransformer.models import family
+from lptransformer.models.family import Anatomy
+from lptransformer.models.seeds import unit_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EMBEDDING = "embedding"
+FINAL = "final"
+
+
+@dataclass
+class Piece:
+    """The owned parts of a model. `base` runs the embedding and blocks; its own final norm is an identity."""
+
+    base: nn.Module
+    norm: nn.Module | None
+    readout: nn.Linear | None
+
+
+def _piece_class(config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool) -> type[PreTrainedModel]:
+    base_class = family.model_class(config)
+
+    def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
+        base_class.__init__(self, config, *args, **kwargs)
+        family.strip(self, parts, blocks, embedding, final)
+
+    # The library finds key conversions and tied weights by the class's name and module: keep both.
+    return type(base_class.__name__, (base_class,), {"__init__": __init__, "__module__": base_class.__module__})
+
+
+def _finish(model: PreTrainedModel, parts: Anatomy, final: bool) -> Piece:
+    norm = model.get_submodule(parts.norm) if final else None
+    readout = model.get_submodule(parts.lm_head) if final else None
+    model.set_submodule(parts.norm, nn.Identity())
+    assert readout is None or isinstance(readout, nn.Linear)
+    return Piece(model.base_model, norm, readout)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, unit: str) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(unit_seed(seed, unit))
+        yield
+
+
+def _allocate(config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool) -> PreTrainedModel:
+    """The owned parts in fp32 on the CPU: buffers (rotary frequencies) ready, weights not yet set.
+
+    Under `torch.device("meta")` nothing is allocated: shapes only.
+    """
+    model = family.empty_model(_piece_class(config, parts, blocks, embedding, final), config)
+    if torch.get_default_device().type != "meta":
+        family.fill(model)
+    return model.train()
+
+
+def new_piece(config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool, seed: int | None) -> Piece:
+    """The owned parts of a new model, fp32 on the CPU, initialised as the family does, each unit from its own seed.
+
+    With `seed` None the weights hold whatever was in memory: the caller fills them in.
+    """
+    model = _allocate(config, parts, blocks, embedding, final)
+    if seed is None:
+        return _finish(model, parts, final)
+    units = {f"block {index}": [f"{parts.blocks}.{index}"] for index in blocks}
+    if embedding:
+        units[EMBEDDING] = list(parts.before)
+    if final:
+        units[FINAL] = [parts.norm, parts.lm_head]
+    for unit, names in units.items():
+        with _seeded(seed, unit):
+            for name in names:
+                model.get_submodule(name).apply(model._init_weights)
+    return _finish(model, parts, final)
+
+
+@dataclass
+class HeadMaker:
+    """What an auxiliary head is made of: `norm`, of the class of the model's own, and linear maps to the vocabulary."""
+
+    norm: nn.Module
+    _model: PreTrainedModel
+    _parts: Anatomy
+    _block: int
+    _seed: int | None
+
+    def linear(self, *shapes: tuple[int, int]) -> list[nn.Linear]:
+        """New maps [in, out] without bias, initialised as the family does, one after another from the head's seed.
+
+        A whole readout is of the class of the model's own. Called once. Without a seed the caller fills them in.
+        """
+        made = [self._empty(*shape) for shape in shapes]
+        if self._seed is not None:
+            with _seeded(self._seed, f"head {self._block}"):
+                for linear in made:
+                    linear.apply(self._model._init_weights)
+        return made
+
+    def _empty(self, width: int, out: int) -> nn.Linear:
+        if (width, out) == (self._parts.hidden_size, self._parts.vocab_size):
+            readout = self._model.get_submodule(self._parts.lm_head)
+            assert isinstance(readout, nn.Linear)
+            return readout
+        return nn.utils.skip_init(nn.Linear, width, out, bias=False, device=torch.get_default_device())
+
+
+def new_head(config: Any, parts: Anatomy, block: int, seed: int | None) -> HeadMaker:
+    """The parts of an auxiliary head after `block`; with `seed` None the caller fills in the weights."""
+    model = _allocate(config, parts, range(0), False, True)
+    norm = model.get_submodule(parts.norm)
+    if seed is not None:
+        with _seeded(seed, f"head {block}"):
+            norm.apply(model._init_weights)
+    return HeadMaker(norm, model, parts, block, seed)
+
+
+def new_head_blocks(config: Any, parts: Anatomy, block: int, like: range, seed: int | None) -> nn.Module:
+    """Blocks of the sizes and kinds of the blocks `like`, for the auxiliary head after `block`: a base model.
+
+    New weights, each block with a seed of its own; with `seed` None the caller fills them in.
+    """
+    model = _allocate(config, parts, like, False, False)
+    if seed is not None:
+        for number, index in enumerate(like):
+            with _seeded(seed, f"head {block} block {number}"):
+                model.get_submodule(f"{parts.blocks}.{index}").apply(model._init_weights)
+    return _finish(model, parts, False).base
+
+
+def load_piece(folder: str | Path, config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool) -> Piece:
+    """The owned parts of a model folder, fp32 on the CPU. Only the owned tensors are read.
+
+    A tied readout is read as a copy of the embedding. Raises ModelError when a tensor is missing, truncated or of
+    another shape, and when the folder has blocks that its configuration does not count.
+    """
+    tied = final and config.tie_word_embeddings
+    as_stored = copy.deepcopy(config)
+    as_stored.tie_word_embeddings = tied
+    piece_class = _piece_class(config, parts, blocks, embedding or tied, final)
+    try:
+        with family.quiet_transformers():
+            model, loading = piece_class.from_pretrained(
+                folder,
+                config=as_stored,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+                local_files_only=True,
+            )
+    except Exception as error:  # safetensors and the library raise many types for a damaged file
+        what = _damaged_file(Path(folder)) or family.one_line(error)
+        raise ModelError(f"model.pretrained is {folder}: the weights cannot be read: {what}") from None
+    _check_loaded(loading, len(model.get_submodule(parts.blocks)), parts, f"model.pretrained is {folder}")
+    piece = _finish(model.train(), parts, final)
+    if piece.readout is not None:
+        piece.readout.weight = nn.Parameter(piece.readout.weight.detach().clone())
+    if tied and not embedding:
+        family.drop_embedding(model, parts)
+    return piece
+
+
+def _check_loaded(loading: dict[str, Any], depth: int, parts: Anatomy, where: str) -> None:
+    """Raise ModelError when tensors were missing, of another shape, or of blocks that the model does not have."""
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(f"{where}: its weights are not complete: there is no {_some(missing)}")
+    if wrong := [f"{name} {tuple(stored)}, not {tuple(right)}" for name, stored, right in loading["mismatched_keys"]]:
+        raise ModelError(f"{where}: its weights do not fit its config.json: there is {_some(sorted(wrong))}")
+    in_block = re.compile(rf"(?:^|\.){parts.blocks.rpartition('.')[2]}\.(\d+)\.")
+    found = [in_block.search(key) for key in loading["unexpected_keys"]]
+    if extra := sorted(match.string for match in found if match and int(match[1]) >= depth):
+        raise ModelError(f"{where}: its config.json says {depth} blocks, but there is also {_some(extra)}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _damaged_file(folder: Path) -> str | None:
+    """The first file of the folder that is no whole safetensors file, and why; the library's errors do not name it."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{path.name} is damaged or truncated ({error})"
+    return None

@@ -1,0 +1,220 @@
+"""One stage as a module: its blocks (and the embedding, in the first), its head, its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lptransformer.errors import RunError
+from lptransformer.methods.gradient_flow import Duty
+from lptransformer.methods.stages import StagePlan
+from lptransformer.models.blueprint import Blueprint
+from lptransformer.models.head import (
+    CROSS_ENTROPY,
+    Copy,
+    Head,
+    LossBatch,
+    LossTerm,
+    Material,
+    Readout,
+    build_readout,
+    make_read_only,
+)
+from lptransformer.models.split import Piece, load_piece, new_head, new_head_blocks, new_piece
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}  # train.dtype
+Pull = Callable[[Tensor], Tensor]
+
+
+class StageOutput(NamedTuple):
+    """What a stage gives. A tuple, because DeepSpeed finds tensors in tuples, lists and dictionaries only.
+
+    Hidden states [b, T, H]; the loss terms of its head by name, empty without one. Where the head was split off,
+    `loss_gradient` [b, T, H] is the gradient of its loss at the hidden states, for the caller to weigh. Where the
+    inputs carry a gradient, `pull` takes a gradient at the hidden states and gives the one at the inputs, without
+    gradients of weights; it can be called several times before the backward pass.
+    """
+
+    hidden_states: Tensor
+    losses: dict[str, LossTerm]
+    loss_gradient: Tensor | None = None
+    pull: Pull | None = None
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The sum of the scaled loss terms; None without a head."""
+        return add(term.loss for term in self.losses.values())
+
+    @property
+    def nll_sum(self) -> Tensor | None:
+        """The sum of the negative log-likelihoods of the labels, in nats; None without a head."""
+        return self.losses[CROSS_ENTROPY].total if self.losses else None
+
+
+def backward_loss(output: StageOutput, duty: Duty, above: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """The scalar whose ordinary backward pass gives a stage's weights their gradient (and its inputs theirs).
+
+    The stage's own loss, and the gradients at its hidden states [b, T, H] with their weights: those that come from
+    `above`, and its own where the head was split off. They enter as a vector-Jacobian product.
+    """
+    weighed = list(above)
+    if output.loss_gradient is not None and duty.loss_weight is not None:
+        weighed.insert(0, (output.loss_gradient, duty.loss_weight))
+    gradient = add(part if weight == 1.0 else part * weight for part, weight in weighed if weight != 0.0)
+    product = None if gradient is None else (output.hidden_states * gradient).sum()
+    total = add(term for term in (output.loss, product) if term is not None)
+    assert total is not None, "a backward pass without a gradient"
+    return total
+
+
+def add(tensors: Iterable[Tensor]) -> Tensor | None:
+    """The sum from left to right; None of nothing."""
+    total = None
+    for tensor in tensors:
+        total = tensor if total is None else total + tensor
+    return total
+
+
+class Stage(nn.Module):
+    """Consecutive blocks and the head that trains them.
+
+    The body is a piece of the Hugging Face model (models/split.py); the head is None where the stage's gradient comes
+    from the stage above.
+    """
+
+    def __init__(self, plan: StagePlan, body: nn.Module, head: Head | None) -> None:
+        super().__init__()
+        self.plan = plan
+        self.body = body
+        self.head = head
+
+    def hidden_states(self, inputs: Tensor) -> Tensor:
+        """input_ids [b, T] in the first stage, hidden states [b, T, H] in later ones, to hidden states [b, T, H]."""
+        name = "input_ids" if self.plan.is_first else "inputs_embeds"
+        return self.body(**{name: inputs}, use_cache=False).last_hidden_state
+
+    def forward(self, inputs: Tensor, batch: LossBatch, split: bool = False) -> StageOutput:
+        """Inputs as of `hidden_states`. With `split` the loss is taken at a copy of the hidden states and reaches the
+        head's weights alone."""
+        hidden_states = self.hidden_states(inputs)
+        pull, gradient, losses = None, None, {}
+        if inputs.requires_grad:
+            pull = partial(_pull, hidden_states, inputs)
+            # DeepSpeed puts hooks on what a module gives out: pulls must not run through those.
+            hidden_states = hidden_states.view_as(hidden_states)
+        if self.head is not None:
+            at = hidden_states.detach().requires_grad_() if split else hidden_states
+            losses = self.head(at, batch)
+            if split:
+                loss = add(term.loss for term in losses.values())
+                assert loss is not None
+                (gradient,) = torch.autograd.grad(loss, at, retain_graph=True)
+        return StageOutput(hidden_states, losses, gradient, pull)
+
+
+def _pull(hidden_states: Tensor, inputs: Tensor, gradient: Tensor) -> Tensor:
+    (pulled,) = torch.autograd.grad(hidden_states, inputs, gradient, retain_graph=True)
+    return pulled
+
+
+def make_stage(
+    plan: StagePlan, blueprint: Blueprint, *, seed: int | None, pretrained: str | Path | None = None
+) -> Stage:
+    """A stage in fp32 on the CPU: new, or from the tensors it owns in the model folder `pretrained`.
+
+    An auxiliary head is what the blueprint says; the last stage's head is the model's own. With `seed` None the weights
+    of a new stage are for the caller to fill in.
+    """
+
+    def piece(blocks: range, embedding: bool, final: bool) -> Piece:
+        config, parts = blueprint.model_config, blueprint.parts
+        if pretrained is None:
+            return new_piece(config, parts, blocks, embedding, final, seed)
+        return load_piece(pretrained, config, parts, blocks, embedding, final)
+
+    own = piece(range(plan.first_block, plan.last_block + 1), plan.is_first, plan.is_last)
+    if not plan.has_head:
+        return Stage(plan, own.base, None)
+    if not plan.is_last:
+        init = blueprint.head.init or ("scratch" if pretrained is None else "model")
+        as_model = init == "model" and seed is not None  # without a seed the shapes are all that counts
+        return Stage(plan, own.base, _auxiliary_head(plan.last_block, blueprint, seed, as_model, piece))
+    assert own.norm is not None and own.readout is not None
+    readout = Readout(own.readout.weight, blueprint.chunk_tokens, blueprint.parts.logit_rule)
+    return Stage(plan, own.base, Head(own.norm, readout))
+
+
+def _auxiliary_head(
+    block: int,
+    blueprint: Blueprint,
+    seed: int | None,
+    as_model: bool,
+    piece: Callable[[range, bool, bool], Piece],
+) -> Head:
+    """The head after `block`, with the weights it starts from: new ones, or copies of the model's (`as_model`).
+
+    `piece` gives parts of the model (blocks, embedding, final norm and readout). What follows other stages starts as a
+    copy of what it follows. Raises OptionError where the options do not fit.
+    """
+    config, parts, options = blueprint.model_config, blueprint.parts, blueprint.head
+    depth, decay = config.num_hidden_layers, options.ema_decay
+    final = cache(lambda: piece(range(0), False, True))
+
+    def model_readout() -> nn.Linear:
+        readout = final().readout
+        assert readout is not None
+        return readout
+
+    made = new_head(config, parts, block, seed)
+    norm = final().norm if as_model else made.norm
+    assert norm is not None
+    material = Material(
+        hidden_size=parts.hidden_size,
+        vocab_size=parts.vocab_size,
+        depth=depth,
+        chunk_tokens=blueprint.chunk_tokens,
+        rule=parts.logit_rule,
+        as_model=as_model,
+        new=made.linear,
+        model_readout=model_readout,
+    )
+    read, down, copies = build_readout(options, material)
+    if options.blocks == 0:
+        return Head(norm, read, down=down, copies=copies)
+
+    # Where fewer blocks follow, the model's last: beyond its depth the library knows no kind of block.
+    start = min(block + 1, depth - options.blocks)
+    like = range(start, start + options.blocks)
+    if as_model or decay is not None:
+        blocks = piece(like, False, False).base
+    else:
+        blocks = new_head_blocks(config, parts, block, like, seed)
+    averaged: list[Copy] = []
+    if decay is not None:
+        for name in make_read_only(blocks):
+            index = int(name.removeprefix(f"{parts.blocks_in_base}.").partition(".")[0])
+            averaged.append(Copy(f"head.blocks.{name}", f"body.{name}", index, decay))
+    return Head(norm, read, blocks=blocks, down=down, copies=(*copies, *averaged))
+
+
+def load_stage(plan: StagePlan, blueprint: Blueprint, weights: Mapping[str, Tensor]) -> Stage:
+    """A stage in fp32 on the CPU, in evaluation mode, with the weights of a checkpoint (in any dtype).
+
+    Raises RunError when they are not those of this stage: its parameters and its read-only copies.
+    """
+    stage = make_stage(plan, blueprint, seed=None)
+    needed = {name: tuple(tensor.shape) for name, tensor in stage.state_dict().items()}
+    held = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(needed.keys() | held.keys()):
+        if needed.get(name) != held.get(name):
+            raise RunError(
+                f"stage {plan.index}: its weights do not fit the model: {name} is {held.get(name, 'missing')} in the "
+                f"checkpoint and {needed.get(name, 'unknown')} in the model (shapes)"
+            )
+    stage.load_state_dict(dict(weights))
+    return stage.eval()

@@ -1,0 +1,1 @@
+"""Time and memory of a run before it is started."""

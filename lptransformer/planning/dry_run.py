@@ -1,0 +1,94 @@
+"""`train --dry-run`: what a run would be, before anything is started: its cuts, its FLOPs, its memory.
+
+Stages are built on the meta device, and no process, no run folder and no token set is made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+
+from lptransformer.config.schema import Config
+from lptransformer.console import print_table
+from lptransformer.data.prepare import vocabulary
+from lptransformer.methods import flops
+from lptransformer.methods.heads import label
+from lptransformer.methods.stages import stage_rows
+from lptransformer.models.blueprint import Blueprint, draw
+from lptransformer.planning.rank_memory import Precision, RankMemory, precision
+from lptransformer.planning.stage_memory import EmptyStages
+
+MIB = 2**20
+_COLUMNS = ("weights", "gradients", "optimizer", "copies", "activations", "buckets", "messages", "peak")
+
+
+def dry_run(config: Config) -> None:
+    """Check all that one process can, print the plan of the run and the memory of every pipeline rank.
+
+    Of `engine: deepspeed_pipeline` the stages and FLOPs alone are known: they are those of the engine local.
+    Raises UserError where the run could not start. Training text has to be there, but need not be prepared.
+    """
+    blueprint = unprepared(config)
+    print_stages(f"dry run: {config.run.dir} is not touched", config, blueprint)
+    print(_flops_in_words(blueprint))
+    if config.engine != "local":
+        print(
+            f"{config.at('engine')}: the memory of DeepSpeed's own pipeline is not predicted; the same with "
+            "--engine=local predicts what the same stages take under 1F1B of this program"
+        )
+        return
+    ranks = predicted(config, blueprint)
+    lines = [
+        (number, *(f"{getattr(rank, name) / MIB:,.1f}" for name in _COLUMNS), rank.held)
+        for number, rank in enumerate(ranks)
+    ]
+    names = ("pipeline rank", *_COLUMNS, "micro-batches held")
+    print_table("predicted memory of one process, MiB (buckets: ZeRO's)", names, lines)
+    print(_machine_in_words(config, max(rank.peak for rank in ranks)))
+
+
+def unprepared(config: Config) -> Blueprint:
+    """The blueprint of a run whose text need not be prepared."""
+    data = config.data.model_dump(include={"train", "valid", "tokenizer", "vocab_size"})
+    return draw(config, vocabulary(**data), None)
+
+
+def print_stages(title: str, config: Config, blueprint: Blueprint) -> None:
+    """The stages of a run, a row each."""
+    trained = _precision(config, blueprint).trained_bytes(blueprint.objective.delayed)
+    rows = stage_rows(blueprint.stages, blueprint.costs, label(blueprint.head), trained)
+    print_table(title, list(rows[0]), [list(row.values()) for row in rows])
+
+
+def predicted(config: Config, blueprint: Blueprint) -> list[RankMemory]:
+    """The memory of a process of every pipeline rank, on this machine."""
+    how = _precision(config, blueprint, fused_step=torch.cuda.is_available())
+    return EmptyStages(blueprint).ranks(blueprint.objective, blueprint.stages, how)
+
+
+def _precision(config: Config, blueprint: Blueprint, **how: Any) -> Precision:
+    zero_stage, replicas = blueprint.zero_stage, blueprint.replicas
+    optimizer, deepspeed = config.optimizer, config.deepspeed
+    return precision(blueprint.dtype, optimizer, deepspeed, zero_stage=zero_stage, replicas=replicas, **how)
+
+
+def _flops_in_words(blueprint: Blueprint) -> str:
+    steps = blueprint.steps
+    tokens = blueprint.micro_batches * blueprint.micro_batch_size * blueprint.sequence_length
+    total = flops.spent(blueprint.objective, blueprint.costs, steps, steps).total * tokens
+    return f"an update: {tokens} tokens, {total / steps:.3g} FLOPs; {steps} updates: {total:.3g} FLOPs"
+
+
+def _machine_in_words(config: Config, peak: int) -> str:
+    processes = config.parallel.pipeline * config.parallel.data
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        has = (
+            f"this machine: {torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {total / 2**30:.0f} GiB each"
+        )
+        return f"{has}; the largest process takes {peak / 2**30:.2f} GiB, beside what CUDA needs for itself"
+    total = psutil.virtual_memory().total
+    has = f"this machine: no GPU, {total / 2**30:.1f} GiB of memory"
+    return f"{has}; {processes} processes take up to {processes * peak / 2**30:.2f} GiB, beside what libraries need"

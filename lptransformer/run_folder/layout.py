@@ -1,0 +1,183 @@
+"""The run folder: what a run was, beside what it made. Nothing here needs torch.
+
+config.yaml       every resolved value         metrics.jsonl, metrics.csv   one record per update and evaluation
+environment.json  versions, commit, command    loss.png                     the losses as a picture
+tokenizer/        the run's own tokenizer      checkpoints/                 see run_folder/checkpoint.py
+data.json         the token sets, with counts  diagnosis.*                  what `diagnose` found
+model.json        the model's configuration, in the words of the library
+trace.jsonl       recorded updates (run.trace), and trace.json, trace.png, trace.svg that `report --trace` makes of them
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lptransformer import files
+from lptransformer.config.load import load, resume_differences, to_dict, to_yaml
+from lptransformer.config.schema import Config
+from lptransformer.errors import RunError
+
+CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL = "config.yaml", "environment.json", "tokenizer", "data.json", "model.json"
+COMMAND_VARIABLE = "LPTRANSFORMER_COMMAND"  # what a person typed, for the processes that a launcher starts
+# All that a run can leave in its folder: what --overwrite removes, and nothing else.
+CONTENTS = (
+    *(CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL),
+    *("metrics.jsonl", "metrics.csv", "loss.png", "checkpoints", "tensorboard"),
+    *("diagnosis.json", "diagnosis.png", "diagnosis.svg", "record.json"),
+    *("trace.jsonl", "trace.json", "trace.png", "trace.svg"),
+)
+
+
+def holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in CONTENTS)
+
+
+def check(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
+    """Refuse to start in a folder that holds a run, and to resume what is not the same run.
+
+    Raises RunError: a run is there and neither flag is given; there is nothing to resume; the configuration differs.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"run.dir is {folder}: that is a file, not a folder")
+    if resume and overwrite:
+        raise RunError("--resume and --overwrite were both given: continue the run, or replace it")
+    if not resume:
+        if holds_run(folder) and not overwrite:
+            raise RunError(
+                f"run.dir is {folder}: it already holds a run. Continue it with --resume, replace it with --overwrite, "
+                f"or choose another folder with --run.dir=..."
+            )
+        return
+    if not (folder / CONFIG).is_file():
+        raise RunError(f"run.dir is {folder}: there is no run to resume (no {CONFIG}). Start it without --resume")
+    differences = resume_differences(to_dict(read_config(folder)), to_dict(config))
+    if differences:
+        raise RunError(f"{folder} cannot be resumed with another configuration: " + "; ".join(differences))
+    from lptransformer.run_folder import checkpoint
+
+    done = checkpoint.latest(folder)
+    if done >= config.train.steps:
+        raise RunError(f"{folder} is complete: {done} updates of train.steps = {config.train.steps}; nothing to resume")
+
+
+def check_data(folder: Path, data: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse to resume on other token sets; their folders' names say what is in them. Raises RunError."""
+    before = read_data(folder)
+    for kind, sets in data.items():
+        for name, path in sets.items():
+            if Path(before[kind].get(name, "none")).name != Path(path).name:
+                raise RunError(
+                    f"{folder} cannot be resumed: the text of data.{kind} ({name}) or its tokens are not those that "
+                    f"the run was started with ({before[kind].get(name)} then, {path} now)"
+                )
+
+
+def create(
+    folder: Path,
+    config: Config,
+    model_config: Mapping[str, Any],
+    tokenizer_folder: Path,
+    data: Mapping[str, Any],
+    overwrite: bool,
+) -> None:
+    """A new run folder. Raises RunError when a run has appeared there meanwhile and `overwrite` does not allow it."""
+    if holds_run(folder) and not overwrite:
+        raise RunError(f"run.dir is {folder}: another run has started there meanwhile; choose another --run.dir=...")
+    remove(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(tokenizer_folder, folder / TOKENIZER)
+    (folder / DATA).write_text(json.dumps(data, indent=1) + "\n")
+    (folder / MODEL).write_text(json.dumps(model_config, indent=1) + "\n")
+    (folder / ENVIRONMENT).write_text(json.dumps([environment()], indent=1) + "\n")
+    (folder / CONFIG).write_text(to_yaml(config))
+
+
+def note_resume(folder: Path, config: Config, update: int) -> None:
+    """Add to a resumed run what it goes on with: environment.json has one entry per start."""
+    starts = json.loads((folder / ENVIRONMENT).read_text())
+    starts.append({**environment(), "resumed_after": update})
+    files.write_text(folder / ENVIRONMENT, json.dumps(starts, indent=1) + "\n")
+    files.write_text(folder / CONFIG, to_yaml(config))
+
+
+def remove(folder: Path) -> None:
+    """Remove a run's files; others in the folder stay. They vanish from the folder at once, then from the disk."""
+    if not holds_run(folder):
+        return
+    with tempfile.TemporaryDirectory(prefix=".removed-", dir=folder) as trash:
+        for name in CONTENTS:
+            if (folder / name).exists():
+                os.rename(folder / name, Path(trash) / name)
+
+
+def environment() -> dict[str, Any]:
+    """What the run's numbers depend on beside its configuration."""
+    packages = ("lptransformer", "torch", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy")
+    return {
+        "command": json.loads(os.environ.get(COMMAND_VARIABLE) or json.dumps(command_line())),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """The answer of git about the checkout that this code is in; None where it is in none."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration that a run was started with. Raises RunError where the folder holds no run."""
+    if not (folder / CONFIG).is_file():
+        raise RunError(f"{folder} is no run folder: it has no {CONFIG}")
+    return load(folder / CONFIG, saved=True)
+
+
+def read_data(folder: Path) -> dict[str, Any]:
+    """The token sets of a run: {"train": {name: folder}, "valid": {name: folder}}, as `create` was given them."""
+    return _read_json(folder / DATA)
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the model that the run trains, as `create` was given it."""
+    return _read_json(folder / MODEL)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        return content
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from None
+
+
+def command_line() -> list[str]:
+    return [Path(sys.executable).name, *sys.argv]

@@ -1,0 +1,157 @@
+"""The records of a run on disk: metrics.jsonl, metrics.csv, and TensorBoard where it is installed.
+
+What a record holds is said in run_folder/metrics.py.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lptransformer import files
+from lptransformer.errors import RunError
+from lptransformer.run_folder.metrics import Record
+
+JSONL_NAME = "metrics.jsonl"
+CSV_NAME = "metrics.csv"
+# Strict JSON has no such numbers, and null already says "there is none" (the loss of a stage without a head).
+# Python's float() and JavaScript's Number() both read these words.
+_WORDS = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+_FLOATS = {word: float(word) for word in _WORDS.values()}
+
+
+class MetricsWriter:
+    """Appends records to metrics.jsonl and the records of updates to metrics.csv, and to TensorBoard when the package
+    `tensorboard` is installed. A record is in the files when `write` returns.
+
+    metrics.jsonl is strict JSON: numbers that are not finite are the strings "NaN", "Infinity", "-Infinity". With
+    `resume_at=u` the records after update u are cut off first. Raises RunError where the folder holds records and
+    `resume_at` is not given.
+    """
+
+    def __init__(self, folder: str | Path, resume_at: int | None = None) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        jsonl_path = self.folder / JSONL_NAME
+        if resume_at is None and jsonl_path.exists():
+            raise RunError(f"{jsonl_path} already holds the records of a run; resume that run or use another folder")
+        kept = [r for r in read_metrics(self.folder) if r["update"] <= (resume_at or 0)] if jsonl_path.exists() else []
+        files.write_text(jsonl_path, "".join(map(_json_line, kept)))
+        self._columns = self._rewrite_csv(kept)
+        self._jsonl = jsonl_path.open("a", encoding="utf-8")
+        self._tensorboard = _open_tensorboard(self.folder / "tensorboard", resume_at)
+
+    def write(self, record: Record) -> None:
+        self._jsonl.write(_json_line(record))
+        self._jsonl.flush()
+        if "stages" in record:
+            row = _flat(record)
+            if set(row) <= set(self._columns):
+                with (self.folder / CSV_NAME).open("a", encoding="utf-8", newline="") as file:
+                    file.write(_csv_line(row.get(column) for column in self._columns))
+            else:  # the first record, or a resumed run that has more stages than before
+                self._columns = self._rewrite_csv(read_metrics(self.folder))
+        if self._tensorboard is not None:
+            for tag, value in _scalars(record):
+                self._tensorboard.add_scalar(tag, value, record["update"])
+
+    def close(self) -> None:
+        self._jsonl.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _rewrite_csv(self, records: Iterable[Record]) -> list[str]:
+        """Write metrics.csv anew from the records of updates and return its columns."""
+        rows = [_flat(record) for record in records if "stages" in record]
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        lines = [_csv_line(columns)] if columns else []
+        lines += [_csv_line(row.get(column) for column in columns) for row in rows]
+        files.write_text(self.folder / CSV_NAME, "".join(lines))
+        return columns
+
+
+def read_metrics(folder: str | Path) -> list[Record]:
+    """The records of a run folder in the order they were written. A last line that was cut off in the middle (the
+    process was killed) is left out. Raises RunError where the file is missing or broken elsewhere."""
+    path = Path(folder) / JSONL_NAME
+    if not path.is_file():
+        raise RunError(f"{path} does not exist: {folder} is not the folder of a run that has trained")
+    lines = path.read_bytes().splitlines(keepends=True)
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(_with_floats(json.loads(line)))
+        except ValueError as error:
+            if number == len(lines) and not line.endswith(b"\n"):
+                break
+            raise RunError(f"{path}, line {number}, is not JSON ({error}): the file was changed or damaged") from None
+    return records
+
+
+def read_updates(folder: str | Path) -> list[Record]:
+    """The records of updates among `read_metrics`. Raises RunError where there is none yet."""
+    updates = [record for record in read_metrics(folder) if "stages" in record]
+    if not updates:
+        raise RunError(f"{folder} has no update in its metrics yet: train first")
+    return updates
+
+
+def _with_words(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return _WORDS[str(float(value))]
+    if isinstance(value, dict):
+        return {key: _with_words(item) for key, item in value.items()}
+    return [_with_words(item) for item in value] if isinstance(value, list) else value
+
+
+def _with_floats(value: Any) -> Any:
+    if isinstance(value, dict):  # a validation set may be called "NaN"
+        return {key: item if key == "evaluation" else _with_floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    return _FLOATS.get(value, value) if isinstance(value, str) else value
+
+
+def _json_line(record: Record) -> str:
+    return json.dumps(_with_words(record), allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _csv_line(cells: Iterable[Any]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(int(cell) if isinstance(cell, bool) else cell for cell in cells)
+    return line.getvalue()
+
+
+def _flat(record: Record) -> Record:
+    """The record of an update as one row: `loss_stage0` for the loss of stage 0, and so on."""
+    row = {key: value for key, value in record.items() if key != "stages"}
+    for entry in record["stages"]:
+        row |= {f"{key}_stage{entry['stage']}": value for key, value in entry.items() if key != "stage"}
+    return row
+
+
+def _open_tensorboard(folder: Path, resume_at: int | None) -> Any:
+    """A torch SummaryWriter, or None where the package is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder, purge_step=None if resume_at is None else resume_at + 1)
+
+
+def _scalars(record: Record) -> Iterable[tuple[str, float]]:
+    """TensorBoard's tags and values: `loss/stage0`; `books/perplexity/stage0` for the validation set `books`."""
+    prefix = f"{record['evaluation']}/" if "evaluation" in record else ""
+    for key in ("tokens", "seconds", "tokens_per_second", "learning_rate"):
+        if key in record:
+            yield key, record[key]
+    for entry in record.get("stages", []) + record.get("exits", []):
+        for key, value in entry.items():
+            if key not in ("stage", "last_block") and value is not None:
+                yield f"{prefix}{key}/stage{entry['stage']}", float(value)

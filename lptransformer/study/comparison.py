@@ -1,0 +1,166 @@
+"""Runs compared: the best setting of every method, means over seeds, differences to a baseline. From records alone.
+
+Runs of a method that differ in the seed only are one setting. The setting with the lowest mean loss on the set that
+decides is the method's; the others count in the Pareto fronts only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from lptransformer.errors import RunError
+from lptransformer.run_folder.metrics import Record
+from lptransformer.study.records import final_loss
+
+LEARNING_RATE = "train.learning_rate"
+# What runs of one setting may differ in: the seed, and what changes no weight.
+BESIDE = ("train.seed", "train.eval_every", "checkpoint.every")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error (None: from one value, or from none)."""
+
+    mean: float
+    error: float | None = None
+
+    def text(self, digits: int = 3, sign: str = "") -> str:
+        if not math.isfinite(self.mean):
+            return "-"
+        error = "" if self.error is None else f" ± {self.error:.{digits}f}"
+        return f"{self.mean:{sign}.{digits}f}{error}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best setting of a method: its runs by seed, and what it says of the keys that were varied."""
+
+    method: str
+    runs: dict[int, Record]
+    setting: str
+
+    def estimate(self, name: str, exit_block: int | None = None) -> Estimate:
+        """The loss on a validation set, nats per token, over the seeds."""
+        return estimate([final_loss(run, name, exit_block) for run in self.runs.values()])
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    if not values:
+        return Estimate(math.nan)
+    finite = all(map(math.isfinite, values))
+    return Estimate(fmean(values), stdev(values) / math.sqrt(len(values)) if finite and len(values) > 1 else None)
+
+
+def deciding_set(records: Sequence[Record], choose: str | None = None) -> tuple[str, int | None]:
+    """The validation set and the exit that decide: `choose`, else what the sweep said, else the first set.
+
+    Raises RunError where a run has no evaluation of it.
+    """
+    said = next((record["score"] for record in records if "score" in record), None)
+    first = next((name for record in records for name in record["evaluations"]), None)
+    name = choose or (said["set"] if said else first)
+    for record in records:
+        if name not in record["evaluations"]:
+            there = ", ".join(record["evaluations"]) or "none"
+            raise RunError(f"run {record['name']} has no evaluation on {name}; there are those on: {there}")
+    assert name is not None
+    return name, said["exit_block"] if said and choose in (None, said["set"]) else None
+
+
+def choices(records: Sequence[Record], choose: str | None = None) -> list[Choice]:
+    """The best setting of every method, in the order in which the methods come.
+
+    Only settings compete whose runs all got as far as the furthest setting of the method.
+    """
+    name, exit_block = deciding_set(records, choose)
+    found = []
+    for method, settings in _settings(records).items():
+        reached = {key: min(run["updates"] for run in runs) for key, runs in settings.items()}
+        furthest = [runs for key, runs in settings.items() if reached[key] == max(reached.values())]
+
+        def mean_loss(runs: Sequence[Record]) -> float:
+            mean = fmean(final_loss(run, name, exit_block) for run in runs)
+            return mean if math.isfinite(mean) else math.inf
+
+        best = min(furthest, key=mean_loss)
+        by_seed = {run["config"]["train"]["seed"]: run for run in best}
+        found.append(Choice(method, by_seed, _describe(best[0], [run for runs in settings.values() for run in runs])))
+    return found
+
+
+def find(of: Sequence[Choice], method: str, flag: str) -> Choice:
+    """Raises RunError when no run is of the method that `flag` names."""
+    for choice in of:
+        if choice.method == method:
+            return choice
+    raise RunError(f"{flag} {method}: no run has this method; there are {', '.join(choice.method for choice in of)}")
+
+
+def difference(choice: Choice, baseline: Choice, name: str) -> Estimate:
+    """Loss minus the baseline's on a set, nats per token, paired by seed; nan where they share none."""
+    seeds = [seed for seed in choice.runs if seed in baseline.runs]
+    return estimate([final_loss(choice.runs[s], name) - final_loss(baseline.runs[s], name) for s in seeds])
+
+
+def depth_gain_kept(choice: Choice, deep: Choice, shallow: Choice, name: str) -> Estimate:
+    """(shallow - method) / (shallow - deep) of the losses on a set: the share of what depth gains that is kept.
+
+    Of the means over the seeds that all three have; the standard error is the jackknife's.
+    """
+    seeds = [seed for seed in choice.runs if seed in deep.runs and seed in shallow.runs]
+    rows = [[final_loss(one.runs[seed], name) for one in (choice, deep, shallow)] for seed in seeds]
+
+    def share(rows: Sequence[Sequence[float]]) -> float:
+        method, deep, shallow = (fmean(column) for column in zip(*rows, strict=True))
+        return (shallow - method) / (shallow - deep) if shallow != deep else math.nan
+
+    if not rows:
+        return Estimate(math.nan)
+    if len(rows) == 1:
+        return Estimate(share(rows))
+    left_out = [share(rows[:i] + rows[i + 1 :]) for i in range(len(rows))]
+    mean = fmean(left_out)
+    factor = (len(rows) - 1) / len(rows)
+    return Estimate(share(rows), math.sqrt(factor * sum((one - mean) ** 2 for one in left_out)))
+
+
+def _settings(records: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
+    """Runs by method and setting, in the order in which they come."""
+    found: dict[str, dict[str, list[Record]]] = {}
+    for record in records:
+        values = {key: value for key, value in flat(record["config"]).items() if key not in BESIDE}
+        key = json.dumps(values, sort_keys=True)
+        found.setdefault(record["method"], {}).setdefault(key, []).append(record)
+    return found
+
+
+def _describe(best: Record, runs: Sequence[Record]) -> str:
+    """The learning rate, and all else that differs between the runs of a method; "lowest" where a lower was not tried.
+
+    An optimum at the end of what was tried may be no optimum.
+    """
+    tables = [flat(run["config"]) for run in runs]
+    own = flat(best["config"])
+    varied = [key for key in own if key not in BESIDE and len({json.dumps(t.get(key)) for t in tables}) > 1]
+    words = []
+    for key in dict.fromkeys((LEARNING_RATE, *varied)):
+        value = own[key]
+        word = f"{value:g}" if isinstance(value, float) else str(value)
+        tried = {table[key] for table in tables if isinstance(table.get(key), int | float)}
+        if len(tried) > 1 and value in (min(tried), max(tried)):
+            word += " (lowest tried)" if value == min(tried) else " (highest tried)"
+        words.append(word if key == LEARNING_RATE else f"{key.rpartition('.')[2]} {word}")
+    return ", ".join(words)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"seed": 0}} as {"train.seed": 0}."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

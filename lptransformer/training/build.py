@@ -1,0 +1,138 @@
+"""From a configuration to an engine: the one place where the parts are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lptransformer.config.checks import check_world_size, micro_batch_size
+from lptransformer.config.load import load
+from lptransformer.config.schema import Config
+from lptransformer.data.prepare import Prepared, prepare_all
+from lptransformer.data.train_stream import TrainStream
+from lptransformer.engine.deepspeed_pipeline import Built, PipelineBaseline
+from lptransformer.engine.deepspeed_stage import FrozenStage, TrainedStage, deepspeed_config
+from lptransformer.engine.engine import LocalUpdateEngine
+from lptransformer.engine.executor import LocalStage
+from lptransformer.engine.interface import EngineOptions, Stream, TrainingEngine, ValidSet
+from lptransformer.engine.optimizer import build_lr_scheduler, build_optimizer
+from lptransformer.engine.process_groups import World, join
+from lptransformer.errors import UserError
+from lptransformer.methods.dtypes import DTYPES
+from lptransformer.methods.stages import StagePlan
+from lptransformer.models import blueprint as blueprints
+from lptransformer.models.blueprint import Blueprint
+from lptransformer.models.stage import Stage, make_stage
+from lptransformer.processes import check_devices, launched_size, use_fair_share_of_cores
+from lptransformer.run_folder import layout
+
+
+def initialize(source: str | Path | dict[str, Any] | Config, overrides: Sequence[str] = ()) -> TrainingEngine:
+    """The engine of this process, from a YAML file or a dictionary; training data is prepared where it is missing.
+
+    Every process of the run calls this. Then `engine.train_batch()`, `engine.eval_batch(name)`,
+    `engine.save_checkpoint(folder)`, `engine.load_checkpoint(folder)`, and `engine.close()` at the end.
+    Raises ConfigError, DataError or ModelError for what the caller can mend.
+    """
+    return start(source if isinstance(source, Config) else load(source, overrides))[0]
+
+
+def start(config: Config) -> tuple[TrainingEngine, Prepared]:
+    """Join the world, prepare the data, build this process's stages."""
+    micro_batch_size(config)  # refused before processes wait for each other
+    check_world_size(config, launched_size())
+    check_devices(config.parallel.channel, config.parallel.data, config.engine)
+    use_fair_share_of_cores()
+    world = join_world(config)
+    data = prepare_once(config, world)
+    blueprint = blueprints.draw(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
+    stream = TrainStream(
+        [source.tokens for source in data.train],
+        [source.weight for source in data.train],
+        seed=config.train.seed,
+        micro_batch_size=blueprint.micro_batch_size,
+    )
+    engine = build_engine(config, world, blueprint, stream, data.valid)
+
+    def describe_run(folder: Path, overwrite: bool) -> None:
+        model = blueprint.model_config.to_dict()
+        layout.create(folder, config, model, data.tokenizer_folder, data.folders(), overwrite)
+
+    engine.describe_run = describe_run
+    return engine, data
+
+
+def join_world(config: Config) -> World:
+    """The world of this process: that of its pipeline rank, or of all where DeepSpeed's own pipeline trains."""
+    parallel, together = config.parallel, config.engine == "deepspeed_pipeline"
+    return join(parallel.pipeline, parallel.data, parallel.timeout_seconds, together=together)
+
+
+def prepare_once(config: Config, world: World) -> Prepared:
+    """Global rank 0 prepares first; the others then find what it made (or make it, where they share no disk)."""
+    first = world.global_rank == 0
+    if not first:
+        world.store.wait(["prepared"], timedelta(days=2))
+        if world.store.get("prepared") == b"failed":
+            world.store.queue_push("leaving", "")
+            raise SystemExit(UserError.exit_code)  # global rank 0 has said why
+    try:
+        data = prepare_all(**config.data.model_dump(), progress=first)
+    except UserError:
+        if first:
+            world.store.set("prepared", "failed")
+            for _ in range(world.size - 1):  # global rank 0 keeps the store: it goes last
+                world.store.queue_pop("leaving", True)
+        raise
+    if first:
+        world.store.set("prepared", "yes")
+    return data
+
+
+def build_engine(
+    config: Config, world: World, blueprint: Blueprint, stream: Stream, valid: Mapping[str, ValidSet]
+) -> TrainingEngine:
+    """The engine that the configuration names, over a stream of micro-batches and validation sets."""
+    train, dtype = config.train, DTYPES[config.train.dtype]
+    torch_dtype: torch.dtype = getattr(torch, dtype.name)
+    ds_config = deepspeed_config(
+        config.deepspeed,
+        micro_batch_size=blueprint.micro_batch_size,
+        zero_stage=blueprint.zero_stage,
+        bf16=train.dtype == "bf16",
+        grad_clip=train.grad_clip,
+    )
+
+    def make(plan: StagePlan) -> Stage:
+        stage = make_stage(plan, blueprint, seed=train.seed, pretrained=config.model.pretrained)
+        return stage.to(world.device, torch_dtype if train.dtype == "fp64" else None)
+
+    def with_optimizer(stage: Stage) -> Built:
+        optimizer = build_optimizer(stage.parameters(), config.optimizer, train.learning_rate)
+        return stage, optimizer, build_lr_scheduler(optimizer, train.lr_scheduler, train.steps, train.warmup_steps)
+
+    def build(plan: StagePlan) -> LocalStage:
+        stage = make(plan)
+        if not plan.trained:
+            return FrozenStage(stage.to(torch_dtype))
+        if stage.head is not None:
+            stage.head.cast_copies(torch_dtype)  # DeepSpeed casts the parameters
+        return TrainedStage(*with_optimizer(stage), ds_config, train.grad_clip, blueprint.objective.delayed)
+
+    options = EngineOptions(train.max_skipped_updates, config.parallel.channel, config.run.trace)
+    if config.engine == "deepspeed_pipeline":
+        return PipelineBaseline(
+            world,
+            blueprint,
+            lambda plan: with_optimizer(make(plan)),
+            ds_config,
+            stream,
+            valid,
+            options,
+            grad_clip=train.grad_clip,
+        )
+    return LocalUpdateEngine(world, blueprint, build, stream, valid, options)

@@ -1,0 +1,135 @@
+"""Starting a program: command line to exit code, the deepspeed launcher around `worker`, signals to the workers."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+
+from lptransformer.config.checks import check_world_size
+from lptransformer.config.load import load
+from lptransformer.config.schema import Config
+from lptransformer.errors import RunError, TrainingError, UserError
+from lptransformer.run_folder.layout import COMMAND_VARIABLE, command_line
+
+DEVICES_VARIABLE = "LPTRANSFORMER_VISIBLE_DEVICES"
+
+
+def add_training_flags(sub: argparse.ArgumentParser) -> None:
+    """The flags of `train`, the same here and in launch/train.py."""
+    sub.add_argument("--resume", action="store_true", help="continue the run in run.dir from its newest checkpoint")
+    sub.add_argument("--overwrite", action="store_true", help="replace the run in run.dir")
+    text = "stop after update N, evaluated and saved; --resume goes on (the learning rate goes by train.steps)"
+    sub.add_argument("--until", type=int, metavar="N", help=text)
+
+
+def check_until(config: Config, until: int | None, resume: bool) -> None:
+    """Raises RunError when --until names no update of the run, or one that the run to be resumed has done already."""
+    if until is None:
+        return
+    if not 1 <= until <= config.train.steps:
+        raise RunError(f"--until={until}: give an update from 1 to train.steps = {config.train.steps}")
+    if resume:
+        from lptransformer.run_folder import checkpoint
+
+        assert config.run.dir is not None
+        done = checkpoint.latest(config.run.dir)
+        if done >= until:
+            raise RunError(f"--until={until}: {config.run.dir} already has {done} updates; nothing to resume")
+
+
+def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> None:
+    """Parse, run, and turn errors into one line and an exit code."""
+    args, overrides = parser.parse_known_args(arguments)
+    args.overrides = overrides
+    try:
+        args.run(args)
+    except (UserError, TrainingError) as error:
+        print(f"lptransformer: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def launch(config_path: str, arguments: Sequence[str], processes: int) -> int:
+    """Train in `processes` processes on this machine, through the deepspeed launcher; returns its exit code.
+
+    Ctrl-C and SIGTERM are handed on to the workers alone, which then save and leave; the launcher itself would kill
+    what takes longer than 30 seconds.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise RunError("WORLD_SIZE is set: a launcher has started `train`. Let it start launch/train.py instead")
+    environment = {**os.environ, COMMAND_VARIABLE: json.dumps(command_line())}
+    if "CUDA_VISIBLE_DEVICES" in os.environ:  # the launcher sets its own where it is told a number of processes
+        environment[DEVICES_VARIABLE] = os.environ["CUDA_VISIBLE_DEVICES"]
+    cores = len(os.sched_getaffinity(0))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=error", f"--num_gpus={processes}"]
+    command += [f"--master_port={_free_port()}", "--module", "lptransformer.training.launcher", "--config", config_path]
+    launcher = subprocess.Popen([*command, *arguments], env=environment, start_new_session=True)
+
+    signals = 0
+
+    def hand_on(signum: int, frame: Any) -> None:
+        nonlocal signals
+        signals += 1
+        workers = _workers(launcher.pid)
+        if not workers or signals >= 3:  # nothing to save yet, or nobody listens: end the launcher's whole session
+            os.killpg(launcher.pid, signal.SIGTERM if signals < 3 else signal.SIGKILL)
+        for worker in workers:
+            with contextlib.suppress(psutil.Error):
+                worker.send_signal(signal.SIGTERM)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, hand_on)
+    return launcher.wait()
+
+
+def _workers(runner: int) -> list[psutil.Process]:
+    """The training processes: the runner starts one launcher, the launcher starts them."""
+    try:
+        return [worker for one in psutil.Process(runner).children() for worker in one.children()]
+    except psutil.Error:
+        return []
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """One training process, as a launcher (deepspeed, torchrun) starts it."""
+    text = "One training process; start it with `deepspeed` or `torchrun`."
+    parser = argparse.ArgumentParser(description=text, allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK says it
+    add_training_flags(parser)
+    parser.set_defaults(run=worker)
+    run(parser, arguments)
+
+
+def worker(args: argparse.Namespace) -> None:
+    if DEVICES_VARIABLE in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[DEVICES_VARIABLE]  # before torch is imported
+    config = load(args.config, args.overrides)
+    check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_until(config, args.until, args.resume and os.environ.get("RANK", "0") == "0")
+    from lptransformer.training.train import train
+
+    train(config, args.resume, args.overwrite, args.until)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""What a person sees of a run while it trains.
+
+The records are those of lptransformer.run_folder.metrics. Where the output is not a terminal everything is plain lines.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from types import TracebackType
+
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from lptransformer.console import clock, megabytes, print_line, short_number, standard_console
+from lptransformer.run_folder.metrics import Record, Stages
+
+
+class Progress:
+    """The display of a run of `total_updates` updates, as a context manager on global rank 0.
+
+    In a terminal: a bar, a row per stage, and messages above them. Elsewhere: plain lines, the first and the last
+    update and in between at most one every `interval_seconds`, every evaluation and every message. `quiet` leaves
+    only the messages.
+    """
+
+    def __init__(
+        self,
+        total_updates: int,
+        stages: Stages,
+        quiet: bool = False,
+        console: Console | None = None,
+        interval_seconds: float = 5.0,
+    ) -> None:
+        self.total_updates = total_updates
+        self.stages = stages
+        self.quiet = quiet
+        self.console = console or standard_console()
+        self.interval_seconds = interval_seconds
+        self._live: Live | None = None
+        self._started = time.monotonic()
+        self._first: tuple[int, float] | None = None  # the first update of this process and when it was done
+        self._updated = self._started
+        self._record: Record | None = None
+        self._printed_update: int | None = None
+        self._printed_at = -math.inf
+        self._skipped = {stage: 0 for stage, _, _ in stages}
+        self._skipped_since_line: set[int] = set()
+        self._evaluations: dict[str, Record] = {}
+
+    def __enter__(self) -> Progress:
+        self._started = time.monotonic()
+        if self.console.is_interactive and not self.quiet:
+            self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        elif self._record is not None and self._printed_update != self._record["update"]:
+            self._print_update(self._record)
+
+    def update(self, record: Record) -> None:
+        """Show the record of an update."""
+        now = time.monotonic()
+        self._first = self._first or (record["update"], now)
+        self._record, self._updated = record, now
+        for entry in record["stages"]:
+            if entry["skipped"]:
+                self._skipped[entry["stage"]] += 1
+                self._skipped_since_line.add(entry["stage"])
+        last = record["update"] == self.total_updates
+        if self._live is None and (last or now - self._printed_at >= self.interval_seconds):
+            self._print_update(record)
+
+    def evaluation(self, record: Record) -> None:
+        """Show the record of an evaluation."""
+        # A new dictionary: the thread that redraws the display may be walking through the old one.
+        self._evaluations = self._evaluations | {record["evaluation"]: record}
+        if self._live is None and not self.quiet:
+            exits = record["exits"]
+            parts = [
+                f"evaluation {record['update']}/{self.total_updates}",
+                record["evaluation"],
+                "nll " + " ".join(f"{e['nll_per_token']:.3f}" for e in exits),
+                "perplexity " + " ".join(_perplexity(e["perplexity"]) for e in exits),
+                "bits/byte " + " ".join(f"{e['bits_per_byte']:.3f}" for e in exits),
+            ]
+            print_line(self.console, "  ".join(parts))
+
+    def message(self, text: str) -> None:
+        """Print a line, above the display where there is one."""
+        print_line(self.console, text)
+
+    def _print_update(self, record: Record) -> None:
+        self._printed_update, self._printed_at = record["update"], time.monotonic()
+        if not self.quiet:
+            print_line(self.console, self._line(record))
+        self._skipped_since_line.clear()
+
+    def _line(self, record: Record) -> str:
+        entries = record["stages"]
+        parts = [
+            f"update {record['update']}/{self.total_updates}",
+            "loss " + " ".join(_optional(e["loss"], ".3f") for e in entries),
+            "grad " + " ".join(_optional(e["grad_norm"], ".2g") for e in entries),
+            f"lr {record['learning_rate']:.1e}",
+            f"{short_number(record['tokens_per_second'])} tok/s",
+            f"eta {clock(self._remaining_seconds())}",
+            "idle " + " ".join(f"{e['idle_share']:.0%}" for e in entries),
+            megabytes(max(e["memory_bytes"] for e in entries)),
+        ]
+        if self._skipped_since_line:
+            parts.append("SKIPPED by stage " + ", ".join(map(str, sorted(self._skipped_since_line))))
+        return "  ".join(parts)
+
+    def _remaining_seconds(self) -> float:
+        """At the speed of this process since its first update, which is slower than the others; nan if unknown."""
+        if self._record is None or self._first is None:
+            return math.nan
+        remaining: int = self.total_updates - self._record["update"]
+        if remaining <= 0:
+            return 0.0
+        first_update, first_done = self._first
+        done: int = self._record["update"] - first_update
+        if done == 0:
+            return remaining * (first_done - self._started)
+        per_update = (self._updated - first_done) / done
+        return max(0.0, remaining * per_update - (time.monotonic() - self._updated))
+
+    def _render(self) -> RenderableType:
+        tables = [self._render_stages()] + ([self._render_evaluations()] if self._evaluations else [])
+        return Group(self._render_bar(), Columns(tables, padding=(0, 3)))  # side by side where the terminal is wide
+
+    def _render_bar(self) -> RenderableType:
+        done = self._record["update"] if self._record else 0
+        speed = f"{short_number(self._record['tokens_per_second'])} tok/s" if self._record else "starting"
+        elapsed, eta = clock(time.monotonic() - self._started), clock(self._remaining_seconds())
+        row = Table.grid(padding=(0, 2), expand=True)
+        row.add_column(no_wrap=True)
+        row.add_column(ratio=1)
+        row.add_column(no_wrap=True)
+        row.add_row(
+            Text(f"update {done}/{self.total_updates}", style="bold"),
+            ProgressBar(total=max(self.total_updates, 1), completed=done),
+            Text(f"{speed}  {elapsed} elapsed  eta {eta}"),
+        )
+        return row
+
+    def _render_stages(self) -> Table:
+        entries = {entry["stage"]: entry for entry in self._record["stages"]} if self._record else {}
+        grid = Table(box=None, padding=(0, 1), header_style="dim")
+        for name in ("stage", "blocks", "loss", "grad norm", "lr", "memory", "idle", "skipped"):
+            grid.add_column(name, justify="right", no_wrap=True)
+        for stage, first, last in self.stages:
+            cells = [str(stage), f"{first}-{last}" if last > first else str(first)]
+            entry = entries.get(stage)
+            if entry and self._record:
+                cells += [
+                    _optional(entry["loss"], ".3f"),
+                    _optional(entry["grad_norm"], ".2g"),
+                    f"{self._record['learning_rate']:.1e}",
+                    megabytes(entry["memory_bytes"]),
+                    f"{entry['idle_share']:.0%}",
+                ]
+            else:
+                cells += ["-"] * 5
+            grid.add_row(*cells, str(self._skipped[stage]), style="bold red" if entry and entry["skipped"] else None)
+        return grid
+
+    def _render_evaluations(self) -> Table:
+        grid = Table(box=None, padding=(0, 1), header_style="dim")
+        grid.add_column("nll / perplexity of exit", justify="right", no_wrap=True)
+        for name, record in self._evaluations.items():
+            grid.add_column(Text(f"{name} @{record['update']}"), justify="right", no_wrap=True)
+        for stage, _, last in self.stages:
+            cells = [f"after block {last}"]
+            for record in self._evaluations.values():
+                exits = [e for e in record["exits"] if e["stage"] == stage]
+                cells += [f"{e['nll_per_token']:.3f} / {_perplexity(e['perplexity'])}" for e in exits] or ["-"]
+            grid.add_row(*cells)
+        return grid
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 or math.isnan(value) else f"{value:.0f}" if value < 1e6 else f"{value:.1e}"

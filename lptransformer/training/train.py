@@ -1,0 +1,173 @@
+"""Training, as a story: check, start, then update after update, report, evaluate, save, until it is enough."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lptransformer.config.checks import pretrained_warning
+from lptransformer.config.schema import Config
+from lptransformer.data.prepare import Prepared
+from lptransformer.engine.interface import Report, TrainingEngine, UpdateResult
+from lptransformer.engine.p2p import Control
+from lptransformer.engine.process_groups import lost_processes_in_our_words
+from lptransformer.errors import TrainingError
+from lptransformer.planning.dry_run import print_stages
+from lptransformer.processes import launched_rank, on_stop_signals
+from lptransformer.run_folder import checkpoint, layout
+from lptransformer.run_folder.loss_plot import plot_losses
+from lptransformer.run_folder.metrics import Aggregator, TraceReport, text_counts
+from lptransformer.run_folder.metrics_log import MetricsWriter, read_metrics
+from lptransformer.run_folder.trace import TraceWriter
+from lptransformer.training.auto_batch import agreed, recorded
+from lptransformer.training.build import start
+from lptransformer.training.progress import Progress
+
+
+def train(config: Config, resume: bool = False, overwrite: bool = False, until: int | None = None) -> None:
+    """Train as configured, in the run folder `config.run.dir`; every process of the run calls this.
+
+    With `until` the run stops after that update, evaluated and saved, and can be resumed: learning rate and all else
+    go by train.steps.
+    Raises UserError before anything is written when the run cannot start, TrainingError when it cannot go on.
+    """
+    assert config.run.dir is not None
+    folder = Path(config.run.dir)
+    if launched_rank() == 0:
+        layout.check(folder, recorded(config) if resume else config, resume, overwrite)
+    with agreed(config, resume) as config:
+        engine, data = start(config)
+    with engine.world.starting():  # a run folder appears only when every process has got this far
+        if resume:
+            layout.check_data(folder, data.folders())
+            engine.load_checkpoint(folder)
+    if engine.world.global_rank == 0:
+        if resume:
+            checkpoint.remove_newer(folder, engine.update)
+            layout.note_resume(folder, config, engine.update)
+        else:
+            assert engine.describe_run is not None
+            engine.describe_run(folder, overwrite)
+    desk = Desk(engine, config, data, folder, resume, until)
+    with lost_processes_in_our_words(), desk, stopping_cleanly(engine):
+        while True:
+            engine.request(due(config, engine.update + 1, until))
+            result = desk.watch(engine.train_batch)
+            desk.take(result.reports)
+            if result.control & Control.SAVE:
+                engine.save_checkpoint(folder)
+            if result.control & Control.EVALUATE:
+                for name in engine.valid:
+                    desk.take(engine.eval_batch(name))
+            if result.control & Control.STOP:
+                break
+        desk.take(engine.close())
+
+
+def due(config: Config, update: int, until: int | None = None) -> Control:
+    """What follows an update by the plan of the run. The last update, or that of `until`, is followed by everything."""
+    train = config.train
+    if update >= (until or train.steps):
+        return Control.EVALUATE | Control.SAVE | Control.STOP
+    control = Control.NOTHING
+    if train.eval_every and update % train.eval_every == 0:
+        control |= Control.EVALUATE
+    if config.checkpoint.every and update % config.checkpoint.every == 0:
+        control |= Control.SAVE
+    return control
+
+
+@contextlib.contextmanager
+def stopping_cleanly(engine: TrainingEngine) -> Iterator[None]:
+    """SIGTERM and Ctrl-C save and stop after the update under way; a third Ctrl-C ends the process at once."""
+    interrupts = 0
+
+    def stop(signum: int, frame: Any) -> None:
+        nonlocal interrupts
+        engine.request(Control.SAVE | Control.STOP, urgent=True)
+        interrupts += signum == signal.SIGINT
+        if interrupts == 2:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # works inside a wait, where no handler of Python's runs
+
+    with on_stop_signals(stop):
+        yield
+
+
+class Desk:
+    """Where reports arrive. Global rank 0 shows and writes them; on the other processes this does nothing."""
+
+    def __init__(
+        self,
+        engine: TrainingEngine,
+        config: Config,
+        data: Prepared,
+        folder: Path,
+        resume: bool,
+        until: int | None = None,
+    ) -> None:
+        self.open = engine.world.global_rank == 0
+        if not self.open:
+            return
+        self.folder = folder
+        self.stages = [(plan.index, plan.first_block, plan.last_block) for plan in engine.stages]
+        tokens, seconds = 0, 0.0
+        if resume:
+            before = [r for r in read_metrics(folder) if "stages" in r and r["update"] <= engine.update]
+            tokens = engine.update * engine.blueprint.label_tokens
+            seconds = before[-1]["seconds"] if before else 0.0
+        texts = {name: text_counts(token_set.manifest) for name, token_set in data.valid.items()}
+        self.aggregator = Aggregator(
+            self.stages, engine.world.data_size, texts, update=engine.update, tokens=tokens, seconds=seconds
+        )
+        self.writer = MetricsWriter(folder, resume_at=engine.update if resume else None)
+        self.trace = TraceWriter(folder) if config.run.trace else None
+        self.progress = Progress(until or config.train.steps, self.stages)
+        print_stages(f"run folder: {folder}", config, engine.blueprint)
+        if warning := pretrained_warning(config):
+            self.progress.message(warning)
+
+    def __enter__(self) -> Desk:
+        if self.open:
+            self.progress.__enter__()
+        return self
+
+    def watch(self, update: Callable[[], UpdateResult]) -> UpdateResult:
+        """An update; when it is the one that ends the run, what was reported until then is kept."""
+        try:
+            return update()
+        except TrainingError as error:
+            self.take(error.reports)
+            raise
+
+    def take(self, reports: Iterable[Report]) -> None:
+        if not self.open:
+            return
+        for report in reports:
+            if isinstance(report, TraceReport):
+                assert self.trace is not None
+                self.trace.write(report)
+                continue
+            for record in self.aggregator.add(report):
+                self.writer.write(record)
+                if "evaluation" in record:
+                    self.progress.evaluation(record)
+                else:
+                    self.progress.update(record)
+                    self._say_skips(record)
+
+    def _say_skips(self, record: dict[str, Any]) -> None:
+        for stage in record["stages"]:
+            if stage["skipped"]:
+                self.progress.message(f"stage {stage['stage']} skipped update {record['update']}: not finite")
+
+    def __exit__(self, *exc: Any) -> None:
+        if not self.open:
+            return
+        self.progress.__exit__(*exc)
+        self.writer.close()
+        records = read_metrics(self.folder)
+        if any("stages" in record for record in records):
+            plot_losses(records, self.folder / "loss.png", self.stages)

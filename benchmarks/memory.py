@@ -31,7 +31,7 @@ from allocations import Allocations, recorded
 from lptransformer.config.load import load
 from lptransformer.data.token_set import Batch
 from lptransformer.engine.process_groups import World, join, leave
-from lptransformer.models import family
+from lptransformer.models import hf_config
 from lptransformer.models.blueprint import draw
 from lptransformer.processes import use_fair_share_of_cores
 from lptransformer.study.markdown_tables import ResultTable, update
@@ -89,7 +89,7 @@ def plain(case: dict[str, int], checkpointed: bool) -> list[int]:
     """Hugging Face's own model and loss, one backward pass per micro-batch."""
     config = load(sizes(**case, contender=BACKPROP))
     blueprint = draw(config, case["vocabulary"], None)
-    model = family.model_class(blueprint.model_config)(blueprint.model_config).train()
+    model = hf_config.model_class(blueprint.model_config)(blueprint.model_config).train()
     if checkpointed:
         model.activation_checkpointing_enable()
     ids = random_batch(case["window"], case["vocabulary"]).input_ids

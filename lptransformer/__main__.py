@@ -212,9 +212,10 @@ def sweep(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     no_overrides(args)
-    from lptransformer.study.report import compare, report_trace
+    from lptransformer.study.report import compare
     from lptransformer.study.report import report as report_run
     from lptransformer.study.result_tables import Question
+    from lptransformer.study.trace_report import report_trace
 
     paths = [Path(run) for run in args.runs]
     compared = [f"--{name}" for name in COMPARISON if getattr(args, name) is not None]

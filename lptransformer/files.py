@@ -72,3 +72,11 @@ def write_output(path: Path, text: str, flag: str) -> None:
 def _is_stream(path: Path) -> bool:
     """Such as /dev/stdout, whatever that is: it cannot be replaced, and what was written before stays before."""
     return path.exists() and not path.is_dir() and (path.is_relative_to("/dev") or not path.is_file())
+
+
+def make_folder(path: Path, flag: str) -> None:
+    """A folder that the command line names, if it is not there. Raises UserError where none can be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag}={path}: no folder can be made there ({error.strerror}); give another") from None

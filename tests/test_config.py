@@ -642,7 +642,7 @@ def test_the_tables_are_those_of_the_installed_deepspeed() -> None:
 
 
 def test_families_are_those_that_can_be_built() -> None:
-    from lptransformer.models.family import FAMILIES as BUILDERS
+    from lptransformer.models.hf_config import FAMILIES as BUILDERS
 
     assert set(FAMILIES) == set(BUILDERS)
 

@@ -30,7 +30,7 @@ from lptransformer.evaluation.spectrum import Moments, effective_rank, stable_ra
 from lptransformer.evaluation.trained_model import RunModel
 from lptransformer.methods import objectives
 from lptransformer.methods.spans import Phase, Span
-from lptransformer.models import family
+from lptransformer.models import hf_config
 from lptransformer.models.stage import make_stage
 from lptransformer.run_folder import layout
 
@@ -41,7 +41,7 @@ OVERLAPPING = {"chunks": 4, "overlap": 1, "first_head": True}
 
 
 def make_model(name: str, of_family: str = "gpt2", head: dict[str, Any] | None = None, **options: Any) -> RunModel:
-    config = family.new_config(of_family, vocab_size=VOCAB, **SIZES)
+    config = hf_config.new_config(of_family, vocab_size=VOCAB, **SIZES)
     blueprint = drawn(config, name, head=head, length=WINDOW, **options)
     stages = [make_stage(plan, blueprint, seed=3).eval() for plan in blueprint.stages]
     generator = torch.Generator().manual_seed(1)

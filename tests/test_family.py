@@ -38,7 +38,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from lptransformer.errors import ModelError
-from lptransformer.models import family, split
+from lptransformer.models import hf_config, hf_parts, split
 from lptransformer.models.cross_entropy import LogitRule
 from lptransformer.models.head import CROSS_ENTROPY, Head, LossBatch, Readout
 from lptransformer.models.split import Piece
@@ -138,7 +138,7 @@ def joined_hidden_states(joined: list[Piece]) -> Tensor:
 
 def last_head(config: Any, last: Piece, chunk_tokens: int = 16) -> Head:
     assert last.norm is not None and last.readout is not None
-    return Head(last.norm, Readout(last.readout.weight, chunk_tokens, family.anatomy(config).logit_rule))
+    return Head(last.norm, Readout(last.readout.weight, chunk_tokens, hf_parts.anatomy(config).logit_rule))
 
 
 @torch.no_grad()
@@ -147,7 +147,7 @@ def joined_logits(config: Any, joined: list[Piece]) -> Tensor:
 
 
 def make(config: Any, cut: list[range], folder: Path | None = None, seed: int | None = 0) -> list[Piece]:
-    parts = family.anatomy(config)
+    parts = hf_parts.anatomy(config)
     placed = [(blocks, blocks.start == 0, blocks.stop == BLOCKS) for blocks in cut]
     if folder is not None:
         return [split.load_piece(folder, config, parts, *place) for place in placed]
@@ -156,7 +156,7 @@ def make(config: Any, cut: list[range], folder: Path | None = None, seed: int | 
 
 def weights_of(config: Any, joined: list[Piece]) -> dict[str, Tensor]:
     """All weights under the names of the whole model."""
-    parts, weights = family.anatomy(config), {}
+    parts, weights = hf_parts.anatomy(config), {}
     for piece in joined:
         weights |= {f"{parts.base}.{name}": parameter for name, parameter in piece.base.named_parameters()}
     last = joined[-1]
@@ -176,7 +176,7 @@ def test_loaded_pieces_joined_give_the_logits_of_the_whole_model(
     whole = AutoModelForCausalLM.from_pretrained(folders[name])
     with torch.no_grad():
         expected = whole(input_ids()).logits
-    config = family.read_config(folders[name])
+    config = hf_config.read_config(folders[name])
     assert torch.equal(joined_logits(config, make(config, cut, folders[name])), expected)
 
 
@@ -197,7 +197,7 @@ def test_the_loss_of_the_last_head_and_its_gradients_are_those_of_the_whole_mode
     name: str, folders: dict[str, Path]
 ) -> None:
     """Scales and caps are inside the chunked loss."""
-    config = family.read_config(folders[name])
+    config = hf_config.read_config(folders[name])
     (piece,) = make(config, ONE_PIECE, folders[name])
     head = last_head(config, piece)
     config.tie_word_embeddings = False  # a gradient of the readout that is its own
@@ -213,7 +213,7 @@ def test_the_loss_of_the_last_head_and_its_gradients_are_those_of_the_whole_mode
     torch.testing.assert_close(total, expected * 57, rtol=1e-6, atol=0)
     gradient = whole.get_output_embeddings().weight.grad
     torch.testing.assert_close(head.readout.weight.grad, gradient, rtol=1e-5, atol=1e-7)
-    norm = dict(whole.get_submodule(family.anatomy(config).norm).named_parameters())
+    norm = dict(whole.get_submodule(hf_parts.anatomy(config).norm).named_parameters())
     assert norm
     for key, parameter in head.norm.named_parameters():
         torch.testing.assert_close(parameter.grad, norm[key].grad, rtol=1e-5, atol=1e-7)
@@ -221,26 +221,26 @@ def test_the_loss_of_the_last_head_and_its_gradients_are_those_of_the_whole_mode
 
 @every_family
 def test_the_rule_for_logits_is_found(name: str) -> None:
-    assert family.anatomy(CONFIGS[name]).logit_rule == RULES.get(name, LogitRule())
+    assert hf_parts.anatomy(CONFIGS[name]).logit_rule == RULES.get(name, LogitRule())
 
 
 def test_a_rule_for_logits_that_no_number_of_the_configuration_gives_is_not_found() -> None:
     config = Gemma2Config(**GROUPED, head_dim=8, final_logit_softcapping=30.0, attn_logit_softcapping=50.0)
     plain = torch.linspace(-100, 100, 99)
-    assert family._find_logit_rule(config, plain, LogitRule(cap=50.0)(plain)) == LogitRule(cap=50.0)
-    assert family._find_logit_rule(config, plain, LogitRule(30.0, 1.0, 50.0)(plain)) == LogitRule(30.0, 1.0, 50.0)
+    assert hf_parts._find_logit_rule(config, plain, LogitRule(cap=50.0)(plain)) == LogitRule(cap=50.0)
+    assert hf_parts._find_logit_rule(config, plain, LogitRule(30.0, 1.0, 50.0)(plain)) == LogitRule(30.0, 1.0, 50.0)
     for logits in (LogitRule(cap=31.0)(plain), plain * 2, plain.clamp(-30, 30), plain + 1):
-        assert family._find_logit_rule(config, plain, logits) is None
+        assert hf_parts._find_logit_rule(config, plain, logits) is None
 
 
 @every_family
 def test_every_weight_is_in_one_piece(name: str, folders: dict[str, Path]) -> None:
-    config = family.read_config(folders[name])
+    config = hf_config.read_config(folders[name])
     untied = copy.deepcopy(config)
     untied.tie_word_embeddings = False
     expected = sorted(name for name, _ in AutoModelForCausalLM.from_config(untied).named_parameters())
     for joined in (make(config, CUTS[2], folders[name]), make(config, CUTS[2])):
-        parts = family.anatomy(config)
+        parts = hf_parts.anatomy(config)
         found = [f"{parts.base}.{key}" for piece in joined for key, _ in piece.base.named_parameters()]
         assert joined[-1].norm is not None
         found += [f"{parts.norm}.{key}" for key, _ in joined[-1].norm.named_parameters()]
@@ -262,9 +262,9 @@ def test_new_weights_do_not_depend_on_the_partition(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama grouped heads, tied"])
 @pytest.mark.parametrize("loaded", [False, True])
 def test_embedding_and_readout_are_never_one_tensor(name: str, loaded: bool, folders: dict[str, Path]) -> None:
-    config = family.read_config(folders[name])
+    config = hf_config.read_config(folders[name])
     (piece,) = make(config, ONE_PIECE, folders[name] if loaded else None)
-    parts = family.anatomy(config)
+    parts = hf_parts.anatomy(config)
     embedding = piece.base.get_submodule(parts.token_embedding.removeprefix(f"{parts.base}.")).weight
     assert piece.readout is not None and isinstance(embedding, Tensor)
     assert embedding.data_ptr() != piece.readout.weight.data_ptr()
@@ -274,7 +274,7 @@ def test_embedding_and_readout_are_never_one_tensor(name: str, loaded: bool, fol
 @every_family
 def test_loaded_weights_are_fp32_whatever_the_file_holds(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.bfloat16).save_pretrained(tmp_path)
-    config = family.read_config(tmp_path)
+    config = hf_config.read_config(tmp_path)
     for piece in make(config, CUTS[1], tmp_path):
         assert {parameter.dtype for parameter in piece.base.parameters()} == {torch.float32}
     for piece in make(config, CUTS[1]):
@@ -302,8 +302,8 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["gpt2", "llama grouped heads, tied"])
 @pytest.mark.parametrize("loaded", [False, True])
 def test_only_owned_tensors_are_allocated(name: str, loaded: bool, folders: dict[str, Path]) -> None:
-    config = family.read_config(folders[name])
-    parts = family.anatomy(config)
+    config = hf_config.read_config(folders[name])
+    parts = hf_parts.anatomy(config)
     table = (VOCAB, 32)
     place: tuple[range, bool, bool]
     for place, with_table in (((range(0, 1), True, False), True), ((range(1, 3), False, False), False)):
@@ -322,13 +322,13 @@ def test_only_owned_tensors_are_allocated(name: str, loaded: bool, folders: dict
 
 def test_anatomy_allocates_no_weights() -> None:
     with Allocations() as seen:
-        family.anatomy(CONFIGS["llama"])
+        hf_parts.anatomy(CONFIGS["llama"])
     assert not seen.shapes & {(VOCAB, 32), (48, 32), (32, 48)}
 
 
 def test_auxiliary_heads_are_like_the_models_own_and_differ_from_block_to_block() -> None:
     config = CONFIGS["llama"]
-    parts = family.anatomy(config)
+    parts = hf_parts.anatomy(config)
     heads = [split.new_head(config, parts, block, seed=0) for block in (0, 1, 0)]
     readouts = [one.linear((parts.hidden_size, parts.vocab_size))[0].weight for one in heads]
     assert readouts[0].shape == (VOCAB, 32) and type(heads[0].norm).__name__ == "LlamaRMSNorm"
@@ -337,15 +337,15 @@ def test_auxiliary_heads_are_like_the_models_own_and_differ_from_block_to_block(
 
 def test_a_saved_configuration_is_the_same_configuration() -> None:
     for config in CONFIGS.values():
-        config = family._for_training(copy.deepcopy(config))
-        again = family.saved_config(json.loads(json.dumps(config.to_dict())))
+        config = hf_config.for_training(copy.deepcopy(config))
+        again = hf_config.saved_config(json.loads(json.dumps(config.to_dict())))
         assert type(again) is type(config) and again.to_dict() == config.to_dict()
     with pytest.raises(ModelError, match="no causal LM"):
-        family.saved_config({"model_type": "t5"})
+        hf_config.saved_config({"model_type": "t5"})
 
 
 def test_dropout_is_off() -> None:
-    config = family._for_training(OPTConfig(**LIKE_LLAMA, dropout=0.1, layerdrop=0.1, attention_dropout=0.1))
+    config = hf_config.for_training(OPTConfig(**LIKE_LLAMA, dropout=0.1, layerdrop=0.1, attention_dropout=0.1))
     assert (config.dropout, config.layerdrop, config.attention_dropout) == (0.0, 0.0, 0.0)
 
 
@@ -390,7 +390,7 @@ UNCUTTABLE = {
 def test_a_family_that_cannot_be_cut_is_refused(why: str) -> None:
     config, message = UNCUTTABLE[why]
     with pytest.raises(ModelError, match=message) as caught:
-        family.anatomy(config)
+        hf_parts.anatomy(config)
     assert "\n" not in str(caught.value) and "cannot be cut" in str(caught.value)
 
 
@@ -443,8 +443,8 @@ def test_a_broken_model_folder_is_refused_by_name(what: str, folders: dict[str, 
     shutil.copytree(folders["llama"], folder)
     spoil(folder)
     with pytest.raises(ModelError, match=message) as caught:
-        config = family.read_config(folder)
-        parts = family.anatomy(config)
+        config = hf_config.read_config(folder)
+        parts = hf_parts.anatomy(config)
         last = config.num_hidden_layers - 1
         split.load_piece(folder, config, parts, range(2, last + 1), False, True)
     assert f"model.pretrained is {folder}" in str(caught.value) and "\n" not in str(caught.value)
@@ -454,5 +454,5 @@ def test_tensors_of_other_stages_may_be_missing(folders: dict[str, Path], tmp_pa
     """A stage reads what it owns: another one says what it misses."""
     shutil.copytree(folders["llama"], tmp_path, dirs_exist_ok=True)
     _edit_weights(tmp_path, UP, None)
-    config = family.read_config(tmp_path)
-    split.load_piece(tmp_path, config, family.anatomy(config), range(0, 2), True, False)
+    config = hf_config.read_config(tmp_path)
+    split.load_piece(tmp_path, config, hf_parts.anatomy(config), range(0, 2), True, False)

@@ -23,7 +23,7 @@ from lptransformer.data.token_set import Batch
 from lptransformer.errors import ConfigError, RunError
 from lptransformer.evaluation import trained_model
 from lptransformer.evaluation.export import export_run
-from lptransformer.models import family
+from lptransformer.models import hf_config
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.cross_entropy import IGNORE_INDEX
 from lptransformer.models.head import CROSS_ENTROPY, Copy, Head, LossBatch, LossTerm, Readout, token_positions
@@ -42,7 +42,7 @@ CONFIGS: dict[str, Any] = {
     ),
 }
 for _config in CONFIGS.values():
-    family._for_training(_config)
+    hf_config.for_training(_config)
 BLOCK = 1  # of the auxiliary head
 KINDS: dict[str, dict[str, Any]] = {
     "private": {},

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from fake_runs import falling, make_run
 
+from lptransformer import files
 from lptransformer.__main__ import COMPARISON, parser
 from lptransformer.errors import RunError, UserError
-from lptransformer.study import collect, pareto, plots, records, report
-from lptransformer.study.comparison import choices, deciding_set, depth_gain_kept, difference, estimate, find
+from lptransformer.study import collect, comparison, plots, records
+from lptransformer.study.comparison import Point, choices, deciding_set, depth_gain_kept, difference, estimate, find
 from lptransformer.study.markdown_tables import ResultTable, markdown, update
-from lptransformer.study.pareto import Point
 from lptransformer.study.result_tables import Question, points, short, tables
 from lptransformer.training.launcher import run
 
@@ -207,7 +207,7 @@ def test_how_often_runs_were_evaluated_makes_no_other_setting() -> None:
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out=.*file: no folder can be made there"):
-        report._make_folder(tmp_path / "file")
+        files.make_folder(tmp_path / "file", "--out")
 
 
 def test_runs_that_were_stopped_early_do_not_compete() -> None:
@@ -260,7 +260,7 @@ def test_what_no_run_has_is_refused_with_what_there_is() -> None:
 def test_a_front_holds_what_nothing_beats() -> None:
     noise = random.Random(1)
     cloud = [Point(noise.random(), loss := noise.random(), loss) for _ in range(200)] + [Point(0.5, math.nan, 0.0)]
-    front = pareto.front(cloud)
+    front = comparison.front(cloud)
     assert [p.cost for p in front] == sorted(p.cost for p in front)
     assert [p.loss for p in front] == sorted((p.loss for p in front), reverse=True)
     for point in cloud[:-1]:
@@ -272,13 +272,13 @@ def test_a_front_holds_what_nothing_beats() -> None:
 
 def test_of_points_with_the_same_cost_or_loss_the_better_one_stays() -> None:
     best = Point(1, 1.0, 0.5)
-    assert pareto.front([Point(1, 2.0, 0.1), Point(2, 1.0, 0.2), best, Point(1, 3.0, 0.3)]) == [best]
+    assert comparison.front([Point(1, 2.0, 0.1), Point(2, 1.0, 0.2), best, Point(1, 3.0, 0.3)]) == [best]
 
 
 def test_reading_a_front() -> None:
-    front = pareto.front([Point(1, 3.0, 0.1), Point(2, 2.0, 0.2), Point(2, 2.5, 0.3), Point(4, 2.2, 0.4)])
-    assert pareto.within(front, 3) == Point(2, 2.0, 0.2) and pareto.within(front, 0.5) is None
-    assert pareto.reaching(front, 2.5) == Point(2, 2.0, 0.2) and pareto.reaching(front, 1.0) is None
+    front = comparison.front([Point(1, 3.0, 0.1), Point(2, 2.0, 0.2), Point(2, 2.5, 0.3), Point(4, 2.2, 0.4)])
+    assert comparison.within(front, 3) == Point(2, 2.0, 0.2) and comparison.within(front, 0.5) is None
+    assert comparison.reaching(front, 2.5) == Point(2, 2.0, 0.2) and comparison.reaching(front, 1.0) is None
 
 
 def test_every_evaluation_of_every_run_is_a_point() -> None:

@@ -28,7 +28,7 @@ from test_pipeline_baseline import train as train_baseline
 
 from lptransformer.data import tokenizer
 from lptransformer.errors import DataError, ModelError, RunError
-from lptransformer.models import family
+from lptransformer.models import hf_config
 
 
 class Planted:
@@ -123,7 +123,7 @@ def test_the_code_of_a_folder_is_not_run(tmp_path: Path, monkeypatch: pytest.Mon
         json.dumps({"model_type": "ours", "auto_map": {"AutoConfig": "code.Ours", "AutoModelForCausalLM": "code.Ours"}})
     )
     with pytest.raises(ModelError, match="custom code"):
-        family.read_config(tmp_path / "model")
+        hf_config.read_config(tmp_path / "model")
     shutil.copytree(tmp_path / "model", tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "config.json").unlink()
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from lptransformer.__main__ import parser
 from lptransformer.errors import ConfigError, RunError, TrainingError
-from lptransformer.study import records, sweep, sweep_folder
+from lptransformer.study import records, sweep
 from lptransformer.study.halving import Halving, planned_updates, targets
 from lptransformer.study.sweep import run_sweep
 from lptransformer.study.sweep_display import DONE, FAILED, RUNNING, RunState, SweepDisplay
@@ -375,10 +375,10 @@ def test_another_run_in_a_run_s_folder_is_refused(pretend: list[list[str]]) -> N
 
 def test_two_sweeps_do_not_work_in_one_folder(pretend: list[list[str]]) -> None:
     found = read(write())
-    with sweep_folder.alone(found.folder), pytest.raises(RunError, match="a sweep is at work there"):
+    with sweep.alone(found.folder), pytest.raises(RunError, match="a sweep is at work there"):
         run_sweep(found)
     # Whoever was given the lock keeps it, also when the sweep that took it is gone.
-    with sweep_folder.alone(found.folder) as lock:
+    with sweep.alone(found.folder) as lock:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[lock])
     try:
         with pytest.raises(RunError, match="wait for them"):
@@ -399,13 +399,13 @@ def test_a_dry_run_lists_the_runs_and_makes_nothing(
 
 def test_a_score_counts_when_all_sets_are_evaluated(folder: Path) -> None:
     (one,) = (found := read(write(grid=None, methods={"m": {}}))).runs
-    assert sweep_folder.scores(one, found) == {} and sweep_folder.newest(one, found) == (0, None)
+    assert sweep.scores(one, found) == {} and sweep.newest(one, found) == (0, None)
     make_run(one.folder, loss=lambda update, block: float(update + block), updates=20)
-    assert sweep_folder.scores(one, found) == {10: 13.0, 20: 23.0}
+    assert sweep.scores(one, found) == {10: 13.0, 20: 23.0}
     metrics = one.folder / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))  # killed before the second set
-    assert sweep_folder.scores(one, found) == {10: 13.0}
-    assert sweep_folder.newest(one, found) == (20, 23.0)
+    assert sweep.scores(one, found) == {10: 13.0}
+    assert sweep.newest(one, found) == (20, 23.0)
 
 
 def test_why_a_process_ended(tmp_path: Path) -> None:
@@ -414,10 +414,10 @@ def test_why_a_process_ended(tmp_path: Path) -> None:
     begin = log.stat().st_size
     with log.open("a") as file:
         file.write("Traceback\nlptransformer: the reason\na warning at exit\n")
-    assert sweep_folder.last_words(log, begin, 1) == f"the reason (exit code 1, {log})"
+    assert sweep.last_words(log, begin, 1) == f"the reason (exit code 1, {log})"
     log.write_text("Segmentation\n")
-    assert sweep_folder.last_words(log, 0, -9) == f"Segmentation (ended by SIGKILL, {log})"
-    assert "it said nothing" in sweep_folder.last_words(log, log.stat().st_size, 1)
+    assert sweep.last_words(log, 0, -9) == f"Segmentation (ended by SIGKILL, {log})"
+    assert "it said nothing" in sweep.last_words(log, log.stat().st_size, 1)
 
 
 # --- the display

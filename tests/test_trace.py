@@ -22,10 +22,9 @@ from lptransformer.methods.stages import cut
 from lptransformer.run_folder import trace
 from lptransformer.run_folder.metrics import TraceReport, report_from_dict
 from lptransformer.run_folder.metrics_log import read_metrics
-from lptransformer.run_folder.recorder import Recorder
-from lptransformer.run_folder.trace import Slice, Trace, TraceWriter, chrome, read, shares, slices
-from lptransformer.study import trace_plot
-from lptransformer.study.trace_backprop import idle_share, medians, simulated_1f1b
+from lptransformer.run_folder.trace import Recorder, Slice, Trace, TraceWriter, chrome, read, shares, slices
+from lptransformer.study import trace_report
+from lptransformer.study.trace_report import idle_share, medians, simulated_1f1b
 from lptransformer.training.launcher import run
 
 TWO_STAGES = [[0, 0, 1], [1, 2, 3]]
@@ -69,8 +68,8 @@ def write(folder: Path, *sessions: Sequence[TraceReport]) -> None:
 
 def test_a_recorder_tells_waiting_and_the_head_from_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     now, waited = [100.0], [7.0]
-    monkeypatch.setattr("lptransformer.run_folder.recorder.time.perf_counter", lambda: now[0])
-    monkeypatch.setattr("lptransformer.run_folder.recorder.time.time", lambda: now[0] + 5000.0)
+    monkeypatch.setattr("lptransformer.run_folder.trace.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("lptransformer.run_folder.trace.time.time", lambda: now[0] + 5000.0)
     recorder = Recorder(2, 3, lambda: waited[0])
     assert [update for update in range(6) if recorder.wants(update)] == [2, 3]
     recorder.begin(100.0)
@@ -397,7 +396,7 @@ def test_numbers_are_in_the_boxes_that_have_room(tmp_path: Path) -> None:
     def drawn(seconds: float) -> str:
         wide = Slice(0, 0, 1, "forward", 0.0, 10.0, Action(0, "F", 77))
         narrow = Slice(0, 0, 1, "backward", 10.0, 10.0 + seconds, Action(0, "B", 88))
-        trace_plot.draw([trace_plot.Panel("a", [wide, narrow])], tmp_path / "t")
+        trace_report.draw([trace_report.Panel("a", [wide, narrow])], tmp_path / "t")
         return (tmp_path / "t.svg").read_text()
 
     assert "<!-- 77 -->" in drawn(5.0) and "<!-- 88 -->" in drawn(5.0)

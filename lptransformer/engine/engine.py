@@ -36,7 +36,7 @@ from lptransformer.models.border_codec import make_codec
 from lptransformer.models.head import LossBatch
 from lptransformer.run_folder import checkpoint
 from lptransformer.run_folder.metrics import StageReport, TraceReport
-from lptransformer.run_folder.recorder import COPIES, Recorder
+from lptransformer.run_folder.trace import COPIES, Recorder
 
 STOP_KEY = "stop"  # in the store: set by any process that was told to stop
 

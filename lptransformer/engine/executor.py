@@ -21,7 +21,7 @@ from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.border_codec import BorderCodec, as_received, make_codec
 from lptransformer.models.head import LossBatch, token_positions
 from lptransformer.models.stage import StageOutput, add, backward_loss
-from lptransformer.run_folder.recorder import Recorder
+from lptransformer.run_folder.trace import Recorder
 
 LocalStage = TrainedStage | FrozenStage
 

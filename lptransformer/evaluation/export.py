@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from lptransformer.errors import RunError
 from lptransformer.evaluation import trained_model
 from lptransformer.evaluation.trained_model import RunModel
-from lptransformer.models import family
+from lptransformer.models import hf_config
 from lptransformer.run_folder import layout
 
 
@@ -42,7 +42,7 @@ def export_run(run: Path, out: Path, step: int | None = None) -> int:
         unfinished.mkdir(parents=True)
         for path in tokenizer.iterdir():
             shutil.copyfile(path, unfinished / path.name)
-        with family.quiet_transformers():
+        with hf_config.quiet_transformers():
             model.save_pretrained(unfinished)
         for path in unfinished.iterdir():
             path.chmod(unfinished.stat().st_mode & 0o666)  # safetensors writes files that nobody else may read
@@ -74,7 +74,7 @@ def assemble(config: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     config.tie_word_embeddings = False
     config.use_cache = True  # generation is slow without, and nothing else depends on it
     config.dtype = torch.float32
-    model = family.empty_model(family.model_class(config), config)
+    model = hf_config.empty_model(hf_config.model_class(config), config)
     # What a model folder's configuration may say about sampling is no result of this run.
     tokens = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**tokens)

@@ -12,8 +12,8 @@ from lptransformer.data.token_set import Batch
 from lptransformer.errors import ConfigError, ModelError, RunError
 from lptransformer.models import blueprint as blueprints
 from lptransformer.models.blueprint import Blueprint
-from lptransformer.models.family import saved_config
 from lptransformer.models.head import LossBatch
+from lptransformer.models.hf_config import saved_config
 from lptransformer.models.stage import Stage, load_stage
 from lptransformer.run_folder import checkpoint, layout
 

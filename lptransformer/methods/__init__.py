@@ -1,1 +1,1 @@
-"""Which loss trains what, as plain data: objectives, stages, gradient flow, schedules, FLOPs, heads, codecs. No torch."""
+"""Which loss trains what, as plain data: objectives, stages, gradients, schedules, FLOPs, heads, codecs; no torch."""

@@ -22,8 +22,8 @@ from lptransformer.methods.heads import HeadOptions, followed
 from lptransformer.methods.objectives import Objective
 from lptransformer.methods.spans import Phase
 from lptransformer.methods.stages import StagePlan, cut
-from lptransformer.models import family
-from lptransformer.models.family import Anatomy
+from lptransformer.models import hf_config, hf_parts
+from lptransformer.models.hf_parts import Anatomy
 
 
 @dataclass(frozen=True)
@@ -103,29 +103,29 @@ def draw(config: Config, vocab_size: int, end_of_text_id: int | None) -> Bluepri
     """The blueprint of a run to be started. Raises ConfigError where tokenizer, model and cuts do not fit."""
     model = config.model
     if model.pretrained is not None:
-        hf_config = family.read_config(model.pretrained)
-        if vocab_size > hf_config.vocab_size:
+        model_config = hf_config.read_config(model.pretrained)
+        if vocab_size > model_config.vocab_size:
             raise ConfigError(
                 f"data.tokenizer has {vocab_size} ids and the model in {model.pretrained} (model.pretrained) embeds "
-                f"{hf_config.vocab_size}: use that model's own tokenizer"
+                f"{model_config.vocab_size}: use that model's own tokenizer"
             )
     else:
         sizes = model.model_dump(exclude={"family", "pretrained", "max_position_embeddings"})
-        hf_config = family.new_config(
+        model_config = hf_config.new_config(
             model.family,
             **sizes,
             vocab_size=vocab_size,
             max_position_embeddings=model.max_position_embeddings or config.data.sequence_length,
             end_of_text_id=end_of_text_id,
         )
-    return of_model(config, hf_config)
+    return of_model(config, model_config)
 
 
-def of_model(config: Config, hf_config: Any) -> Blueprint:
+def of_model(config: Config, model_config: Any) -> Blueprint:
     """The blueprint of a run with this model. Raises ModelError where it cannot be cut, ConfigError where not so."""
     train, windows = config.train, micro_batch_size(config)
     length, head = config.data.sequence_length, config.head
-    parts = family.anatomy(hf_config)
+    parts = hf_parts.anatomy(model_config)
     costs = model_costs(
         parts.block_parameters,
         parts.hidden_size,
@@ -135,12 +135,12 @@ def of_model(config: Config, hf_config: Any) -> Blueprint:
         embedding_parameters=parts.embedding_parameters,
         norm_parameters=parts.norm_parameters,
     )
-    objective = objectives.build(hf_config.num_hidden_layers, **config.objective.model_dump())
+    objective = objectives.build(model_config.num_hidden_layers, **config.objective.model_dump())
     stages = tuple(cut(objective, config.parallel.pipeline, costs, config.parallel.partition))
     rounds = train.micro_batches_per_update // config.parallel.data
     between = [stage.index for stage in stages if stage.has_head and not stage.is_last]
     return Blueprint(
-        model_config=hf_config,
+        model_config=model_config,
         parts=parts,
         costs=costs,
         objective=objective,

@@ -1,6 +1,6 @@
 """Pieces of a causal LM: some of its blocks, with or without the embedding and the head, new or from a model folder.
 
-A piece is the base model of the family (models/family.py) in which everything that is not wanted was replaced before
+A piece is the base model of the family (models/hf_parts.py) in which everything that is not wanted was replaced before
 its weights were made or read, so that only the owned tensors ever exist.
 """
 
@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lptransformer.errors import ModelError
-from lptransformer.models import family
-from lptransformer.models.family import Anatomy
+from lptransformer.models import hf_config, hf_parts
+from lptransformer.models.hf_parts import Anatomy
 from lptransformer.models.seeds import unit_seed
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ class Piece:
 
 
 def _piece_class(config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool) -> type[PreTrainedModel]:
-    base_class = family.model_class(config)
+    base_class = hf_config.model_class(config)
 
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         base_class.__init__(self, config, *args, **kwargs)
-        family.strip(self, parts, blocks, embedding, final)
+        hf_parts.strip(self, parts, blocks, embedding, final)
 
     # The library finds key conversions and tied weights by the class's name and module: keep both.
     return type(base_class.__name__, (base_class,), {"__init__": __init__, "__module__": base_class.__module__})
@@ -70,9 +70,9 @@ def _allocate(config: Any, parts: Anatomy, blocks: range, embedding: bool, final
 
     Under `torch.device("meta")` nothing is allocated: shapes only.
     """
-    model = family.empty_model(_piece_class(config, parts, blocks, embedding, final), config)
+    model = hf_config.empty_model(_piece_class(config, parts, blocks, embedding, final), config)
     if torch.get_default_device().type != "meta":
-        family.fill(model)
+        hf_parts.fill(model)
     return model.train()
 
 
@@ -160,7 +160,7 @@ def load_piece(folder: str | Path, config: Any, parts: Anatomy, blocks: range, e
     as_stored.tie_word_embeddings = tied
     piece_class = _piece_class(config, parts, blocks, embedding or tied, final)
     try:
-        with family.quiet_transformers():
+        with hf_config.quiet_transformers():
             model, loading = piece_class.from_pretrained(
                 folder,
                 config=as_stored,
@@ -170,14 +170,14 @@ def load_piece(folder: str | Path, config: Any, parts: Anatomy, blocks: range, e
                 local_files_only=True,
             )
     except Exception as error:  # safetensors and the library raise many types for a damaged file
-        what = _damaged_file(Path(folder)) or family.one_line(error)
+        what = _damaged_file(Path(folder)) or hf_config.one_line(error)
         raise ModelError(f"model.pretrained is {folder}: the weights cannot be read: {what}") from None
     _check_loaded(loading, len(model.get_submodule(parts.blocks)), parts, f"model.pretrained is {folder}")
     piece = _finish(model.train(), parts, final)
     if piece.readout is not None:
         piece.readout.weight = nn.Parameter(piece.readout.weight.detach().clone())
     if tied and not embedding:
-        family.drop_embedding(model, parts)
+        hf_parts.drop_embedding(model, parts)
     return piece
 
 

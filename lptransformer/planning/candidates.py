@@ -158,7 +158,7 @@ class Candidate:
     @cached_property
     def _seconds(self) -> tuple[list[StageSeconds], list[float]]:
         work, moved = self.work, 2 * self.work.states.weights
-        if self.goal.delayed:  # every update copies one version of the weights to the other (engine/versions.py)
+        if self.goal.delayed:  # every update copies one version of the weights to the other (engine/deepspeed_stage.py)
             work = replace(work, update_bytes=work.update_bytes + moved)
         return stage_seconds(
             self.stages, work, self.cluster, self.data, self.zero_stage, ours=self.ours, recompute=self.recompute

@@ -174,14 +174,14 @@ def _there(sources: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _blueprint(config: Config, vocab_size: int | None) -> Blueprint:
     """The run as it is configured, with a vocabulary of that size (None: the model's own)."""
-    from lptransformer.models import blueprint, family
+    from lptransformer.models import blueprint, hf_config
 
     if config.model.pretrained is None:
         assert vocab_size is not None
         return blueprint.draw(config, vocab_size, None)
-    hf_config = family.read_config(config.model.pretrained)
-    hf_config.vocab_size = vocab_size or hf_config.vocab_size
-    return blueprint.of_model(config, hf_config)
+    model_config = hf_config.read_config(config.model.pretrained)
+    model_config.vocab_size = vocab_size or model_config.vocab_size
+    return blueprint.of_model(config, model_config)
 
 
 def _work(config: Config, blueprint: Blueprint) -> Work:

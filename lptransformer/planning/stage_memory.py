@@ -28,7 +28,7 @@ from lptransformer.methods.gradient_flow import Duty, copy_lags, duties
 from lptransformer.methods.heads import followed
 from lptransformer.methods.objectives import Objective
 from lptransformer.methods.stages import StagePlan
-from lptransformer.models import family
+from lptransformer.models import hf_parts
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.head import LossBatch
 from lptransformer.models.stage import Stage, StageOutput, backward_loss, make_stage
@@ -161,7 +161,7 @@ class EmptyStages:
 
     def _count(self, stage: Stage, duty: Duty, micro_batch_size: int) -> _Count:
         shape, fraction = (micro_batch_size, self.blueprint.sequence_length), self.blueprint.head.token_fraction
-        with FakeTensorMode(), family.whole_windows(), _Alive() as alive, alive.marked(self._blocks(stage)):
+        with FakeTensorMode(), hf_parts.whole_windows(), _Alive() as alive, alive.marked(self._blocks(stage)):
             _give_tensors(stage, self.dtype)
             labels = torch.zeros(shape, dtype=torch.int64)
             positions = None

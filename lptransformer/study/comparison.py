@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -164,3 +164,35 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
+
+
+@dataclass(frozen=True)
+class Point:
+    """An evaluation: what had been spent, the loss that decides, and the loss that is told (another text's, or it)."""
+
+    cost: float
+    loss: float
+    told: float
+
+
+def front(points: Iterable[Point]) -> list[Point]:
+    """The points that no other point beats in cost and loss, by rising cost and falling loss.
+
+    What is not finite is left out; of equal points one stays.
+    """
+    best: list[Point] = []
+    for point in sorted(points, key=lambda one: (one.cost, one.loss)):
+        if math.isfinite(point.cost + point.loss) and (not best or point.loss < best[-1].loss):
+            best.append(point)
+    return best
+
+
+def within(of_front: Sequence[Point], budget: float) -> Point | None:
+    """The best point of a front that costs no more than `budget`; None where there is none."""
+    affordable = [point for point in of_front if point.cost <= budget]
+    return affordable[-1] if affordable else None
+
+
+def reaching(of_front: Sequence[Point], loss: float) -> Point | None:
+    """The cheapest point of a front with a loss of `loss` or less; None where there is none."""
+    return next((point for point in of_front if point.loss <= loss), None)

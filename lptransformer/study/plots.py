@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lptransformer.figures import new_figure, save
 from lptransformer.run_folder.metrics import Record
-from lptransformer.study import pareto
+from lptransformer.study import comparison
 from lptransformer.study.comparison import LEARNING_RATE, Choice, flat
 from lptransformer.study.records import exit_blocks
 
@@ -96,7 +96,7 @@ def draw_exits(chosen: Sequence[Choice], name: str, key: str, look: Mapping[str,
 
 
 def draw_fronts(
-    of_cost: Mapping[str, Mapping[str, Sequence[pareto.Point]]], name: str, look: Mapping[str, Look], out: Path
+    of_cost: Mapping[str, Mapping[str, Sequence[comparison.Point]]], name: str, look: Mapping[str, Look], out: Path
 ) -> Path:
     """Validation loss against what it cost: every evaluation is a point, every method's Pareto front a step line."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
@@ -107,7 +107,7 @@ def draw_fronts(
             good = [point for point in points if point.cost > 0 and math.isfinite(point.loss)]
             x, y = [point.cost for point in good], [point.loss for point in good]
             place.plot(x, y, ".", color=look[method]["color"], markersize=5, alpha=0.3, markeredgewidth=0)
-            front = pareto.front(good)
+            front = comparison.front(good)
             if front:
                 furthest = max(x)
                 steps = [*((p.cost, p.loss) for p in front), (furthest, front[-1].loss)]
@@ -118,7 +118,7 @@ def draw_fronts(
         place.xaxis.set_minor_formatter(NullFormatter())
         place.set_xlabel(_COSTS[cost])
         place.grid(True, which="minor", color="0.96")
-    fronts = [pareto.front(points) for of_method in of_cost.values() for points in of_method.values()]
+    fronts = [comparison.front(points) for of_method in of_cost.values() for points in of_method.values()]
     losses = sorted(point.loss for front in fronts for point in front)
     if losses:
         # The early points say little about which method is best.

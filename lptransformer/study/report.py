@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,20 +12,16 @@ from typing import Any
 from lptransformer import files
 from lptransformer.console import print_table
 from lptransformer.data.token_set import TokenSet
-from lptransformer.errors import RunError, UserError
-from lptransformer.evaluation import ngram, trained_model
-from lptransformer.run_folder import layout, trace
+from lptransformer.errors import RunError
+from lptransformer.evaluation import ngram
+from lptransformer.run_folder import layout
 from lptransformer.run_folder.loss_plot import plot_losses
 from lptransformer.run_folder.metrics import Record, perplexity, text_counts
 from lptransformer.run_folder.metrics_log import read_metrics, read_updates
-from lptransformer.run_folder.trace import Trace
-from lptransformer.study import collect, markdown_tables, plots, records, trace_plot
+from lptransformer.study import collect, markdown_tables, plots, records
 from lptransformer.study.comparison import choices
 from lptransformer.study.result_tables import COSTS, Question, points, tables
-from lptransformer.study.trace_backprop import idle_share, simulated_1f1b
 
-TIMELINE = "trace.json"
-PICTURE_ACTIONS = 300  # the most that a picture shows of a process
 EXIT_COLUMNS = ("model", "nats/token", "perplexity", "bits/byte", "word perplexity")
 
 
@@ -63,47 +58,6 @@ def report(run: Path, baselines: bool = False) -> None:
     print(f"run folder: {run}   losses: {run / 'loss.png'}   record: {run / records.RECORD}")
 
 
-def report_trace(run: Path, out: Path) -> None:
-    """Print where the time of the recorded updates went; write trace.json, trace.png and trace.svg into `out`.
-
-    The picture is of the newest start of the run that recorded something, with 1F1B of the same blocks beneath it;
-    trace.json has all. Raises RunError where the folder holds no run, or the run has no trace.
-    """
-    config = layout.read_config(run)
-    traces = trace.read(run, config.parallel.pipeline, config.parallel.data)
-    newest, method = traces[-1], collect.method_name(config)
-    beside = None
-    if newest.device == "cpu":
-        extra = config.head.blocks * (1.0 if config.head.ema_decay is None else 0.5)
-        beside = simulated_1f1b(_picture(newest), config.parallel.in_flight, extra)
-    columns: tuple[str, ...] = ("pipeline rank", "busy s", "of it head s", "waiting s", "other s", "idle share")
-    rows: list[tuple[Any, ...]] = [
-        (one.pipeline_rank, one.busy, one.head, one.waiting, one.other, f"{one.idle_share:.1%}")
-        for one in trace.shares(newest)
-    ]
-    title = f"{method}, {_updates(newest)}, measured"
-    if beside:
-        title += "; beside it 1F1B of the same blocks, simulated"
-        columns = (*columns, "1F1B's idle share")
-        rows = [(*row, f"{idle_share(beside, row[0]):.1%}") for row in rows]
-    else:
-        print(f"1F1B is not simulated: on {newest.device} the host's times are not those of the computation")
-    _make_folder(out)
-    print_table(title, columns, rows)
-    files.write_text(out / TIMELINE, json.dumps(trace.chrome(traces, str(run)), separators=(",", ":")) + "\n")
-    picture = trace_plot.draw(
-        _panels(_picture(newest), method, trained_model.blueprint_of(run).objective.is_backprop, beside), out / "trace"
-    )
-    print(f"timeline for ui.perfetto.dev or chrome://tracing: {out / TIMELINE}   picture (and .svg): {picture}")
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={out}: no folder can be made there ({error.strerror}); give another") from None
-
-
 def compare(
     paths: Sequence[Path], out: Path, question: Question, document: Path | None = None, prefix: str = ""
 ) -> None:
@@ -126,7 +80,7 @@ def compare(
     if question.baseline is None and "backprop" in methods:
         question = replace(question, baseline="backprop")
     results = tables(found, question)
-    _make_folder(out)
+    files.make_folder(out, "--out")
     for result in results:
         print_table(result.title, result.columns, result.rows)
         print()
@@ -139,40 +93,6 @@ def compare(
     print("plots (and .svg): " + "  ".join(map(str, drawn)))
     if document is not None:
         print(f"{document}: {', '.join(markdown_tables.update(document, results, prefix))}")
-
-
-def _picture(whole: Trace) -> Trace:
-    """The updates of a trace that a picture has room for: the first ones, without a gap."""
-    actions = max(len(report.actions) for report in whole.reports)
-    room = max(1, PICTURE_ACTIONS // actions)
-    following = [update for i, update in enumerate(whole.updates) if update == whole.updates[0] + i]
-    return whole.only(following[:room])
-
-
-def _panels(
-    shown: Trace, method: str, is_backprop: bool, beside: Sequence[trace.Slice] | None
-) -> list[trace_plot.Panel]:
-    number = len(shown.updates)
-    seconds = max(one.total for one in trace.shares(shown)) / number
-    on = "" if shown.device == "cpu" else f" on {shown.device}, times of the host"
-    what = "backprop by 1F1B" if is_backprop else method
-    measured = f"Measured: {what}, {_updates(shown)}{on}: {_duration(seconds)} per update"
-    panels = [trace_plot.Panel(measured, trace.slices(shown))]
-    if beside:
-        seconds = max(one.end for one in beside) / number
-        what = "the same run" if is_backprop else "backprop by 1F1B over the same blocks"
-        simulated = f"Simulated: {what}, from the medians of the measured times, links that cost nothing"
-        panels.append(trace_plot.Panel(f"{simulated}: {_duration(seconds)} per update", beside))
-    return panels
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
-
-
-def _updates(of: Trace) -> str:
-    first, last = of.updates[0], of.updates[-1]
-    return f"update {first}" if first == last else f"updates {first}-{last}"
 
 
 def _first_block(update: Record, index: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from lptransformer.run_folder.metrics import Record
-from lptransformer.study import pareto
+from lptransformer.study import comparison
 from lptransformer.study.comparison import (
     Choice,
     Estimate,
@@ -108,9 +108,9 @@ def _exits(chosen: Sequence[Choice], name: str) -> ResultTable:
 
 def points(
     records: Sequence[Record], name: str, cost: str, decides: str | None = None
-) -> dict[str, list[pareto.Point]]:
+) -> dict[str, list[comparison.Point]]:
     """Every evaluation of every run by method: its cost, its loss on the set that `decides`, and its loss on `name`."""
-    found: dict[str, list[pareto.Point]] = {}
+    found: dict[str, list[comparison.Point]] = {}
     for record in records:
         of_method = found.setdefault(record["method"], [])
         table = record["evaluations"].get(name)
@@ -119,7 +119,7 @@ def points(
         column = table["columns"].index(cost)
         for row in table["rows"]:
             loss = row[-1] if decides in (None, name) else final_loss(record, decides, update=row[0])
-            of_method.append(pareto.Point(row[column], loss, row[-1]))
+            of_method.append(comparison.Point(row[column], loss, row[-1]))
     return found
 
 
@@ -127,7 +127,7 @@ def _costs(records: Sequence[Record], name: str, question: Question) -> list[Res
     """At equal cost, and to equal loss. Which run is taken is decided on the set that decides."""
     decides, _ = deciding_set(records, question.choose)
     all_points = {cost: points(records, name, cost, decides) for cost in COSTS}
-    fronts = {cost: {method: pareto.front(of) for method, of in all_points[cost].items()} for cost in COSTS}
+    fronts = {cost: {method: comparison.front(of) for method, of in all_points[cost].items()} for cost in COSTS}
     methods = [method for method in fronts["seconds"] if all(fronts[cost][method] for cost in COSTS)]
     if not methods:
         return []
@@ -140,11 +140,11 @@ def _costs(records: Sequence[Record], name: str, question: Question) -> list[Res
     for method in methods:
         cells = []
         for cost in COSTS:
-            best = pareto.within(fronts[cost][method], budgets[cost])
+            best = comparison.within(fronts[cost][method], budgets[cost])
             mark = "" if most[cost][method] >= 0.99 * budgets[cost] else " (less spent)"
             cells.append(f"{best.told:.4f} ({math.exp(min(best.told, 700)):.2f}){mark}" if best else "-")
         at_cost.append((method, *cells))
-        reached = [pareto.reaching(fronts[cost][method], goal) for cost in COSTS]
+        reached = [comparison.reaching(fronts[cost][method], goal) for cost in COSTS]
         to_loss.append((method, *(short(point.cost) if point else "-" for point in reached)))
     heads = tuple(f"{short(budgets[cost])} {what}" for cost, what in COSTS.items())
     chosen_on = "" if decides == name else f", the run chosen on {decides}"

@@ -7,25 +7,31 @@ folder: the runs, each with train.log and record.json; status.json (where every 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from lptransformer import files
+from lptransformer.config.load import resume_differences, to_dict
 from lptransformer.console import print_table
 from lptransformer.data.prepare import prepare_all
-from lptransformer.errors import TrainingError, UserError
+from lptransformer.errors import RunError, TrainingError, UserError
 from lptransformer.processes import on_stop_signals
 from lptransformer.run_folder import checkpoint, layout
 from lptransformer.run_folder.metrics import Record
-from lptransformer.run_folder.metrics_log import JSONL_NAME
-from lptransformer.study import halving, records, sweep_folder
+from lptransformer.run_folder.metrics_log import JSONL_NAME, read_metrics
+from lptransformer.study import records
 from lptransformer.study.collect import build
+from lptransformer.study.halving import planned_updates, targets
 from lptransformer.study.sweep_display import (
     AT_RUNG,
     DONE,
@@ -49,13 +55,13 @@ def run_sweep(sweep: Sweep, processes: int = 1, dry_run: bool = False) -> None:
     Raises UserError before anything starts where a run's folder or text is refused, TrainingError at the end when runs
     have failed, SystemExit(128 + signal) when a signal has stopped it.
     """
-    sweep_folder.check_folders(sweep)
+    check_folders(sweep)
     if dry_run:
         states = Supervisor(sweep, processes).states
         rows = [(name, state.status, state.updates, state.target) for name, state in states.items()]
         print_table(f"{len(rows)} runs in {sweep.folder}", ("run", "status", "updates", "until"), rows)
         return
-    with sweep_folder.alone(sweep.folder) as lock:
+    with alone(sweep.folder) as lock:
         sections = {json.dumps(section): section for section in (run.config.data.model_dump() for run in sweep.runs)}
         for section in sections.values():  # once, before processes that would all do it
             prepare_all(**section)
@@ -137,7 +143,7 @@ class Supervisor:
     def _planned(self, settings: dict[str, list[str]]) -> int:
         """The updates of a method's runs."""
         if self.sweep.halving is not None:
-            return halving.planned_updates(settings, self.sweep.halving)
+            return planned_updates(settings, self.sweep.halving)
         return sum(self.runs[name].config.train.steps for members in settings.values() for name in members)
 
     def _decide(self) -> None:
@@ -147,7 +153,7 @@ class Supervisor:
             names = [name for members in settings.values() for name in members]
             target = {name: self.runs[name].config.train.steps for name in names}
             if self.sweep.halving is not None:
-                target = halving.targets(settings, self.sweep.halving, self._score_at, failed)
+                target = targets(settings, self.sweep.halving, self._score_at, failed)
             for name in names:
                 state = self.states[name]
                 state.target = target[name]
@@ -170,7 +176,7 @@ class Supervisor:
     def _start(self, state: RunState) -> None:
         run = self.runs[state.name]
         run.folder.mkdir(parents=True, exist_ok=True)
-        state.updates = sweep_folder.resumable_at(run, state.target)
+        state.updates = resumable_at(run, state.target)
         if state.updates:
             # A newer one was saved just before the run was killed, and not evaluated.
             checkpoint.remove_newer(run.folder, state.updates)
@@ -179,7 +185,7 @@ class Supervisor:
             flags = ["--overwrite"] if layout.holds_run(run.folder) else []
         flags += [f"--until={state.target}"] if state.target < run.config.train.steps else []
         threads = max(1, len(os.sched_getaffinity(0)) // (self.processes * run.processes))
-        with (run.folder / sweep_folder.LOG).open("ab") as log:
+        with (run.folder / LOG).open("ab") as log:
             begin = log.tell()
             child = subprocess.Popen(
                 train_command(self.sweep, run, flags),
@@ -209,11 +215,11 @@ class Supervisor:
             state.status = STOPPED
         else:
             state.status = FAILED
-            state.error = sweep_folder.last_words(run.folder / sweep_folder.LOG, begin, child.returncode)
+            state.error = last_words(run.folder / LOG, begin, child.returncode)
             self.display.event(f"{run.name}: FAILED after {state.updates} updates: {state.error}")
         self._record(run)
         self._write_records()
-        if self.sweep.checkpoints == "last" and (kept := sweep_folder.resumable_at(run, sys.maxsize)):
+        if self.sweep.checkpoints == "last" and (kept := resumable_at(run, sys.maxsize)):
             for folder in (run.folder / "checkpoints").glob("step-*"):
                 if folder.name != f"step-{kept:08d}":
                     shutil.rmtree(folder)
@@ -233,15 +239,15 @@ class Supervisor:
     def _read_folder(self, run: Run) -> None:
         state = self.states[run.name]
         self.scores[run.name] = {}
-        self.scores[run.name] = of_run = sweep_folder.scores(run, self.sweep)
-        state.updates = max(sweep_folder.newest(run, self.sweep)[0], *of_run, 0)
+        self.scores[run.name] = of_run = scores(run, self.sweep)
+        state.updates = max(newest(run, self.sweep)[0], *of_run, 0)
         if of_run:
             state.score_update = max(of_run)
             state.score = of_run[state.score_update]
 
     def _watch(self, run: Run) -> None:
         state = self.states[run.name]
-        update, score = sweep_folder.newest(run, self.sweep)
+        update, score = newest(run, self.sweep)
         state.updates = max(update, state.updates)
         if score is not None:
             state.score, state.score_update = score, state.updates
@@ -268,3 +274,84 @@ class Supervisor:
     def _write_status(self) -> None:
         text = json.dumps({name: asdict(state) for name, state in self.states.items()}, indent=1) + "\n"
         files.write_text(self.sweep.folder / STATUS, text)
+
+
+LOG, LOCK = "train.log", "sweep.lock"
+_TAIL_BYTES = 2**16
+
+
+def check_folders(sweep: Sweep) -> None:
+    """Raises RunError for the first run whose folder holds a run with another configuration."""
+    for run in sweep.runs:
+        if not (run.folder / layout.CONFIG).is_file():
+            continue
+        before = to_dict(layout.read_config(run.folder))
+        differences = resume_differences(before, to_dict(run.config))
+        if differences:
+            raise RunError(
+                f"{run.folder} holds another run: {'; '.join(differences)}. Remove it, or give the sweep another dir"
+            )
+
+
+def scores(run: Run, sweep: Sweep) -> dict[int, float]:
+    """The score at every update after which a run was evaluated on all its validation sets."""
+    if not (run.folder / JSONL_NAME).is_file():
+        return {}
+    found: dict[int, dict[str, float]] = {}
+    for record in read_metrics(run.folder):
+        if "evaluation" in record:
+            found.setdefault(record["update"], {})[record["evaluation"]] = _loss(record["exits"], sweep)
+    sets = set(run.config.data.valid)
+    return {update: by_set[sweep.score.set] for update, by_set in found.items() if set(by_set) == sets}
+
+
+def _loss(exits: list[dict[str, float]], sweep: Sweep) -> float:
+    by_block = {one["last_block"]: one["nll_per_token"] for one in exits}
+    return by_block.get(max(by_block) if sweep.score.exit_block is None else sweep.score.exit_block, math.nan)
+
+
+def newest(run: Run, sweep: Sweep) -> tuple[int, float | None]:
+    """While a run trains, from the end of its metrics: its last update and its last score."""
+    update, score = 0, None
+    with contextlib.suppress(OSError), (run.folder / JSONL_NAME).open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TAIL_BYTES))
+        for line in file.read().split(b"\n"):
+            with contextlib.suppress(ValueError):  # the first line and the last may be cut
+                record = json.loads(line)
+                if "stages" in record:
+                    update = record["update"]
+                elif record["evaluation"] == sweep.score.set:
+                    score = float(_loss(record["exits"], sweep))
+    return update, score
+
+
+def resumable_at(run: Run, target: int) -> int:
+    """The newest checkpoint before update `target`; 0 where there is none."""
+    if not (run.folder / layout.CONFIG).is_file():
+        return 0
+    return max((update for update in checkpoint.complete_updates(run.folder) if update < target), default=0)
+
+
+def last_words(log: Path, begin: int, returncode: int) -> str:
+    """Why a process ended, from what it wrote after `begin` bytes: its error message, else its last line."""
+    with log.open("rb") as file:
+        file.seek(max(begin, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    own = [line.removeprefix("lptransformer: ") for line in lines if line.startswith("lptransformer: ")]
+    ended = f"ended by {signal.Signals(-returncode).name}" if returncode < 0 else f"exit code {returncode}"
+    return (own or lines or ["it said nothing"])[-1][:500] + f" ({ended}, {log})"
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[int]:
+    """Keeps other sweeps out of a folder. Yields the lock's file descriptor, to be handed to every process that works
+    in the folder: the lock is free when the last of them has closed it, so a sweep that was killed leaves its runs in
+    peace. Raises RunError where somebody is at work."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{folder}: a sweep is at work there, or runs that one has started: wait for them") from None
+        yield file.fileno()

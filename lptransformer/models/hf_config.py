@@ -1,0 +1,118 @@
+"""Configurations of Hugging Face causal language models: new ones, of a folder, of a run; empty models of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.utils import logging as transformers_logging
+
+from lptransformer.errors import ModelError
+
+
+def _gpt2(sizes: dict[str, Any]) -> GPT2Config:
+    return GPT2Config(
+        vocab_size=sizes["vocab_size"],
+        n_embd=sizes["hidden_size"],
+        n_layer=sizes["num_layers"],
+        n_head=sizes["num_heads"],
+        n_inner=sizes["intermediate_size"],
+        n_positions=sizes["max_position_embeddings"],
+        bos_token_id=sizes["end_of_text_id"],
+        eos_token_id=sizes["end_of_text_id"],
+    )
+
+
+def _llama(sizes: dict[str, Any]) -> LlamaConfig:
+    hidden_size = sizes["hidden_size"]
+    return LlamaConfig(
+        vocab_size=sizes["vocab_size"],
+        hidden_size=hidden_size,
+        num_hidden_layers=sizes["num_layers"],
+        num_attention_heads=sizes["num_heads"],
+        num_key_value_heads=sizes["num_key_value_heads"] or sizes["num_heads"],
+        # The usual width of a gated MLP: 8/3 of the hidden size, as many weights as a plain MLP of 4 times it.
+        intermediate_size=sizes["intermediate_size"] or -(-8 * hidden_size // 3 // 32) * 32,
+        max_position_embeddings=sizes["max_position_embeddings"],
+        bos_token_id=sizes["end_of_text_id"],
+        eos_token_id=sizes["end_of_text_id"],
+    )
+
+
+FAMILIES = {"gpt2": _gpt2, "llama": _llama}
+
+
+def new_config(family: str, **sizes: Any) -> Any:
+    """The Hugging Face configuration of a new model.
+
+    Sizes: vocab_size, hidden_size, num_layers, num_heads, intermediate_size and num_key_value_heads (None = the
+    family's usual), max_position_embeddings, end_of_text_id (None = none).
+    """
+    return for_training(FAMILIES[family](sizes))
+
+
+def read_config(folder: str | Path) -> Any:
+    """The configuration of a model folder. Raises ModelError when it is missing, broken or no causal LM.
+
+    Nor may it need code that lies in the folder: the library would ask on the terminal whether to run it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model_class(config)
+    except Exception as error:  # whatever a file written by anyone can make the library raise
+        raise ModelError(f"model.pretrained is {folder}: no causal LM can be read there: {one_line(error)}") from None
+    return for_training(config)
+
+
+def saved_config(content: Mapping[str, Any]) -> Any:
+    """The configuration that `to_dict()` of one gave. Raises ModelError when it is no causal LM's."""
+    try:
+        config = CONFIG_MAPPING[content["model_type"]].from_dict(dict(content))
+        model_class(config)
+    except Exception as error:
+        raise ModelError(f"the configuration is of no causal LM: {one_line(error)}") from None
+    return for_training(config)
+
+
+def for_training(config: Any) -> Any:
+    """Without dropout, without skipped blocks, without a cache of keys and values."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and "drop" in name:
+            setattr(config, name, 0.0)
+    config.use_cache = False
+    return config
+
+
+def model_class(config: Any) -> type[PreTrainedModel]:
+    """The causal LM that a configuration is of; KeyError where the library has none."""
+    return AutoModelForCausalLM._model_mapping[type(config)]
+
+
+def empty_model(of_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    """A model of a class with nothing allocated."""
+    with torch.device("meta"), no_init_weights():
+        return of_class(config)
+
+
+def one_line(error: Exception) -> str:
+    """An error of the library in one line, not too long: the first two that say something."""
+    lines = [line.strip(" -*|\t") for line in str(error).splitlines()]
+    return f"{type(error).__name__}: {' '.join([line for line in lines if line][:2])[:300]}"
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Tensors of other stages are reported as unexpected by the library; here they are what a piece leaves out."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()

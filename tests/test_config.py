@@ -13,16 +13,8 @@ from typing import Any
 import pytest
 
 from lptransformer.config import deepspeed_keys
-from lptransformer.config.checks import FAMILIES, pretrained_warning, zero_stage
-from lptransformer.config.load import (
-    check_depth,
-    check_world_size,
-    differences,
-    load,
-    resume_differences,
-    to_dict,
-    to_yaml,
-)
+from lptransformer.config.checks import FAMILIES, check_depth, check_world_size, pretrained_warning, zero_stage
+from lptransformer.config.load import differences, load, resume_differences, to_dict, to_yaml
 from lptransformer.config.schema import PLAIN, SECTIONS, fields_of, known_keys
 from lptransformer.errors import ConfigError, ModelError, UserError
 

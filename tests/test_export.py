@@ -49,7 +49,7 @@ def test_the_exported_model_has_the_logits_of_the_run(
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert exported.dtype == torch.float32 and not exported.config.tie_word_embeddings
     for shape in ((3, 16), (1, 1), (2, 7)):
-        ids = input_ids(own.parts.vocab_size, shape)
+        ids = input_ids(own.blueprint.parts.vocab_size, shape)
         with torch.no_grad():
             for use_cache in (True, False):
                 assert torch.equal(exported(ids, use_cache=use_cache).logits, own.logits(ids))

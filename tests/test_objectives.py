@@ -225,7 +225,7 @@ def test_a_head_moves_the_blocks_of_its_span_and_no_others(pool: Pool, objective
     overrides = (*OBJECTIVES[objective], *SGD, "train.grad_clip=0", "train.warmup_steps=0")
     config = load_config(overrides)
     overrides += (f"parallel.pipeline={pipeline}",)
-    every = config.objective.backprop_every
+    every = config.value("objective.backprop_every")
     updates = every or 1
     phase = phases_of(config)[1 if every else 0]
     plain = pool.run(pipeline, train, overrides, updates)

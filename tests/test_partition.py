@@ -24,7 +24,7 @@ from lptransformer.errors import ConfigError
 from lptransformer.methods.cost import ModelCosts, model_costs
 from lptransformer.methods.heads import HeadOptions
 from lptransformer.methods.objectives import Objective, build
-from lptransformer.methods.stages import StagePlan, cut, rank_sizes, table
+from lptransformer.methods.stages import StagePlan, cut, rank_sizes, stage_rows
 
 COSTS = ModelCosts(block_flops=3.0, head_flops=5.0, auxiliary_flops=4.0)
 
@@ -210,7 +210,7 @@ def test_costs_of_a_model() -> None:
 
 def test_the_table_for_people() -> None:
     costs = ModelCosts(block_flops=1e6, head_flops=2e6, auxiliary_flops=1e6)
-    rows = table(cut(chunked(4, 2), 2, costs, [3, 1]), costs, "private", 16)
+    rows = stage_rows(cut(chunked(4, 2), 2, costs, [3, 1]), costs, "private", 16)
     assert [(row["stage"], row["pipeline rank"], row["blocks"]) for row in rows] == [
         (0, 0, "0-1"),
         (1, 0, "2-2"),
@@ -222,5 +222,5 @@ def test_the_table_for_people() -> None:
 
 
 def test_the_table_shows_what_is_not_trained() -> None:
-    rows = table(cut(build(4, "last", trained_blocks=1), 2, COSTS, [2, 2]), COSTS, "private", 16)
+    rows = stage_rows(cut(build(4, "last", trained_blocks=1), 2, COSTS, [2, 2]), COSTS, "private", 16)
     assert [row["head"] for row in rows] == ["none, not trained", "none, not trained", "the model's own"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lptransformer.models.border_codec import decode, encode, num_bytes, rounded
+from lptransformer.methods.codecs import CODECS
+from lptransformer.models.border_codec import as_received, make_codec
 
 SHAPE = (2, 3, 8)
 
@@ -14,26 +15,27 @@ def hidden(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize(("kind", "wanted"), [(None, 4 * 48), ("bf16", 2 * 48), ("int8", 48 + 4 * 6)])
-def test_bytes(kind: str | None, wanted: int) -> None:
-    assert len(encode(hidden(), kind)) == num_bytes(SHAPE, torch.float32, kind) == wanted
+@pytest.mark.parametrize(("kind", "wanted"), [("none", 4 * 48), ("bf16", 2 * 48), ("int8", 48 + 4 * 6)])
+def test_bytes(kind: str, wanted: int) -> None:
+    codec = make_codec(kind)
+    assert len(codec.encode(hidden())) == codec.num_bytes(SHAPE, torch.float32) == wanted
+    assert 6 * CODECS[kind].token_bytes(8, 4) == wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_without_rounding_the_bits_stay(dtype: torch.dtype) -> None:
     tensor = hidden(dtype=dtype)
-    assert rounded(tensor, None) is tensor
-    assert torch.equal(decode(encode(tensor, None), SHAPE, dtype, None), tensor)
+    assert torch.equal(as_received(tensor, make_codec("none")), tensor)
 
 
 def test_bf16_is_torchs_own() -> None:
-    assert torch.equal(rounded(hidden(), "bf16"), hidden().bfloat16().float())
+    assert torch.equal(as_received(hidden(), make_codec("bf16")), hidden().bfloat16().float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_is_off_by_half_a_step_of_its_token_at_most(dtype: torch.dtype) -> None:
     tensor = hidden(1, dtype) * torch.tensor([1e-4, 1.0, 1e4])[None, :, None].to(dtype)  # each token has its own scale
-    got = rounded(tensor, "int8")
+    got = as_received(tensor, make_codec("int8"))
     step = tensor.float().abs().amax(-1, keepdim=True) / 127
     slack = 0.02 if dtype == torch.bfloat16 else 1e-5
     assert got.dtype == dtype and got.shape == SHAPE
@@ -49,7 +51,7 @@ def test_int8_of_zeros_and_of_what_is_not_finite() -> None:
     tensor[0, 0] = 0.0
     tensor[0, 1, 3] = torch.inf
     tensor[1, 2, 0] = torch.nan
-    got = rounded(tensor, "int8")
+    got = as_received(tensor, make_codec("int8"))
     assert torch.equal(got[0, 0], torch.zeros(8))
     assert bool(got[0, 1].isnan().all()) and bool(got[1, 2].isnan().all()), "a gradient of this has to be found out"
     assert bool(got[0, 2].isfinite().all()) and bool(got[1, :2].isfinite().all())

@@ -24,6 +24,7 @@ from side_by_side import cases, ideal, ratios, rounds, splits, tables  # noqa: E
 from lptransformer.methods import objectives  # noqa: E402
 from lptransformer.methods.cost import ModelCosts  # noqa: E402
 from lptransformer.methods.stages import StagePlan, cut  # noqa: E402
+from lptransformer.models.head import LossBatch  # noqa: E402
 from lptransformer.planning.simulate import StageSeconds, simulate  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -169,15 +170,16 @@ def test_an_emulated_stage_sleeps_for_each_part_of_its_work(monkeypatch: pytest.
         asked.clear()
         return seconds
 
-    _, loss, _, gradient, pull = stage(inputs, labels, 1.0, None, True)
+    _, _, gradient, pull = stage(inputs, LossBatch(labels, 1.0), True)
     assert slept() == 1, "forward"
     pull(gradient)
     assert slept() == 1, "the gradient at the input alone"
-    hidden, loss, *_ = stage(inputs, labels, 1.0)
+    output = stage(inputs, LossBatch(labels, 1.0))
+    hidden, loss = output.hidden_states, output.loss
     slept()
     loss.backward()
     assert slept() == 2, "both gradients"
-    hidden, *_ = stage(inputs.detach(), labels, 1.0)
+    hidden, *_ = stage(inputs.detach(), LossBatch(labels, 1.0))
     slept()
     hidden.sum().backward()
     assert slept() == 2, "where nothing goes on below, the blocks need both all the same"

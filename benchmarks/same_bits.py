@@ -79,7 +79,8 @@ class Case:
 
 def case(*flags: str, ranks: int = 1, replicas: int = 1, zero: int | None = None, how: How = "train") -> Case:
     """A run of the small model, named by what is particular about it. `flags` are KEY=VALUE."""
-    words = [flag.removeprefix("objective.name=") for flag in flags if flag != PARTITIONED]
+    objective = next((flag for flag in flags if flag.startswith("objective.name=")), "objective.name=chunked")
+    words = [objective.partition("=")[2], *(flag for flag in flags if flag not in (objective, PARTITIONED))]
     words += [f"{ranks} rank" + "s" * (ranks > 1)] + ([f"{replicas} replicas"] if replicas > 1 else [])
     words += [] if zero is None else [f"ZeRO {zero}"]
     every = [*flags, f"parallel.pipeline={ranks}", f"parallel.data={replicas}"]
@@ -302,8 +303,10 @@ class Clock:
     @contextmanager
     def of(self, side: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
-        self.seconds[side] += time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self.seconds[side] += time.perf_counter() - start
 
 
 class Bench:
@@ -427,6 +430,8 @@ def main() -> None:
         parser.error(
             f"--jobs={args.jobs}, --only={args.only!r} ({len(cases)} cases): there must be one or more of both"
         )
+    if args.keep and Path(args.keep).exists():
+        parser.error(f"--keep={args.keep}: it exists; give a new folder")
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="same-bits-") as scratch:
         work = Path(args.keep or scratch).resolve()

@@ -22,9 +22,9 @@ from same_bits import QUICK_START, Checkout, Failure
 IN_ONE_PROCESS = ("parallel.pipeline=1", "objective.chunks=4", "train.micro_batches_per_update=1")
 MEDIUM = ("model.hidden_size=256", "model.num_layers=8")
 SETTINGS = {  # what is other than in the quick start
-    "quick start": ("train.steps=100",),
-    "one process, small": (*IN_ONE_PROCESS, "train.steps=100"),
-    "one process, medium": (*IN_ONE_PROCESS, *MEDIUM, "train.steps=30"),
+    "quick-start": ("train.steps=100",),
+    "one-process-small": (*IN_ONE_PROCESS, "train.steps=100"),
+    "one-process-medium": (*IN_ONE_PROCESS, *MEDIUM, "train.steps=30"),
 }
 WARM_UP = 5  # updates
 

@@ -182,8 +182,8 @@ def work(config: str, overrides: list[str], rules: set[str], patience: float) ->
     deepspeed_device.synchronize = lambda accelerator, *args: device.synchronise()
     for name, value in {"PrefixStore": NamedStore, "ProcessGroupGloo": channel(dist.ProcessGroupGloo, device)}.items():
         setattr(dist, name, value)
-    sys.argv = ["training/train.py", "--config", config, *overrides]
-    runpy.run_path(str(ROOT / "launch" / "training/train.py"), run_name="__main__")
+    sys.argv = ["train.py", "--config", config, *overrides]
+    runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
     left = sum(not one.is_done() for one in device.posted)
     print(f"process {os.environ['RANK']} has ended; posted and never used: {left}", flush=True)
     os._exit(0)  # the threads of what is left wait for ever

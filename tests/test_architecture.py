@@ -196,3 +196,37 @@ def test_no_room_of_odds_and_ends() -> None:
     assert not {"utils", "util", "common", "helpers", "misc"} & {module.rpartition(".")[2] for module in MODULES}
     for name in sorted(ALL):
         assert len([module for module in MODULES if package(module) == name]) <= 13, name
+
+
+# ---------------------------------------------------------------------------------------------------- the documents
+
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+NAME = re.compile(rf"`({'|'.join(sorted(ALL))})/(\w+)\.?([\w.]*)`")
+PATH = re.compile(r"(?<![\w/.-])((?:tests|benchmarks|launch|configs|lptransformer)/[\w./-]*\w)(?![\w*{/-])")
+
+
+def names_in(module: str) -> set[str]:
+    """What a module defines, and below its classes what those do: `build`, `Stage`, `Stage.forward`."""
+    found: set[str] = set()
+    todo = [("", node) for node in ast.parse(FILES[module].read_text()).body]
+    while todo:
+        prefix, node = todo.pop()
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(f"{prefix}{node.name}")
+        if isinstance(node, ast.ClassDef) and not prefix:
+            todo += [(f"{node.name}.", inner) for inner in node.body]
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        found |= {f"{prefix}{target.id}" for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_document_names_is_there(document: Path) -> None:
+    """`package/module.name` in backticks, and paths from the top of the checkout."""
+    text = document.read_text()
+    for folder, module, name in NAME.findall(text):
+        if not (PACKAGE / folder / f"{module}.{name}").exists():  # a module and what is in it, or a file by its name
+            assert f"{folder}.{module}" in FILES, f"{folder}/{module}"
+            assert not name or name in names_in(f"{folder}.{module}"), f"{folder}/{module}.{name}"
+    for path in PATH.findall(text):
+        assert (ROOT / path).exists(), path

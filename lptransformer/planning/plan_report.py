@@ -49,7 +49,7 @@ def print_plan(plan: Plan) -> None:
 
 
 def to_json(plan: Plan) -> str:
-    """The whole plan; docs/design.md, section Formats, has the keys."""
+    """The whole plan; docs/design.md, section Data and formats on disk, has the keys."""
     content = {
         "cluster": asdict(plan.cluster),
         "work": asdict(replace(plan.work, empty=None)),

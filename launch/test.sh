@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Set up like the quick start and run the tests, two files at a time. `--slow` runs the slow ones one after another (they
-# take half an hour, and some of them time what they start); other arguments go to pytest.
+# Set up like the quick start and run the tests, two files at a time: the quick ones, with `--slow` the slow ones of CI,
+# with `--full` all there are, every matrix whole. What measures time runs alone afterwards. Other arguments go to pytest.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
-which=(-m "not slow" -n 2 --dist loadfile)
-if [ "${1:-}" = --slow ]; then which=(-m slow); shift; fi
-exec .venv/bin/python -m pytest -q "${which[@]}" "$@"
+run() { .venv/bin/python -m pytest -q -m "$@"; }
+case "${1:-}" in
+  --slow) shift; run "slow and not full and not timing" -n 2 --dist loadfile "$@"; run "slow and not full and timing" "$@" ;;
+  --full) shift; run "not timing" -n 2 --dist loadfile "$@"; run "timing" "$@" ;;
+  *) run "not slow and not full" -n 2 --dist loadfile "$@" ;;
+esac

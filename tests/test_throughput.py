@@ -202,6 +202,7 @@ def throughput(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 def test_real_measures_everybody_at_the_same_sums(tmp_path: Path) -> None:
     out = tmp_path / "real.json"
     throughput("real", "--smoke", "--out", str(out))
@@ -231,6 +232,7 @@ def test_real_measures_everybody_at_the_same_sums(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 def test_emulated_measures_schedules_and_says_that_it_is_an_emulation(tmp_path: Path) -> None:
     out = tmp_path / "emulated.json"
     shown = throughput("emulated", "--smoke", "--out", str(out)).stdout
@@ -248,6 +250,7 @@ def test_emulated_measures_schedules_and_says_that_it_is_an_emulation(tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 @pytest.mark.parametrize("setting", ["links", "emulated_links"])
 def test_links_are_measured_or_said_not_to_be_and_nothing_is_left(setting: str, tmp_path: Path) -> None:
     out = tmp_path / "links.json"
@@ -267,6 +270,7 @@ def test_links_are_measured_or_said_not_to_be_and_nothing_is_left(setting: str, 
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 def test_links_say_so_where_namespaces_cannot_be_made(tmp_path: Path) -> None:
     out, tools = tmp_path / "links.json", tmp_path / "tools"
     tools.mkdir()
@@ -281,6 +285,7 @@ def test_links_say_so_where_namespaces_cannot_be_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 def test_a_scan_adds_to_the_splits_that_were_measured(tmp_path: Path) -> None:
     out = tmp_path / "splits.yaml"
     splits.write(out, {"another": {1: (3, 5)}}, {"another": {1: {"[3, 5]": 2.0}}})

@@ -27,7 +27,7 @@ from lptransformer.section import (
     Whole,
 )
 
-# Who needs the number takes it from config_checks.micro_batch_size.
+# Who needs the number takes it from checks.micro_batch_size.
 BatchSize = Annotated[Count | Literal["auto"], "a whole number, 1 or more, or auto"]
 _SOURCES = "a glob, a list of globs, or a mapping of names to globs or to {files, weight}"
 
@@ -255,13 +255,21 @@ def known_keys() -> list[str]:
     return keys + [f"deepspeed.{table}{key}" for table, names in deepspeed_keys.TABLES.items() for key in names]
 
 
+def renamed(key: str, value: Any) -> tuple[str, Any]:
+    """Today's name of a saved dotted key, and its value; null is the default of what takes no null any more."""
+    if key not in RENAMED:
+        return key, value
+    section, name = RENAMED[key].split(".")
+    return RENAMED[key], section_type(section).model_fields[name].default if value is None else value
+
+
 def translated(values: Mapping[str, Any]) -> dict[str, Any]:
     """A saved configuration with today's names for keys that had another one when it was written."""
     found = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in values.items()}
-    for old, new in RENAMED.items():
-        (section, key), (new_section, new_key) = old.split("."), new.split(".")
+    for old in RENAMED:
+        section, key = old.split(".")
         if isinstance(found.get(section), dict) and key in found[section]:
-            value = found[section].pop(key)
-            default = section_type(new_section).model_fields[new_key].default
-            found.setdefault(new_section, {})[new_key] = default if value is None else value
+            new, value = renamed(old, found[section].pop(key))
+            new_section, new_key = new.split(".")
+            found.setdefault(new_section, {})[new_key] = value
     return found

@@ -122,7 +122,7 @@ def join(pipeline: int, data: int, timeout_seconds: float, *, together: bool = F
 
     With `together` all pipeline ranks are one world, and the default group holds every process in the order of its
     global rank: what DeepSpeed's own pipelines need. The world size that the launcher says must be `pipeline` x `data`
-    (config.check_world_size is the user's message).
+    (config/checks.check_world_size is the user's message).
     """
     timeout = timedelta(seconds=timeout_seconds)
     before = {name: os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_RANK")}

@@ -17,7 +17,7 @@ from lptransformer.methods import objectives
 from lptransformer.methods.codecs import CODECS
 from lptransformer.methods.cost import ModelCosts, loss_positions, model_costs
 from lptransformer.methods.dtypes import DTYPES
-from lptransformer.methods.gradient_flow import Duty, Flow, clip_groups, copy_lags, crossing, duty, flows
+from lptransformer.methods.gradient_flow import Duty, Flow, clip_groups, copy_lags, crossing, duties, flows
 from lptransformer.methods.heads import HeadOptions, followed
 from lptransformer.methods.objectives import Objective
 from lptransformer.methods.spans import Phase
@@ -164,9 +164,9 @@ def of_model(config: Config, model_config: Any) -> Blueprint:
 
 
 def _phase_plan(phase: Phase, stages: tuple[StagePlan, ...]) -> PhasePlan:
-    of_phase = tuple(flows(phase, stages))
-    duties = tuple(duty(stage, phase, of_phase) for stage in stages)
-    return PhasePlan(phase, of_phase, duties, tuple(clip_groups(phase, stages)))
+    return PhasePlan(
+        phase, tuple(flows(phase, stages)), tuple(duties(phase, stages)), tuple(clip_groups(phase, stages))
+    )
 
 
 def _head_losses(stages: tuple[StagePlan, ...], rows: int, length: int, head: HeadOptions) -> dict[int, HeadLoss]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lptransformer import files
-from lptransformer.config.schema import RENAMED, translated
+from lptransformer.config.schema import renamed, translated
 from lptransformer.errors import RunError
 from lptransformer.run_folder.metrics import Perplexity, Record, TextCounts, perplexity
 
@@ -82,7 +82,7 @@ def read(path: Path) -> list[Record]:
         try:
             record["config"] = translated(record["config"])
             if "overrides" in record:
-                record["overrides"] = {RENAMED.get(key, key): value for key, value in record["overrides"].items()}
+                record["overrides"] = dict(renamed(key, value) for key, value in record["overrides"].items())
             record["format"] = FORMAT
             for table in (record["training"], *record["evaluations"].values()):
                 table["rows"] = [[math.nan if number is None else number for number in row] for row in table["rows"]]

@@ -7,6 +7,7 @@ Prints the median and the spread of interleaved repetitions, in milliseconds, an
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ Result = tuple[Tensor, Tensor, Tensor]
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     labels = torch.randint(0, VOCABULARY, (ROWS,))

@@ -30,6 +30,7 @@ from allocations import Allocations, recorded
 
 from lptransformer.config.load import load
 from lptransformer.data.token_set import Batch
+from lptransformer.engine.engine import LocalUpdateEngine
 from lptransformer.engine.process_groups import World, join, leave
 from lptransformer.models import hf_config
 from lptransformer.models.blueprint import draw
@@ -108,6 +109,7 @@ def ours(case: dict[str, int], contender: str, world: World) -> list[int]:
     record = Allocations()
     stream = RandomTokens(random_batch(case["window"], case["vocabulary"]), record)
     engine = build_engine(config, world, blueprint, stream, {})
+    assert isinstance(engine, LocalUpdateEngine)
     with marked_stages(engine.local, record), recorded(record):
         engine.train_batch()
     names = record.names()

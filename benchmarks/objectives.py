@@ -8,6 +8,7 @@ milliseconds. What a pipeline makes of it is another question: here nothing over
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class RandomTokens:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     use_fair_share_of_cores()
     ids = torch.randint(0, VOCABULARY, (8, 128), generator=torch.Generator().manual_seed(0))
     stream = RandomTokens(Batch(ids, torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)))

@@ -25,6 +25,7 @@ import torch
 from random_tokens import RandomTokens
 from torch import Tensor, nn
 
+from lptransformer.config.checks import micro_batch_size
 from lptransformer.config.load import load
 from lptransformer.config.schema import Config
 from lptransformer.engine.process_groups import join, leave
@@ -93,7 +94,7 @@ def plain_loop(config: Config, model_config: Any, stream: RandomTokens) -> Updat
     betas = (config.optimizer.beta1, config.optimizer.beta2)
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=betas, eps=config.optimizer.eps)
     train, done = config.train, 0
-    tokens = train.micro_batches_per_update * train.micro_batch_size * (config.data.sequence_length - 1)
+    tokens = train.micro_batches_per_update * micro_batch_size(config) * (config.data.sequence_length - 1)
 
     def one_update() -> list[float]:
         nonlocal done
@@ -155,9 +156,9 @@ def measure(repeats: int, sizes: Sequence[str], numbers: Sequence[int]) -> dict[
                         taken = seconds_of(pair[which])
                         if repeat >= 3:
                             times[method][which].append(taken)
-            for method, (plain, engine_times) in times.items():
+            for method, (plain_times, engine_times) in times.items():
                 row = {"size": name, "micro_batches": micro_batches, "method": method}
-                found.append({**row, "plain": plain, "engine": engine_times})
+                found.append({**row, "plain": plain_times, "engine": engine_times})
             print(name, micro_batches, "done", file=sys.stderr)
     leave(world)
     machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
@@ -175,7 +176,15 @@ def table(found: dict[str, Any]) -> ResultTable:
             cells += [f"{1e3 * statistics.median(plain):.1f}", f"{1e3 * statistics.median(engine):.1f}"]
             cells += [f"{statistics.median(ratios):.3f}", f"{low:.3f}-{high:.3f}"]
         rows.append((one["size"], one["micro_batches"], one["method"], *cells))
-    columns = ("size", "micro-batches", "method", "plain ms", "engine ms", "engine / plain", "quartiles")
+    columns: tuple[str, ...] = (
+        "size",
+        "micro-batches",
+        "method",
+        "plain ms",
+        "engine ms",
+        "engine / plain",
+        "quartiles",
+    )
     columns += ("plain CPU ms", "engine CPU ms", "engine / plain, CPU", "quartiles, CPU")
     title = f"One update; {found['machine']}, {found['repeats']} interleaved repetitions"
     return ResultTable("one-process", title, columns, tuple(rows))

@@ -11,9 +11,9 @@ extended by every run, and makes the tables in docs/benchmarks/quality.md anew f
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from lptransformer.config.checks import micro_batch_size
 from lptransformer.config.load import load
 from lptransformer.config.schema import Config
 from lptransformer.data.prepare import Prepared, prepare_all
@@ -39,7 +40,9 @@ RESULTS, DOCUMENT = ROOT / "docs/benchmarks/quality/baselines.json", ROOT / "doc
 COLUMNS = ("model", "training text", "nats/token", "perplexity", "bits/byte")
 
 
-def main(overrides: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _, overrides = parser.parse_known_args()
     torch.set_flush_denormal(True)
     config = load(ROOT / "configs/quality.yaml", overrides)
     data = prepare_all(**config.data.model_dump())
@@ -72,7 +75,7 @@ def plain(config: Config, data: Prepared, tied: bool) -> dict[str, Any]:
     optimizer = build_optimizer(model.parameters(), config.optimizer, train.learning_rate)
     lr_scheduler = build_lr_scheduler(optimizer, train.lr_scheduler, train.steps, train.warmup_steps)
     sources = [source.tokens for source in data.train]
-    stream = TrainStream(sources, None, seed=train.seed, micro_batch_size=train.micro_batch_size)
+    stream = TrainStream(sources, None, seed=train.seed, micro_batch_size=micro_batch_size(config))
     started = time.perf_counter()
     for update in range(train.steps):
         for number in range(train.micro_batches_per_update):
@@ -90,13 +93,14 @@ def plain(config: Config, data: Prepared, tied: bool) -> dict[str, Any]:
 
 def _positions(config: Config) -> int:
     train = config.train
-    return train.steps * train.micro_batches_per_update * train.micro_batch_size * (config.data.sequence_length - 1)
+    rows = train.steps * train.micro_batches_per_update * micro_batch_size(config)
+    return rows * (config.data.sequence_length - 1)
 
 
 @torch.no_grad()
 def _evaluate(model: torch.nn.Module, valid: TokenSet, config: Config) -> float:
     total, label_tokens = 0.0, 0
-    for batch in valid.batches(config.train.micro_batch_size):
+    for batch in valid.batches(micro_batch_size(config)):
         logits = model(batch.input_ids).logits.flatten(0, 1)
         total += torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), reduction="sum").item()
         label_tokens += batch.label_tokens
@@ -133,4 +137,4 @@ def tables(rows: list[dict[str, Any]]) -> list[ResultTable]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

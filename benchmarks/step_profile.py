@@ -47,6 +47,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lptransformer.config.load import load
 from lptransformer.config.schema import Config
+from lptransformer.engine.deepspeed_stage import TrainedStage
+from lptransformer.engine.engine import LocalUpdateEngine
 from lptransformer.engine.p2p import Receiver, Sender
 from lptransformer.engine.process_groups import join
 from lptransformer.models.blueprint import draw
@@ -143,7 +145,9 @@ def profile_rank(pipeline: int, chunks: int, updates: int) -> dict[str, Any]:
     stream = RandomTokens(ROWS, WINDOW, VOCABULARY)
     with channels_in_scope():
         engine = build_engine(config, world, blueprint, stream, {})
+        assert isinstance(engine, LocalUpdateEngine)
         for stage in engine.local.values():
+            assert isinstance(stage, TrainedStage)
             scoped(stage.engine.module, "forward", MODEL)
             scoped(stage, "forward", DEEPSPEED)
             scoped(stage, "backward", DEEPSPEED)
@@ -187,8 +191,8 @@ def measure(updates: int) -> dict[str, Any]:
             port = free_port()
             workers = []
             for rank, out in enumerate(outs):
-                variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(outs), "LOCAL_WORLD_SIZE": len(outs)}
-                variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                variables: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(outs)}
+                variables |= {"LOCAL_WORLD_SIZE": len(outs), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 given = ["--worker", json.dumps([sizes["pipeline"], sizes["chunks"], updates]), str(out)]
                 environment = {**os.environ, **{key: str(value) for key, value in variables.items()}}
                 workers.append(subprocess.Popen([sys.executable, __file__, *given], env=environment))

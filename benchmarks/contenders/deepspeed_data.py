@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from contenders.face import Sleeper, Spec, Work, stream_of
 from contenders.pieces import optimizer_of, whole_model
+from lptransformer.config.checks import micro_batch_size
 from lptransformer.data.token_set import Batch
 from lptransformer.models.stage import Stage
 from lptransformer.training.build import join_world
@@ -39,7 +40,7 @@ class DataParallel:
         config = spec.config_of(work, "objective.name=backprop")
         parallel = config.parallel.model_copy(update={"pipeline": 1, "data": replicas})
         join_world(config.model_copy(update={"parallel": parallel}))
-        whole, rows = work.micro_batches % replicas == 0, config.train.micro_batch_size
+        whole, rows = work.micro_batches % replicas == 0, micro_batch_size(config)
         assert whole or rows % replicas == 0, f"{rows} rows of a micro-batch cannot be shared by {replicas} replicas"
         self.per_update = work.micro_batches
         self.own = slice(dist.get_rank(), None, replicas) if whole else slice(None)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lptransformer.config.checks import micro_batch_size
 from lptransformer.config.load import load
 from lptransformer.config.schema import Config
 from lptransformer.data.token_set import Batch
@@ -98,7 +99,7 @@ class RandomTokens:
 
 
 def stream_of(config: Config, work: Work) -> RandomTokens:
-    return RandomTokens(config.train.micro_batch_size, config.data.sequence_length, work.vocab_size)
+    return RandomTokens(micro_batch_size(config), config.data.sequence_length, work.vocab_size)
 
 
 def together(batches: Sequence[Batch]) -> Batch:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from lptransformer.config.checks import micro_batch_size
 from lptransformer.config.schema import Config
 from lptransformer.engine.optimizer import build_optimizer
 from lptransformer.models.blueprint import draw
@@ -19,8 +20,8 @@ def optimizer_of(config: Config, parameters: Sequence[nn.Parameter]) -> torch.op
 
 def label_tokens_of(config: Config) -> int:
     """The label tokens of an update."""
-    train = config.train
-    return train.micro_batches_per_update * train.micro_batch_size * (config.data.sequence_length - 1)
+    rows = config.train.micro_batches_per_update * micro_batch_size(config)
+    return rows * (config.data.sequence_length - 1)
 
 
 def whole_model(config: Config, vocab_size: int) -> Stage:

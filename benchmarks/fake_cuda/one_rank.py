@@ -50,7 +50,7 @@ def observed(source: str | dict[str, Any], overrides: list[str], rank: int, upda
     pipeline, shared = parallel.pipeline, config.head.kind == "shared"
     if pipeline > 1 and config.head.ema_decay is not None:
         raise SystemExit("head.ema_decay over several pipeline ranks: the names of its copies are not pretended")
-    if shared and config.objective.chunks != pipeline > 1:
+    if shared and config.value("objective.chunks") != pipeline > 1:
         raise SystemExit("head.kind=shared over several pipeline ranks: give as many objective.chunks as ranks")
     others = [stage for stage in range(pipeline - 1) if shared and stage != rank // parallel.data]
     rounds = train.micro_batches_per_update // parallel.data

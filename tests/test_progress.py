@@ -143,14 +143,6 @@ def test_numbers_that_are_not_there_or_not_finite(capsys: pytest.CaptureFixture[
     assert "loss - nan  grad - 0.9" in out and "perplexity inf inf" in out
 
 
-def test_quiet_leaves_only_messages(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(10, STAGES, quiet=True) as shown:
-        shown.update(update_record(1))
-        shown.evaluation(evaluation_record(1))
-        shown.message("saved")
-    assert capsys.readouterr().out == "saved\n"
-
-
 def test_a_file_gets_plain_lines_even_with_forced_colours(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

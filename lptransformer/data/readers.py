@@ -17,7 +17,6 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from lptransformer.data import tokenizer as tokenizers
 from lptransformer.errors import ConfigError, DataError
 
 _BLOCK = 1 << 22  # bytes read at a time
@@ -37,17 +36,6 @@ class Source:
 
 
 # ---- what is asked for: globs -> files
-
-
-def check_sources_exist(train: Any, valid: Any = None, tokenizer: str = tokenizers.BYTES) -> None:
-    """Fail early where the configuration alone shows it; imports nothing heavy and reads no text.
-
-    Raises ConfigError or DataError for sources of another form (see `parse_sources`), a glob without files, an empty
-    file, and a tokenizer that does not exist.
-    """
-    tokenizers.check_name(tokenizer)
-    parse_sources(train, "train")
-    parse_sources(valid, "valid")
 
 
 def parse_sources(spec: Any, key: str, where: str | None = None) -> list[Source]:

@@ -27,7 +27,6 @@ from lptransformer.models.head import (
 )
 from lptransformer.models.split import Piece, load_piece, new_head, new_head_blocks, new_piece
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}  # train.dtype
 Pull = Callable[[Tensor], Tensor]
 
 

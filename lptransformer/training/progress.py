@@ -24,21 +24,18 @@ class Progress:
     """The display of a run of `total_updates` updates, as a context manager on global rank 0.
 
     In a terminal: a bar, a row per stage, and messages above them. Elsewhere: plain lines, the first and the last
-    update and in between at most one every `interval_seconds`, every evaluation and every message. `quiet` leaves
-    only the messages.
+    update and in between at most one every `interval_seconds`, every evaluation and every message.
     """
 
     def __init__(
         self,
         total_updates: int,
         stages: Stages,
-        quiet: bool = False,
         console: Console | None = None,
         interval_seconds: float = 5.0,
     ) -> None:
         self.total_updates = total_updates
         self.stages = stages
-        self.quiet = quiet
         self.console = console or standard_console()
         self.interval_seconds = interval_seconds
         self._live: Live | None = None
@@ -54,7 +51,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._started = time.monotonic()
-        if self.console.is_interactive and not self.quiet:
+        if self.console.is_interactive:
             self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
             self._live.start(refresh=True)
         return self
@@ -85,7 +82,7 @@ class Progress:
         """Show the record of an evaluation."""
         # A new dictionary: the thread that redraws the display may be walking through the old one.
         self._evaluations = self._evaluations | {record["evaluation"]: record}
-        if self._live is None and not self.quiet:
+        if self._live is None:
             exits = record["exits"]
             parts = [
                 f"evaluation {record['update']}/{self.total_updates}",
@@ -102,8 +99,7 @@ class Progress:
 
     def _print_update(self, record: Record) -> None:
         self._printed_update, self._printed_at = record["update"], time.monotonic()
-        if not self.quiet:
-            print_line(self.console, self._line(record))
+        print_line(self.console, self._line(record))
         self._skipped_since_line.clear()
 
     def _line(self, record: Record) -> str:

@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     text = "run folder, or for a comparison several, folders of sweeps, files of records"
     sub.add_argument("runs", metavar="RUN", nargs="+", help=text)
     sub.add_argument("--baselines", action="store_true", help="one run: add n-gram models of the training text")
-    sub.add_argument("--trace", action="store_true", help="one run: the schedule as executed, if run.trace recorded it")
+    sub.add_argument("--trace", action="store_true", help="one run: the schedule as executed, if run.trace was set")
     sub.add_argument("--out", metavar="DIR", help="folder for plots (default: report; with --trace: the run folder)")
     compared = sub.add_argument_group("comparison of several runs")
     compared.add_argument("--baseline", metavar="METHOD", help="differences are to this one (default: backprop)")

@@ -162,11 +162,11 @@ def _trace(config: Config) -> Iterator[str]:
     if first < 1:
         yield f"{at('run.trace')}: updates are counted from 1; give [1, {last}]"
     if first > last:
-        yield f"{at('run.trace')}: the first update to record comes before the last; give [{last}, {first}]"
+        yield f"{at('run.trace')}: the first update to trace comes before the last; give [{last}, {first}]"
     if last > config.train.steps:
-        yield f"{at('run.trace')}: the last update to record is above {at('train.steps')}"
+        yield f"{at('run.trace')}: the last update to trace is above {at('train.steps')}"
     if config.engine == "deepspeed_pipeline":
-        yield f"{at('run.trace')} with {at('engine')}: the actions of DeepSpeed's own pipeline are not recorded"
+        yield f"{at('run.trace')} with {at('engine')}: the actions of DeepSpeed's own pipeline are not traced"
 
 
 def _depth(config: Config, num_layers: int, layers: str) -> Iterator[str]:

@@ -162,7 +162,7 @@ class RunSection(Section):
     trace: Annotated[
         Annotated[list[int], Field(min_length=2, max_length=2)] | None,
         "two numbers of updates, the first and the last, counted from 1, or null",
-    ] = Field(default=None, description="[first, last] updates to record, for `report --trace` (null: none)")
+    ] = Field(default=None, description="[first, last] updates to trace, for `report --trace` (null: none)")
 
 
 def origin_of(key: str, origins: dict[str, str]) -> str:

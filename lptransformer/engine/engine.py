@@ -36,7 +36,7 @@ from lptransformer.models.border_codec import make_codec
 from lptransformer.models.head import LossBatch
 from lptransformer.run_folder import checkpoint
 from lptransformer.run_folder.metrics import StageReport, TraceReport
-from lptransformer.run_folder.trace import COPIES, Recorder
+from lptransformer.run_folder.trace import COPIES, Tracer
 
 STOP_KEY = "stop"  # in the store: set by any process that was told to stop
 
@@ -70,22 +70,22 @@ class LocalUpdateEngine(TrainingEngine):
         self.executor = Executor(world, blueprint, self.local, self.neighbours, stream.batch, self._decide)
         self.work = plan_phases(world, blueprint, self.local)
         self.mirror = Mirror(world, self.stages, self.local, blueprint.copy_lags, blueprint.head.refresh_every)
-        self._recorder = self._recorder_of(*options.trace) if options.trace else None
+        self._tracer = self._make_tracer(*options.trace) if options.trace else None
 
     # ------------------------------------------------------------------------------------------ the four calls
 
     def train_batch(self) -> UpdateResult:
         """See TrainingEngine. No stage waits for another's optimizer."""
         started, waited = time.perf_counter(), self.waited_seconds
-        recorder = self._recorder if self._recorder and self._recorder.wants(self.update + 1) else None
-        if recorder:
-            recorder.begin(started)
-        self.executor.recorder = recorder
+        tracer = self._tracer if self._tracer and self._tracer.wants(self.update + 1) else None
+        if tracer:
+            tracer.begin(started)
+        self.executor.tracer = tracer
         phase, steps = self.objective.phase_at(self.update, self.blueprint.steps), self.blueprint.steps
-        with recorder.action(COPIES) if recorder and self.mirror.links else contextlib.nullcontext():
+        with tracer.action(COPIES) if tracer and self.mirror.links else contextlib.nullcontext():
             self.mirror.before(self.update)
         done = self.executor.run(self.work[phase], self.update, is_last=self.update + 1 >= steps)
-        with recorder.action(COPIES) if recorder and self.mirror.links else contextlib.nullcontext():
+        with tracer.action(COPIES) if tracer and self.mirror.links else contextlib.nullcontext():
             self.mirror.after(self.update + 1)
         if self.world.pipeline_size == 1:
             done.control = self._decide()
@@ -94,7 +94,7 @@ class LocalUpdateEngine(TrainingEngine):
         if self._stop_requested and self.world.pipeline_rank > 0:
             self.world.store.set(STOP_KEY, "")
         own: list[Report] = [self._report(index, done, seconds, idle_seconds) for index in self.local]
-        reports = gather_reports(self.world, [*own, *([self._trace(recorder, seconds)] if recorder else [])])
+        reports = gather_reports(self.world, [*own, *([self._trace(tracer, seconds)] if tracer else [])])
         self._stop_when_skipping(reports, done)
         return UpdateResult(self.update, done.control, reports)
 
@@ -197,15 +197,15 @@ class LocalUpdateEngine(TrainingEngine):
             idle_seconds=idle_seconds,
         )
 
-    def _recorder_of(self, first: int, last: int) -> Recorder:
-        """What records the updates `first` to `last`, counted from 1."""
-        recorder = Recorder(first, last, lambda: self.waited_seconds)
+    def _make_tracer(self, first: int, last: int) -> Tracer:
+        """What traces the updates `first` to `last`, counted from 1."""
+        tracer = Tracer(first, last, lambda: self.waited_seconds)
         for stage in self.local.values():
             if isinstance(stage, TrainedStage) and stage.plan.has_head:
-                recorder.watch_head(stage.engine.module.head)
-        return recorder
+                tracer.watch_head(stage.engine.module.head)
+        return tracer
 
-    def _trace(self, recorder: Recorder, seconds: float) -> TraceReport:
+    def _trace(self, tracer: Tracer, seconds: float) -> TraceReport:
         plans = [stage.plan for stage in self.local.values()]
         return TraceReport(
             update=self.update,
@@ -214,9 +214,9 @@ class LocalUpdateEngine(TrainingEngine):
             device=self.world.device.type,
             stages=[[plan.index, plan.first_block, plan.last_block] for plan in plans],
             micro_batches=self.executor.rounds,
-            start=recorder.started,
+            start=tracer.started,
             seconds=seconds,
-            actions=recorder.actions,
+            actions=tracer.actions,
         )
 
     def _stop_when_skipping(self, reports: list[Report], done: Update) -> None:

@@ -21,7 +21,7 @@ from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.border_codec import BorderCodec, as_received, make_codec
 from lptransformer.models.head import LossBatch, token_positions
 from lptransformer.models.stage import StageOutput, add, backward_loss
-from lptransformer.run_folder.trace import Recorder
+from lptransformer.run_folder.trace import Tracer
 
 LocalStage = TrainedStage | FrozenStage
 
@@ -94,7 +94,7 @@ class Executor:
         self.rounds = blueprint.rounds
         self.batch = batch
         self.decide = decide
-        self.recorder: Recorder | None = None  # while an update is recorded
+        self.tracer: Tracer | None = None  # while an update is traced
         # A channel encodes what it carries by itself.
         inside = [index for index in blueprint.codecs if index in local and index + 1 in local]
         self._codecs: dict[int, BorderCodec] = {index: make_codec(blueprint.codecs[index]) for index in inside}
@@ -146,10 +146,10 @@ class Executor:
 
     def _do(self, actions: Sequence[Action]) -> None:
         for action in actions:
-            if self.recorder is None:
+            if self.tracer is None:
                 self._actions[action.op](self.local[action.stage], action)
                 continue
-            with self.recorder.action(str(action)):
+            with self.tracer.action(str(action)):
                 self._actions[action.op](self.local[action.stage], action)
 
     def index(self, micro_batch: int) -> int:

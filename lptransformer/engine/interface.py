@@ -58,7 +58,7 @@ class UpdateResult:
 class EngineOptions:
     """What an engine is told beside the blueprint, and what changes no result.
 
-    `channel` is the backend between pipeline ranks, `trace` the first and last update to record (counted from 1).
+    `channel` is the backend between pipeline ranks, `trace` the first and last update to trace (counted from 1).
     """
 
     max_skipped_updates: int

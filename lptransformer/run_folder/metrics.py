@@ -115,7 +115,7 @@ class EvaluationReport:
 
 @dataclass(frozen=True)
 class TraceReport:
-    """What one process did in one update, when it was asked to record it (run_folder/trace.py).
+    """What one process did in one update, when it was asked to trace it (run_folder/trace.py).
 
     `stages` are its (stage, first block, last block), `micro_batches` those of this replica in an update. `start` is
     when the update began, in seconds of the wall clock, `seconds` how long it took. `actions` are in order, each

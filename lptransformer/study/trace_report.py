@@ -1,4 +1,4 @@
-"""The report of a run's recorded updates: where their time went, as a table, a timeline and a picture.
+"""The report of a run's traced updates: where their time went, as a table, a timeline and a picture.
 
 Beside what ran stands 1F1B of the same blocks, simulated from the measured times. The same slices give the same bytes.
 """
@@ -80,7 +80,7 @@ def draw(panels: Sequence[Panel], stem: Path) -> Path:
     kinds = {_colour_of(one) for drawn in shown for one in drawn}
     handles = [Patch(color=c, label=LABELS.get(kind, kind)) for kind, c in COLOURS.items() if kind in kinds]
     if any(_unknown(slices) for slices in shown):
-        handles.append(Patch(facecolor="white", edgecolor="0.75", hatch="////", label="not recorded"))
+        handles.append(Patch(facecolor="white", edgecolor="0.75", hatch="////", label="not traced"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.draw_without_rendering()  # the layout decides how wide a second is
     for place, drawn in zip(axes, shown, strict=True):
@@ -232,9 +232,9 @@ def idle_share(timeline: Sequence[Slice], pipeline_rank: int) -> float:
 
 
 def report_trace(run: Path, out: Path) -> None:
-    """Print where the time of the recorded updates went; write trace.json, trace.png and trace.svg into `out`.
+    """Print where the time of the traced updates went; write trace.json, trace.png and trace.svg into `out`.
 
-    The picture is of the newest start of the run that recorded something, with 1F1B of the same blocks beneath it;
+    The picture is of the newest start of the run that traced something, with 1F1B of the same blocks beneath it;
     trace.json has all. Raises RunError where the folder holds no run, or the run has no trace.
     """
     config = layout.read_config(run)

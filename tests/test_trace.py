@@ -22,7 +22,7 @@ from lptransformer.methods.stages import cut
 from lptransformer.run_folder import trace
 from lptransformer.run_folder.metrics import TraceReport, report_from_dict
 from lptransformer.run_folder.metrics_log import read_metrics
-from lptransformer.run_folder.trace import Slice, Trace, Tracer, TraceWriter, chrome, read, shares, slices
+from lptransformer.run_folder.trace import Slice, Trace, Tracer, TraceWriter, chrome, rank_times, read_traces, slices
 from lptransformer.study import trace_report
 from lptransformer.study.trace_report import idle_share, medians, simulated_1f1b
 from lptransformer.training.launcher import run
@@ -125,13 +125,13 @@ def test_what_is_traced_may_change_on_resume() -> None:
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     expected = whole()
     write(tmp_path, [*reversed(expected.reports)])
-    assert read(tmp_path, 2, 1) == [expected]
+    assert read_traces(tmp_path, 2, 1) == [expected]
 
 
 def test_updates_that_are_traced_again_count_as_they_were_last(tmp_path: Path) -> None:
     again = [update_of(update, rank, start=5000.0 + rank) for update in (4, 5) for rank in range(2)]
     write(tmp_path, whole((2, 3, 4)).reports, again)
-    first, second = read(tmp_path, 2, 1)
+    first, second = read_traces(tmp_path, 2, 1)
     assert (first.session, first.updates) == (1, [2, 3]) and (second.session, second.updates) == (2, [4, 5])
     assert list(second.reports) == again
 
@@ -146,14 +146,14 @@ def test_the_letters_of_older_traces_are_read(tmp_path: Path) -> None:
         return [reported(update, rank, actions) for rank in range(2)]
 
     write(tmp_path, told(1, before), told(2, texts))
-    old, new = read(tmp_path, 2, 1)
+    old, new = read_traces(tmp_path, 2, 1)
     assert old == Trace(1, tuple(told(1, texts))) and new == Trace(2, tuple(told(2, texts)))
     assert [one.kind for one in slices(old)] == [one.kind for one in slices(new)]
 
 
 def test_an_update_that_not_all_have_told_is_left_out(tmp_path: Path) -> None:
     write(tmp_path, whole((2, 3)).reports[:-1])
-    assert [one.updates for one in read(tmp_path, 2, 1)] == [[2]]
+    assert [one.updates for one in read_traces(tmp_path, 2, 1)] == [[2]]
 
 
 def test_a_line_that_was_cut_off_is_forgotten(tmp_path: Path) -> None:
@@ -161,9 +161,9 @@ def test_a_line_that_was_cut_off_is_forgotten(tmp_path: Path) -> None:
     path = tmp_path / trace.TRACE
     with path.open("a") as file:
         file.write('{"session":1,"upd')
-    assert read(tmp_path, 2, 1) == [whole()]
+    assert read_traces(tmp_path, 2, 1) == [whole()]
     write(tmp_path, whole((5,)).reports)
-    assert [one.updates for one in read(tmp_path, 2, 1)] == [[3, 4], [5]]
+    assert [one.updates for one in read_traces(tmp_path, 2, 1)] == [[3, 4], [5]]
 
 
 def with_first(path: Path, **changes: Any) -> str:
@@ -190,7 +190,7 @@ def test_a_trace_that_cannot_be_read_says_why(tmp_path: Path, damage: Any, word:
     write(tmp_path, whole().reports)
     damage(tmp_path / trace.TRACE)
     with pytest.raises(RunError, match=word):
-        read(tmp_path, 2, 1)
+        read_traces(tmp_path, 2, 1)
 
 
 # --- slices and sums
@@ -234,7 +234,7 @@ def test_waiting_is_never_longer_than_its_action() -> None:
 
 
 def test_the_sums_of_a_rank() -> None:
-    below, above = shares(whole())
+    below, above = rank_times(whole())
     # Two updates of 12 s. Below: 2 (1.5 + 0.25 + 2) + 0.5; above 1 s of waiting for a message, 0.25 s for the norm.
     assert (below.total, below.busy, below.head, below.waiting) == (24.0, 16.0, 2.0, 0.0)
     assert (above.busy, above.waiting, above.other) == (16.0, 4.5, 3.5)
@@ -244,7 +244,7 @@ def test_the_sums_of_a_rank() -> None:
 def test_sums_are_means_over_replicas() -> None:
     one = whole()
     other = [update_of(r.update, r.pipeline_rank, data_rank=1, seconds=24.0) for r in one.reports]
-    below = shares(Trace(1, (*one.reports, *other)))[0]
+    below = rank_times(Trace(1, (*one.reports, *other)))[0]
     assert (below.total, below.busy) == (36.0, 16.0)
 
 
@@ -463,7 +463,7 @@ def test_a_traced_run_is_the_schedule_and_the_same_run(pool: Pool, tmp_path: Pat
         return [[stage["loss"] for stage in r["stages"]] for r in read_metrics(folder) if "stages" in r]
 
     assert losses(traced) == losses(plain) and len(losses(plain)) == 5
-    traces = read(traced, 2, 1)
+    traces = read_traces(traced, 2, 1)
     assert [(one.session, one.updates) for one in traces] == [(1, [2, 3]), (2, [4, 5])]
     goal = objectives.build(4, "overlapping", chunks=4, overlap=1, own_weight=0.5, first_head=False)
     stages = cut(goal, 2, ModelCosts(1.0, 1.0, 1.0))

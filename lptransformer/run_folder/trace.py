@@ -94,7 +94,7 @@ class TraceWriter:
             file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
 
-def read(run: Path, pipeline: int, data: int) -> list[Trace]:
+def read_traces(run: Path, pipeline: int, data: int) -> list[Trace]:
     """The traces of a run over `pipeline` x `data` processes, by session, without updates that not all of them traced.
 
     Raises RunError where the run has traced none, or the file is damaged.
@@ -183,7 +183,7 @@ def _of_report(report: TraceReport, offset: float) -> list[Slice]:
 
 
 @dataclass(frozen=True)
-class Share:
+class RankTimes:
     """Where the time of the traced updates went on a pipeline rank, in seconds, the mean over its replicas.
 
     `busy` is in actions and not waiting, `head` the part of it in heads and losses; `other` is between actions.
@@ -204,7 +204,7 @@ class Share:
         return self.waiting / self.total
 
 
-def shares(trace: Trace) -> list[Share]:
+def rank_times(trace: Trace) -> list[RankTimes]:
     """The sums of every pipeline rank. The idle share is that of the metrics: waiting over the updates' wall time."""
     done = slices(trace)
     found = []
@@ -215,7 +215,7 @@ def shares(trace: Trace) -> list[Share]:
         of_kind = {kind: sum(one.seconds for one in own if one.kind == kind) / replicas for kind in (HEAD, WAIT)}
         acting = sum(one.seconds for one in own) / replicas
         total = sum(report.seconds for report in reports) / replicas
-        found.append(Share(rank, total, acting - of_kind[WAIT], of_kind[HEAD], of_kind[WAIT]))
+        found.append(RankTimes(rank, total, acting - of_kind[WAIT], of_kind[HEAD], of_kind[WAIT]))
     return found
 
 

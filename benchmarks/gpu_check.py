@@ -666,8 +666,8 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 def rows_of(run: Path) -> Rows:
     """Losses and gradient norms of a run folder."""
-    updates = [record for record in metrics_of(run) if "stages" in record]
-    return [[[s["loss"], s["grad_norm"]] for s in record["stages"] if s["loss"] is not None] for record in updates]
+    updates = [row for row in metrics_of(run) if "stages" in row]
+    return [[[s["loss"], s["grad_norm"]] for s in row["stages"] if s["loss"] is not None] for row in updates]
 
 
 def learnable_text(length: int) -> str:

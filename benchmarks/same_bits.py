@@ -47,8 +47,8 @@ SMALL: dict[str, Any] = {
     "parallel": {"timeout_seconds": 120.0},  # a deadlock is told as one
     "train": {"steps": STEPS, "micro_batch_size": 2, "micro_batches_per_update": 4, "warmup_steps": 1, "eval_every": 2},
 }
-# What is compared of the records in metrics.jsonl; the others are times and memory.
-OF_RECORD = ("tokens", "learning_rate")
+# What is compared of the rows in metrics.jsonl; the others are times and memory.
+OF_ROW = ("tokens", "learning_rate")
 OF_STAGE = ("loss", "grad_norm", "skipped")
 OF_EXIT = ("nll_per_token", "perplexity", "bits_per_byte", "word_perplexity", "tokens")
 
@@ -217,11 +217,11 @@ def numbers(run: Path) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        place = f"update {record['update']}"
-        place += f", evaluation {record['evaluation']}" if "evaluation" in record else ""
-        found |= {f"{place}: {key}": record[key] for key in OF_RECORD if key in record}
-        found |= entries(place, record.get("stages", ()), OF_STAGE) | entries(place, record.get("exits", ()), OF_EXIT)
+        row = json.loads(line)
+        place = f"update {row['update']}"
+        place += f", evaluation {row['evaluation']}" if "evaluation" in row else ""
+        found |= {f"{place}: {key}": row[key] for key in OF_ROW if key in row}
+        found |= entries(place, row.get("stages", ()), OF_STAGE) | entries(place, row.get("exits", ()), OF_EXIT)
     if not any(key.endswith(": loss") and value is not None for key, value in found.items()):
         raise Failure(f"{run} has no loss")
     return found

@@ -125,8 +125,8 @@ def _read_jsonl(path: Path, advance: Advance) -> Iterator[Iterable[str]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                record = json.loads(line.decode()) if line.strip() else {"text": ""}
-                text = record.get("text") if isinstance(record, dict) else None
+                content = json.loads(line.decode()) if line.strip() else {"text": ""}
+                text = content.get("text") if isinstance(content, dict) else None
                 if not isinstance(text, str):
                     raise DataError(f'{path}, line {number}: not an object with a string under the key "text"')
                 text.encode()

@@ -14,8 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from lptransformer.errors import RunError
-from lptransformer.run_folder.metrics import Record
-from lptransformer.study.records import final_loss
+from lptransformer.study.records import Record, final_loss
 
 LEARNING_RATE = "train.learning_rate"
 # What runs of one setting may differ in: the seed, and what changes no weight.

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lptransformer.figures import new_figure, save
-from lptransformer.run_folder.metrics import Record
 from lptransformer.study import comparison
 from lptransformer.study.comparison import LEARNING_RATE, Choice, flat
-from lptransformer.study.records import exit_blocks
+from lptransformer.study.records import Record, exit_blocks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

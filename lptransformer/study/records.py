@@ -20,22 +20,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lptransformer import files
 from lptransformer.config.schema import RENAMED, translated
 from lptransformer.errors import RunError
-from lptransformer.run_folder.metrics import Perplexity, Record, TextCounts, perplexity
+from lptransformer.run_folder.metrics import Perplexity, TextCounts, perplexity
 
+Record = dict[str, Any]
 FORMAT = 3
 READABLE = (2, FORMAT)  # 2: keys of the configuration had other names
 RECORD, RECORDS = "record.json", "records.json"
 IDENTITY = ("name", "method", "overrides", "score", "processes_at_once")
 
 
-def exit_blocks(table: Record) -> list[int]:
+def exit_blocks(table: Mapping[str, Any]) -> list[int]:
     """The blocks with a head in a table of evaluations."""
     return [column for column in table["columns"] if isinstance(column, int)]
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from lptransformer.run_folder.metrics import Record
 from lptransformer.study import comparison
 from lptransformer.study.comparison import (
     Choice,
@@ -19,7 +18,7 @@ from lptransformer.study.comparison import (
     find,
 )
 from lptransformer.study.markdown_tables import ResultTable
-from lptransformer.study.records import exit_blocks, final_loss, in_all_units
+from lptransformer.study.records import Record, exit_blocks, final_loss, in_all_units
 
 COSTS = {
     "total_flops": "total FLOPs",

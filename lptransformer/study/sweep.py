@@ -27,7 +27,6 @@ from lptransformer.data.prepare import prepare_all
 from lptransformer.errors import RunError, TrainingError, UserError
 from lptransformer.processes import on_stop_signals
 from lptransformer.run_folder import checkpoint, layout
-from lptransformer.run_folder.metrics import Record
 from lptransformer.run_folder.metrics_log import JSONL_NAME, read_metrics
 from lptransformer.study import records
 from lptransformer.study.collect import build
@@ -83,7 +82,7 @@ class Supervisor:
         self.states = {run.name: RunState(run.name, run.method) for run in sweep.runs}
         self.scores: dict[str, dict[int, float]] = {}
         self.children: dict[str, tuple[subprocess.Popen[bytes], int]] = {}  # and where its part of the log begins
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, records.Record] = {}
         self.signals: list[int] = []
         self.stopped_by: int | None = None
         for run in sweep.runs:
@@ -298,9 +297,9 @@ def scores(run: Run, sweep: Sweep) -> dict[int, float]:
     if not (run.folder / JSONL_NAME).is_file():
         return {}
     found: dict[int, dict[str, float]] = {}
-    for record in read_metrics(run.folder):
-        if "evaluation" in record:
-            found.setdefault(record["update"], {})[record["evaluation"]] = _loss(record["exits"], sweep)
+    for row in read_metrics(run.folder):
+        if "evaluation" in row:
+            found.setdefault(row["update"], {})[row["evaluation"]] = _loss(row["exits"], sweep)
     sets = set(run.config.data.valid)
     return {update: by_set[sweep.score.set] for update, by_set in found.items() if set(by_set) == sets}
 
@@ -318,11 +317,11 @@ def newest(run: Run, sweep: Sweep) -> tuple[int, float | None]:
         file.seek(max(0, size - _TAIL_BYTES))
         for line in file.read().split(b"\n"):
             with contextlib.suppress(ValueError):  # the first line and the last may be cut
-                record = json.loads(line)
-                if "stages" in record:
-                    update = record["update"]
-                elif record["evaluation"] == sweep.score.set:
-                    score = float(_loss(record["exits"], sweep))
+                row = json.loads(line)
+                if "stages" in row:
+                    update = row["update"]
+                elif row["evaluation"] == sweep.score.set:
+                    score = float(_loss(row["exits"], sweep))
     return update, score
 
 

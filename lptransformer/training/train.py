@@ -19,7 +19,7 @@ from lptransformer.planning.dry_run import print_stages
 from lptransformer.processes import launched_rank, on_stop_signals
 from lptransformer.run_folder import checkpoint, layout
 from lptransformer.run_folder.loss_plot import plot_losses
-from lptransformer.run_folder.metrics import Aggregator, TraceReport, text_counts
+from lptransformer.run_folder.metrics import Aggregator, MetricsRow, TraceReport, text_counts
 from lptransformer.run_folder.metrics_log import MetricsWriter, read_metrics
 from lptransformer.run_folder.trace import TraceWriter
 from lptransformer.training.auto_batch import agreed, recorded
@@ -150,24 +150,24 @@ class Desk:
                 assert self.trace is not None
                 self.trace.write(report)
                 continue
-            for record in self.aggregator.add(report):
-                self.writer.write(record)
-                if "evaluation" in record:
-                    self.progress.evaluation(record)
+            for row in self.aggregator.add(report):
+                self.writer.write(row)
+                if "evaluation" in row:
+                    self.progress.evaluation(row)
                 else:
-                    self.progress.update(record)
-                    self._say_skips(record)
+                    self.progress.update(row)
+                    self._report_skips(row)
 
-    def _say_skips(self, record: dict[str, Any]) -> None:
-        for stage in record["stages"]:
+    def _report_skips(self, row: MetricsRow) -> None:
+        for stage in row["stages"]:
             if stage["skipped"]:
-                self.progress.message(f"stage {stage['stage']} skipped update {record['update']}: not finite")
+                self.progress.message(f"stage {stage['stage']} skipped update {row['update']}: not finite")
 
     def __exit__(self, *exc: Any) -> None:
         if not self.open:
             return
         self.progress.__exit__(*exc)
         self.writer.close()
-        records = read_metrics(self.folder)
-        if any("stages" in record for record in records):
-            plot_losses(records, self.folder / "loss.png", self.stages)
+        rows = read_metrics(self.folder)
+        if any("stages" in row for row in rows):
+            plot_losses(rows, self.folder / "loss.png", self.stages)

@@ -97,13 +97,13 @@ def of_rival(work: Work, cluster: Cluster, chunks: int, make: Callable[[int, int
     heads = [0.0] * (len(sizes) - 1) + [head]
     seconds = [rivals.ChunkSeconds(*(3 * (n * block + last,))) for n, last in zip(sizes, heads, strict=True)]
     links = border_links(cluster, 1, [work.activations.rows] * (ranks - 1))
-    outcome = rivals.replay_many(lambda m: make(ranks, m), work.micro_batches, ranks, seconds, links)
+    times = rivals.replay_many(lambda m: make(ranks, m), work.micro_batches, ranks, seconds, links)
     weights = []
     for tasks in make(ranks, ranks):
         own = {chunk for _, chunk, _ in tasks}
         ends = (0 in own) * costs.embedding_parameters + (len(sizes) - 1 in own) * costs.head_parameters
         weights.append(sum(sizes[chunk] for chunk in own) * costs.block_parameters + ends)
-    return work.tokens / (outcome.seconds + cluster.device.update_seconds(max(weights), work.update_bytes))
+    return work.tokens / (times.seconds + cluster.device.update_seconds(max(weights), work.update_bytes))
 
 
 def speeds(ranks: int, micro_batches: int, link: str, vocabulary: int) -> dict[str, float]:

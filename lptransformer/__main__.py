@@ -96,9 +96,9 @@ def train(args: argparse.Namespace) -> None:
     config = load(args.config, args.overrides)
     auto = config.train.micro_batch_size == "auto"
     if auto and args.resume:
-        from lptransformer.training.auto_batch import recorded
+        from lptransformer.training.auto_batch import size_of_run_folder
 
-        config = recorded(config)
+        config = size_of_run_folder(config)
     assert config.run.dir is not None
     folder = Path(config.run.dir)
     # All that one process can check and make is done before others are started.

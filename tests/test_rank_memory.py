@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from allocations import recorded
+from allocations import log_allocations
 from one_rank import peak_bytes
 from random_tokens import RandomTokens
 
@@ -94,16 +94,16 @@ def test_a_pass_of_an_empty_stage_takes_what_a_real_one_takes(family: str) -> No
     found = EmptyStages(plan).passes(stage, duty, 4)
     real = make_stage(stage, plan, seed=0)
     hidden, labels = torch.randn(4, 32, 32), RandomTokens(4, 32, V).batch(0).labels
-    with recorded() as record:
+    with log_allocations() as log:
         for _ in range(2):
-            record.mark("forward")
+            log.mark("forward")
             output = real(hidden, LossBatch(labels, 1.0))
-            record.mark("backward")
+            log.mark("backward")
             output.loss.backward()
             del output
-    kept = record.alive(1) - record.alive(0) - hidden.nbytes
-    later = record.peak(3) - record.alive(3)
-    measured = (record.peak(0, 1), kept, record.peak(1, 2) - record.alive(1), later)
+    kept = log.alive(1) - log.alive(0) - hidden.nbytes
+    later = log.peak(3) - log.alive(3)
+    measured = (log.peak(0, 1), kept, log.peak(1, 2) - log.alive(1), later)
     assert (found.forward, found.kept, found.first_backward, found.backward) == pytest.approx(measured, abs=256)
 
 

@@ -36,7 +36,7 @@ class ChunkSeconds:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ReplayTimes:
     """One update: how long it takes until the last rank is done, and how long every rank computes in it."""
 
     seconds: float
@@ -139,7 +139,7 @@ def zero_bubble_v(ranks: int, micro_batches: int) -> Schedule:
     return schedule
 
 
-def replay(schedule: Schedule, seconds: Sequence[ChunkSeconds], links: Sequence[Link] = ()) -> Outcome:
+def replay(schedule: Schedule, seconds: Sequence[ChunkSeconds], links: Sequence[Link] = ()) -> ReplayTimes:
     """Run the tasks of all ranks in their order; `seconds` are by chunk, `links` by border (none: they cost nothing).
 
     Every border has one wire in each direction, on which messages follow one another; from the last rank to the first
@@ -188,7 +188,7 @@ def replay(schedule: Schedule, seconds: Sequence[ChunkSeconds], links: Sequence[
         left = [tasks[at:][:1] for tasks, at in zip(schedule, position, strict=True)]
         assert moved, f"no rank can go on: {left}"
     busy = [sum(seconds[chunk].of(op) for op, chunk, _ in tasks) for tasks in schedule]
-    return Outcome(max(clock), busy)
+    return ReplayTimes(max(clock), busy)
 
 
 def replay_many(
@@ -197,7 +197,7 @@ def replay_many(
     ranks: int,
     seconds: Sequence[ChunkSeconds],
     links: Sequence[Link] = (),
-) -> Outcome:
+) -> ReplayTimes:
     """`replay(make(micro_batches), ...)` without running all of it: once the pipeline is full, so many more
     micro-batches take so much longer. What 4 x `ranks` more of them take is measured after the first 4 x `ranks`.
 
@@ -213,4 +213,4 @@ def replay_many(
     def on(before: float, after: float) -> float:
         return before + times * (after - before)
 
-    return Outcome(on(short.seconds, long.seconds), [on(a, b) for a, b in zip(short.busy, long.busy, strict=True)])
+    return ReplayTimes(on(short.seconds, long.seconds), [on(a, b) for a, b in zip(short.busy, long.busy, strict=True)])

@@ -66,7 +66,7 @@ class Outcome:
             for turns in self.turns
         ]
 
-    def record(self, work: Work) -> dict[str, Any]:
+    def to_dict(self, work: Work) -> dict[str, Any]:
         """For the result file."""
         config: dict[str, Any] = {"kind": self.spec.kind, "config": list(self.spec.config)}
         config |= {"partition": self.spec.partition, "schedule": self.spec.schedule, "threads": self.spec.threads}

@@ -103,7 +103,7 @@ def read_safely(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepResult:
     """What an update did. The norm is before clipping, over the clip group; not finite when the update was skipped."""
 
     grad_norm: float
@@ -172,7 +172,7 @@ class TrainedStage:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
 
-    def update(self, norm: Tensor | None) -> Outcome:
+    def update(self, norm: Tensor | None) -> StepResult:
         """Clip, step, next learning rate; a gradient that is not finite leaves weights and optimizer state alone.
 
         `norm` is that of the clip group, from the gradient_norms() of its stages; None at ZeRO 3. A skipped update
@@ -193,7 +193,7 @@ class TrainedStage:
             skipped = bool(self.engine.optimizer.overflow)
             grad_norm = float("nan") if skipped else float(self.engine.optimizer._global_grad_norm)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        return Outcome(grad_norm, skipped, learning_rate)
+        return StepResult(grad_norm, skipped, learning_rate)
 
     @contextlib.contextmanager
     def _reduced(self) -> Iterator[None]:

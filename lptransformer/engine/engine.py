@@ -186,13 +186,13 @@ class LocalUpdateEngine(TrainingEngine):
         )
 
     def _report(self, index: int, done: Update, seconds: float, idle_seconds: float) -> StageReport:
-        outcome = done.outcomes.get(index)
+        step = done.step_results.get(index)
         return self._stage_report(
             self.local[index].plan,
             loss_sum=sum(loss.item() for loss in done.loss_sums[index]),
-            grad_norm=outcome.grad_norm if outcome else None,
-            skipped=outcome.skipped if outcome else False,
-            learning_rate=outcome.learning_rate if outcome else 0.0,
+            grad_norm=step.grad_norm if step else None,
+            skipped=step.skipped if step else False,
+            learning_rate=step.learning_rate if step else 0.0,
             seconds=seconds,
             idle_seconds=idle_seconds,
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lptransformer.data.token_set import Batch
 from lptransformer.engine.clipping import ClipGroup, local_clip_groups
-from lptransformer.engine.deepspeed_stage import FrozenStage, Outcome, TrainedStage
+from lptransformer.engine.deepspeed_stage import FrozenStage, StepResult, TrainedStage
 from lptransformer.engine.p2p import Control, Header, Kind, Neighbours
 from lptransformer.engine.process_groups import World
 from lptransformer.methods.gradient_flow import Duty
@@ -41,7 +41,7 @@ class Update:
     number: int
     control: Control = Control.NOTHING
     loss_sums: dict[int, list[Tensor]] = field(default_factory=dict)
-    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    step_results: dict[int, StepResult] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class Executor:
         group = self._work.clip_groups[action.stage]
         if id(group) not in self._norms:
             self._norms[id(group)] = group.norm()
-        self._now.outcomes[action.stage] = stage.update(self._norms[id(group)])
+        self._now.step_results[action.stage] = stage.update(self._norms[id(group)])
 
     # ------------------------------------------------------------------------------------------ messages
 

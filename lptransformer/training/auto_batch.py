@@ -3,7 +3,7 @@
 Whoever starts all processes of a run on its own host finds the number for them (`for_this_host`). Else every process
 says how much memory it has, the smallest counts, and global rank 0 alone predicts and tells the others, through the
 launcher's store and before the worlds are joined (`agreed`). From then on the configuration has a number, which
-config.yaml of the run keeps; a run that is resumed takes that one (`recorded`).
+config.yaml of the run keeps; a run that is resumed takes that one (`size_of_run_folder`).
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ from lptransformer.run_folder import layout
 GIB = 2**30
 
 
-def recorded(config: Config) -> Config:
-    """`auto` is the number of the run in run.dir, where one is there. Raises RunError where it cannot be read."""
+def size_of_run_folder(config: Config) -> Config:
+    """The configuration with the number that the run folder run.dir has for `auto`; as it is where there is no run.
+
+    Raises RunError where the folder cannot be read.
+    """
     assert config.run.dir is not None
     folder = Path(config.run.dir)
     if config.train.micro_batch_size != "auto" or not (folder / layout.CONFIG).is_file():
@@ -98,7 +101,7 @@ def _agreed(config: Config, resume: bool, store: dist.Store) -> Config:
             raise SystemExit(UserError.exit_code)  # global rank 0 has said why
         return with_size(config, number)
     try:
-        sized = recorded(config) if resume else config
+        sized = size_of_run_folder(config) if resume else config
         if sized.train.micro_batch_size == "auto":
             memory = min(int(store.get(f"memory/{rank}")) for rank in range(launched_size()))
             blueprint, rows = of_prepared(config, prepare_all(**config.data.model_dump()))

@@ -22,7 +22,7 @@ from lptransformer.run_folder.loss_plot import plot_losses
 from lptransformer.run_folder.metrics import Aggregator, MetricsRow, TraceReport, text_counts
 from lptransformer.run_folder.metrics_log import MetricsWriter, read_metrics
 from lptransformer.run_folder.trace import TraceWriter
-from lptransformer.training.auto_batch import agreed, recorded
+from lptransformer.training.auto_batch import agreed, size_of_run_folder
 from lptransformer.training.build import start
 from lptransformer.training.progress import Progress
 
@@ -37,7 +37,7 @@ def train(config: Config, resume: bool = False, overwrite: bool = False, until: 
     assert config.run.dir is not None
     folder = Path(config.run.dir)
     if launched_rank() == 0:
-        layout.check(folder, recorded(config) if resume else config, resume, overwrite)
+        layout.check(folder, size_of_run_folder(config) if resume else config, resume, overwrite)
     with agreed(config, resume) as config:
         engine, data = start(config)
     with engine.world.starting():  # a run folder appears only when every process has got this far

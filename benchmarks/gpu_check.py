@@ -622,15 +622,15 @@ class Worker:
         }
 
     def peak(self) -> float | None:
-        """FLOP/s of the GPU in bf16, where the project's table of devices has it."""
+        """FLOP/s of the GPU in bf16, where the project's devices.yaml has it."""
         import torch
 
         if not self.on_gpu:
             return None
-        from lptransformer.planning.devices import table
+        from lptransformer.planning.devices import load_devices
 
         words = torch.cuda.get_device_name(0).lower().replace("-", " ").split()
-        return next((one.flops["bf16"] for key, one in table().devices.items() if key in words), None)
+        return next((one.flops["bf16"] for key, one in load_devices().devices.items() if key in words), None)
 
     def busy(self, update: Callable[[], object], wait: Callable[[], object]) -> float:
         """The share of an update in which the GPU computes (on a CPU: in which it is in an operation of torch's)."""

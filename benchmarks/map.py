@@ -22,9 +22,9 @@ from lptransformer.methods.cost import model_costs
 from lptransformer.methods.heads import HeadOptions
 from lptransformer.methods.stages import cut
 from lptransformer.planning.candidates import Candidate, balanced_sizes, of_backprop
-from lptransformer.planning.devices import Cluster, table
+from lptransformer.planning.devices import Cluster, load_devices
 from lptransformer.planning.rank_memory import ActivationBytes, precision
-from lptransformer.planning.step_time import Work, border_links
+from lptransformer.planning.step_time import Work, border_seconds
 from lptransformer.study.plots import COLOURS
 
 WIDTH, BLOCKS, LENGTH, ROWS = 2048, 32, 2048, 8
@@ -96,7 +96,7 @@ def of_rival(work: Work, cluster: Cluster, chunks: int, make: Callable[[int, int
     head = cluster.device.head_seconds(tokens * costs.head_flops, work.dtype)
     heads = [0.0] * (len(sizes) - 1) + [head]
     seconds = [rivals.ChunkSeconds(*(3 * (n * block + last,))) for n, last in zip(sizes, heads, strict=True)]
-    links = border_links(cluster, 1, [work.activations.rows] * (ranks - 1))
+    links = border_seconds(cluster, 1, [work.activations.rows] * (ranks - 1))
     times = rivals.replay_many(lambda m: make(ranks, m), work.micro_batches, ranks, seconds, links)
     weights = []
     for tasks in make(ranks, ranks):
@@ -108,7 +108,7 @@ def of_rival(work: Work, cluster: Cluster, chunks: int, make: Callable[[int, int
 
 def speeds(ranks: int, micro_batches: int, link: str, vocabulary: int) -> dict[str, float]:
     """Tokens per second of every method that can be."""
-    cluster = Cluster(table().device("a100"), ranks, 1, table().link(link))
+    cluster = Cluster(load_devices().device("a100"), ranks, 1, load_devices().link(link))
     found: dict[str, float] = {}
 
     def add(name: str, tokens_per_second: float) -> None:

@@ -16,7 +16,7 @@ from lptransformer.config.load import load, to_dict
 from lptransformer.errors import UserError
 from lptransformer.planning import plan as planning
 from lptransformer.planning.candidates import Prediction, best, choose
-from lptransformer.planning.devices import Cluster, table
+from lptransformer.planning.devices import Cluster, load_devices
 from lptransformer.planning.plan import Plan
 from lptransformer.planning.plan_report import advice, to_json
 from lptransformer.planning.step_time import Bound
@@ -297,9 +297,9 @@ def test_without_a_gpu_it_is_a_core_of_a_cpu() -> None:
 
 
 def test_a_gpu_without_the_dtype_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = table()
+    known = load_devices()
     only_bf16 = replace(known, devices={"h100": replace(known.device("h100"), flops={"bf16": 1.0})})
-    monkeypatch.setattr(planning, "table", lambda: only_bf16)
+    monkeypatch.setattr(planning, "load_devices", lambda: only_bf16)
     with pytest.raises(UserError, match="no number for train.dtype"):
         plan(gpus_per_node=1)
 

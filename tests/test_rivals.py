@@ -17,7 +17,7 @@ from side_by_side.rivals import ChunkSeconds, replay  # noqa: E402
 from lptransformer.methods import objectives  # noqa: E402
 from lptransformer.methods.cost import ModelCosts  # noqa: E402
 from lptransformer.methods.stages import cut  # noqa: E402
-from lptransformer.planning.simulate import Link, StageSeconds, simulate  # noqa: E402
+from lptransformer.planning.simulate import LinkSeconds, StageSeconds, simulate  # noqa: E402
 
 RANKS = [1, 2, 3, 4, 8]
 CASES = [(p, m) for p in RANKS for m in (1, 2, 5, 8, 16)]
@@ -80,7 +80,7 @@ def test_many_micro_batches_are_reckoned_from_few(name: str, p: int, m: int, dat
     m = m - m % p + p if name == "interleaved" else m
     eighths = st.integers(1, 24).map(lambda n: n / 8)
     seconds = [ChunkSeconds(*(data.draw(eighths) for _ in range(3))) for _ in range(p * v)]
-    links = [Link(data.draw(eighths) / 16, data.draw(eighths) / 16) for _ in range(p - 1)]
+    links = [LinkSeconds(data.draw(eighths) / 16, data.draw(eighths) / 16) for _ in range(p - 1)]
 
     def make(count: int) -> rivals.Schedule:
         return rivals.interleaved(p, count, 2) if name == "interleaved" else getattr(rivals, name)(p, count)
@@ -102,6 +102,6 @@ def test_1f1b_is_the_engine_s_own_where_messages_cost_nothing() -> None:
 
 def test_messages_follow_one_another_on_a_wire() -> None:
     """Two ranks, two micro-batches, each message 3 seconds: the second forward waits for the second message."""
-    times = replay(rivals.one_f_one_b(2, 2), [ChunkSeconds(1.0, 1.0, 0.0)] * 2, [Link(0.5, 3.0)])
+    times = replay(rivals.one_f_one_b(2, 2), [ChunkSeconds(1.0, 1.0, 0.0)] * 2, [LinkSeconds(0.5, 3.0)])
     # F0 is there at 1 + 3 + 0.5, F1 at 4 + 3 + 0.5; F0 B0 F1 B1 on rank 1 ends at 9.5; B1 goes down in 3.5; B1 is 1.
     assert times.seconds == pytest.approx(9.5 + 3.5 + 1.0)

@@ -13,7 +13,7 @@ from lptransformer.methods.cost import model_costs
 from lptransformer.methods.heads import HeadOptions
 from lptransformer.methods.stages import cut
 from lptransformer.planning.candidates import Candidate, Prediction, balanced_sizes, of_backprop, splits
-from lptransformer.planning.devices import Cluster, table
+from lptransformer.planning.devices import Cluster, load_devices
 from lptransformer.planning.plan import make
 from lptransformer.planning.rank_memory import ActivationBytes, precision
 from lptransformer.planning.step_time import Work, bounds, exposed_seconds, message_bytes, stage_seconds
@@ -40,13 +40,13 @@ def work(micro_batches: int = 8, vocab_size: int = V) -> Work:
 
 
 def cluster(nodes: int = 1, per_node: int = 4, link: str = "100gbit") -> Cluster:
-    return Cluster(table().device("h100"), nodes, per_node, table().link(link))
+    return Cluster(load_devices().device("h100"), nodes, per_node, load_devices().link(link))
 
 
 def ideal(size: int) -> Cluster:
     """Links and updates cost nothing."""
-    fast = replace(table().link("nvlink4"), bits_per_second=1e30, latency_seconds=0.0)
-    return Cluster(replace(table().device("h100"), intra_link=fast, memory_bandwidth=1e30), 1, size, fast)
+    fast = replace(load_devices().link("nvlink4"), bits_per_second=1e30, latency_seconds=0.0)
+    return Cluster(replace(load_devices().device("h100"), intra_link=fast, memory_bandwidth=1e30), 1, size, fast)
 
 
 def methods(*overrides: str) -> dict[str, Prediction]:

@@ -27,7 +27,7 @@ from lptransformer.engine.interface import (
 )
 from lptransformer.engine.p2p import Control, Frame, Header, Kind, Neighbours, open_channels
 from lptransformer.engine.process_groups import World, any_replica
-from lptransformer.engine.weight_copies import Mirror
+from lptransformer.engine.weight_copies import WeightCopies
 from lptransformer.errors import TrainingError
 from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.stages import StagePlan
@@ -69,7 +69,9 @@ class LocalUpdateEngine(TrainingEngine):
         )
         self.executor = Executor(world, blueprint, self.local, self.neighbours, stream.batch, self._decide)
         self.work = plan_phases(world, blueprint, self.local)
-        self.mirror = Mirror(world, self.stages, self.local, blueprint.copy_lags, blueprint.head.refresh_every)
+        self.weight_copies = WeightCopies(
+            world, self.stages, self.local, blueprint.copy_lags, blueprint.head.refresh_every
+        )
         self._tracer = self._make_tracer(*options.trace) if options.trace else None
 
     # ------------------------------------------------------------------------------------------ the four calls
@@ -82,11 +84,11 @@ class LocalUpdateEngine(TrainingEngine):
             tracer.begin(started)
         self.executor.tracer = tracer
         phase, steps = self.objective.phase_at(self.update, self.blueprint.steps), self.blueprint.steps
-        with tracer.action(COPIES) if tracer and self.mirror.links else contextlib.nullcontext():
-            self.mirror.before(self.update)
+        with tracer.action(COPIES) if tracer and self.weight_copies.routes else contextlib.nullcontext():
+            self.weight_copies.before(self.update)
         done = self.executor.run(self.work[phase], self.update, is_last=self.update + 1 >= steps)
-        with tracer.action(COPIES) if tracer and self.mirror.links else contextlib.nullcontext():
-            self.mirror.after(self.update + 1)
+        with tracer.action(COPIES) if tracer and self.weight_copies.routes else contextlib.nullcontext():
+            self.weight_copies.after(self.update + 1)
         if self.world.pipeline_size == 1:
             done.control = self._decide()
         self.update += 1
@@ -141,16 +143,16 @@ class LocalUpdateEngine(TrainingEngine):
         """No stage waits for another."""
         for index, stage in self.local.items():
             folder = checkpoint.stage_folder(run, self.update, index)
-            stage.save(folder, self._description(stage.plan), self.mirror.pending(index, self.update))
+            stage.save(folder, self._description(stage.plan), self.weight_copies.pending(index, self.update))
 
     def _load(self, run: Path, update: int) -> None:
         assert self.executor.between_updates, "a run that is under way with delayed gradients is not turned back"
-        self.mirror.close(self.update)
+        self.weight_copies.close(self.update)
         for index, stage in self.local.items():
             folder = checkpoint.stage_folder(run, update, index)
             self._check_position(folder, update)
             stage.load(folder)
-            self.mirror.resume(index, update, checkpoint.read_others(folder))
+            self.weight_copies.resume(index, update, checkpoint.read_others(folder))
 
     # ------------------------------------------------------------------------------------------ control
 
@@ -166,12 +168,12 @@ class LocalUpdateEngine(TrainingEngine):
         return decided
 
     def _finish(self) -> None:
-        self.mirror.close(self.update)
+        self.weight_copies.close(self.update)
         self.neighbours.flush()
 
     def _let_go(self) -> None:
         self.neighbours = self.executor.neighbours = Neighbours()
-        self.mirror.links.clear()
+        self.weight_copies.routes.clear()
         self.work = []
 
     # ------------------------------------------------------------------------------------------ reports
@@ -181,7 +183,7 @@ class LocalUpdateEngine(TrainingEngine):
         groups = {id(group): group for work in self.work for group in work.clip_groups.values()}
         return (
             self.neighbours.waited_seconds
-            + self.mirror.waited_seconds
+            + self.weight_copies.waited_seconds
             + sum(group.waited_seconds for group in groups.values())
         )
 

@@ -22,7 +22,7 @@ from lptransformer.planning.simulate import StageSeconds, steady
 from lptransformer.planning.step_time import (
     Bound,
     Work,
-    border_links,
+    border_seconds,
     bounds,
     by_rank,
     message_bytes,
@@ -184,7 +184,7 @@ class Candidate:
             seconds,
             micro_batches=self.rounds,
             in_flight=work.in_flight if self.ours else self.pipeline,
-            link=border_links(self.cluster, data, up, work.channel if self.ours else None),
+            link=border_seconds(self.cluster, data, up, work.channel if self.ours else None),
             steps=self.steps,
         )
         step, reductions = found.update_seconds, by_rank(stages, waits)

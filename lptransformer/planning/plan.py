@@ -18,7 +18,7 @@ from lptransformer.methods.heads import label
 from lptransformer.methods.objectives import METHODS, Objective
 from lptransformer.planning import candidates
 from lptransformer.planning.candidates import Candidate, Prediction
-from lptransformer.planning.devices import HOST_MEMORY, Cluster, table
+from lptransformer.planning.devices import HOST_MEMORY, Cluster, load_devices
 from lptransformer.planning.rank_memory import precision
 from lptransformer.planning.step_time import Bound, Work
 
@@ -111,16 +111,18 @@ def _cluster(config: Config, nodes: int, per_node: int | None, gpu: str, link: s
             "cannot be shared equally; give --gpus-per-node"
         )
     if nodes > 1 and link is None:
-        raise UserError(f"--nodes={nodes} needs --link: what is between the nodes (one of {', '.join(table().links)})")
+        raise UserError(
+            f"--nodes={nodes} needs --link: what is between the nodes (one of {', '.join(load_devices().links)})"
+        )
     if nodes == 1 and link is not None:
         raise UserError(
             f"--link={link} is what is between nodes, and --nodes is 1: give both, or neither (what is within a node "
             "comes with the device)"
         )
-    device = table().device(gpu)
+    device = load_devices().device(gpu)
     if config.train.dtype not in device.flops:
         raise UserError(f"--gpu={gpu} has no number for {config.at('train.dtype')}")
-    between = device.intra_link if link is None else table().link(link)
+    between = device.intra_link if link is None else load_devices().link(link)
     return Cluster(device, nodes, per_node or processes // nodes, between)
 
 
@@ -209,7 +211,7 @@ def _work(config: Config, blueprint: Blueprint) -> Work:
         update_bytes=2 * states.gradients + 2 * states.optimizer + states.weights * (1 if dtype.has_masters else 2),
         empty=empty,
         in_flight=blueprint.in_flight,
-        channel=table().links[HOST_MEMORY],
+        channel=load_devices().links[HOST_MEMORY],
     )
 
 

@@ -14,9 +14,9 @@ from lptransformer.methods.cost import ModelCosts
 from lptransformer.methods.gradient_flow import crossing, flows
 from lptransformer.methods.objectives import Objective
 from lptransformer.methods.stages import StagePlan, weights_of
-from lptransformer.planning.devices import Cluster, Wire
+from lptransformer.planning.devices import Cluster, Link
 from lptransformer.planning.rank_memory import ActivationBytes, Precision
-from lptransformer.planning.simulate import Link, StageSeconds
+from lptransformer.planning.simulate import LinkSeconds, StageSeconds
 
 if TYPE_CHECKING:
     from lptransformer.planning.stage_memory import EmptyStages
@@ -48,7 +48,7 @@ class Work:
     states: Precision
     update_bytes: float
     in_flight: int = 2
-    channel: Wire | None = None
+    channel: Link | None = None
     empty: EmptyStages | None = None
 
     @property
@@ -151,15 +151,18 @@ def message_bytes(goal: Objective, stages: Sequence[StagePlan], work: Work) -> t
     return up, down
 
 
-def border_links(cluster: Cluster, data: int, messages: Sequence[float], channel: Wire | None = None) -> list[Link]:
-    """A link per border, where a micro-batch's hidden states have `messages` bytes; no faster than the `channel`."""
-    links = []
-    for wire, size in zip(cluster.borders(len(messages) + 1, data), messages, strict=True):
-        slowest = wire
-        if channel is not None and channel.bytes_per_second < wire.bytes_per_second:
-            slowest = replace(channel, latency_seconds=max(channel.latency_seconds, wire.latency_seconds))
-        links.append(Link(slowest.latency_seconds, size / slowest.bytes_per_second))
-    return links
+def border_seconds(
+    cluster: Cluster, data: int, messages: Sequence[float], channel: Link | None = None
+) -> list[LinkSeconds]:
+    """The times of every border, where a micro-batch's hidden states have `messages` bytes; no link is faster than the
+    `channel`."""
+    found = []
+    for link, size in zip(cluster.borders(len(messages) + 1, data), messages, strict=True):
+        slowest = link
+        if channel is not None and channel.bytes_per_second < link.bytes_per_second:
+            slowest = replace(channel, latency_seconds=max(channel.latency_seconds, link.latency_seconds))
+        found.append(LinkSeconds(slowest.latency_seconds, size / slowest.bytes_per_second))
+    return found
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,8 @@ def speeds(ranks: int, micro_batches: int, link: str, vocabulary: int) -> dict[s
             costs = one.costs
             heads = (costs.head_training_flops(True), costs.head_training_flops(False))
             sizes = balanced_sizes(BLOCKS, ranks, 3 * costs.block_flops, *heads)
-            goal = objectives.build(BLOCKS, "chunked", chunks=sizes)
-            local = Candidate("chunked", goal, cut(goal, ranks, costs, sizes), one, cluster, 1, zero_stage=1)
+            objective = objectives.build(BLOCKS, "chunked", chunks=sizes)
+            local = Candidate("chunked", objective, cut(objective, ranks, costs, sizes), one, cluster, 1, zero_stage=1)
             add(name, local.evaluate().tokens_per_second)
         one = work(micro_batches, vocabulary, 1.0).cut_smaller(rows)
         for name, chunks, make in RIVALS:

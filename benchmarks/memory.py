@@ -32,7 +32,7 @@ from lptransformer.config.load import load
 from lptransformer.data.token_set import Batch
 from lptransformer.engine.process_groups import World, join, leave
 from lptransformer.models import hf_config
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.processes import use_fair_share_of_cores
 from lptransformer.study.markdown_tables import ResultTable, update
 from lptransformer.training.build import build_engine
@@ -88,7 +88,7 @@ def random_batch(window: int, vocabulary: int) -> Batch:
 def plain(case: dict[str, int], checkpointed: bool) -> list[int]:
     """Hugging Face's own model and loss, one backward pass per micro-batch."""
     config = load(sizes(**case, contender=BACKPROP))
-    blueprint = draw(config, case["vocabulary"], None)
+    blueprint = make_blueprint(config, case["vocabulary"], None)
     model = hf_config.model_class(blueprint.model_config)(blueprint.model_config).train()
     if checkpointed:
         model.activation_checkpointing_enable()
@@ -104,7 +104,7 @@ def plain(case: dict[str, int], checkpointed: bool) -> list[int]:
 def ours(case: dict[str, int], contender: str, world: World) -> list[int]:
     """The engine with all stages in this process; the peak of every stage."""
     config = load(sizes(**case, contender=contender))
-    blueprint = draw(config, case["vocabulary"], None)
+    blueprint = make_blueprint(config, case["vocabulary"], None)
     log = Allocations()
     stream = RandomTokens(random_batch(case["window"], case["vocabulary"]), log)
     engine = build_engine(config, world, blueprint, stream, {})

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lptransformer.config.load import load
 from lptransformer.config.schema import Config
 from lptransformer.engine.process_groups import join, leave
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.processes import use_fair_share_of_cores
 from lptransformer.study.markdown_tables import ResultTable, update
 from lptransformer.training.build import build_engine
@@ -142,7 +142,7 @@ def measure(repeats: int, sizes: Sequence[str], numbers: Sequence[int]) -> dict[
             contenders: dict[str, tuple[Update, Update]] = {}
             for method, chunks in METHODS.items():
                 config = loaded(size, chunks, micro_batches)
-                blueprint = draw(config, VOCABULARY, None)
+                blueprint = make_blueprint(config, VOCABULARY, None)
                 engine = build_engine(config, world, blueprint, stream, {})
                 contenders[method] = plain_loop(config, blueprint.model_config, stream), engine.train_batch
             for method, (plain, engine_update) in contenders.items():

@@ -49,7 +49,7 @@ from lptransformer.config.load import load
 from lptransformer.config.schema import Config
 from lptransformer.engine.p2p import Receiver, Sender
 from lptransformer.engine.process_groups import join
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.processes import use_fair_share_of_cores
 from lptransformer.study.markdown_tables import ResultTable, update
 from lptransformer.training.build import build_engine
@@ -138,7 +138,7 @@ def profile_rank(pipeline: int, chunks: int, updates: int) -> dict[str, Any]:
     """Seconds of an update by kind, on this process's pipeline rank; and of whole updates without the profiler."""
     use_fair_share_of_cores()
     config = loaded(pipeline, chunks)
-    blueprint = draw(config, VOCABULARY, None)
+    blueprint = make_blueprint(config, VOCABULARY, None)
     world = join(pipeline, 1, 60)
     stream = RandomTokens(ROWS, WINDOW, VOCABULARY)
     with channels_in_scope():

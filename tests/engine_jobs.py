@@ -29,7 +29,7 @@ from lptransformer.engine.p2p import Control, Neighbours
 from lptransformer.engine.process_groups import join
 from lptransformer.errors import TrainingError
 from lptransformer.methods.stages import StagePlan
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.models.head import LossBatch, LossTerm
 from lptransformer.models.stage import StageOutput
 from lptransformer.processes import use_fair_share_of_cores
@@ -105,7 +105,7 @@ def open_engine(overrides: Sequence[str]) -> LocalUpdateEngine:
     world = join(config.parallel.pipeline, config.parallel.data, config.parallel.timeout_seconds)
     stream = make_stream(config)
     valid = {"valid": RandomValidSet(stream)}
-    engine = build_engine(config, world, draw(config, stream.vocab_size, None), stream, valid)
+    engine = build_engine(config, world, make_blueprint(config, stream.vocab_size, None), stream, valid)
     assert isinstance(engine, LocalUpdateEngine)
     return engine
 

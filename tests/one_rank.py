@@ -76,9 +76,9 @@ def peak_bytes(config: Config, plan: Blueprint, pipeline_rank: int) -> int:
     DeepSpeed's engines are in it, and message buffers. Of a hybrid objective each kind of update is run, and the
     greater peak counts.
     """
-    goal = plan.objective
+    hybrid = plan.objective
     alone = [
-        replace(plan, phases=(one,), objective=replace(goal, usual=one.phase, backprop=None, every=None, share=0.0))
+        replace(plan, phases=(one,), objective=replace(hybrid, usual=one.phase, backprop=None, every=None, share=0.0))
         for one in plan.phases
     ]
     return max(_peak(config, one, pipeline_rank) for one in alone)

@@ -18,7 +18,7 @@ from lptransformer.config.load import load, to_yaml
 from lptransformer.config.schema import Config
 from lptransformer.engine.process_groups import leave
 from lptransformer.errors import ConfigError
-from lptransformer.models.blueprint import Blueprint, draw
+from lptransformer.models.blueprint import Blueprint, make_blueprint
 from lptransformer.planning.dry_run import predicted
 from lptransformer.run_folder import layout
 from lptransformer.training import auto_batch
@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def given(*overrides: str) -> tuple[Config, Blueprint]:
     config = load(CONFIG, overrides)
     sized = config if config.train.micro_batch_size != "auto" else auto_batch.with_size(config, 1)
-    return config, draw(sized, BYTES, None)
+    return config, make_blueprint(sized, BYTES, None)
 
 
 @cache

@@ -32,7 +32,7 @@ from lptransformer.engine.deepspeed_pipeline import PipelineBaseline
 from lptransformer.engine.p2p import Control
 from lptransformer.errors import ConfigError, RunError, TrainingError
 from lptransformer.methods.stages import StagePlan
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.models.head import LossTerm
 from lptransformer.processes import check_devices, use_fair_share_of_cores
 from lptransformer.run_folder import checkpoint
@@ -71,7 +71,7 @@ def open_baseline(overrides: Sequence[str]) -> PipelineBaseline:
     use_fair_share_of_cores()
     world, stream = join_world(config), make_stream(config)
     valid = {"valid": RandomValidSet(stream)}
-    engine = build_engine(config, world, draw(config, stream.vocab_size, None), stream, valid)
+    engine = build_engine(config, world, make_blueprint(config, stream.vocab_size, None), stream, valid)
     assert isinstance(engine, PipelineBaseline)
     return engine
 

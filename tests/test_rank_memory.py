@@ -17,7 +17,7 @@ from lptransformer.config.schema import Config
 from lptransformer.methods.gradient_flow import duties
 from lptransformer.methods.objectives import Objective, backprop, chunked
 from lptransformer.methods.stages import StagePlan
-from lptransformer.models.blueprint import Blueprint, draw
+from lptransformer.models.blueprint import Blueprint, make_blueprint
 from lptransformer.models.head import LossBatch
 from lptransformer.models.stage import make_stage
 from lptransformer.planning import candidates, rank_memory
@@ -36,7 +36,7 @@ V = 300
 
 def loaded(*overrides: str) -> tuple[Config, Blueprint]:
     config = load(BASE, overrides)
-    return config, draw(config, V, None)
+    return config, make_blueprint(config, V, None)
 
 
 # ---------------------------------------------------------------------------------------------- the real engine
@@ -168,8 +168,8 @@ def test_local_updates_hold_one_pass_and_backprop_as_many_as_there_are_ranks_abo
 def test_with_one_micro_batch_no_stage_has_the_gradients_of_those_above() -> None:
     sizes: dict[str, Any] = {"rounds": 1, "micro_batch_tokens": 0, "hidden_bytes": 0, "in_flight": 2}
     big = PassBytes(forward=5000, kept=4900, first_backward=1100, backward=200)
-    goal = Objective(2, chunked(2, 2))
-    (found,) = rank_memory.predict(goal, two_stages(1), [STAGE, STAGE], [[big, PASS]], FP32, **sizes)
+    objective = Objective(2, chunked(2, 2))
+    (found,) = rank_memory.predict(objective, two_stages(1), [STAGE, STAGE], [[big, PASS]], FP32, **sizes)
     assert found.peak == 2 * STAYS + 4900 + 1100
     assert (found.gradients, found.activations) == (2000, 5000)
 

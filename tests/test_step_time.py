@@ -66,8 +66,8 @@ def test_balanced_sizes(arguments: tuple[Any, ...], sizes: list[int]) -> None:
 def test_seconds_of_a_stage() -> None:
     """FLOPs over what the device achieves; the ring of the replicas and the optimizer in the update."""
     one, here = work(), cluster()
-    goal = objectives.build(BLOCKS, "chunked", chunks=2)
-    stages = cut(goal, 2, one.costs)
+    objective = objectives.build(BLOCKS, "chunked", chunks=2)
+    stages = cut(objective, 2, one.costs)
     (low, high), waits = stage_seconds(stages, one, here, 2, 1)
     rate = 6.69e13 * 0.43
     block = (2 * 12 * H * H + 2 * T * H) * 2 * T
@@ -83,9 +83,9 @@ def test_seconds_of_a_stage() -> None:
 
 def test_local_updates_have_no_bubble_and_backprop_has_one() -> None:
     one, here = work(micro_batches=4), cluster(per_node=4)
-    goal = objectives.build(BLOCKS, "chunked", chunks=4)
-    stages = cut(goal, 4, one.costs)
-    local = Candidate("chunked", goal, stages, one, here, data=1, zero_stage=0)
+    objective = objectives.build(BLOCKS, "chunked", chunks=4)
+    stages = cut(objective, 4, one.costs)
+    local = Candidate("chunked", objective, stages, one, here, data=1, zero_stage=0)
     found = local.evaluate()
     assert found.local and len(found.ranks) == 4 and max(found.idle_shares) < 0.9
     assert found.step_seconds >= local.at_least and min(found.idle_shares) >= 0
@@ -178,7 +178,7 @@ def test_inside_of_a_chunk_hidden_states_travel_as_they_are() -> None:
     """Two chunks on four ranks: only the middle border is behind a head, and carries no gradient."""
     one = replace(work(), token_bytes=H + 4)
     for chunks, rounded in ((4, [True] * 3), (2, [False, True, False])):
-        goal = objectives.build(BLOCKS, "chunked", chunks=chunks)
-        up, down = message_bytes(goal, cut(goal, 4, one.costs, [2, 2, 2, 2]), one)
+        objective = objectives.build(BLOCKS, "chunked", chunks=chunks)
+        up, down = message_bytes(objective, cut(objective, 4, one.costs, [2, 2, 2, 2]), one)
         assert up == [2 * T * (H + 4) if small else one.activations.rows for small in rounded]
         assert down == [int(not small) for small in rounded]

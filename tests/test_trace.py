@@ -465,13 +465,13 @@ def test_a_traced_run_is_the_schedule_and_the_same_run(pool: Pool, tmp_path: Pat
     assert losses(traced) == losses(plain) and len(losses(plain)) == 5
     traces = read_traces(traced, 2, 1)
     assert [(one.session, one.updates) for one in traces] == [(1, [2, 3]), (2, [4, 5])]
-    goal = objectives.build(4, "overlapping", chunks=4, overlap=1, own_weight=0.5, first_head=False)
-    stages = cut(goal, 2, ModelCosts(1.0, 1.0, 1.0))
+    objective = objectives.build(4, "overlapping", chunks=4, overlap=1, own_weight=0.5, first_head=False)
+    stages = cut(objective, 2, ModelCosts(1.0, 1.0, 1.0))
     idle = {r["update"]: [stage["idle_share"] for stage in r["stages"]] for r in read_metrics(traced) if "stages" in r}
     for one in traces:
         for report in one.reports:
             texts = [action[0] for action in report.actions if action[0] != "copies"]
-            pattern = schedule.one_update(stages, goal.usual, report.pipeline_rank, 3)
+            pattern = schedule.one_update(stages, objective.usual, report.pipeline_rank, 3)
             assert texts == [str(action) for action in pattern.alone]
             assert [action[0] for action in report.actions].count("copies") == 2
             times = [time for action in report.actions for time in action[1:3]]

@@ -8,7 +8,7 @@ from contenders import emulated
 from contenders.face import Sleeper, Spec, Work, stream_of
 from lptransformer.config.schema import Config
 from lptransformer.engine.interface import TrainingEngine
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.run_folder.metrics import StageReport
 from lptransformer.training.build import build_engine, join_world
 
@@ -39,7 +39,7 @@ def build(spec: Spec, work: Work, sleeper: Sleeper) -> EngineContender:
 def build_from(config: Config, work: Work, sleeper: Sleeper) -> EngineContender:
     """The engine of a configuration, with stages that sleep where the compute is emulated."""
     world = join_world(config)
-    blueprint = draw(config, work.vocab_size, None)
+    blueprint = make_blueprint(config, work.vocab_size, None)
     stages = contextlib.nullcontext() if work.block_seconds is None else emulated.stages(sleeper, work.block_seconds)
     with stages:
         engine = build_engine(config, world, blueprint, stream_of(config, work), {})

@@ -11,7 +11,7 @@ from contenders import deepspeed_pipeline, torch_pipelining
 from contenders.face import Spec, Work
 
 from lptransformer.methods.cost import ModelCosts
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from side_by_side import splits
 
 HERE = Path(__file__).parent.parent
@@ -105,7 +105,7 @@ def promising(entry: Mapping[str, Any], work: Work, count: int) -> list[splits.S
 def _costs(entry: Mapping[str, Any], work: Work) -> ModelCosts:
     """Of the model with the heads of a contender."""
     heads = tuple(text for text in entry.get("config", ()) if text.startswith("head."))
-    return draw(Spec("", "", heads).config_of(work), work.vocab_size, None).costs
+    return make_blueprint(Spec("", "", heads).config_of(work), work.vocab_size, None).costs
 
 
 def head_ratio(work: Work) -> float:

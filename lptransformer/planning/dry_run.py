@@ -16,7 +16,7 @@ from lptransformer.data.prepare import vocabulary
 from lptransformer.methods import flops
 from lptransformer.methods.heads import label
 from lptransformer.methods.stages import stage_rows
-from lptransformer.models.blueprint import Blueprint, draw
+from lptransformer.models.blueprint import Blueprint, make_blueprint
 from lptransformer.planning.rank_memory import Precision, RankMemory, precision
 from lptransformer.planning.stage_memory import EmptyStages
 
@@ -52,7 +52,7 @@ def dry_run(config: Config) -> None:
 def unprepared(config: Config) -> Blueprint:
     """The blueprint of a run whose text need not be prepared."""
     data = config.data.model_dump(include={"train", "valid", "tokenizer", "vocab_size"})
-    return draw(config, vocabulary(**data), None)
+    return make_blueprint(config, vocabulary(**data), None)
 
 
 def print_stages(title: str, config: Config, blueprint: Blueprint) -> None:

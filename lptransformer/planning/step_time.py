@@ -136,12 +136,12 @@ def by_rank(stages: Sequence[StagePlan], of_stages: Iterable[float]) -> list[flo
     return sums
 
 
-def message_bytes(goal: Objective, stages: Sequence[StagePlan], work: Work) -> tuple[list[float], list[int]]:
+def message_bytes(objective: Objective, stages: Sequence[StagePlan], work: Work) -> tuple[list[float], list[int]]:
     """Of every border between pipeline ranks: bytes of a micro-batch's hidden states, and how many gradients come back.
 
     Hidden states are rounded behind a head whose border never carries a gradient (docs/design.md), and nowhere else.
     """
-    of_phases = [flows(phase, stages) for phase in goal.phases]
+    of_phases = [flows(phase, stages) for phase in objective.phases]
     up, down = [], []
     for below, above in zip(stages, stages[1:], strict=False):
         if below.pipeline_rank != above.pipeline_rank:

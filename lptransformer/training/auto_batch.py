@@ -66,7 +66,7 @@ def of_prepared(config: Config, data: Prepared) -> tuple[Blueprint, int]:
     """What is built, and the windows of an epoch."""
     stream = TrainStream([one.tokens for one in data.train], [one.weight for one in data.train], 0, 1)
     tokenizer = data.tokenizer
-    blueprint = blueprints.draw(with_size(config, 1), tokenizer.vocab_size, tokenizer.end_of_text_id)
+    blueprint = blueprints.make_blueprint(with_size(config, 1), tokenizer.vocab_size, tokenizer.end_of_text_id)
     return blueprint, stream.rows_per_epoch
 
 

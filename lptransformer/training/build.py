@@ -49,7 +49,7 @@ def start(config: Config) -> tuple[TrainingEngine, Prepared]:
     use_fair_share_of_cores()
     world = join_world(config)
     data = prepare_once(config, world)
-    blueprint = blueprints.draw(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
+    blueprint = blueprints.make_blueprint(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
     stream = TrainStream(
         [source.tokens for source in data.train],
         [source.weight for source in data.train],

@@ -113,7 +113,7 @@ class PipelineBaseline(TrainingEngine):
         learning_rate = self.optimizer.param_groups[0]["lr"]
         first, many = self.update * self.blueprint.micro_batches, self.blueprint.micro_batches
         own = range(first + self.world.data_rank, first + many, self.world.data_size)
-        with _lost_processes_in_our_words():
+        with _translate_gloo_errors():
             mean_loss = self.engine.train_batch(_pairs(map(self.stream.batch, own))).item()
             control = self._timed(self._decide)()
         self.lr_scheduler.step()
@@ -148,7 +148,7 @@ class PipelineBaseline(TrainingEngine):
         micro_batches, label_tokens = self._rounds[name]
         self._loss_sums = []
         if micro_batches > 0:
-            with _lost_processes_in_our_words():
+            with _translate_gloo_errors():
                 batches = _pairs(batch for _, batch in self._own_batches(name))
                 self.engine.eval_batch(batches, bcast_loss=False, num_micro_batches=micro_batches)
         nll_sum = sum(loss.item() for loss in self._loss_sums)
@@ -163,7 +163,7 @@ class PipelineBaseline(TrainingEngine):
             "skipped_in_a_row": self.skipped_in_a_row,
         }
         first_replica = self.world.data_rank == 0
-        with _lost_processes_in_our_words():
+        with _translate_gloo_errors():
             if first_replica:
                 checkpoint.begin_stage(folder)
             if self.world.global_rank == 0:
@@ -260,7 +260,7 @@ def _pairs(batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @contextlib.contextmanager
-def _lost_processes_in_our_words() -> Iterator[None]:
+def _translate_gloo_errors() -> Iterator[None]:
     """gloo's errors are plain RuntimeErrors, among those that the model itself may raise."""
     try:
         yield

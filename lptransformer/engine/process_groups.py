@@ -75,7 +75,7 @@ class World:
                 raise
             raise SystemExit(UserError.exit_code) from None
         except RuntimeError:  # of a replica that waited for another, which has refused
-            with lost_processes_in_our_words():
+            with translate_lost_processes():
                 if not self.store.check([REFUSED]):
                     raise
         if self.store.check([REFUSED]):
@@ -155,7 +155,7 @@ def join(pipeline: int, data: int, timeout_seconds: float, *, together: bool = F
 
 
 @contextlib.contextmanager
-def lost_processes_in_our_words() -> Iterator[None]:
+def translate_lost_processes() -> Iterator[None]:
     """The store and the groups fail in many ways when another process has gone: one TrainingError for all."""
     try:
         yield

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lptransformer.engine.deepspeed_stage import FrozenStage, TrainedStage
-from lptransformer.engine.p2p import breaks_in_our_words
+from lptransformer.engine.p2p import translate_broken_channel
 from lptransformer.engine.process_groups import World
 from lptransformer.methods.stages import StagePlan
 
@@ -68,7 +68,7 @@ class CopyRoute:
             return
         self.flush()
         flat = flat.cpu()
-        with breaks_in_our_words(self.name):
+        with translate_broken_channel(self.name):
             self._sending = (flat, self.group.send([flat], 1, 0))
 
     def use(self, update: int) -> None:
@@ -94,7 +94,7 @@ class CopyRoute:
         """Wait until the version on the way has left."""
         if self._sending is not None:
             started = time.perf_counter()
-            with breaks_in_our_words(self.name):
+            with translate_broken_channel(self.name):
                 self._sending[1].wait()
             self.waited_seconds += time.perf_counter() - started
             self._sending = None
@@ -103,14 +103,14 @@ class CopyRoute:
         assert self.group is not None
         (dtype,) = {dtype for _, dtype in self._shapes}
         buffer = torch.empty(sum(shape.numel() for shape, _ in self._shapes), dtype=dtype)
-        with breaks_in_our_words(self.name):
+        with translate_broken_channel(self.name):
             self._posted.append((buffer, self.group.recv([buffer], 0, 0)))
 
     def _receive(self) -> None:
         assert self._posted, "a version that nobody sends"
         buffer, work = self._posted.popleft()
         started = time.perf_counter()
-        with breaks_in_our_words(self.name):
+        with translate_broken_channel(self.name):
             work.wait()
         self.waited_seconds += time.perf_counter() - started
         self.arrived.append(buffer)

@@ -25,7 +25,7 @@ from lptransformer.config.checks import zero_stage
 from lptransformer.config.schema import Config
 from lptransformer.data.prepare import Prepared, prepare_all
 from lptransformer.data.train_stream import TrainStream
-from lptransformer.engine.process_groups import lost_processes_in_our_words
+from lptransformer.engine.process_groups import translate_lost_processes
 from lptransformer.errors import ConfigError, UserError
 from lptransformer.models import blueprint as blueprints
 from lptransformer.models.blueprint import Blueprint
@@ -82,7 +82,7 @@ def agreed(config: Config, resume: bool) -> Iterator[Config]:
         yield config
         return
     timeout = timedelta(seconds=config.parallel.timeout_seconds)
-    with lost_processes_in_our_words():
+    with translate_lost_processes():
         alone = launched_size() == 1
         store = dist.HashStore() if alone else next(dist.rendezvous("env://", timeout=timeout))[0]
         store.set_timeout(timeout)

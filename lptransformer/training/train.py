@@ -13,7 +13,7 @@ from lptransformer.config.schema import Config
 from lptransformer.data.prepare import Prepared
 from lptransformer.engine.interface import Report, TrainingEngine, UpdateResult
 from lptransformer.engine.p2p import Control
-from lptransformer.engine.process_groups import lost_processes_in_our_words
+from lptransformer.engine.process_groups import translate_lost_processes
 from lptransformer.errors import TrainingError
 from lptransformer.planning.dry_run import print_stages
 from lptransformer.processes import launched_rank, on_stop_signals
@@ -52,7 +52,7 @@ def train(config: Config, resume: bool = False, overwrite: bool = False, until: 
             assert engine.describe_run is not None
             engine.describe_run(folder, overwrite)
     desk = Desk(engine, config, data, folder, resume, until)
-    with lost_processes_in_our_words(), desk, stopping_cleanly(engine):
+    with translate_lost_processes(), desk, stopping_cleanly(engine):
         while True:
             engine.request(due(config, engine.update + 1, until))
             result = desk.watch(engine.train_batch)

@@ -240,7 +240,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def chosen(args: argparse.Namespace) -> dict[str, list[str]]:
-    """The cases of every part that is asked for. Ends the program where a name is none."""
+    """The cases of every part that is named. Ends the program where a name is none."""
     parts = {"losses": list(LOSSES), "speed": list(SPEED)}
     if args.case:
         unknown = set(args.case) - set(LOSSES) - set(SPEED)
@@ -537,7 +537,7 @@ class Worker:
             engine.close()
 
     def plain(self, recomputing: bool) -> Callable[[], object]:
-        """The loop that somebody would write by hand, over the library's own model."""
+        """The loop that one would write by hand, over the library's own model."""
         import torch
         from transformers import AutoModelForCausalLM, LlamaConfig
 

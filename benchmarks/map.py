@@ -4,7 +4,7 @@
 
 A model of 32 blocks of width 2048 (1.6 billion weights in its blocks) on A100s, one per node: a pipeline over all of
 them, or replicas on all of them. A micro-batch is 8 windows of 2048 tokens; every method may cut it into smaller ones
-and has its best size. Memory is not asked. What varies stands below each panel, what does not in its title.
+and has its best size. Memory is not looked at. What varies stands below each panel, what does not in its title.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ EXACT = ("1F1B", "interleaved", "zero bubble", "data parallel")
 
 
 def work(micro_batches: int, vocabulary: int, token_fraction: float) -> Work:
-    """An update of so many micro-batches of `ROWS` windows, in bf16."""
+    """An update of `micro_batches` micro-batches of `ROWS` windows, in bf16."""
     block = 50_331_648  # 12 x 2048 x 2048: a plain or a gated MLP alike
     costs = model_costs(
         block,

@@ -10,7 +10,7 @@ checkpointing, and this engine with `backprop` and with `chunked` in K runs, all
 What is counted: an update has two micro-batches, and the peak is that of the second one, less what was alive before it
 (weights, their gradients, optimizer state, the batch). So it holds everything a pass needs for a moment: saved tensors,
 hidden states, logits, the new gradient of a weight before it is added. allocations.py logs torch's allocator;
-nothing is sampled, and the numbers do not depend on the load of the machine. The engine's peak is told by stage too:
+nothing is sampled, and the numbers do not depend on the load of the machine. The engine's peak is split by stage too:
 from the beginning of a stage's forward pass to the beginning of the next stage's.
 """
 

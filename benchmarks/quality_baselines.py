@@ -6,7 +6,7 @@
 Takes the study's configuration (configs/quality.yaml) and overrides of it. The plain loop has the same windows in the
 same order, the same optimizer, learning rates and clipping as `objective.name: backprop`, but imports nothing of the
 engine; its weights are Hugging Face's own initial ones. Writes docs/benchmarks/quality/baselines.json, which is
-extended by every run, and makes the tables in docs/benchmarks/quality.md anew from it.
+extended by every run, and rewrites the tables in docs/benchmarks/quality.md from it.
 """
 
 from __future__ import annotations

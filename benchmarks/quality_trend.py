@@ -4,8 +4,8 @@ From the records of several sweeps.
 
     python benchmarks/quality_trend.py docs/benchmarks/quality/quality-{750,seeds,3000,width-128}.json
 
-Runs of the same width and the same number of updates stand together. Makes the tables `trend/...` in
-docs/benchmarks/quality.md anew and draws docs/benchmarks/quality/trend.png.
+Runs of the same width and the same number of updates are compared. Rewrites the tables `trend/...` in
+docs/benchmarks/quality.md and draws docs/benchmarks/quality/trend.png.
 """
 
 from __future__ import annotations

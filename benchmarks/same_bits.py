@@ -44,7 +44,7 @@ PARTITIONED = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
 SMALL: dict[str, Any] = {
     "model": {"family": "llama", "hidden_size": 32, "num_layers": 4, "num_heads": 2},
     "data": {"tokenizer": "bytes", "sequence_length": 32},
-    "parallel": {"timeout_seconds": 120.0},  # a deadlock is told as one
+    "parallel": {"timeout_seconds": 120.0},  # then a deadlock is an error
     "train": {"steps": STEPS, "micro_batch_size": 2, "micro_batches_per_update": 4, "warmup_steps": 1, "eval_every": 2},
 }
 # What is compared of the rows in metrics.jsonl; the others are times and memory.

@@ -8,7 +8,7 @@ its beginning and its end; an update is one scope around all of them, so what no
 
 Each moment belongs to the innermost operator or scope that is open. From the inside out, the first of these decides:
 
-    matrix products       mm, addmm, bmm, linear and their like, wherever they stand (heads are told apart)
+    matrix products       mm, addmm, bmm, linear and their like, wherever they are (heads are counted apart)
     attention             torch's fused attention, forward and backward; its projections are matrix products
     optimizer             whatever runs inside of the optimizer's step
     channel               inside of sending and receiving: copies into buffers, and waiting for a neighbour

@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     compared.add_argument("--deep", metavar="METHOD", help="with --shallow: share of the depth gain that is kept")
     compared.add_argument("--shallow", metavar="METHOD", help="backprop with fewer blocks")
     compared.add_argument("--choose", metavar="SET", help="validation set that decides on settings (default: sweep's)")
-    compared.add_argument("--markdown", metavar="FILE", help="document whose tables are made anew, or a new one")
+    compared.add_argument("--markdown", metavar="FILE", help="document whose tables are rewritten, or a new one")
     compared.add_argument("--name", help="begins the names of the tables in the document: NAME/TABLE")
 
     text = "Local against true gradients, rank of hidden states, agreement of exits: tables and a plot."

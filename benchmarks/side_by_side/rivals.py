@@ -198,8 +198,8 @@ def replay_many(
     seconds: Sequence[ChunkSeconds],
     links: Sequence[LinkSeconds] = (),
 ) -> ReplayTimes:
-    """`replay(make(micro_batches), ...)` without running all of it: once the pipeline is full, so many more
-    micro-batches take so much longer. What 4 x `ranks` more of them take is measured after the first 4 x `ranks`.
+    """`replay(make(micro_batches), ...)` without running all of it: once the pipeline is full, the time
+    grows linearly with the micro-batches. What 4 x `ranks` more of them take is measured after the first 4 x `ranks`.
 
     Exact where ranks and links are alike; within 2 percent elsewhere (where the pattern of waiting has another period).
     """

@@ -17,8 +17,8 @@ from contenders.worker import Place, Turn
 from side_by_side import cases, groups, ratios
 
 TURN_SECONDS = 300.0
-# Micro-batches that a pipeline rank of ours can be ahead of the next (in_flight + 1), so many are left out of what is
-# counted at both ends of a turn.
+# Micro-batches that a pipeline rank of ours can be ahead of the next (in_flight + 1): what is left out of the count at
+# both ends of a turn.
 AHEAD = 3
 
 

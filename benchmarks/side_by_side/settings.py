@@ -80,7 +80,7 @@ class _BareStages:
     def _turns(self, sets_of_ranks: Sequence[Iterable[int]]) -> dict[tuple[str, int], dict[str, float]]:
         """Every contender's stages, on one set of ranks at once after the other."""
         found: dict[tuple[str, int], dict[str, float]] = {}
-        if self.names:  # whoever computes first after a pause is slow: this one does not count
+        if self.names:  # the first to compute after a pause is slow: this one does not count
             self.group.turn(self.names[0], rounds.TURN_SECONDS, range(self.ranks))
         for contender in self.names:
             for ranks in sets_of_ranks:

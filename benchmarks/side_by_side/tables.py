@@ -33,7 +33,7 @@ def show(found: Data) -> None:
 
 
 def write(found: Data, path: Path) -> list[str]:
-    """Make the tables of a setting anew in a document; the names of those that were written."""
+    """Rewrite the tables of a setting in a document; returns the names of those that were written."""
     return update(path, tables(found), found["setting"])
 
 

@@ -67,7 +67,7 @@ def load(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, 
 
     Values of overrides are YAML; they reach into mappings (deepspeed.zero_optimization.stage=2). What is null by
     default and follows from other keys is filled in: run.dir, max_position_embeddings, and for model.pretrained the
-    sizes in its config.json and its tokenizer. `saved` says that a run folder holds it: keys may have names of before,
+    sizes in its config.json and its tokenizer. `saved` says that a run folder holds it: keys may have their old names,
     and the sizes of model.pretrained are there, so no model folder is opened.
 
     Raises ConfigError, and ModelError when the folder model.pretrained is missing or its config.json is broken.

@@ -35,7 +35,7 @@ class Source:
     weight: float | None = None
 
 
-# ---- what is asked for: globs -> files
+# ---- globs -> files
 
 
 def parse_sources(spec: Any, key: str, where: str | None = None) -> list[Source]:

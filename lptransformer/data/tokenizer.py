@@ -208,7 +208,7 @@ def _sample(texts: Iterable[str]) -> list[str]:
 def _explain(message: str, vocab_size: int) -> ConfigError:
     """SentencePiece's error as one that names the key and what would be right."""
     if found := re.search(r"too high.*<= *(\d+)", message, re.DOTALL):
-        right = f"the text is too short for so many entries; at most {found[1]} are possible"
+        right = f"the text is too short for that; at most {found[1]} are possible"
     elif found := re.search(r"smaller than required_chars\. *\d+ vs (\d+)", message):
         right = f"the characters of the text and the 256 bytes alone need {found[1]}"
     else:

@@ -1,10 +1,11 @@
 """The baseline: the same run by DeepSpeed's own PipelineEngine, for `engine: deepspeed_pipeline`.
 
 Backprop through all blocks as 1F1B, over the same stages (so the same initial weights and cuts), micro-batches, loss,
-optimizer and learning rates as `objective.name: backprop` of the engine beside it. It has that engine's face, and its
-run folders and checkpoints. What is DeepSpeed's own: one torch.distributed world for all pipeline ranks, the schedule,
-messages, the reduction of gradients, clipping (over the whole model) and ZeRO 0 or 1. In fp32 at ZeRO 0 it skips no
-update: a gradient that is not finite spoils the weights. There it tells no gradient norm either, unless it clips.
+optimizer and learning rates as `objective.name: backprop` of the engine beside it. It has that engine's interface, and
+its run folders and checkpoints. What is DeepSpeed's own: one torch.distributed world for all pipeline ranks, the
+schedule, messages, the reduction of gradients, clipping (over the whole model) and ZeRO 0 or 1. In fp32 at ZeRO 0 it
+skips no update: a gradient that is not finite spoils the weights. There it reports no gradient norm either, unless it
+clips.
 """
 
 from __future__ import annotations
@@ -193,9 +194,9 @@ class PipelineBaseline(TrainingEngine):
             group["lr"] = learning_rate
 
     def _decide(self) -> Control:
-        """What follows this update: whatever any process was asked for."""
-        asked = self._take_requests()
-        flags = torch.tensor([int(bool(asked & flag)) for flag in FLAGS], device=self.world.device)
+        """What follows this update: whatever was requested on any process."""
+        requested = self._take_requests()
+        flags = torch.tensor([int(bool(requested & flag)) for flag in FLAGS], device=self.world.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         decided = Control.NOTHING
         for flag, is_set in zip(FLAGS, flags.tolist(), strict=True):

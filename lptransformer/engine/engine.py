@@ -38,7 +38,7 @@ from lptransformer.run_folder import checkpoint
 from lptransformer.run_folder.metrics import StageReport, TraceReport
 from lptransformer.run_folder.trace import COPIES, Tracer
 
-STOP_KEY = "stop"  # in the store: set by any process that was told to stop
+STOP_KEY = "stop"  # in the store: set by any process that received a stop signal
 
 
 class LocalUpdateEngine(TrainingEngine):
@@ -104,8 +104,8 @@ class LocalUpdateEngine(TrainingEngine):
     def eval_batch(self, name: str) -> list[Report]:
         """See TrainingEngine. No pipeline rank waits for the ones after it.
 
-        Where gradients are delayed, the update before must have been asked for it by `request`. Raises TrainingError
-        where it was not.
+        Where gradients are delayed, `request` must have asked for it before the update that it follows. Raises
+        TrainingError where it has not.
         """
         if not self.executor.between_updates:
             raise TrainingError(
@@ -158,12 +158,12 @@ class LocalUpdateEngine(TrainingEngine):
 
     def _decide(self) -> Control:
         """On pipeline rank 0, once per update: what follows it. Its replicas agree first."""
-        asked = self._take_requests()
+        requested = self._take_requests()
         if self.world.store.check([STOP_KEY]):
-            asked |= Control.SAVE | Control.STOP
+            requested |= Control.SAVE | Control.STOP
         decided = Control.NOTHING
         for flag in (Control.EVALUATE, Control.SAVE, Control.STOP):
-            if any_replica(bool(asked & flag), self.world):
+            if any_replica(bool(requested & flag), self.world):
                 decided |= flag
         return decided
 

@@ -85,7 +85,7 @@ class Executor:
     ) -> None:
         """`batch` gives a micro-batch by its number since the start of the run, over all replicas.
 
-        `decide` is asked on pipeline rank 0, once per update, what is to follow it.
+        `decide` gives what is to follow an update; it is called on pipeline rank 0, once per update.
         """
         self.world = world
         self.blueprint = blueprint

@@ -44,7 +44,7 @@ class ValidSet(Protocol):
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """After an update: how many there were, what pipeline rank 0 wants to follow, and reports.
+    """After an update: its number, what pipeline rank 0 has decided to follow, and reports.
 
     On global rank 0 `reports` holds what has arrived from all processes since the last call, elsewhere this process's.
     """
@@ -56,7 +56,7 @@ class UpdateResult:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What an engine is told beside the blueprint, and what changes no result.
+    """Options of an engine beside the blueprint; they change no result.
 
     `channel` is the backend between pipeline ranks, `trace` the first and last update to trace (counted from 1).
     """
@@ -164,9 +164,9 @@ class TrainingEngine(ABC):
         """After it: what holds process groups lets them go."""
 
     def _take_requests(self) -> Control:
-        """What this process was asked for since the last call."""
-        asked, self._requested = self._requested, Control.NOTHING
-        return asked | Control.SAVE | Control.STOP if self._stop_requested else asked
+        """What was requested on this process since the last call."""
+        requested, self._requested = self._requested, Control.NOTHING
+        return requested | Control.SAVE | Control.STOP if self._stop_requested else requested
 
     def _description(self, plan: StagePlan) -> dict[str, Any]:
         """What state.json says of a stage."""

@@ -152,7 +152,7 @@ class Receiver:
 
 @contextlib.contextmanager
 def translate_broken_channel(name: str) -> Iterator[None]:
-    """A peer that has gone shows in any call: when a message is posted or when it is waited for."""
+    """Turns the errors of a peer that has gone into a TrainingError; they come from posting and from waiting alike."""
     try:
         yield
     except RuntimeError as error:

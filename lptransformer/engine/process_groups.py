@@ -1,8 +1,8 @@
 """Processes: one torch.distributed world per pipeline rank, and the store that joins them.
 
 The default process group of a process holds the data-parallel replicas of its pipeline rank and nothing else, so no
-collective of DeepSpeed can reach another pipeline rank. What crosses pipeline ranks are links (groups of two processes
-for engine/p2p.py), groups over the pipeline ranks that clip together, and the store.
+collective of DeepSpeed can reach another pipeline rank. What crosses pipeline ranks are channels (groups of two
+processes, engine/p2p.py), groups over the pipeline ranks that clip together, and the store.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def join(pipeline: int, data: int, timeout_seconds: float, *, together: bool = F
         os.environ["LOCAL_RANK"] = str(device.index)
         torch.cuda.set_device(device)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed's shared-memory extension needs a compiler, leaks, and can wait for ever: never build it.
+    # DeepSpeed's shared-memory extension needs a compiler, leaks, and can wait forever: never build it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     name, rank, size = ("all", global_rank, size) if together else (f"pipeline_rank/{pipeline_rank}", data_rank, data)
     backend = "nccl" if cuda and size > 1 else "gloo"
@@ -156,7 +156,7 @@ def join(pipeline: int, data: int, timeout_seconds: float, *, together: bool = F
 
 @contextlib.contextmanager
 def translate_lost_processes() -> Iterator[None]:
-    """The store and the groups fail in many ways when another process has gone: one TrainingError for all."""
+    """One TrainingError for the many ways in which the store and the groups fail when another process has gone."""
     try:
         yield
     except dist.DistError as error:

@@ -195,7 +195,7 @@ class WeightCopies:
 def _names_of(
     world: World, plans: Sequence[StagePlan], local: Mapping[int, TrainedStage | FrozenStage], target: int
 ) -> dict[int, list[tuple[str, str]]]:
-    """The (source, target) names of a head's copies by source stage, told by the target's process through the store."""
+    """The (source, target) names of a head's copies by source stage, from the target's process through the store."""
     key = f"copies/{target}"
     if target in local:
         names: dict[int, list[Any]] = {}

@@ -126,8 +126,8 @@ def borders_carry_gradients(objective: Objective, stages: Sequence[StagePlan]) -
 
 
 def copy_lags(stages: Sequence[StagePlan], followed: str | None, in_flight: int, rounds: int) -> dict[int, int]:
-    """The stages whose auxiliary heads hold read-only copies, and the lag of those: after so many updates a version has
-    surely arrived, in steady state.
+    """The stages whose auxiliary heads hold read-only copies, and their lag: the number of updates after which a
+    version has always arrived, in steady state.
 
     `followed` is the "last" stage or the "next" one (None: there are no copies). A stage can be `in_flight` + 1
     messages ahead of the next, and `rounds` messages make an update. The hops are counted in heads, as if each were on

@@ -31,10 +31,10 @@ from lptransformer.planning.step_time import (
 
 # What a device has for the program: the rest is for its own context, buffers and holes between tensors.
 USABLE_MEMORY = 0.9  # assumed
-# Shares of the blocks whose activations others may make again, where all of them do not fit.
+# Shares of the blocks whose activations others may recompute, where all of them do not fit.
 RECOMPUTE = (0.0, 0.25, 0.5, 0.75, 1.0)
-# A local method has to be so much faster before its other result is worth a trial: below it is within what this
-# prediction errs by.
+# How many times as fast a local method has to be before its other training result is worth a trial; less is within the
+# error of this prediction.
 WORTH = 1.1
 
 
@@ -64,7 +64,7 @@ class Prediction:
     micro_batch_size: int
     micro_batches: int  # of a replica
     zero_stage: int
-    recompute: float  # share of the blocks whose activations are made again
+    recompute: float  # share of the blocks whose activations are recomputed
     memory_bytes: float
     fits: bool
     step_seconds: float
@@ -86,7 +86,8 @@ class Prediction:
 class Candidate:
     """A method on a split: `objective` on pipeline ranks of `stages`, run by this program (`ours`) or as others run it.
 
-    In a run of `steps` updates; `head` names its auxiliary heads. Time is reckoned by `evaluate`, memory before.
+    In a run of `steps` updates; `head` names its auxiliary heads. `evaluate` predicts the time; the memory is known
+    before.
     """
 
     method: str
@@ -235,7 +236,7 @@ def of_others(
     messages: float = 0.0,
     gathered: float = 0.0,
 ) -> float:
-    """Bytes of a process of somebody else's program that trains so many weights, at its peak.
+    """Bytes of a process of another program that trains `weights` weights, at its peak.
 
     `kept` is what waits for its backward pass, `gathered` what ZeRO 3 has of the other replicas' weights meanwhile.
     """
@@ -260,7 +261,8 @@ def of_backprop(work: Work, cluster: Cluster, pipeline: int, data: int, zero_sta
 
 
 def balanced_sizes(num_blocks: int, parts: int, block: float, last_head: float, other_head: float = 0.0) -> list[int]:
-    """Blocks of every part with the smallest costliest part; the last one has `last_head`, the others `other_head`.
+    """Blocks of every part so that the costliest part is as cheap as possible; the last one has `last_head`, the others
+    `other_head`.
 
     Blocks are alike, so all but the last differ by one at most, the longer ones first.
     """
@@ -277,7 +279,7 @@ def balanced_sizes(num_blocks: int, parts: int, block: float, last_head: float, 
 
 
 def splits(cluster: Cluster, work: Work) -> list[tuple[int, int, Work]]:
-    """(pipeline, data, the work in micro-batches that so many replicas can share) for all processes of a cluster."""
+    """(pipeline, data, the work in micro-batches that `data` replicas can share) for all processes of a cluster."""
     found = []
     sizes = [size for size in range(work.micro_batch_size, 0, -1) if work.micro_batch_size % size == 0]
     for data in range(1, cluster.size + 1):

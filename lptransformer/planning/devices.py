@@ -56,11 +56,11 @@ class Device:
         return self.intra_link.name.startswith("loopback")
 
     def compute_seconds(self, flops: float, dtype: str) -> float:
-        """The time of so many FLOPs in blocks."""
+        """The time of `flops` FLOPs in blocks."""
         return flops / (self.flops[dtype] * self.achievable)
 
     def head_seconds(self, flops: float, dtype: str) -> float:
-        """The time of so many FLOPs in heads with their loss."""
+        """The time of `flops` FLOPs in heads with their loss."""
         return self.compute_seconds(flops, dtype)
 
     def update_seconds(self, parameters: float, bytes_moved: float) -> float:

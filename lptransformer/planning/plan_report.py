@@ -84,7 +84,7 @@ def advice(plan: Plan) -> list[str]:
     ]
     if exact is not None and local is not None:
         lines.append(_compare(local, exact))
-    # A bound that leaves local updates no win is told too.
+    # A bound that leaves local updates no win is reported too.
     limit = chosen.step_seconds * (WORTH if chosen.local else 1.0)
     ahead = [one for one in plan.bounds if one.step_seconds < limit]
     if ahead:

@@ -197,10 +197,10 @@ def steady(
     """The steady state of an objective, from a replay of few updates of few micro-batches: the mean over the phases of
     a run of `steps` updates.
 
-    Once the pipeline is full, so many more micro-batches take so much longer: what `WINDOW` more for every rank take is
-    measured after about as many, and drawn out to `micro_batches`. No less than what the busiest rank computes or the
-    slowest link carries, because an update that costs much hides who is slower per micro-batch. Exact where ranks and
-    links are alike; elsewhere within a few percent (tests).
+    Once the pipeline is full, the time of an update grows linearly with its micro-batches: what `WINDOW` more for every
+    rank take is measured after about as many, and extrapolated to `micro_batches`. No less than what the busiest rank
+    computes or the slowest link carries, because an update that costs much hides who is slower per micro-batch. Exact
+    where ranks and links are alike; elsewhere within a few percent (tests).
     """
     ranks = stages[-1].pipeline_rank + 1
     window = WINDOW * ranks

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained: sizes, the update, and how this program is told to do it.
+    """What is trained: sizes, the update, and how this program is configured to do it.
 
     `micro_batches` are those of an update over all replicas. `activations` are of a micro-batch of `micro_batch_size`
     windows; `logit_bytes` of one row of logits; `token_bytes` of one token's hidden states in a message that may be
@@ -86,8 +86,8 @@ def stage_seconds(
 
     Gradients are summed over the replicas before the update; ZeRO 2 scatters them after every backward pass; ZeRO 3
     gathers weights and scatters gradients in every micro-batch, beside the compute. Programs of others (not `ours`) sum
-    beside the last backward pass, take the gradients of the loss in the backward pass, and may make the activations of
-    a share of the blocks again (`recompute`), a forward pass more of these.
+    beside the last backward pass, take the gradients of the loss in the backward pass, and may recompute the
+    activations of a share of the blocks (`recompute`), one more forward pass of these.
     """
     costs, device, rounds = work.costs, cluster.device, work.micro_batches // data
     found, waits = [], []
@@ -184,7 +184,7 @@ def bounds(work: Work, cluster: Cluster, pipeline: int, data: int, recompute: fl
         interleaved 1F1B   (m + (p - 1) / v) t   v chunks on each rank, as many as there are blocks; p divides m
         zero bubble        m t                   where the passes and both halves of the backward pass take the same
 
-    Blocks are divided at will among the ranks; links, sums over replicas and the optimizer take no time.
+    Blocks are divided among the ranks in any way; links, sums over replicas and the optimizer take no time.
     """
     rounds, chunks = work.micro_batches // data, work.num_blocks // pipeline
     flops = (3 + recompute) * work.num_blocks * work.costs.block_flops / pipeline

@@ -4,7 +4,7 @@ config.yaml       every resolved value         metrics.jsonl, metrics.csv   one 
 environment.json  versions, commit, command    loss.png                     the losses as a picture
 tokenizer/        the run's own tokenizer      checkpoints/                 see run_folder/checkpoint.py
 data.json         the token sets, with counts  diagnosis.*                  what `diagnose` found
-model.json        the model's configuration, in the words of the library
+model.json        the model's Hugging Face configuration
 trace.jsonl       traced updates (run.trace), and trace.json, trace.png, trace.svg that `report --trace` makes of them
 """
 

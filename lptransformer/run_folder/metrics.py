@@ -1,6 +1,6 @@
 """Numbers about a run: perplexity by its convention, and the sums of all stages and replicas.
 
-Every process tells global rank 0 about every stage it holds with a `StageReport` per update and an `EvaluationReport`
+Every process reports every stage it holds to global rank 0, with a `StageReport` per update and an `EvaluationReport`
 per evaluation; `Aggregator` joins them into rows, run_folder/metrics_log.py writes rows. A row is a plain dictionary:
 
     {"update", "tokens", "seconds", "tokens_per_second", "learning_rate",
@@ -76,7 +76,7 @@ def _divide(x: float, y: float) -> float:
 
 @dataclass(frozen=True)
 class StageReport:
-    """What one process tells about one stage and one update. `seconds` is the wall time from the end of the process's
+    """The report of one process on one stage and one update. `seconds` is the wall time from the end of the process's
     previous update to the end of this one, without evaluations and saves; `idle_seconds` the part of it spent waiting.
     `loss_sum` is None where the stage has no head, `grad_norm` is None where it is not known."""
 
@@ -98,7 +98,7 @@ class StageReport:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What one process tells about one stage, one validation set and the weights after `update` updates. A stage
+    """The report of one process on one stage, one validation set and the weights after `update` updates. A stage
     without a head reports too, with `nll_sum` None; a replica that had no window of the set reports 0.0 and 0."""
 
     update: int
@@ -114,7 +114,7 @@ class EvaluationReport:
 
 @dataclass(frozen=True)
 class TraceReport:
-    """What one process did in one update, when it was asked to trace it (run_folder/trace.py).
+    """What one process did in one update, where it was to be traced (run_folder/trace.py).
 
     `stages` are its (stage, first block, last block), `micro_batches` those of this replica in an update. `start` is
     when the update began, in seconds of the wall clock, `seconds` how long it took. `actions` are in order, each

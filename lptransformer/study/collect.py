@@ -134,7 +134,7 @@ def _evaluations(metrics: Sequence[MetricsRow], blueprint: Blueprint) -> dict[st
 
 
 def _curve(updates: Sequence[MetricsRow]) -> dict[str, Any]:
-    """The training loss of every exit, in means over so many updates that the rows are few enough."""
+    """The training loss of every exit, in means over as many updates as keep the rows few enough."""
     heads = [i for i, entry in enumerate(updates[0]["stages"]) if entry["loss"] is not None]
     rows = min(CURVE_ROWS, CURVE_NUMBERS // (len(heads) + 2))
     size = math.ceil(len(updates) / rows)

@@ -167,11 +167,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluation: what had been spent, the loss that decides, and the loss that is told (another text's, or it)."""
+    """An evaluation: what had been spent, the loss that decides, and the loss that is reported (another text's, or the
+    same)."""
 
     cost: float
     loss: float
-    told: float
+    reported: float
 
 
 def front(points: Iterable[Point]) -> list[Point]:

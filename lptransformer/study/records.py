@@ -9,7 +9,7 @@ A record is a plain dictionary, made from the run folder by study/collect.py:
     updates, steps  done and planned; `complete` when they are equal
     tokens_per_update  positions that the FLOPs count; seconds, tokens_per_second (median, without the start)
     flops           forward of a block, forward and backward of heads, per token
-    stages          [{stage, blocks, pipeline_rank, idle_share, memory_bytes, and per update what it hands on:
+    stages          [{stage, blocks, pipeline_rank, idle_share, memory_bytes, and per update what it sends:
                       hidden_states_bytes up, gradients_bytes down, mean over the phases, were each stage a rank}]
     evaluations     {set: {"columns": [update, tokens, seconds, total_flops, serial_flops, pipeline_flops,
                       blocks with a head...], "rows": [...]}}  nll per token; the rest follows from it and the texts
@@ -88,7 +88,7 @@ def read(path: Path) -> list[Record]:
             for table in (record["training"], *record["evaluations"].values()):
                 table["rows"] = [[math.nan if number is None else number for number in row] for row in table["rows"]]
         except (KeyError, TypeError, AttributeError):
-            raise RunError(f"{path} holds a record that is not whole: make it anew with `report RUN`") from None
+            raise RunError(f"{path} holds an incomplete record: regenerate it with `report RUN`") from None
     return records
 
 

@@ -63,7 +63,7 @@ def compare(
 ) -> None:
     """Print the tables of a comparison of run folders, sweep folders and files of records; draw its plots into `out`.
 
-    With `document` its tables are made anew (study/markdown_tables.py), under names that begin with `prefix`.
+    With `document` its tables are rewritten (study/markdown_tables.py), under names that begin with `prefix`.
     Raises RunError where there is nothing to compare, or the question names what no run has, UserError where `out` or
     `document` cannot be written.
     """

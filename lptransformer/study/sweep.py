@@ -98,7 +98,7 @@ class Supervisor:
         read = 0.0
         with on_stop_signals(lambda signum, frame: self.signals.append(signum)), self.display:
             while True:
-                self._hand_on_signals()
+                self._forward_signals()
                 for name in [name for name, (child, _) in self.children.items() if child.poll() is not None]:
                     self._ended(self.runs[name])
                 self._decide()
@@ -223,7 +223,7 @@ class Supervisor:
                 if folder.name != f"step-{kept:08d}":
                     shutil.rmtree(folder)
 
-    def _hand_on_signals(self) -> None:
+    def _forward_signals(self) -> None:
         """Every Ctrl-C and SIGTERM goes to every run: the first makes it save and stop, a third Ctrl-C ends it."""
         while self.signals:
             signum = self.signals.pop(0)
@@ -255,7 +255,7 @@ class Supervisor:
         """record.json of a run, where it has got anywhere."""
         path, metrics = run.folder / records.RECORD, run.folder / JSONL_NAME
         if only_if_old and path.is_file() and metrics.is_file() and path.stat().st_mtime >= metrics.stat().st_mtime:
-            with contextlib.suppress(UserError):  # of another format: made again
+            with contextlib.suppress(UserError):  # of another format: regenerated
                 self.records[run.name] = records.read(path)[0]
                 return
         paths = ("data.", "run.", "model.pretrained")
@@ -345,8 +345,8 @@ def last_words(log: Path, begin: int, returncode: int) -> str:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[int]:
     """Keeps other sweeps out of a folder. Yields the lock's file descriptor, to be handed to every process that works
-    in the folder: the lock is free when the last of them has closed it, so a sweep that was killed leaves its runs in
-    peace. Raises RunError where somebody is at work."""
+    in the folder: the lock is free when the last of them has closed it, so the runs of a sweep that was killed keep
+    it. Raises RunError where another sweep, or a run of one, is at work."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as file:
         try:

@@ -234,7 +234,7 @@ def idle_share(timeline: Sequence[Slice], pipeline_rank: int) -> float:
 def report_trace(run: Path, out: Path) -> None:
     """Print where the time of the traced updates went; write trace.json, trace.png and trace.svg into `out`.
 
-    The picture is of the newest start of the run that traced something, with 1F1B of the same blocks beneath it;
+    The picture is of the newest start of the run that traced something, with 1F1B of the same blocks below it;
     trace.json has all. Raises RunError where the folder holds no run, or the run has no trace.
     """
     config = layout.read_config(run)

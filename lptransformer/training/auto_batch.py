@@ -1,7 +1,7 @@
 """`train.micro_batch_size: auto`: the largest power of two whose predicted memory fits, found before a run starts.
 
-Whoever starts all processes of a run on its own host finds the number for them (`for_this_host`). Else every process
-says how much memory it has, the smallest counts, and global rank 0 alone predicts and tells the others, through the
+A process that starts all processes of a run on its own host finds the number for them (`for_this_host`). Else every
+process reports how much memory it has, the smallest counts, and global rank 0 alone predicts and sends it, through the
 launcher's store and before the worlds are joined (`agreed`). From then on the configuration has a number, which
 config.yaml of the run keeps; a run that is resumed takes that one (`size_of_run_folder`).
 """
@@ -54,7 +54,7 @@ def for_this_host(config: Config, blueprint: Blueprint, rows: int | None = None)
         return config
     processes = config.parallel.pipeline * config.parallel.data
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        # In a process of its own: to ask a GPU is to take memory of it, and to keep it.
+        # In a process of its own: querying a GPU makes a CUDA context, which takes memory and keeps it.
         ask = f"from lptransformer.training.auto_batch import free_memory; print(free_memory({processes}))"
         memory = int(subprocess.run([sys.executable, "-c", ask], check=True, capture_output=True, text=True).stdout)
     else:
@@ -98,7 +98,7 @@ def _agreed(config: Config, resume: bool, store: dist.Store) -> Config:
         store.wait(["number"], timedelta(days=2))  # global rank 0 may have to prepare the text
         if (number := int(store.get("number"))) == 0:
             store.set(f"left/{rank}", "")
-            raise SystemExit(UserError.exit_code)  # global rank 0 has said why
+            raise SystemExit(UserError.exit_code)  # global rank 0 has printed why
         return with_size(config, number)
     try:
         sized = size_of_run_folder(config) if resume else config

@@ -79,7 +79,7 @@ def prepare_once(config: Config, world: World) -> Prepared:
         world.store.wait(["prepared"], timedelta(days=2))
         if world.store.get("prepared") == b"failed":
             world.store.queue_push("leaving", "")
-            raise SystemExit(UserError.exit_code)  # global rank 0 has said why
+            raise SystemExit(UserError.exit_code)  # global rank 0 has printed why
     try:
         data = prepare_all(**config.data.model_dump(), progress=first)
     except UserError:

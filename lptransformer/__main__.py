@@ -58,12 +58,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--processes", type=int, default=1, help="processes that share the windows (default: 1)")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
-    sub = command("sweep", sweep, "Train a grid of runs, a few at a time; started again, it goes on where it was.")
+    text = "Train a grid of runs, a few at a time; started again, it continues where it stopped."
+    sub = command("sweep", sweep, text)
     sub.add_argument("sweep_file", metavar="SWEEP", help="YAML file of the sweep (configs/sweeps/)")
     sub.add_argument("--processes", type=int, default=1, metavar="N", help="runs at the same time (default: 1)")
-    sub.add_argument("--dry-run", action="store_true", help="list the runs and where they are, train nothing")
+    sub.add_argument("--dry-run", action="store_true", help="list the runs and their status, train nothing")
 
-    sub = command("report", report, "What runs came to: tables and plots, of one run or in comparison.")
+    sub = command("report", report, "Results of runs: tables and plots, of one run or compared.")
     text = "run folder, or for a comparison several, folders of sweeps, files of records"
     sub.add_argument("runs", metavar="RUN", nargs="+", help=text)
     sub.add_argument("--baselines", action="store_true", help="one run: add n-gram models of the training text")
@@ -101,7 +102,7 @@ def train(args: argparse.Namespace) -> None:
         config = size_of_run_folder(config)
     assert config.run.dir is not None
     folder = Path(config.run.dir)
-    # All that one process can check and make is done before others are started.
+    # Everything that one process can check and prepare is done before others are started.
     layout.check(folder, config, args.resume, args.overwrite)
     check_until(config, args.until, args.resume)
     import torch

@@ -1,4 +1,4 @@
-"""What several keys of the configuration must say together. Every message names the numbers and where they are from."""
+"""Checks between keys of the configuration. Every message names the numbers and where they are from."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _lone(config: Config) -> Iterator[str]:
 
 def _model(config: Config) -> Iterator[str]:
     model, at = config.model, config.at
-    if model.pretrained is not None:  # its sizes are its own business
+    if model.pretrained is not None:  # its sizes are in its own configuration
         return
     if model.family not in FAMILIES:
         yield f"{at('model.family')}: must be one of {', '.join(FAMILIES)}, or give a folder as model.pretrained"

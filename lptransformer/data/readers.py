@@ -120,7 +120,7 @@ def _read_plain(path: Path, advance: Advance) -> Iterator[Iterable[str]]:
 
 
 def _read_jsonl(path: Path, advance: Advance) -> Iterator[Iterable[str]]:
-    """Every line is a JSON object whose "text" is a document; blank lines and empty texts are passed over."""
+    """Every line is a JSON object whose "text" is a document; blank lines and empty texts are skipped."""
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -142,7 +142,7 @@ def _read_jsonl(path: Path, advance: Advance) -> Iterator[Iterable[str]]:
 
 
 def _read_parquet(path: Path, advance: Advance) -> Iterator[Iterable[str]]:
-    """Every row's "text" is a document; empty ones are passed over."""
+    """Every row's "text" is a document; empty ones are skipped."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -269,7 +269,7 @@ def _open_folder(folder: Path, origin: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        # Code that lies in the folder is never run: the library would ask on the terminal.
+        # Code in the folder is never run: the library would ask on the terminal.
         backend: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise DataError(f"{origin}: not the folder of a Hugging Face tokenizer: {_first_line(error)}") from error

@@ -146,7 +146,7 @@ class LocalUpdateEngine(TrainingEngine):
             stage.save(folder, self._description(stage.plan), self.weight_copies.pending(index, self.update))
 
     def _load(self, run: Path, update: int) -> None:
-        assert self.executor.between_updates, "a run that is under way with delayed gradients is not turned back"
+        assert self.executor.between_updates, "delayed gradients are in flight: load a checkpoint between updates only"
         self.weight_copies.close(self.update)
         for index, stage in self.local.items():
             folder = checkpoint.stage_folder(run, update, index)
@@ -171,7 +171,7 @@ class LocalUpdateEngine(TrainingEngine):
         self.weight_copies.close(self.update)
         self.neighbours.flush()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self.neighbours = self.executor.neighbours = Neighbours()
         self.weight_copies.routes.clear()
         self.work = []

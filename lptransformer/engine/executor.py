@@ -1,6 +1,6 @@
 """Executes the actions of a schedule on the stages of one pipeline rank: what is computed, kept, sent and received.
 
-One phase of the objective after another may need another schedule; which one an update takes is the engine's business.
+One phase of the objective after another may need another schedule; the engine decides which one an update takes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Pass:
 
 @dataclass
 class Update:
-    """What an update has come to so far."""
+    """The results of an update so far."""
 
     number: int
     control: Control = Control.NOTHING
@@ -72,7 +72,7 @@ def plan_phases(world: World, blueprint: Blueprint, local: Mapping[int, LocalSta
 
 
 class Executor:
-    """The stages of this process at work."""
+    """Executes the actions of a phase on the stages of this process."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class Executor:
 
     @property
     def between_updates(self) -> bool:
-        """Whether nothing of the next update has begun: so it is but for delayed gradients."""
+        """Whether nothing of the next update has begun; only with delayed gradients it begins early."""
         return self._next is None
 
     def run(self, work: PhaseWork, number: int, is_last: bool) -> Update:
@@ -173,7 +173,8 @@ class Executor:
         return self._batches[micro_batch]
 
     def _show_weights(self, stage: LocalStage, update: Update) -> None:
-        """Delayed gradients: those of one update before, for an update that is not made yet when its turn comes."""
+        """Delayed gradients: an update runs at the weights of one update before, what begins early at the current
+        ones."""
         if isinstance(stage, TrainedStage) and stage.versions is not None:
             stage.versions.show(before=update is self._now)
 
@@ -209,7 +210,7 @@ class Executor:
         return LossBatch(labels, scale, positions)
 
     def handed_over(self, index: int, hidden_states: Tensor) -> Tensor:
-        """What a stage's output is for the one that follows, detached."""
+        """A stage's output as the next stage receives it, detached."""
         hidden_states = hidden_states.detach()
         return as_received(hidden_states, self._codecs[index]) if index in self._codecs else hidden_states
 

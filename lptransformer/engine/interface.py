@@ -140,7 +140,7 @@ class TrainingEngine(ABC):
         self._finish()
         self.world.wait_for_the_end()
         reports = gather_reports(self.world, []) if self.world.global_rank == 0 else []
-        self._let_go()
+        self._release()
         leave(self.world)
         return reports
 
@@ -158,10 +158,10 @@ class TrainingEngine(ABC):
     def _load(self, run: Path, update: int) -> None: ...
 
     def _finish(self) -> None:  # noqa: B027 - an engine that has nothing on its way
-        """Before the others have come to their end: send and take what is on its way."""
+        """At the end of the run, before the others have ended: send and receive what is in transit."""
 
-    def _let_go(self) -> None:  # noqa: B027
-        """After it: what holds process groups lets them go."""
+    def _release(self) -> None:  # noqa: B027
+        """After that: drop what holds process groups."""
 
     def _take_requests(self) -> Control:
         """What was requested on this process since the last call."""

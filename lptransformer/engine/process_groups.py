@@ -60,7 +60,7 @@ class World:
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
-        """Around what may be refused last, before a run begins; leaves when every process has done it.
+        """Around the last checks before a run begins; returns when every process has passed them.
 
         A UserError in one process ends all of them with its exit code, and only the first has a message.
         """
@@ -122,7 +122,7 @@ def join(pipeline: int, data: int, timeout_seconds: float, *, together: bool = F
 
     With `together` all pipeline ranks are one world, and the default group holds every process in the order of its
     global rank: what DeepSpeed's own pipelines need. The world size that the launcher says must be `pipeline` x `data`
-    (config.check_world_size is the user's message).
+    (check_world_size in config/checks.py has the message for the user).
     """
     timeout = timedelta(seconds=timeout_seconds)
     before = {name: os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_RANK")}
@@ -135,7 +135,7 @@ def join(pipeline: int, data: int, timeout_seconds: float, *, together: bool = F
         store, global_rank, _ = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     pipeline_rank, data_rank = divmod(global_rank, data)
-    cuda = deepspeed.accelerator.get_accelerator().device_name() == "cuda"  # not torch's word: DS_ACCELERATOR decides
+    cuda = deepspeed.accelerator.get_accelerator().device_name() == "cuda"  # not torch's answer: DS_ACCELERATOR decides
     device = torch.device("cpu")
     if cuda:
         # Several pipeline ranks may share a GPU. DeepSpeed takes the device from the variable.

@@ -37,7 +37,8 @@ def diagnose_run(
     `set_name` (the first one by default).
 
     Returns what diagnosis.json holds: {"run", "step", "set", "objective", "delayed", "window", "windows", "batches",
-    "batch_size"} and the fields of diagnose.Diagnosis. Raises RunError or DataError for what is missing or damaged.
+    "batch_size"} and the fields of local_gradients.Diagnosis. Raises RunError or DataError for what is missing or
+    damaged.
     """
     for flag, number in (("--batches", batches), ("--batch-size", batch_size)):
         if number < 1:

@@ -1,6 +1,6 @@
 """`train --dry-run`: what a run would be, before anything is started: its cuts, its FLOPs, its memory.
 
-Stages are built on the meta device, and no process, no run folder and no token set is made.
+Stages are built on the meta device, and no process, no run folder and no token set is created.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ PIPELINE_ENGINE = "backprop, DeepSpeed's PipelineEngine"
 class Plan:
     """`configured` is the run as the configuration has it (None: it has another number of processes than the cluster),
     `methods` are all that are compared, each at its best, in ascending order of time; those that do not fit come last.
-    `bounds` are of schedules that are not replayed, `remarks` what has to be said of the run as configured.
+    `bounds` are of schedules that are not replayed, `remarks` are on the run as configured.
     """
 
     cluster: Cluster
@@ -128,7 +128,7 @@ def _cluster(config: Config, nodes: int, per_node: int | None, gpu: str, link: s
 
 
 def _remarks(config: Config, objective: Objective, cluster: Cluster) -> list[str]:
-    """What has to be said of the run as it is configured."""
+    """Remarks on the run as configured."""
     lines, pipeline, data = [], config.parallel.pipeline, config.parallel.data
     if len(objective.trained) < objective.num_blocks:
         lines.append(

@@ -68,7 +68,7 @@ def _as_data(one: Prediction) -> dict[str, Any]:
 
 
 def advice(plan: Plan) -> list[str]:
-    """The recommendation, a line for every reason, and what has to be said of the configuration."""
+    """The recommendation, a line for every reason, and the remarks on the configuration."""
     chosen, exact, local = recommend(plan.methods), fastest(plan.methods, False), fastest(plan.methods, True)
     if chosen is None:
         least = min(plan.methods, key=lambda one: one.memory_bytes)

@@ -321,7 +321,7 @@ class Tracer:
 
 
 def _seconds_to_wall_clock() -> float:
-    """What is added to perf_counter: of several readings the one that least came between."""
+    """The offset from perf_counter to the wall clock: of several readings the one that took least."""
     readings = []
     for _ in range(10):
         before, wall, after = time.perf_counter(), time.time(), time.perf_counter()

@@ -29,7 +29,8 @@ CURVE_NUMBERS, CURVE_ROWS = 800, 200  # the most that a record holds of the trai
 
 
 def build(run: Path, identity: Mapping[str, Any] | None = None) -> Record:
-    """The record of a run folder. `identity` says who it is (IDENTITY); by default the record that is there does.
+    """The record of a run folder. `identity` has its name, method and so on (IDENTITY), by default those of the record
+    in the folder.
 
     Raises RunError where the folder holds no run, or one without an update.
     """

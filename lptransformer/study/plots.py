@@ -31,7 +31,7 @@ _COSTS = {
 
 
 def looks(methods: Sequence[str]) -> dict[str, Look]:
-    """How the lines of every method look, by its place among them: a colour, and dashes where colours come again."""
+    """How the lines of every method look, by its place among them: a colour, and dashes where colours repeat."""
     return {
         method: {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3]}
         for i, method in enumerate(dict.fromkeys(methods))

@@ -1,8 +1,8 @@
-"""Run records: what a run was and came to, in a few kilobytes, enough for every table and plot without the run.
+"""Run records: what a run was and its results, in a few kilobytes, enough for every table and plot without the run.
 
 A record is a plain dictionary, made from the run folder by study/collect.py:
 
-    format, name, method, overrides, score {set, exit_block}     who it is: said by a sweep, else from the configuration
+    format, name, method, overrides, score {set, exit_block}     its identity: from a sweep, else from the configuration
     config          every resolved value but paths               environment   versions, cores, threads
     model           blocks, hidden_size, vocab_size, weights of a block
     texts           {"train" and "valid": {name: {tokens, bytes, words}}}

@@ -1,4 +1,4 @@
-"""What runs came to: tables and pictures, from their folders or from records of them."""
+"""Results of runs: tables and pictures, from their folders or from records of them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A sweep: many runs, a few at a time, each in a process of its own. Stopped, it can be started again.
 
-What a run has done is read from its folder alone, so a sweep that is started again goes on where everything is. In its
+What a run has done is read from its folder alone, so a sweep that is started again continues where every run is. In its
 folder: the runs, each with train.log and record.json; status.json (where every run is, why one failed); records.json.
 """
 
@@ -49,7 +49,7 @@ POLL_SECONDS, READ_SECONDS = 0.2, 1.0
 
 
 def run_sweep(sweep: Sweep, processes: int = 1, dry_run: bool = False) -> None:
-    """Bring every run of a sweep to its end, `processes` of them at a time; with `dry_run` list them only.
+    """Finish every run of a sweep, `processes` of them at a time; with `dry_run` only list them.
 
     Raises UserError before anything starts where a run's folder or text is refused, TrainingError at the end when runs
     have failed, SystemExit(128 + signal) when a signal has stopped it.
@@ -128,7 +128,7 @@ class Supervisor:
         for state in failed:
             self.display.event(f"  {state.name} after {state.updates} updates: {state.error}")
         if self.stopped_by is not None:
-            self.display.event("stopped; the same command goes on from here")
+            self.display.event("stopped; the same command continues from here")
             raise SystemExit(128 + self.stopped_by)
         self.display.event(f"records of all runs: {self.sweep.folder / records.RECORDS}")
         if failed:

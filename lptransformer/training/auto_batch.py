@@ -116,9 +116,9 @@ def _agreed(config: Config, resume: bool, store: dist.Store) -> Config:
 
 
 def largest(config: Config, blueprint: Blueprint, memory: int, rows: int | None) -> int:
-    """The largest power of two that fits into `memory` bytes of a process, and says so.
+    """The largest power of two that fits into `memory` bytes of a process; prints it.
 
-    What is predicted may take 0.9 of them; at ZeRO 3, of which too little is predicted, 0.8. An update takes no more
+    What is predicted may take 0.9 of them; at ZeRO 3, where the prediction is too low, 0.8. An update takes no more
     than the `rows` of an epoch (None: not known). Raises ConfigError where 1 does not fit.
     """
     share, size, many = 0.8 if zero_stage(config) == 3 else 0.9, 1, config.train.micro_batches_per_update

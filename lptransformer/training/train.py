@@ -1,4 +1,4 @@
-"""Training, as a story: check, start, then update after update, report, evaluate, save, until it is enough."""
+"""Training, from start to end: check, start, then update after update: report, evaluate, save, stop."""
 
 from __future__ import annotations
 
@@ -51,24 +51,24 @@ def train(config: Config, resume: bool = False, overwrite: bool = False, until: 
         else:
             assert engine.describe_run is not None
             engine.describe_run(folder, overwrite)
-    desk = Desk(engine, config, data, folder, resume, until)
-    with translate_lost_processes(), desk, stopping_cleanly(engine):
+    reporter = Reporter(engine, config, data, folder, resume, until)
+    with translate_lost_processes(), reporter, stopping_cleanly(engine):
         while True:
             engine.request(due(config, engine.update + 1, until))
-            result = desk.watch(engine.train_batch)
-            desk.take(result.reports)
+            result = reporter.watch(engine.train_batch)
+            reporter.take(result.reports)
             if result.control & Control.SAVE:
                 engine.save_checkpoint(folder)
             if result.control & Control.EVALUATE:
                 for name in engine.valid:
-                    desk.take(engine.eval_batch(name))
+                    reporter.take(engine.eval_batch(name))
             if result.control & Control.STOP:
                 break
-        desk.take(engine.close())
+        reporter.take(engine.close())
 
 
 def due(config: Config, update: int, until: int | None = None) -> Control:
-    """What follows an update by the plan of the run. The last update, or that of `until`, is followed by everything."""
+    """What follows an update, as configured. The last update, or that of `until`, is followed by everything."""
     train = config.train
     if update >= (until or train.steps):
         return Control.EVALUATE | Control.SAVE | Control.STOP
@@ -96,8 +96,8 @@ def stopping_cleanly(engine: TrainingEngine) -> Iterator[None]:
         yield
 
 
-class Desk:
-    """Where reports arrive. Global rank 0 shows and writes them; on the other processes this does nothing."""
+class Reporter:
+    """Shows and writes the reports of all processes, on global rank 0; on the others it does nothing."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class Desk:
         if warning := pretrained_warning(config):
             self.progress.message(warning)
 
-    def __enter__(self) -> Desk:
+    def __enter__(self) -> Reporter:
         if self.open:
             self.progress.__enter__()
         return self

@@ -247,7 +247,7 @@ def chosen(args: argparse.Namespace) -> dict[str, list[str]]:
         if unknown:
             parser().error(f"no such case: {', '.join(sorted(unknown))} (--list names them)")
         parts = {part: [name for name in names if name in args.case] for part, names in parts.items()}
-    part = "losses" if args.side == "reference" else args.part  # the speed of the CPU is nobody's question
+    part = "losses" if args.side == "reference" else args.part  # the speed of the CPU is of no interest
     return {name: cases for name, cases in parts.items() if cases and part in (None, name)}
 
 
@@ -310,7 +310,7 @@ def note(results: Results, part: str, side: str, name: str, content: Results) ->
 
 
 def compared(name: str, results: Results, side: str = "device") -> tuple[str, bool]:
-    """What a case of the losses has come to, in words, and whether it is right."""
+    """The result of a case of the losses as text, and whether it is right."""
     case, found = LOSSES[name], results.get("losses", {})
     here, there = (found.get(key, {}).get(which) for key, which in ((name, side), (case.reference(name), "reference")))
     for which, content in (("GPU", here), ("CPU", there)):
@@ -512,7 +512,7 @@ class Worker:
         return rows
 
     def command(self, *arguments: str) -> str:
-        """A command of the project's, as a user would give it; raises RuntimeError with the end of what it said."""
+        """A command of the project's, as a user would give it; raises RuntimeError with the end of its output."""
         environment = dict(os.environ)
         if self.on_gpu:
             environment.setdefault("CUDA_VISIBLE_DEVICES", "0")

@@ -174,7 +174,7 @@ class Checkout:
         self.keys = {f"{section}.{key}" for section, keys in values.items() if isinstance(keys, dict) for key in keys}
 
     def command(self, *arguments: str) -> str:
-        """What `python -m lptransformer ...` prints. Raises Failure with the end of what it complains about."""
+        """What `python -m lptransformer ...` prints. Raises Failure with the end of its error output."""
         return self._run("-m", "lptransformer", *arguments)
 
     def _run(self, *arguments: str) -> str:

@@ -94,7 +94,7 @@ def every_placement(objective: Objective) -> Iterator[list[StagePlan]]:
 
 @st.composite
 def sizes_of(draw: st.DrawFn, total: int, most_parts: int) -> list[int]:
-    """A composition of `total` into at most so many parts."""
+    """A composition of `total` into at most `most_parts` parts."""
     parts = draw(st.integers(1, min(total, most_parts)))
     places = st.integers(1, max(total - 1, 1))
     cuts = draw(st.lists(places, min_size=parts - 1, max_size=parts - 1, unique=True))

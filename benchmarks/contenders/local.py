@@ -14,7 +14,7 @@ from lptransformer.training.build import build_engine, join_world
 
 
 class EngineContender:
-    """An engine of lptransformer: ours, or the baseline that has the same face."""
+    """An engine of lptransformer: ours, or the baseline that has the same interface."""
 
     def __init__(self, engine: TrainingEngine) -> None:
         self.engine = engine

@@ -24,7 +24,7 @@ BURST_SECONDS = 0.001  # what may pass at once, as time at the limit
 
 
 class NoNamespaces(Exception):
-    """This machine does not let us make them; the message says what failed."""
+    """Namespaces cannot be made on this machine; the message says what failed."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How the blocks of a model can be split over stages: equally, by reckoning, and by what was measured."""
+"""How the blocks of a model can be split over stages: equally, by computed cost, and by what was measured."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def test_a_rank_runs_ahead_by_the_whole_bound_and_no_collective_spans_two(pool: 
         assert one.collectives, "the log has DeepSpeed's collectives"
         assert {size for _, size in one.collectives} == {2}, "over the replicas of one pipeline rank"
         assert one.link_sizes == [2]
-        assert one.link_calls == {"send" if rank < 2 else "recv"}, "between pipeline ranks only messages"
+        assert one.group_calls == {"send" if rank < 2 else "recv"}, "between pipeline ranks only messages"
 
 
 # --------------------------------------------------------------------------------------------- resume

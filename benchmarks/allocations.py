@@ -1,7 +1,7 @@
 """What torch's allocator had given out, moment by moment, to the byte: how peak memory is measured, on a CPU too.
 
 The memory of a process (RSS) says little about a training step: the allocator of C keeps what was freed, and pages
-that were never written do not count. Here every allocation and release of torch's own CPU allocator is recorded by its
+that were never written do not count. Here every allocation and release of torch's own CPU allocator is logged by its
 profiler, what kernels take for a moment included. Memory from elsewhere (numpy, MKL's scratch) is not seen.
 """
 
@@ -23,7 +23,7 @@ _MARK = "lptransformer mark "
 
 @dataclass
 class Allocations:
-    """Bytes alive over time, counted from the beginning of the recording; readable after its end."""
+    """Bytes alive over time, counted from the beginning of `log_allocations`; readable after its end."""
 
     _marks: list[tuple[str, int]] = field(default_factory=list)  # name, ns
     _times: list[int] = field(default_factory=list)
@@ -56,8 +56,8 @@ class Allocations:
 
 
 @contextlib.contextmanager
-def recorded(into: Allocations | None = None) -> Iterator[Allocations]:
-    """Record what happens inside, on this thread and on the CPU; what was alive before is not known."""
+def log_allocations(into: Allocations | None = None) -> Iterator[Allocations]:
+    """Log what happens inside, on this thread and on the CPU; what was alive before is not known."""
     found = Allocations() if into is None else into
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with _without_chatter():

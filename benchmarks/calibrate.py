@@ -24,7 +24,7 @@ from lptransformer.config.schema import Config
 from lptransformer.engine.optimizer import build_optimizer
 from lptransformer.methods.dtypes import DTYPES
 from lptransformer.models import split
-from lptransformer.models.blueprint import Blueprint, draw
+from lptransformer.models.blueprint import Blueprint, make_blueprint
 from lptransformer.models.head import Readout
 from lptransformer.planning.rank_memory import precision
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="that share this machine (default: 1)")
     args, overrides = parser.parse_known_args()
     config = load(args.config, overrides)
-    plan = draw(config, config.data.vocab_size, None)
+    plan = make_blueprint(config, config.data.vocab_size, None)
     place = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert place is not None
     if place.type == "cpu":

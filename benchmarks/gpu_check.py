@@ -240,14 +240,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def chosen(args: argparse.Namespace) -> dict[str, list[str]]:
-    """The cases of every part that is asked for. Ends the program where a name is none."""
+    """The cases of every part that is named. Ends the program where a name is none."""
     parts = {"losses": list(LOSSES), "speed": list(SPEED)}
     if args.case:
         unknown = set(args.case) - set(LOSSES) - set(SPEED)
         if unknown:
             parser().error(f"no such case: {', '.join(sorted(unknown))} (--list names them)")
         parts = {part: [name for name in names if name in args.case] for part, names in parts.items()}
-    part = "losses" if args.side == "reference" else args.part  # the speed of the CPU is nobody's question
+    part = "losses" if args.side == "reference" else args.part  # the speed of the CPU is of no interest
     return {name: cases for name, cases in parts.items() if cases and part in (None, name)}
 
 
@@ -310,7 +310,7 @@ def note(results: Results, part: str, side: str, name: str, content: Results) ->
 
 
 def compared(name: str, results: Results, side: str = "device") -> tuple[str, bool]:
-    """What a case of the losses has come to, in words, and whether it is right."""
+    """The result of a case of the losses as text, and whether it is right."""
     case, found = LOSSES[name], results.get("losses", {})
     here, there = (found.get(key, {}).get(which) for key, which in ((name, side), (case.reference(name), "reference")))
     for which, content in (("GPU", here), ("CPU", there)):
@@ -512,7 +512,7 @@ class Worker:
         return rows
 
     def command(self, *arguments: str) -> str:
-        """A command of the project's, as a user would give it; raises RuntimeError with the end of what it said."""
+        """A command of the project's, as a user would give it; raises RuntimeError with the end of its output."""
         environment = dict(os.environ)
         if self.on_gpu:
             environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
@@ -537,7 +537,7 @@ class Worker:
             engine.close()
 
     def plain(self, recomputing: bool) -> Callable[[], object]:
-        """The loop that somebody would write by hand, over the library's own model."""
+        """The loop that one would write by hand, over the library's own model."""
         import torch
         from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -622,15 +622,15 @@ class Worker:
         }
 
     def peak(self) -> float | None:
-        """FLOP/s of the GPU in bf16, where the project's table of devices has it."""
+        """FLOP/s of the GPU in bf16, where the project's devices.yaml has it."""
         import torch
 
         if not self.on_gpu:
             return None
-        from lptransformer.planning.devices import table
+        from lptransformer.planning.devices import load_devices
 
         words = torch.cuda.get_device_name(0).lower().replace("-", " ").split()
-        return next((one.flops["bf16"] for key, one in table().devices.items() if key in words), None)
+        return next((one.flops["bf16"] for key, one in load_devices().devices.items() if key in words), None)
 
     def busy(self, update: Callable[[], object], wait: Callable[[], object]) -> float:
         """The share of an update in which the GPU computes (on a CPU: in which it is in an operation of torch's)."""
@@ -666,8 +666,8 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 def rows_of(run: Path) -> Rows:
     """Losses and gradient norms of a run folder."""
-    updates = [record for record in metrics_of(run) if "stages" in record]
-    return [[[s["loss"], s["grad_norm"]] for s in record["stages"] if s["loss"] is not None] for record in updates]
+    updates = [row for row in metrics_of(run) if "stages" in row]
+    return [[[s["loss"], s["grad_norm"]] for s in row["stages"] if s["loss"] is not None] for row in updates]
 
 
 def learnable_text(length: int) -> str:

@@ -4,7 +4,7 @@
 
 A model of 32 blocks of width 2048 (1.6 billion weights in its blocks) on A100s, one per node: a pipeline over all of
 them, or replicas on all of them. A micro-batch is 8 windows of 2048 tokens; every method may cut it into smaller ones
-and has its best size. Memory is not asked. What varies stands below each panel, what does not in its title.
+and has its best size. Memory is not looked at. What varies stands below each panel, what does not in its title.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lptransformer.methods.cost import model_costs
 from lptransformer.methods.heads import HeadOptions
 from lptransformer.methods.stages import cut
 from lptransformer.planning.candidates import Candidate, balanced_sizes, of_backprop
-from lptransformer.planning.devices import Cluster, table
+from lptransformer.planning.devices import Cluster, load_devices
 from lptransformer.planning.rank_memory import ActivationBytes, precision
-from lptransformer.planning.step_time import Work, border_links
+from lptransformer.planning.step_time import Work, border_seconds
 from lptransformer.study.plots import COLOURS
 
 WIDTH, BLOCKS, LENGTH, ROWS = 2048, 32, 2048, 8
@@ -47,7 +47,7 @@ EXACT = ("1F1B", "interleaved", "zero bubble", "data parallel")
 
 
 def work(micro_batches: int, vocabulary: int, token_fraction: float) -> Work:
-    """An update of so many micro-batches of `ROWS` windows, in bf16."""
+    """An update of `micro_batches` micro-batches of `ROWS` windows, in bf16."""
     block = 50_331_648  # 12 x 2048 x 2048: a plain or a gated MLP alike
     costs = model_costs(
         block,
@@ -96,19 +96,19 @@ def of_rival(work: Work, cluster: Cluster, chunks: int, make: Callable[[int, int
     head = cluster.device.head_seconds(tokens * costs.head_flops, work.dtype)
     heads = [0.0] * (len(sizes) - 1) + [head]
     seconds = [rivals.ChunkSeconds(*(3 * (n * block + last,))) for n, last in zip(sizes, heads, strict=True)]
-    links = border_links(cluster, 1, [work.activations.rows] * (ranks - 1))
-    outcome = rivals.replay_many(lambda m: make(ranks, m), work.micro_batches, ranks, seconds, links)
+    links = border_seconds(cluster, 1, [work.activations.rows] * (ranks - 1))
+    times = rivals.replay_many(lambda m: make(ranks, m), work.micro_batches, ranks, seconds, links)
     weights = []
     for tasks in make(ranks, ranks):
         own = {chunk for _, chunk, _ in tasks}
         ends = (0 in own) * costs.embedding_parameters + (len(sizes) - 1 in own) * costs.head_parameters
         weights.append(sum(sizes[chunk] for chunk in own) * costs.block_parameters + ends)
-    return work.tokens / (outcome.seconds + cluster.device.update_seconds(max(weights), work.update_bytes))
+    return work.tokens / (times.seconds + cluster.device.update_seconds(max(weights), work.update_bytes))
 
 
 def speeds(ranks: int, micro_batches: int, link: str, vocabulary: int) -> dict[str, float]:
     """Tokens per second of every method that can be."""
-    cluster = Cluster(table().device("a100"), ranks, 1, table().link(link))
+    cluster = Cluster(load_devices().device("a100"), ranks, 1, load_devices().link(link))
     found: dict[str, float] = {}
 
     def add(name: str, tokens_per_second: float) -> None:
@@ -120,8 +120,8 @@ def speeds(ranks: int, micro_batches: int, link: str, vocabulary: int) -> dict[s
             costs = one.costs
             heads = (costs.head_training_flops(True), costs.head_training_flops(False))
             sizes = balanced_sizes(BLOCKS, ranks, 3 * costs.block_flops, *heads)
-            goal = objectives.build(BLOCKS, "chunked", chunks=sizes)
-            local = Candidate("chunked", goal, cut(goal, ranks, costs, sizes), one, cluster, 1, zero_stage=1)
+            objective = objectives.build(BLOCKS, "chunked", chunks=sizes)
+            local = Candidate("chunked", objective, cut(objective, ranks, costs, sizes), one, cluster, 1, zero_stage=1)
             add(name, local.evaluate().tokens_per_second)
         one = work(micro_batches, vocabulary, 1.0).cut_smaller(rows)
         for name, chunks, make in RIVALS:

@@ -9,8 +9,8 @@ checkpointing, and this engine with `backprop` and with `chunked` in K runs, all
 
 What is counted: an update has two micro-batches, and the peak is that of the second one, less what was alive before it
 (weights, their gradients, optimizer state, the batch). So it holds everything a pass needs for a moment: saved tensors,
-hidden states, logits, the new gradient of a weight before it is added. allocations.py records torch's allocator;
-nothing is sampled, and the numbers do not depend on the load of the machine. The engine's peak is told by stage too:
+hidden states, logits, the new gradient of a weight before it is added. allocations.py logs torch's allocator;
+nothing is sampled, and the numbers do not depend on the load of the machine. The engine's peak is split by stage too:
 from the beginning of a stage's forward pass to the beginning of the next stage's.
 """
 
@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from allocations import Allocations, recorded
+from allocations import Allocations, log_allocations
 
 from lptransformer.config.load import load
 from lptransformer.data.token_set import Batch
 from lptransformer.engine.engine import LocalUpdateEngine
 from lptransformer.engine.process_groups import World, join, leave
 from lptransformer.models import hf_config
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.processes import use_fair_share_of_cores
 from lptransformer.study.markdown_tables import ResultTable, update
 from lptransformer.training.build import build_engine
@@ -53,13 +53,13 @@ CONTENDERS = (PLAIN, CHECKPOINTED, BACKPROP, *(f"chunked {k}" for k in CHUNKS))
 
 @dataclass(frozen=True)
 class RandomTokens:
-    """The same random tokens every time, with a mark in the recording for every micro-batch."""
+    """The same random tokens every time, with a mark in the log for every micro-batch."""
 
     tokens: Batch
-    record: Allocations
+    log: Allocations
 
     def batch(self, index: int) -> Batch:
-        self.record.mark("micro-batch")
+        self.log.mark("micro-batch")
         return self.tokens
 
     def position(self, index: int) -> dict[str, int]:
@@ -89,43 +89,43 @@ def random_batch(window: int, vocabulary: int) -> Batch:
 def plain(case: dict[str, int], checkpointed: bool) -> list[int]:
     """Hugging Face's own model and loss, one backward pass per micro-batch."""
     config = load(sizes(**case, contender=BACKPROP))
-    blueprint = draw(config, case["vocabulary"], None)
+    blueprint = make_blueprint(config, case["vocabulary"], None)
     model = hf_config.model_class(blueprint.model_config)(blueprint.model_config).train()
     if checkpointed:
         model.activation_checkpointing_enable()
     ids = random_batch(case["window"], case["vocabulary"]).input_ids
-    with recorded() as record:
+    with log_allocations() as log:
         for _ in range(2):
-            record.mark("micro-batch")
+            log.mark("micro-batch")
             (model(input_ids=ids, labels=ids).loss / 2).backward()
-        record.mark("end")
-    return [record.peak(1, 2) - record.alive(1)]
+        log.mark("end")
+    return [log.peak(1, 2) - log.alive(1)]
 
 
 def ours(case: dict[str, int], contender: str, world: World) -> list[int]:
     """The engine with all stages in this process; the peak of every stage."""
     config = load(sizes(**case, contender=contender))
-    blueprint = draw(config, case["vocabulary"], None)
-    record = Allocations()
-    stream = RandomTokens(random_batch(case["window"], case["vocabulary"]), record)
+    blueprint = make_blueprint(config, case["vocabulary"], None)
+    log = Allocations()
+    stream = RandomTokens(random_batch(case["window"], case["vocabulary"]), log)
     engine = build_engine(config, world, blueprint, stream, {})
     assert isinstance(engine, LocalUpdateEngine)
-    with marked_stages(engine.local, record), recorded(record):
+    with marked_stages(engine.local, log), log_allocations(log):
         engine.train_batch()
-    names = record.names()
+    names = log.names()
     begin = [number for number, name in enumerate(names) if name == "micro-batch"][1]
     ends = [*(number for number, name in enumerate(names) if name == "forward" and number > begin)]
     ends = [*ends[1:], names.index("update")]
-    return [record.peak(a, b) - record.alive(begin) for a, b in zip([begin, *ends], ends, strict=False)]
+    return [log.peak(a, b) - log.alive(begin) for a, b in zip([begin, *ends], ends, strict=False)]
 
 
 @contextlib.contextmanager
-def marked_stages(local: Any, record: Allocations) -> Iterator[None]:
+def marked_stages(local: Any, log: Allocations) -> Iterator[None]:
     """A mark where the forward pass of a stage begins, and one before an optimizer's step."""
     hooks = []
     for stage in local.values():
-        hooks.append(stage.engine.module.register_forward_pre_hook(lambda *_: record.mark("forward")))
-        hooks.append(stage.optimizer.register_step_pre_hook(lambda *_: record.mark("update")))
+        hooks.append(stage.engine.module.register_forward_pre_hook(lambda *_: log.mark("forward")))
+        hooks.append(stage.optimizer.register_step_pre_hook(lambda *_: log.mark("update")))
     yield
     for hook in hooks:
         hook.remove()
@@ -209,10 +209,10 @@ def _mib_of(size: int | None) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Peak activation memory, one process.", allow_abbrev=False)
     parser.add_argument("--tables", action="store_true", help="make the tables from the JSON, measure nothing")
-    record = FOLDER / "memory.json"
+    numbers = FOLDER / "memory.json"
     if not parser.parse_args().tables:
-        record.write_text(json.dumps(measure(), indent=1) + "\n")
-    print(update(FOLDER / "memory.md", tables(json.loads(record.read_text()))))
+        numbers.write_text(json.dumps(measure(), indent=1) + "\n")
+    print(update(FOLDER / "memory.md", tables(json.loads(numbers.read_text()))))
 
 
 if __name__ == "__main__":

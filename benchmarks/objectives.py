@@ -19,7 +19,7 @@ from lptransformer.config.load import load
 from lptransformer.data.token_set import Batch
 from lptransformer.engine.process_groups import join, leave
 from lptransformer.methods import flops
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.processes import use_fair_share_of_cores
 from lptransformer.training.build import build_engine
 
@@ -65,7 +65,7 @@ def main() -> None:
     engines, counted = {}, {}
     for name, overrides in OBJECTIVES.items():
         config = load(BASE, overrides)
-        blueprint = draw(config, VOCABULARY, None)
+        blueprint = make_blueprint(config, VOCABULARY, None)
         engines[name] = build_engine(config, world, blueprint, stream, {})
         counted[name] = flops.of_phase(blueprint.objective, blueprint.objective.usual, blueprint.costs).total
     seconds: dict[str, list[float]] = {name: [] for name in engines}

@@ -6,7 +6,7 @@ The plain loop is the network of tests/reference.py, torch and transformers only
 blocks forward, loss, backward; then clip every run, one AdamW for all. The engine does the same with a DeepSpeed engine
 per stage. Both take the same tokens, the same chunks of logits, the same number of threads. The repetitions are
 interleaved, and each ratio is of two updates that followed one another. Wall time and processor time of the process
-(user and system) are told: on a machine that does other work only the second one says anything, and little.
+(user and system) are reported: on a machine that does other work only the second one says anything, and little.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lptransformer.config.checks import micro_batch_size
 from lptransformer.config.load import load
 from lptransformer.config.schema import Config
 from lptransformer.engine.process_groups import join, leave
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.processes import use_fair_share_of_cores
 from lptransformer.study.markdown_tables import ResultTable, update
 from lptransformer.training.build import build_engine
@@ -75,7 +75,7 @@ def loaded(size: dict[str, Any], chunks: int, micro_batches: int) -> Config:
 
 
 def plain_loop(config: Config, model_config: Any, stream: RandomTokens) -> Update:
-    """The loop that somebody would write by hand; returns what makes one update."""
+    """The loop that one would write by hand; returns what makes one update."""
     blocks, chunks = config.model.num_layers, config.value("objective.chunks") or 1
     assert isinstance(chunks, int) and blocks % chunks == 0
     length = blocks // chunks
@@ -143,7 +143,7 @@ def measure(repeats: int, sizes: Sequence[str], numbers: Sequence[int]) -> dict[
             contenders: dict[str, tuple[Update, Update]] = {}
             for method, chunks in METHODS.items():
                 config = loaded(size, chunks, micro_batches)
-                blueprint = draw(config, VOCABULARY, None)
+                blueprint = make_blueprint(config, VOCABULARY, None)
                 engine = build_engine(config, world, blueprint, stream, {})
                 contenders[method] = plain_loop(config, blueprint.model_config, stream), engine.train_batch
             for method, (plain, engine_update) in contenders.items():

@@ -6,7 +6,7 @@
 Takes the study's configuration (configs/quality.yaml) and overrides of it. The plain loop has the same windows in the
 same order, the same optimizer, learning rates and clipping as `objective.name: backprop`, but imports nothing of the
 engine; its weights are Hugging Face's own initial ones. Writes docs/benchmarks/quality/baselines.json, which is
-extended by every run, and makes the tables in docs/benchmarks/quality.md anew from it.
+extended by every run, and rewrites the tables in docs/benchmarks/quality.md from it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lptransformer.data.token_set import TokenSet
 from lptransformer.data.train_stream import TrainStream
 from lptransformer.engine.optimizer import build_lr_scheduler, build_optimizer
 from lptransformer.evaluation import ngram
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.run_folder.metrics import perplexity, text_counts
 from lptransformer.study import markdown_tables
 from lptransformer.study.markdown_tables import ResultTable
@@ -68,7 +68,7 @@ def ngrams(data: Prepared) -> list[dict[str, Any]]:
 def plain(config: Config, data: Prepared, tied: bool) -> dict[str, Any]:
     """Backprop by a plain loop; the loss on the first validation set after the last update."""
     train = config.train
-    hf_config = draw(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id).model_config
+    hf_config = make_blueprint(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id).model_config
     hf_config.tie_word_embeddings = tied
     torch.manual_seed(train.seed)
     model = AutoModelForCausalLM.from_config(hf_config)

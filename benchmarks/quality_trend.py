@@ -4,8 +4,8 @@ From the records of several sweeps.
 
     python benchmarks/quality_trend.py docs/benchmarks/quality/quality-{750,seeds,3000,width-128}.json
 
-Runs of the same width and the same number of updates stand together. Makes the tables `trend/...` in
-docs/benchmarks/quality.md anew and draws docs/benchmarks/quality/trend.png.
+Runs of the same width and the same number of updates are compared. Rewrites the tables `trend/...` in
+docs/benchmarks/quality.md and draws docs/benchmarks/quality/trend.png.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lptransformer.figures import new_figure, save
-from lptransformer.run_folder.metrics import Record
 from lptransformer.study import collect, markdown_tables
 from lptransformer.study.comparison import Choice, Estimate, choices, depth_gain_kept, difference, find
 from lptransformer.study.markdown_tables import ResultTable
 from lptransformer.study.plots import looks
-from lptransformer.study.records import final_loss
+from lptransformer.study.records import Record, final_loss
 from lptransformer.study.result_tables import share
 
 ROOT = Path(__file__).parents[1]

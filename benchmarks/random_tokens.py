@@ -1,4 +1,4 @@
-"""A stream of random tokens for engines that are measured, not taught."""
+"""A stream of random tokens for engines whose speed or memory is measured."""
 
 from __future__ import annotations
 

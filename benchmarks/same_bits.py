@@ -44,11 +44,11 @@ PARTITIONED = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
 SMALL: dict[str, Any] = {
     "model": {"family": "llama", "hidden_size": 32, "num_layers": 4, "num_heads": 2},
     "data": {"tokenizer": "bytes", "sequence_length": 32},
-    "parallel": {"timeout_seconds": 120.0},  # a deadlock is told as one
+    "parallel": {"timeout_seconds": 120.0},  # then a deadlock is an error
     "train": {"steps": STEPS, "micro_batch_size": 2, "micro_batches_per_update": 4, "warmup_steps": 1, "eval_every": 2},
 }
-# What is compared of the records in metrics.jsonl; the others are times and memory.
-OF_RECORD = ("tokens", "learning_rate")
+# What is compared of the rows in metrics.jsonl; the others are times and memory.
+OF_ROW = ("tokens", "learning_rate")
 OF_STAGE = ("loss", "grad_norm", "skipped")
 OF_EXIT = ("nll_per_token", "perplexity", "bits_per_byte", "word_perplexity", "tokens")
 
@@ -175,7 +175,7 @@ class Checkout:
         self.keys = {f"{section}.{key}" for section, keys in values.items() if isinstance(keys, dict) for key in keys}
 
     def command(self, *arguments: str) -> str:
-        """What `python -m lptransformer ...` prints. Raises Failure with the end of what it complains about."""
+        """What `python -m lptransformer ...` prints. Raises Failure with the end of its error output."""
         return self._run("-m", "lptransformer", *arguments)
 
     def _run(self, *arguments: str) -> str:
@@ -218,11 +218,11 @@ def numbers(run: Path) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        place = f"update {record['update']}"
-        place += f", evaluation {record['evaluation']}" if "evaluation" in record else ""
-        found |= {f"{place}: {key}": record[key] for key in OF_RECORD if key in record}
-        found |= entries(place, record.get("stages", ()), OF_STAGE) | entries(place, record.get("exits", ()), OF_EXIT)
+        row = json.loads(line)
+        place = f"update {row['update']}"
+        place += f", evaluation {row['evaluation']}" if "evaluation" in row else ""
+        found |= {f"{place}: {key}": row[key] for key in OF_ROW if key in row}
+        found |= entries(place, row.get("stages", ()), OF_STAGE) | entries(place, row.get("exits", ()), OF_EXIT)
     if not any(key.endswith(": loss") and value is not None for key, value in found.items()):
         raise Failure(f"{run} has no loss")
     return found

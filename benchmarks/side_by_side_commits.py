@@ -32,11 +32,11 @@ WARM_UP = 5  # updates
 def measure(checkout: Checkout, run: Path, flags: tuple[str, ...]) -> tuple[float, float]:
     """Seconds per update and peak MiB of one run."""
     checkout.train(checkout.folder / QUICK_START, run, ("data.valid={}", *flags))
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(run)
-    ends = [record["seconds"] for record in records if "stages" in record][WARM_UP - 1 :]
+    ends = [row["seconds"] for row in rows if "stages" in row][WARM_UP - 1 :]
     seconds = median(after - before for before, after in zip(ends, ends[1:], strict=False))
-    return seconds, max(stage["memory_bytes"] for stage in records[-1]["stages"]) / 2**20
+    return seconds, max(stage["memory_bytes"] for stage in rows[-1]["stages"]) / 2**20
 
 
 def table(measured: dict[str, list[list[tuple[float, float]]]]) -> str:

@@ -8,7 +8,7 @@ its beginning and its end; an update is one scope around all of them, so what no
 
 Each moment belongs to the innermost operator or scope that is open. From the inside out, the first of these decides:
 
-    matrix products       mm, addmm, bmm, linear and their like, wherever they stand (heads are told apart)
+    matrix products       mm, addmm, bmm, linear and their like, wherever they are (heads are counted apart)
     attention             torch's fused attention, forward and backward; its projections are matrix products
     optimizer             whatever runs inside of the optimizer's step
     channel               inside of sending and receiving: copies into buffers, and waiting for a neighbour
@@ -51,7 +51,7 @@ from lptransformer.engine.deepspeed_stage import TrainedStage
 from lptransformer.engine.engine import LocalUpdateEngine
 from lptransformer.engine.p2p import Receiver, Sender
 from lptransformer.engine.process_groups import join
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.processes import use_fair_share_of_cores
 from lptransformer.study.markdown_tables import ResultTable, update
 from lptransformer.training.build import build_engine
@@ -140,7 +140,7 @@ def profile_rank(pipeline: int, chunks: int, updates: int) -> dict[str, Any]:
     """Seconds of an update by kind, on this process's pipeline rank; and of whole updates without the profiler."""
     use_fair_share_of_cores()
     config = loaded(pipeline, chunks)
-    blueprint = draw(config, VOCABULARY, None)
+    blueprint = make_blueprint(config, VOCABULARY, None)
     world = join(pipeline, 1, 60)
     stream = RandomTokens(ROWS, WINDOW, VOCABULARY)
     with channels_in_scope():

@@ -58,23 +58,24 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--processes", type=int, default=1, help="processes that share the windows (default: 1)")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
-    sub = command("sweep", sweep, "Train a grid of runs, a few at a time; started again, it goes on where it was.")
+    text = "Train a grid of runs, a few at a time; started again, it continues where it stopped."
+    sub = command("sweep", sweep, text)
     sub.add_argument("sweep_file", metavar="SWEEP", help="YAML file of the sweep (configs/sweeps/)")
     sub.add_argument("--processes", type=int, default=1, metavar="N", help="runs at the same time (default: 1)")
-    sub.add_argument("--dry-run", action="store_true", help="list the runs and where they are, train nothing")
+    sub.add_argument("--dry-run", action="store_true", help="list the runs and their status, train nothing")
 
-    sub = command("report", report, "What runs came to: tables and plots, of one run or in comparison.")
+    sub = command("report", report, "Results of runs: tables and plots, of one run or compared.")
     text = "run folder, or for a comparison several, folders of sweeps, files of records"
     sub.add_argument("runs", metavar="RUN", nargs="+", help=text)
     sub.add_argument("--baselines", action="store_true", help="one run: add n-gram models of the training text")
-    sub.add_argument("--trace", action="store_true", help="one run: the schedule as executed, if run.trace recorded it")
+    sub.add_argument("--trace", action="store_true", help="one run: the schedule as executed, if run.trace was set")
     sub.add_argument("--out", metavar="DIR", help="folder for plots (default: report; with --trace: the run folder)")
     compared = sub.add_argument_group("comparison of several runs")
     compared.add_argument("--baseline", metavar="METHOD", help="differences are to this one (default: backprop)")
     compared.add_argument("--deep", metavar="METHOD", help="with --shallow: share of the depth gain that is kept")
     compared.add_argument("--shallow", metavar="METHOD", help="backprop with fewer blocks")
     compared.add_argument("--choose", metavar="SET", help="validation set that decides on settings (default: sweep's)")
-    compared.add_argument("--markdown", metavar="FILE", help="document whose tables are made anew, or a new one")
+    compared.add_argument("--markdown", metavar="FILE", help="document whose tables are rewritten, or a new one")
     compared.add_argument("--name", help="begins the names of the tables in the document: NAME/TABLE")
 
     text = "Local against true gradients, rank of hidden states, agreement of exits: tables and a plot."
@@ -96,12 +97,12 @@ def train(args: argparse.Namespace) -> None:
     config = load(args.config, args.overrides)
     auto = config.train.micro_batch_size == "auto"
     if auto and args.resume:
-        from lptransformer.training.auto_batch import recorded
+        from lptransformer.training.auto_batch import size_of_run_folder
 
-        config = recorded(config)
+        config = size_of_run_folder(config)
     assert config.run.dir is not None
     folder = Path(config.run.dir)
-    # All that one process can check and make is done before others are started.
+    # Everything that one process can check and prepare is done before others are started.
     layout.check(folder, config, args.resume, args.overwrite)
     check_until(config, args.until, args.resume)
     import torch

@@ -59,7 +59,8 @@ def print_table(
 
 @contextlib.contextmanager
 def bar(what: str, total: int, *, in_bytes: bool = False, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr that says `what`, with the time that is left; gives what advances it. Silent on no terminal."""
+    """A progress bar on stderr, named `what`, with the time left; yields the function that advances it. Only on a
+    terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -81,7 +82,7 @@ def short_number(value: float) -> str:
 
 
 def megabytes(value: int) -> str:
-    """Bytes in MB, or GB where they are many."""
+    """Bytes in MB, or in GB from 10 GB on."""
     return f"{value / 1e6:.0f} MB" if value < 1e10 else f"{value / 1e9:.1f} GB"
 
 

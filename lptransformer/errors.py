@@ -7,7 +7,7 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake in what was asked for. The message names the value, where it came from and what would be right."""
+    """A mistake in the request. The message names the value, where it came from and what would be right."""
 
     exit_code = 2
 
@@ -19,8 +19,8 @@ class ConfigError(UserError):
 class OptionError(ConfigError):
     """An option does not fit what it is used with: "KEY is VALUE: PROBLEM".
 
-    `key` and the keys `beside` it are dotted keys of the configuration; whoever knows where their values came from can
-    say that too.
+    `key` and the keys `beside` it are dotted keys of the configuration; code that knows where their values came
+    from can add that.
     """
 
     def __init__(self, key: str, value: Any, problem: str, beside: Sequence[str] = ()) -> None:
@@ -41,7 +41,7 @@ class RunError(UserError):
 
 
 class TrainingError(Exception):
-    """Training cannot go on, through no mistake in what was asked for (for example: losses that are not finite).
+    """Training cannot go on, through no mistake of the user (for example: losses that are not finite).
 
     `reports` holds the reports that had arrived when it happened.
     """

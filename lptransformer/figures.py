@@ -1,4 +1,4 @@
-"""Figures in the style of all of this package's pictures, and their files. The same figure gives the same bytes."""
+"""Figures in the style of this package, and their files. The same figure gives the same bytes."""
 
 from __future__ import annotations
 

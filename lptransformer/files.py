@@ -21,7 +21,7 @@ def beside(path: Path) -> Path:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives the path to write to; takes its place when the block ends, and leaves nothing behind when it fails."""
-    final = path.resolve()  # a link stays one
+    final = path.resolve()  # a symbolic link stays one
     temporary = beside(final)
     try:
         yield temporary

@@ -1,4 +1,4 @@
-"""What a launcher (deepspeed, torchrun) has told this process, and its share of the machine."""
+"""What a launcher (deepspeed, torchrun) says about this process, and its share of the machine."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def on_stop_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 def check_devices(channel: str, replicas: int, engine: str = "local") -> None:
-    """Raise ConfigError where the GPUs of this machine cannot carry what is asked for."""
+    """Raise ConfigError where the GPUs of this machine cannot run the configuration."""
     gpus = torch.cuda.device_count()
     if channel == "nccl" and gpus == 0:
         raise ConfigError("parallel.channel is nccl: that needs GPUs, and there is none here; gloo works everywhere")

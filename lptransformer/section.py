@@ -24,6 +24,7 @@ Globs = Annotated[list[Text], Field(min_length=1), "a glob or a list of globs"]
 
 
 class Section(BaseModel):
-    """Base of all options: unknown keys, wrong types, nan and inf are refused; a whole number is a fine float."""
+    """Base of all options: unknown keys, wrong types, nan and inf are refused; a whole number is accepted as a
+    float."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)

@@ -29,7 +29,7 @@ from lptransformer.engine.p2p import Control, Neighbours
 from lptransformer.engine.process_groups import join
 from lptransformer.errors import TrainingError
 from lptransformer.methods.stages import StagePlan
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.models.head import LossBatch, LossTerm
 from lptransformer.models.stage import StageOutput
 from lptransformer.processes import use_fair_share_of_cores
@@ -105,7 +105,7 @@ def open_engine(overrides: Sequence[str]) -> LocalUpdateEngine:
     world = join(config.parallel.pipeline, config.parallel.data, config.parallel.timeout_seconds)
     stream = make_stream(config)
     valid = {"valid": RandomValidSet(stream)}
-    engine = build_engine(config, world, draw(config, stream.vocab_size, None), stream, valid)
+    engine = build_engine(config, world, make_blueprint(config, stream.vocab_size, None), stream, valid)
     assert isinstance(engine, LocalUpdateEngine)
     return engine
 
@@ -291,7 +291,7 @@ class Ahead:
     members: list[int]  # global ranks that took part in a collective of the default group
     collectives: list[tuple[str, int]]  # during training: name, size of its group
     link_sizes: list[int]
-    link_calls: set[str]
+    group_calls: set[str]
 
 
 COLLECTIVES = ["all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "reduce_scatter"]
@@ -300,7 +300,7 @@ COLLECTIVES += ["reduce", "gather", "scatter", "all_to_all", "all_to_all_single"
 
 
 class CollectiveLog:
-    """Records which collectives of torch.distributed are called, and over how many processes."""
+    """Logs which collectives of torch.distributed are called, and over how many processes."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
@@ -308,14 +308,14 @@ class CollectiveLog:
 
     def __enter__(self) -> CollectiveLog:
         for name, function in self.originals.items():
-            setattr(dist, name, self._recorded(name, function))
+            setattr(dist, name, self._logged(name, function))
         return self
 
     def __exit__(self, *exc: object) -> None:
         for name, function in self.originals.items():
             setattr(dist, name, function)
 
-    def _recorded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _logged(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             groups = [value for value in (*args, *kwargs.values()) if isinstance(value, dist.ProcessGroup)]
             self.calls.append((name, dist.get_world_size(groups[0] if groups else None)))
@@ -324,8 +324,8 @@ class CollectiveLog:
         return call
 
 
-class RecordedLink:
-    """Stands for a link between two pipeline ranks and records what is called on it."""
+class LoggedGroup:
+    """Stands for the process group of a channel between two pipeline ranks and logs what is called on it."""
 
     def __init__(self, group: dist.ProcessGroup, calls: set[str]) -> None:
         self._group, self._calls = group, calls
@@ -340,10 +340,10 @@ def run_ahead(overrides: Sequence[str], in_flight: int, hold_seconds: float) -> 
     updates = in_flight + 3
     with CollectiveLog() as log:  # around everything: DeepSpeed looks some of the functions up when it is initialised
         engine = open_engine(overrides)
-        world, link_calls = engine.world, set[str]()
+        world, group_calls = engine.world, set[str]()
         link = engine.neighbours.above if world.pipeline_rank == 0 else engine.neighbours.below
         assert link is not None
-        link.group = RecordedLink(link.group, link_calls)  # type: ignore[assignment]
+        link.group = LoggedGroup(link.group, group_calls)  # type: ignore[assignment]
         seen = Ahead(
             os.getpid(),
             updates_while_held=0,
@@ -354,7 +354,7 @@ def run_ahead(overrides: Sequence[str], in_flight: int, hold_seconds: float) -> 
             members=members_of_the_default_group(world.global_rank),
             collectives=[],
             link_sizes=[group.size() for group in world.groups],
-            link_calls=link_calls,
+            group_calls=group_calls,
         )
         log.calls.clear()
         if world.pipeline_rank == 1:

@@ -52,8 +52,8 @@ def make_run(
     (folder / layout.DATA).write_text(json.dumps(sets))
     (folder / layout.ENVIRONMENT).write_text(json.dumps([{"cpu_count": 2, "omp_num_threads": "1"}]))
     loss = loss or falling(1.5)
-    goal = objectives.build(config.model.num_layers, **config.objective.model_dump())
-    stages = cut(goal, config.parallel.pipeline, ModelCosts(1.0, 1.0, 1.0))
+    objective = objectives.build(config.model.num_layers, **config.objective.model_dump())
+    stages = cut(objective, config.parallel.pipeline, ModelCosts(1.0, 1.0, 1.0))
     done = config.train.steps if updates is None else updates
     (folder / "metrics.jsonl").unlink(missing_ok=True)
     writer = MetricsWriter(folder)

@@ -1,7 +1,7 @@
 """Stands in for `python -m lptransformer train` in tests of sweeps: writes what a run leaves behind, trains nothing.
 
 Arguments: the sweep's base (not read), flags, overrides. The loss depends on the learning rate: best at 0.01. At 0.5
-the run fails, at 0.25 it goes on until it is told to stop.
+the run fails, at 0.25 it goes on until it is stopped.
 """
 
 from __future__ import annotations

@@ -86,15 +86,15 @@ def _every_option(num_blocks: int) -> Iterator[tuple[str, dict[str, Any]]]:
             yield "overlapping", {"chunks": chunks, **options}
 
 
-def every_placement(goal: Objective) -> Iterator[list[StagePlan]]:
+def every_placement(objective: Objective) -> Iterator[list[StagePlan]]:
     """Its stages on all numbers of pipeline ranks, cut everywhere."""
-    for sizes in all_compositions(goal.num_blocks):
-        yield cut(goal, len(sizes), COSTS, sizes)
+    for sizes in all_compositions(objective.num_blocks):
+        yield cut(objective, len(sizes), COSTS, sizes)
 
 
 @st.composite
 def sizes_of(draw: st.DrawFn, total: int, most_parts: int) -> list[int]:
-    """A composition of `total` into at most so many parts."""
+    """A composition of `total` into at most `most_parts` parts."""
     parts = draw(st.integers(1, min(total, most_parts)))
     places = st.integers(1, max(total - 1, 1))
     cuts = draw(st.lists(places, min_size=parts - 1, max_size=parts - 1, unique=True))
@@ -131,8 +131,8 @@ def any_spans(draw: st.DrawFn, most_blocks: int = 8) -> Objective:
 
 
 @st.composite
-def placements(draw: st.DrawFn, goals: st.SearchStrategy[Objective]) -> tuple[Objective, list[StagePlan]]:
+def placements(draw: st.DrawFn, objectives_: st.SearchStrategy[Objective]) -> tuple[Objective, list[StagePlan]]:
     """An objective and its stages on up to 5 pipeline ranks, balanced or cut anywhere."""
-    goal = draw(goals)
-    sizes = draw(sizes_of(goal.num_blocks, 5))
-    return goal, cut(goal, len(sizes), COSTS, "balanced" if draw(st.booleans()) else sizes)
+    objective = draw(objectives_)
+    sizes = draw(sizes_of(objective.num_blocks, 5))
+    return objective, cut(objective, len(sizes), COSTS, "balanced" if draw(st.booleans()) else sizes)

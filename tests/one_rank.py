@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from allocations import recorded
+from allocations import log_allocations
 from random_tokens import RandomTokens
 from torch import Tensor
 
@@ -76,9 +76,9 @@ def peak_bytes(config: Config, plan: Blueprint, pipeline_rank: int) -> int:
     DeepSpeed's engines are in it, and message buffers. Of a hybrid objective each kind of update is run, and the
     greater peak counts.
     """
-    goal = plan.objective
+    hybrid = plan.objective
     alone = [
-        replace(plan, phases=(one,), objective=replace(goal, usual=one.phase, backprop=None, every=None, share=0.0))
+        replace(plan, phases=(one,), objective=replace(hybrid, usual=one.phase, backprop=None, every=None, share=0.0))
         for one in plan.phases
     ]
     return max(_peak(config, one, pipeline_rank) for one in alone)
@@ -95,13 +95,13 @@ def _peak(config: Config, plan: Blueprint, pipeline_rank: int) -> int:
     try:
         mock = OneRank(pipeline_rank, pipeline, 0, 1, world.device, world.store, world.timeout, rounds=rounds)
         _tell_names_of_copies(config, plan, mock)
-        with recorded() as record:
+        with log_allocations() as log:
             engine = build_engine(config, mock, plan, stream, {})
             for update in range(last + 1):
-                record.mark(str(update))
+                log.mark(str(update))
                 engine.train_batch()
-            record.mark("end")
-        return record.peak(last, last + 1)
+            log.mark("end")
+        return log.peak(last, last + 1)
     finally:
         leave(world)
         gc.collect()

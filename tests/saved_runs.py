@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lptransformer.config.load import load
 from lptransformer.data.prepare import prepare_all
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.models.stage import make_stage
 from lptransformer.run_folder import checkpoint, layout
 
@@ -63,7 +63,7 @@ def make_run(
         raw["data"]["vocab_size"] = 300
     config = load(raw)
     data = prepare_all(**config.data.model_dump(), progress=False)
-    blueprint = draw(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
+    blueprint = make_blueprint(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
     run = folder / "run"
     valid_sets = {name: str(one.folder.absolute()) for name, one in data.valid.items()}
     model_config = blueprint.model_config.to_dict()

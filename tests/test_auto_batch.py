@@ -1,4 +1,4 @@
-"""`train.micro_batch_size: auto`: the number that fits, agreed on, recorded, and kept."""
+"""`train.micro_batch_size: auto`: the number that fits, agreed on, written down, and kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lptransformer.config.load import load, to_yaml
 from lptransformer.config.schema import Config
 from lptransformer.engine.process_groups import leave
 from lptransformer.errors import ConfigError
-from lptransformer.models.blueprint import Blueprint, draw
+from lptransformer.models.blueprint import Blueprint, make_blueprint
 from lptransformer.planning.dry_run import predicted
 from lptransformer.run_folder import layout
 from lptransformer.training import auto_batch
@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def given(*overrides: str) -> tuple[Config, Blueprint]:
     config = load(CONFIG, overrides)
     sized = config if config.train.micro_batch_size != "auto" else auto_batch.with_size(config, 1)
-    return config, draw(sized, BYTES, None)
+    return config, make_blueprint(sized, BYTES, None)
 
 
 @cache
@@ -141,7 +141,7 @@ def weights(folder: Path, update: int) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_a_run_records_the_number_keeps_it_and_is_the_run_of_that_number(
+def test_a_run_folder_has_the_number_keeps_it_and_is_the_run_of_that_number(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = memory_for(4)
@@ -150,12 +150,12 @@ def test_a_run_records_the_number_keeps_it_and_is_the_run_of_that_number(
     for arguments in (["train", "c.yaml", "--until=1"], by_hand):
         run(parser(), arguments)
         leave()
-    recorded = (Path("run") / layout.CONFIG).read_text()
-    assert yaml.safe_load(recorded)["train"]["micro_batch_size"] == 4
+    written = (Path("run") / layout.CONFIG).read_text()
+    assert yaml.safe_load(written)["train"]["micro_batch_size"] == 4
     memory = memory_for(1)  # would give another number now
     run(parser(), ["train", "c.yaml", "--resume"])
     leave()
-    assert (Path("run") / layout.CONFIG).read_text() == recorded
+    assert (Path("run") / layout.CONFIG).read_text() == written
     assert weights(Path("run"), 2) == weights(Path("by-hand"), 2)
 
 

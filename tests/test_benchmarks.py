@@ -78,10 +78,10 @@ def written_run(folder: Path, grad_norm: float = 0.25, weight: float = 1.0) -> P
         "skipped": False,
         "idle_share": os.times()[4],
     }
-    record = {"update": 1, "tokens": 8, "seconds": os.times()[4], "learning_rate": 0.1, "stages": [stage]}
+    row = {"update": 1, "tokens": 8, "seconds": os.times()[4], "learning_rate": 0.1, "stages": [stage]}
     checkpoint = folder / "checkpoints" / "step-00000001" / "stage-0"
     checkpoint.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     weights = torch.tensor([weight, float("nan")], dtype=torch.bfloat16)
     save_file({"body.norm": weights, "step": torch.tensor(1)}, checkpoint / "weights.safetensors")
     return folder

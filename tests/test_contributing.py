@@ -24,7 +24,7 @@ from lptransformer.methods import objectives
 from lptransformer.methods.heads import HEADS
 from lptransformer.methods.objectives import METHODS
 from lptransformer.methods.spans import Span
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.models.stage import make_stage
 from lptransformer.run_folder.metrics import StageReport
 
@@ -87,7 +87,7 @@ def test_the_head_is_registered_and_trains(
 ) -> None:
     stand_in(tmp_path, monkeypatch)
     config = {**CONFIG, "head": {"kind": "narrow", "divisor": 2, "init": init}}
-    blueprint = draw(load(config), 61, None)
+    blueprint = make_blueprint(load(config), 61, None)
     head = make_stage(blueprint.stages[0], blueprint, seed=0).head
     assert head is not None and head.readout.weight.shape == (61, 8)
     assert sum(parameter.numel() for parameter in head.parameters()) == blueprint.costs.auxiliary_parameters

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from drawn import drawn
+from small_blueprint import small_blueprint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
@@ -31,14 +31,14 @@ HEADS: dict[str, dict[str, Any]] = {
 
 
 def head(**options: Any) -> Head:
-    blueprint = drawn(CONFIG, head=options, length=LENGTH)
+    blueprint = small_blueprint(CONFIG, head=options, length=LENGTH)
     found = make_stage(blueprint.stages[0], blueprint, seed=0).head
     assert found is not None
     return found
 
 
 def costs(**options: Any) -> ModelCosts:
-    return drawn(CONFIG, head=options, length=LENGTH).costs
+    return small_blueprint(CONFIG, head=options, length=LENGTH).costs
 
 
 def measured(one: Head, fraction: float) -> tuple[float, float]:
@@ -78,7 +78,7 @@ def test_weights_of_a_head(name: str) -> None:
 
 def test_weights_of_the_model() -> None:
     counted = costs()
-    blueprint = drawn(CONFIG)
+    blueprint = small_blueprint(CONFIG)
     stages = [make_stage(plan, blueprint, seed=0) for plan in blueprint.stages]
     whole = 4 * counted.block_parameters + counted.embedding_parameters
     assert sum(p.numel() for stage in stages for p in stage.body.parameters()) == whole

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -414,10 +412,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         (path, None, "tokenisers/none", r"data\.tokenizer: tokenisers/none does not exist"),
     ]:
         with pytest.raises(DataError, match=says):
-            readers.check_sources_exist(train, valid, kind)
-        with pytest.raises(DataError, match=says):
             prepare_all(train, valid, kind, 300, 4, tmp_path / "cache")
-    readers.check_sources_exist(path, path, "bytes")
     assert not (tmp_path / "cache").exists()
 
 
@@ -570,19 +565,3 @@ def test_position_and_back(tmp_path: Path) -> None:
     for position in ({"epoch": 0, "offset": 3}, {"epoch": 1, "offset": 12}):
         with pytest.raises(DataError, match="no micro-batch begins at row"):
             stream.index(position)
-
-
-# ---- early failure
-
-
-def test_checking_sources_is_light(tmp_path: Path) -> None:
-    code = (
-        "import sys; from lptransformer.data.readers import check_sources_exist\n"
-        "from lptransformer.errors import DataError\n"
-        f"check_sources_exist({write(tmp_path / 'a.txt', 'x')!r})\n"
-        "try: check_sources_exist('absent/*.txt')\n"
-        "except DataError as error: print(error)\n"
-        "print([m for m in ('torch', 'transformers', 'datasets', 'sentencepiece', 'pyarrow') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["data.train: no file matches absent/*.txt", "[]"]

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from lptransformer.errors import UserError
-from lptransformer.planning.devices import TABLE, Cluster, Wire, table
+from lptransformer.planning.devices import DEVICES_FILE, Cluster, Link, load_devices
 
-H100, SLOW = table().device("h100"), table().link("25gbit")
+H100, SLOW = load_devices().device("h100"), load_devices().link("25gbit")
 
 
 def test_every_number_says_where_it_is_from() -> None:
     """A source stands on the line of every number, or is the name of the link itself."""
-    lines = TABLE.read_text().splitlines()
+    lines = DEVICES_FILE.read_text().splitlines()
     numbers = [
         line for line in lines if re.match(r"    (flops|achievable|.*_bytes|memory_.*|bits_.*|latency.*):", line)
     ]
@@ -28,17 +28,17 @@ def test_every_number_says_where_it_is_from() -> None:
 
 
 def test_entries_are_whole() -> None:
-    assert {"h100", "h200", "a100", "l4", "laptop-core"} <= set(table().devices)
-    assert {"25gbit", "100gbit", "400gbit", "1gbit", "100mbit", "nvlink4"} <= set(table().links)
-    for device in table().devices.values():
+    assert {"h100", "h200", "a100", "l4", "laptop-core"} <= set(load_devices().devices)
+    assert {"25gbit", "100gbit", "400gbit", "1gbit", "100mbit", "nvlink4"} <= set(load_devices().links)
+    for device in load_devices().devices.values():
         assert device.flops["bf16"] > 0 and device.flops["fp32"] > 0 and 0 < device.achievable <= 1
 
 
 @pytest.mark.parametrize(
     ("ask", "parts"),
     [
-        (lambda: table().device("h10"), ("--gpu=h10", "did you mean h100?", "a100")),
-        (lambda: table().link("100gbits"), ("--link=100gbits", "did you mean 100gbit?")),
+        (lambda: load_devices().device("h10"), ("--gpu=h10", "did you mean h100?", "a100")),
+        (lambda: load_devices().link("100gbits"), ("--link=100gbits", "did you mean 100gbit?")),
     ],
 )
 def test_what_is_not_in_the_table(ask: object, parts: tuple[str, ...]) -> None:
@@ -51,7 +51,7 @@ def test_a_broken_table_is_named(tmp_path: Path) -> None:
     path = tmp_path / "devices.yaml"
     path.write_text("devices: {x: {name: x}}\nlinks: {}\n")
     with pytest.raises(UserError, match="not complete"):
-        table(path)
+        load_devices(path)
 
 
 def test_compute_and_updates() -> None:
@@ -60,18 +60,17 @@ def test_compute_and_updates() -> None:
 
 
 def test_messages() -> None:
-    wire = Wire("x", 8e9, 0.5, 0.25)
-    assert wire.bytes_per_second == 0.5e9
-    assert wire.seconds(1e9) == pytest.approx(2.25)
-    assert wire.shared(4).bytes_per_second == 0.125e9
+    link = Link("x", 8e9, 0.5, 0.25)
+    assert link.bytes_per_second == 0.5e9
+    assert link.shared(4).bytes_per_second == 0.125e9
 
 
 def test_borders_within_and_between_nodes() -> None:
     """Two nodes of eight: 4 pipeline ranks of 4 replicas put one border between the nodes, shared by 4 replicas."""
     cluster = Cluster(H100, 2, 8, SLOW)
-    assert [wire.name for wire in cluster.borders(4, 4)] == ["nvlink4", "25gbit", "nvlink4"]
+    assert [link.name for link in cluster.borders(4, 4)] == ["nvlink4", "25gbit", "nvlink4"]
     assert cluster.borders(4, 4)[1].bytes_per_second == SLOW.bytes_per_second / 4
-    assert [wire.name for wire in cluster.borders(2, 8)] == ["25gbit"]
+    assert [link.name for link in cluster.borders(2, 8)] == ["25gbit"]
     assert cluster.borders(2, 8)[0].bytes_per_second == SLOW.bytes_per_second / 8
     assert cluster.borders(16, 1)[7].bytes_per_second == SLOW.bytes_per_second
     assert cluster.borders(1, 16) == []
@@ -79,14 +78,14 @@ def test_borders_within_and_between_nodes() -> None:
 
 def test_rings() -> None:
     cluster = Cluster(H100, 2, 8, SLOW)
-    assert cluster.reduction_wire(8).name == "nvlink4"
-    assert cluster.reduction_wire(16).name == "25gbit"
-    wire = SLOW
-    wanted = 2 * 15 / 16 * 1e9 / wire.bytes_per_second + 2 * 15 * wire.latency_seconds
+    assert cluster.reduction_link(8).name == "nvlink4"
+    assert cluster.reduction_link(16).name == "25gbit"
+    link = SLOW
+    wanted = 2 * 15 / 16 * 1e9 / link.bytes_per_second + 2 * 15 * link.latency_seconds
     assert cluster.ring_seconds(1e9, 16) == pytest.approx(wanted)
     assert cluster.ring_seconds(1e9, 1) == 0
     more = cluster.ring_seconds(1e9, 16, 1, 10) - cluster.ring_seconds(1e9, 16, 1)
-    assert more == pytest.approx(9 * 15 * wire.latency_seconds)
+    assert more == pytest.approx(9 * 15 * link.latency_seconds)
 
 
 def test_which_splits_suit_the_nodes() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from drawn import drawn
 from saved_runs import FEW, TEXT, make_run
+from small_blueprint import small_blueprint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
@@ -42,7 +42,7 @@ OVERLAPPING = {"chunks": 4, "overlap": 1, "first_head": True}
 
 def make_model(name: str, of_family: str = "gpt2", head: dict[str, Any] | None = None, **options: Any) -> RunModel:
     config = hf_config.new_config(of_family, vocab_size=VOCAB, **SIZES)
-    blueprint = drawn(config, name, head=head, length=WINDOW, **options)
+    blueprint = small_blueprint(config, name, head=head, length=WINDOW, **options)
     stages = [make_stage(plan, blueprint, seed=3).eval() for plan in blueprint.stages]
     generator = torch.Generator().manual_seed(1)
     for stage in stages:

@@ -137,10 +137,10 @@ def test_a_rank_runs_ahead_by_the_whole_bound_and_no_collective_spans_two(pool: 
         assert one.engine_group_sizes and set(one.engine_group_sizes.values()) <= {1, 2}
         assert "DeepSpeedEngine.data_parallel_group" in one.engine_group_sizes
         assert one.members == [2 * (rank // 2), 2 * (rank // 2) + 1], "of every group of this process's world"
-        assert one.collectives, "the record sees DeepSpeed's collectives"
+        assert one.collectives, "the log has DeepSpeed's collectives"
         assert {size for _, size in one.collectives} == {2}, "over the replicas of one pipeline rank"
         assert one.link_sizes == [2]
-        assert one.link_calls == {"send" if rank < 2 else "recv"}, "between pipeline ranks only messages"
+        assert one.group_calls == {"send" if rank < 2 else "recv"}, "between pipeline ranks only messages"
 
 
 # --------------------------------------------------------------------------------------------- resume

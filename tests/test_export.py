@@ -277,12 +277,12 @@ def test_a_second_run_starts_from_the_export_and_gets_better_on_another_book(poo
     for before, after in zip(one["exits"], two["exits"], strict=True):
         assert after["perplexity"] < 0.97 * before["perplexity"] < 200
 
-    records = {name: read_metrics(tmp_path / name) for name in ("one", "two")}
+    rows = {name: read_metrics(tmp_path / name) for name in ("one", "two")}
     # The second run begins where the first one ended, on a book that is a little different; a new model has 6 nats.
-    assert records["two"][0]["stages"][-1]["loss"] < one["exits"][-1]["nll_per_token"] + 0.4
-    assert records["one"][0]["stages"][-1]["loss"] > 5.9
+    assert rows["two"][0]["stages"][-1]["loss"] < one["exits"][-1]["nll_per_token"] + 0.4
+    assert rows["one"][0]["stages"][-1]["loss"] > 5.9
     # The evaluation at the end of training and the one from the checkpoint are the same.
     for name, results in (("one", one), ("two", two)):
-        last = [record for record in records[name] if "evaluation" in record][-1]
+        last = [row for row in rows[name] if "evaluation" in row][-1]
         for trained, exit in zip(last["exits"], results["exits"], strict=True):
             assert trained == pytest.approx(exit, rel=1e-6)

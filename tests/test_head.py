@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from drawn import drawn
 from saved_runs import FEW, make_run
+from small_blueprint import small_blueprint
 from test_config import DATA, message, says
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -66,7 +66,7 @@ def stage(
 
 
 def blueprint_of(name: str = "llama", **head: Any) -> Blueprint:
-    return drawn(CONFIGS[name], chunks=[BLOCK + 1, DEPTH - BLOCK - 1], head=head, length=LENGTH)
+    return small_blueprint(CONFIGS[name], chunks=[BLOCK + 1, DEPTH - BLOCK - 1], head=head, length=LENGTH)
 
 
 def head_of(one: Stage) -> Head:

@@ -24,7 +24,7 @@ from lptransformer.run_folder import metrics_log
 from lptransformer.run_folder.metrics import (
     Aggregator,
     EvaluationReport,
-    Record,
+    MetricsRow,
     StageReport,
     TextCounts,
     perplexity,
@@ -50,7 +50,7 @@ def stage_report(update: int, stage: int, data_rank: int, **changes: Any) -> Sta
     return StageReport(update=update, stage=stage, data_rank=data_rank, **(values | changes))
 
 
-def update_record(update: int, losses: list[float | None] | None = None) -> Record:
+def update_row(update: int, losses: list[float | None] | None = None) -> MetricsRow:
     entries = [
         {
             "stage": stage,
@@ -67,7 +67,7 @@ def update_record(update: int, losses: list[float | None] | None = None) -> Reco
     return {"update": update, **numbers, "stages": entries}
 
 
-def evaluation_record(update: int, name: str = "emma") -> Record:
+def evaluation_row(update: int, name: str = "emma") -> MetricsRow:
     numbers = {"nll_per_token": 1.0, "perplexity": math.inf, "bits_per_byte": 0.5, "word_perplexity": 9.0, "tokens": 5}
     return {"update": update, "evaluation": name, "exits": [{"stage": 1, "last_block": 3, **numbers}]}
 
@@ -122,8 +122,8 @@ def test_replicas_are_summed_before_dividing() -> None:
     aggregator = Aggregator([(0, 0, 3)], data_replicas=2)
     # The mean of the two means would be 3.0, the mean of the idle shares 0.3.
     assert aggregator.add(stage_report(1, 0, 1, loss_sum=10.0, label_tokens=2, seconds=4.0, idle_seconds=2.0)) == []
-    (record,) = aggregator.add(stage_report(1, 0, 0, loss_sum=6.0, label_tokens=6, seconds=1.0, idle_seconds=0.1))
-    assert record == {
+    (row,) = aggregator.add(stage_report(1, 0, 0, loss_sum=6.0, label_tokens=6, seconds=1.0, idle_seconds=0.1))
+    assert row == {
         "update": 1,
         "tokens": 8,
         "seconds": 4.0,
@@ -148,19 +148,19 @@ def test_any_order_of_arrival_gives_the_same_records_in_the_order_of_the_updates
     places = list(itertools.product(range(1, 6), range(3), range(3)))
     reports = [stage_report(u, s, d, loss_sum=rng.random(), seconds=rng.random()) for u, s, d in places]
 
-    def records_of(arrivals: list[StageReport]) -> list[Record]:
+    def rows_of(arrivals: list[StageReport]) -> list[MetricsRow]:
         aggregator = Aggregator(STAGES, data_replicas=3)
-        return [record for report in arrivals for record in aggregator.add(report)]
+        return [row for report in arrivals for row in aggregator.add(report)]
 
-    expected = records_of(reports)
-    assert [record["update"] for record in expected] == [1, 2, 3, 4, 5]
-    assert [record["tokens"] for record in expected] == [12, 24, 36, 48, 60]
+    expected = rows_of(reports)
+    assert [row["update"] for row in expected] == [1, 2, 3, 4, 5]
+    assert [row["tokens"] for row in expected] == [12, 24, 36, 48, 60]
     assert [entry["last_block"] for entry in expected[0]["stages"]] == [1, 2, 5]
     for seed in range(20):
         shuffled = list(reports)
         random.Random(seed).shuffle(shuffled)
-        assert records_of(shuffled) == expected  # to the last bit
-    assert records_of(reports[::-1]) == expected
+        assert rows_of(shuffled) == expected  # to the last bit
+    assert rows_of(reports[::-1]) == expected
 
 
 def test_a_later_update_waits_for_an_earlier_one() -> None:
@@ -168,19 +168,19 @@ def test_a_later_update_waits_for_an_earlier_one() -> None:
     assert aggregator.add(stage_report(1, 0, 0)) == []
     assert aggregator.add(stage_report(2, 0, 0)) == []
     assert aggregator.add(stage_report(2, 1, 0)) == []  # update 2 is complete, update 1 is not
-    assert [record["update"] for record in aggregator.add(stage_report(1, 1, 0))] == [1, 2]
+    assert [row["update"] for row in aggregator.add(stage_report(1, 1, 0))] == [1, 2]
 
 
 def test_seconds_are_those_of_the_process_that_took_longest_in_total() -> None:
     aggregator = Aggregator([(0, 0, 0), (1, 1, 1)], data_replicas=1, update=10, tokens=100, seconds=50.0)
-    records = []
+    rows = []
     for update, (slow, fast) in enumerate([(3.0, 1.0), (1.0, 2.5)], start=11):
         aggregator.add(stage_report(update, 0, 0, seconds=slow))
-        records += aggregator.add(stage_report(update, 1, 0, seconds=fast))
-    assert [record["seconds"] for record in records] == [53.0, 54.0]  # not 50 + 3 + 2.5
-    assert [record["tokens_per_second"] for record in records] == [4 / 3.0, 4.0]
-    assert [record["tokens"] for record in records] == [104, 108]
-    assert [record["update"] for record in records] == [11, 12]
+        rows += aggregator.add(stage_report(update, 1, 0, seconds=fast))
+    assert [row["seconds"] for row in rows] == [53.0, 54.0]  # not 50 + 3 + 2.5
+    assert [row["tokens_per_second"] for row in rows] == [4 / 3.0, 4.0]
+    assert [row["tokens"] for row in rows] == [104, 108]
+    assert [row["update"] for row in rows] == [11, 12]
 
 
 def test_stages_without_a_head_or_a_norm_and_skipped_ones() -> None:
@@ -188,26 +188,26 @@ def test_stages_without_a_head_or_a_norm_and_skipped_ones() -> None:
     for data_rank in range(2):
         aggregator.add(stage_report(1, 0, data_rank, loss_sum=None, label_tokens=0, grad_norm=None))
     aggregator.add(stage_report(1, 1, 0, loss_sum=math.nan, grad_norm=math.nan, skipped=True))
-    (record,) = aggregator.add(stage_report(1, 1, 1, loss_sum=1.0, skipped=True))
-    below, above = record["stages"]
+    (row,) = aggregator.add(stage_report(1, 1, 1, loss_sum=1.0, skipped=True))
+    below, above = row["stages"]
     assert below["loss"] is None and below["grad_norm"] is None and not below["skipped"]
     assert math.isnan(above["loss"]) and math.isnan(above["grad_norm"]) and above["skipped"]
-    assert record["tokens"] == 8
+    assert row["tokens"] == 8
 
 
 def test_evaluations_are_summed_and_follow_their_update() -> None:
     aggregator = Aggregator([(0, 0, 0), (1, 1, 1)], data_replicas=2, texts={"emma": TEXT})
 
-    def evaluation(stage: int, data_rank: int, nll_sum: float | None, label_tokens: int) -> list[Record]:
+    def evaluation(stage: int, data_rank: int, nll_sum: float | None, label_tokens: int) -> list[MetricsRow]:
         return aggregator.add(EvaluationReport(1, "emma", stage, data_rank, nll_sum, label_tokens))
 
     for data_rank in range(2):
         assert evaluation(0, data_rank, None, 0) == []
     assert evaluation(1, 1, 30.0, 10) == []
-    assert evaluation(1, 0, 10.0, 90) == []  # complete, but the record of update 1 is not out yet
+    assert evaluation(1, 0, 10.0, 90) == []  # complete, but the row of update 1 is not out yet
     for stage, data_rank in [(0, 0), (0, 1), (1, 0)]:
         assert aggregator.add(stage_report(1, stage, data_rank)) == []
-    update, record = aggregator.add(stage_report(1, 1, 1))
+    update, row = aggregator.add(stage_report(1, 1, 1))
     assert update["update"] == 1 and "stages" in update
     numbers = {
         "nll_per_token": 0.4,
@@ -216,13 +216,13 @@ def test_evaluations_are_summed_and_follow_their_update() -> None:
         "word_perplexity": pytest.approx(math.exp(0.5)),
         "tokens": 100,
     }
-    assert record == {"update": 1, "evaluation": "emma", "exits": [{"stage": 1, "last_block": 1, **numbers}]}
+    assert row == {"update": 1, "evaluation": "emma", "exits": [{"stage": 1, "last_block": 1, **numbers}]}
 
 
 def test_an_evaluation_before_the_first_update_comes_at_once() -> None:
     aggregator = Aggregator([(0, 0, 0)], data_replicas=1, texts={"emma": TEXT})
-    (record,) = aggregator.add(EvaluationReport(0, "emma", 0, 0, 5.0, 5))
-    assert record["update"] == 0 and record["exits"][0]["nll_per_token"] == 1.0
+    (row,) = aggregator.add(EvaluationReport(0, "emma", 0, 0, 5.0, 5))
+    assert row["update"] == 0 and row["exits"][0]["nll_per_token"] == 1.0
 
 
 def test_reports_that_cannot_be_are_refused() -> None:
@@ -243,14 +243,14 @@ def test_reports_that_cannot_be_are_refused() -> None:
 
 
 def test_jsonl_is_strict_json_and_is_read_back(tmp_path: Path) -> None:
-    records = [
-        update_record(1, [None, math.nan]),
-        evaluation_record(1, name="NaN"),
-        update_record(2, [-math.inf, 2.5]),
+    rows = [
+        update_row(1, [None, math.nan]),
+        evaluation_row(1, name="NaN"),
+        update_row(2, [-math.inf, 2.5]),
     ]
     writer = MetricsWriter(tmp_path / "run")
-    for record in records:
-        writer.write(record)
+    for row in rows:
+        writer.write(row)
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
@@ -259,14 +259,14 @@ def test_jsonl_is_strict_json_and_is_read_back(tmp_path: Path) -> None:
     parsed = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [entry["loss"] for entry in parsed[0]["stages"]] == [None, "NaN"]
     assert parsed[1]["exits"][0]["perplexity"] == "Infinity" and parsed[2]["stages"][0]["loss"] == "-Infinity"
-    assert str(read_metrics(tmp_path / "run")) == str(records)  # as text, where nan equals nan
+    assert str(read_metrics(tmp_path / "run")) == str(rows)  # as text, where nan equals nan
     writer.close()
 
 
 def test_csv_has_a_row_per_update(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path)
-    for record in (update_record(1, [None, 2.5]), evaluation_record(1), update_record(2, [math.inf, 0.1 + 0.2])):
-        writer.write(record)
+    for row in (update_row(1, [None, 2.5]), evaluation_row(1), update_row(2, [math.inf, 0.1 + 0.2])):
+        writer.write(row)
     writer.close()
     first, second = csv_rows(tmp_path)
     assert first["update"] == "1" and first["tokens"] == "8" and first["learning_rate"] == "0.001"
@@ -279,42 +279,42 @@ def test_csv_has_a_row_per_update(tmp_path: Path) -> None:
 def test_resume_cuts_off_what_came_later(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path)
     for update in range(1, 6):
-        writer.write(update_record(update))
-        writer.write(evaluation_record(update))
+        writer.write(update_row(update))
+        writer.write(evaluation_row(update))
     writer.close()
 
     writer = MetricsWriter(tmp_path, resume_at=3)
-    assert [record["update"] for record in read_metrics(tmp_path)] == [1, 1, 2, 2, 3, 3]
+    assert [row["update"] for row in read_metrics(tmp_path)] == [1, 1, 2, 2, 3, 3]
     assert [row["update"] for row in csv_rows(tmp_path)] == ["1", "2", "3"]
     for update in (4, 5):
-        writer.write(update_record(update, [9.0, 9.0]))
+        writer.write(update_row(update, [9.0, 9.0]))
     writer.close()
-    updates = [record for record in read_metrics(tmp_path) if "stages" in record]
-    assert [record["update"] for record in updates] == [1, 2, 3, 4, 5]
-    assert [record["stages"][0]["loss"] for record in updates] == [3.0, 3.0, 3.0, 9.0, 9.0]
+    updates = [row for row in read_metrics(tmp_path) if "stages" in row]
+    assert [row["update"] for row in updates] == [1, 2, 3, 4, 5]
+    assert [row["stages"][0]["loss"] for row in updates] == [3.0, 3.0, 3.0, 9.0, 9.0]
     assert [row["loss_stage0"] for row in csv_rows(tmp_path)] == ["3.0", "3.0", "3.0", "9.0", "9.0"]
     assert sorted(path.name for path in tmp_path.glob("metrics*")) == ["metrics.csv", "metrics.jsonl"]
 
 
 def test_resume_after_the_process_was_killed_in_the_middle_of_a_line(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path)
-    writer.write(update_record(1))
-    writer.write(update_record(2))
+    writer.write(update_row(1))
+    writer.write(update_row(2))
     writer.close()
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
-    assert [record["update"] for record in read_metrics(tmp_path)] == [1]
+    assert [row["update"] for row in read_metrics(tmp_path)] == [1]
     writer = MetricsWriter(tmp_path, resume_at=2)
-    writer.write(update_record(3))
+    writer.write(update_row(3))
     writer.close()
-    assert [record["update"] for record in read_metrics(tmp_path)] == [1, 3]
+    assert [row["update"] for row in read_metrics(tmp_path)] == [1, 3]
     assert [row["update"] for row in csv_rows(tmp_path)] == ["1", "3"]
 
 
 def test_a_failed_cut_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = MetricsWriter(tmp_path)
-    writer.write(update_record(1))
-    writer.write(update_record(2))
+    writer.write(update_row(1))
+    writer.write(update_row(2))
     writer.close()
     before = (tmp_path / "metrics.jsonl").read_bytes()
 
@@ -329,11 +329,11 @@ def test_a_failed_cut_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.M
 
 def test_resume_with_more_stages_keeps_the_rows_before(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path)
-    writer.write(update_record(1, [3.0]))
+    writer.write(update_row(1, [3.0]))
     writer.close()
     writer = MetricsWriter(tmp_path, resume_at=1)
-    writer.write(update_record(2, [2.0, 1.0]))
-    writer.write(update_record(3, [2.5]))
+    writer.write(update_row(2, [2.0, 1.0]))
+    writer.write(update_row(3, [2.5]))
     writer.close()
     assert [(row["loss_stage0"], row["loss_stage1"]) for row in csv_rows(tmp_path)] == [
         ("3.0", ""),
@@ -376,8 +376,8 @@ def test_tensorboard_gets_scalars_where_it_is_installed(tmp_path: Path, monkeypa
     MetricsWriter(tmp_path).close()
     calls.clear()
     writer = MetricsWriter(tmp_path, resume_at=4)
-    writer.write(update_record(5, [None, 2.5]))
-    writer.write(evaluation_record(5))
+    writer.write(update_row(5, [None, 2.5]))
+    writer.write(evaluation_row(5))
     writer.close()
     assert calls[0] == ("open", tmp_path / "tensorboard", 5) and calls[-1] == ("close",)
     tags = {call[0] for call in calls}

@@ -32,7 +32,7 @@ from lptransformer.engine.deepspeed_pipeline import PipelineBaseline
 from lptransformer.engine.p2p import Control
 from lptransformer.errors import ConfigError, RunError, TrainingError
 from lptransformer.methods.stages import StagePlan
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.models.head import LossTerm
 from lptransformer.processes import check_devices, use_fair_share_of_cores
 from lptransformer.run_folder import checkpoint
@@ -71,7 +71,7 @@ def open_baseline(overrides: Sequence[str]) -> PipelineBaseline:
     use_fair_share_of_cores()
     world, stream = join_world(config), make_stream(config)
     valid = {"valid": RandomValidSet(stream)}
-    engine = build_engine(config, world, draw(config, stream.vocab_size, None), stream, valid)
+    engine = build_engine(config, world, make_blueprint(config, stream.vocab_size, None), stream, valid)
     assert isinstance(engine, PipelineBaseline)
     return engine
 
@@ -353,11 +353,11 @@ def test_its_run_folder_is_that_of_any_run(pool: Pool, tmp_path: Path) -> None:
 
     raw, run = run_config(tmp_path), tmp_path / "run"
     pool.run(2, train_run, raw, False)
-    records = read_metrics(run)
-    updates = [record for record in records if "stages" in record]
-    assert [record["update"] for record in updates] == [1, 2, 3, 4]
-    assert [[stage["loss"] is None for stage in record["stages"]] for record in updates] == [[True, False]] * 4
-    evaluations = {record["update"]: record["exits"] for record in records if "evaluation" in record}
+    rows = read_metrics(run)
+    updates = [row for row in rows if "stages" in row]
+    assert [row["update"] for row in updates] == [1, 2, 3, 4]
+    assert [[stage["loss"] is None for stage in row["stages"]] for row in updates] == [[True, False]] * 4
+    evaluations = {row["update"]: row["exits"] for row in rows if "evaluation" in row}
     assert list(evaluations) == [2, 4]
     (seen,) = evaluations[4]
     (exit_,) = evaluate_run(run)["exits"]

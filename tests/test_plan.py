@@ -15,8 +15,8 @@ from lptransformer.__main__ import parser
 from lptransformer.config.load import load, to_dict
 from lptransformer.errors import UserError
 from lptransformer.planning import plan as planning
-from lptransformer.planning.candidates import Prediction, best, choose
-from lptransformer.planning.devices import Cluster, table
+from lptransformer.planning.candidates import Prediction, best, recommend
+from lptransformer.planning.devices import Cluster, load_devices
 from lptransformer.planning.plan import Plan
 from lptransformer.planning.plan_report import advice, to_json
 from lptransformer.planning.step_time import Bound
@@ -66,8 +66,8 @@ def made() -> Plan:
 
 def test_the_fastest_that_fits_is_chosen(made: Plan) -> None:
     fast, slow = prediction("data parallel", 1.0, False, fits=False), prediction("backprop, 1F1B", 2.0, False)
-    assert choose([fast, slow]) is slow
-    assert choose([fast]) is None
+    assert recommend([fast, slow]) is slow
+    assert recommend([fast]) is None
     lines = advice(replace(made, methods=[slow, fast]))
     assert lines[0].startswith("Use backprop, 1F1B")
     assert any(line.startswith("Does not fit") and "data parallel" in line for line in lines)
@@ -81,7 +81,7 @@ def test_the_fastest_that_fits_is_chosen(made: Plan) -> None:
 def test_local_updates_must_be_worth_another_result(made: Plan, local_seconds: float, wins: bool, says: str) -> None:
     local = prediction("chunked", local_seconds, True)
     exact = prediction("data parallel", 2.0, False, pipeline=1, data=4)
-    assert choose([local, exact]) is (local if wins else exact)
+    assert recommend([local, exact]) is (local if wins else exact)
     lines = advice(replace(made, methods=[local, exact]))
     assert says in lines[1]
     for reason in ("docs/benchmarks/quality.md", "12% for sums over its replicas (2.00 GB", "1 + R"):
@@ -141,7 +141,7 @@ def test_the_plans_are_configurations(path: Path) -> None:
 
 def test_data_parallel_wins_where_links_are_fast_and_the_model_is_small() -> None:
     made = plan(LARGER, gpus_per_node=4)
-    chosen = choose(made.methods)
+    chosen = recommend(made.methods)
     assert chosen is not None and chosen.method == "data parallel"
     names = {one.method.split(",")[0].split(" (")[0] for one in made.methods}
     assert {"data parallel", "backprop", "chunked", "overlapping", "chunked(2)"} <= names
@@ -151,7 +151,7 @@ def test_data_parallel_wins_where_links_are_fast_and_the_model_is_small() -> Non
 def test_local_updates_win_over_a_slow_link_with_few_micro_batches() -> None:
     more = [*LARGER, "parallel.pipeline=4", "objective.chunks=4", "train.micro_batches_per_update=4"]
     made = plan(more, nodes=4, gpus_per_node=1, gpu="l4", link="1gbit")
-    chosen = choose(made.methods)
+    chosen = recommend(made.methods)
     assert chosen is not None and chosen.local
     assert made.configured is not None and len(made.configured.ranks) == 4
     assert made.configured.step_seconds >= chosen.step_seconds * 0.999
@@ -297,9 +297,9 @@ def test_without_a_gpu_it_is_a_core_of_a_cpu() -> None:
 
 
 def test_a_gpu_without_the_dtype_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = table()
+    known = load_devices()
     only_bf16 = replace(known, devices={"h100": replace(known.device("h100"), flops={"bf16": 1.0})})
-    monkeypatch.setattr(planning, "table", lambda: only_bf16)
+    monkeypatch.setattr(planning, "load_devices", lambda: only_bf16)
     with pytest.raises(UserError, match="no number for train.dtype"):
         plan(gpus_per_node=1)
 
@@ -358,12 +358,12 @@ def test_activations_are_what_autograd_keeps(family: str, groups: int | None, dt
     """Counted on empty stages: equal to what a real block adds to what is saved for the backward pass."""
     import torch
 
-    from lptransformer.models.blueprint import draw
+    from lptransformer.models.blueprint import make_blueprint
     from lptransformer.planning.stage_memory import EmptyStages
 
     overrides = [f"model.family={family}", "model.num_layers=2", "loss.chunk_tokens=16", f"train.dtype={dtype}"]
     overrides += [] if groups is None else [f"model.num_key_value_heads={groups}"]
-    blueprint = draw(load(SMALL, overrides), V, None)
+    blueprint = make_blueprint(load(SMALL, overrides), V, None)
     found, kind = EmptyStages(blueprint).of_others(2), {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     assert found.block == saved_by(blueprint, 2, kind) - saved_by(blueprint, 1, kind)
     assert found.rows == 2 * T * H * (2 if dtype == "bf16" else 4)

@@ -15,7 +15,7 @@ from rich.console import Console
 from lptransformer.console import print_table
 from lptransformer.run_folder import loss_plot
 from lptransformer.run_folder.loss_plot import plot_losses
-from lptransformer.run_folder.metrics import Record
+from lptransformer.run_folder.metrics import MetricsRow
 from lptransformer.training import progress
 from lptransformer.training.progress import Progress
 
@@ -41,9 +41,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def update_record(
+def update_row(
     update: int, losses: tuple[float | None, float | None] = (3.21, 3.05), skipped: bool = False
-) -> Record:
+) -> MetricsRow:
     entries = [
         {
             "stage": stage,
@@ -60,7 +60,7 @@ def update_record(
     return {"update": update, **numbers, "stages": entries}
 
 
-def evaluation_record(update: int, name: str = "emma", nll: float = 3.0) -> Record:
+def evaluation_row(update: int, name: str = "emma", nll: float = 3.0) -> MetricsRow:
     exits = [
         {
             "stage": stage,
@@ -82,9 +82,9 @@ def evaluation_record(update: int, name: str = "emma", nll: float = 3.0) -> Reco
 def test_a_plain_line_says_everything(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
     with Progress(600, STAGES) as shown:
         clock.now += 2.0
-        shown.update(update_record(119))
+        shown.update(update_row(119))
         clock.now += 6.0
-        shown.update(update_record(120))
+        shown.update(update_row(120))
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == (
         "update 120/600  loss 3.210 3.050  grad 0.8 0.9  lr 1.0e-03  12.3k tok/s  eta 48:00  idle 2% 4%  412 MB"
@@ -95,7 +95,7 @@ def test_plain_lines_are_rare_but_the_first_and_the_last_come(capsys: pytest.Cap
     with Progress(100, STAGES, interval_seconds=5.0) as shown:
         for update in range(1, 101):
             clock.now += 0.25
-            shown.update(update_record(update))
+            shown.update(update_row(update))
     updates = [int(line.split()[1].split("/")[0]) for line in capsys.readouterr().out.splitlines()]
     assert updates == [1, 21, 41, 61, 81, 100]
 
@@ -103,7 +103,7 @@ def test_plain_lines_are_rare_but_the_first_and_the_last_come(capsys: pytest.Cap
 def test_a_run_that_stops_early_still_shows_its_last_update(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
     with pytest.raises(KeyboardInterrupt), Progress(100, STAGES) as shown:
         for update in (1, 2, 3):
-            shown.update(update_record(update))
+            shown.update(update_row(update))
         raise KeyboardInterrupt
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["1/100", "3/100"]
@@ -112,8 +112,8 @@ def test_a_run_that_stops_early_still_shows_its_last_update(capsys: pytest.Captu
 def test_plain_evaluations_and_messages(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
     long_path = "checkpoints/[bold]step :smile: " + "x" * 200
     with Progress(10, STAGES) as shown:
-        shown.update(update_record(5))
-        shown.evaluation(evaluation_record(5))
+        shown.update(update_row(5))
+        shown.evaluation(evaluation_row(5))
         shown.message(long_path)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "evaluation 5/10  emma  nll 3.000 2.000  perplexity 20.09 7.39  bits/byte 1.500 1.500"
@@ -122,33 +122,25 @@ def test_plain_evaluations_and_messages(capsys: pytest.CaptureFixture[str], cloc
 
 def test_skips_between_two_lines_are_told(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
     with Progress(10, STAGES) as shown:
-        shown.update(update_record(1))
-        shown.update(update_record(2, skipped=True))
+        shown.update(update_row(1))
+        shown.update(update_row(2, skipped=True))
         clock.now += 6.0
-        shown.update(update_record(3))
+        shown.update(update_row(3))
         clock.now += 6.0
-        shown.update(update_record(4))
+        shown.update(update_row(4))
     first, second, third = capsys.readouterr().out.splitlines()
     assert second.endswith("SKIPPED by stage 1")
     assert "SKIPPED" not in first and "SKIPPED" not in third
 
 
 def test_numbers_that_are_not_there_or_not_finite(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
-    record = update_record(1, losses=(None, math.nan))
-    record["stages"][0]["grad_norm"] = None
+    row = update_row(1, losses=(None, math.nan))
+    row["stages"][0]["grad_norm"] = None
     with Progress(10, STAGES) as shown:
-        shown.update(record)
-        shown.evaluation(evaluation_record(1, nll=math.inf))
+        shown.update(row)
+        shown.evaluation(evaluation_row(1, nll=math.inf))
     out = capsys.readouterr().out
     assert "loss - nan  grad - 0.9" in out and "perplexity inf inf" in out
-
-
-def test_quiet_leaves_only_messages(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(10, STAGES, quiet=True) as shown:
-        shown.update(update_record(1))
-        shown.evaluation(evaluation_record(1))
-        shown.message("saved")
-    assert capsys.readouterr().out == "saved\n"
 
 
 def test_a_file_gets_plain_lines_even_with_forced_colours(
@@ -156,7 +148,7 @@ def test_a_file_gets_plain_lines_even_with_forced_colours(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     with Progress(10, STAGES) as shown:
-        shown.update(update_record(10))
+        shown.update(update_row(10))
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "\x1b[?25l" not in out  # the cursor is not hidden
 
@@ -166,9 +158,9 @@ def test_the_eta_of_a_resumed_run_counts_from_where_it_resumed(
 ) -> None:
     with Progress(1000, STAGES) as shown:
         clock.now += 60.0  # the first update is slow
-        shown.update(update_record(901))
+        shown.update(update_row(901))
         clock.now += 10.0
-        shown.update(update_record(911))
+        shown.update(update_row(911))
     assert "eta 01:29" in capsys.readouterr().out.splitlines()[1]  # 89 updates at a second each
 
 
@@ -189,12 +181,12 @@ def test_the_display_has_a_row_per_stage(width: int, clock: Clock) -> None:
     console = terminal(width)
     with Progress(600, STAGES, console=console) as shown:
         clock.now += 1.0
-        shown.update(update_record(119, skipped=True))
+        shown.update(update_row(119, skipped=True))
         clock.now += 1.0
-        shown.update(update_record(120))
-        shown.evaluation(evaluation_record(100))
-        shown.evaluation(evaluation_record(120, nll=4.0))
-        shown.evaluation(evaluation_record(120, name="ulysses"))
+        shown.update(update_row(120))
+        shown.evaluation(evaluation_row(100))
+        shown.evaluation(evaluation_row(120, nll=4.0))
+        shown.evaluation(evaluation_row(120, name="ulysses"))
     last = without_escapes(console).rpartition("update 120/600")[2]
     assert "12.3k tok/s" in last and "00:02 elapsed" in last and "eta 08:00" in last
     rows = [line.split() for line in last.splitlines()]
@@ -218,7 +210,7 @@ def test_the_display_before_the_first_update() -> None:
 def test_a_message_stands_above_the_display() -> None:
     console = terminal(100)
     with Progress(600, STAGES, console=console) as shown:
-        shown.update(update_record(1))
+        shown.update(update_row(1))
         shown.message("[saved] step-1")
     text = without_escapes(console)
     assert text.count("[saved] step-1\n") == 1
@@ -264,13 +256,13 @@ def test_a_table_without_rows(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_plot_is_a_whole_picture(tmp_path: Path) -> None:
-    records: list[Record] = [evaluation_record(0, nll=9.0)]
+    rows: list[MetricsRow] = [evaluation_row(0, nll=9.0)]
     for update in range(1, 121):
         loss = 5.0 + 4.0 * math.exp(-update / 20)
-        records.append(update_record(update, losses=(loss, math.nan if update == 50 else loss - 1)))
+        rows.append(update_row(update, losses=(loss, math.nan if update == 50 else loss - 1)))
         if update % 40 == 0:
-            records += [evaluation_record(update, nll=loss), evaluation_record(update, name="ulysses", nll=loss)]
-    plot_losses(records, tmp_path / "loss.png", STAGES)
+            rows += [evaluation_row(update, nll=loss), evaluation_row(update, name="ulysses", nll=loss)]
+    plot_losses(rows, tmp_path / "loss.png", STAGES)
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
     picture = matplotlib.image.imread(tmp_path / "loss.png")
     height, width, _ = picture.shape
@@ -281,9 +273,7 @@ def test_the_plot_is_a_whole_picture(tmp_path: Path) -> None:
 
 
 def test_the_plot_of_a_stage_without_a_head_and_of_no_records(tmp_path: Path) -> None:
-    plot_losses(
-        [update_record(1, losses=(None, 3.0)), update_record(2, losses=(None, 2.9))], tmp_path / "a.png", STAGES
-    )
+    plot_losses([update_row(1, losses=(None, 3.0)), update_row(2, losses=(None, 2.9))], tmp_path / "a.png", STAGES)
     plot_losses([], tmp_path / "b.png", STAGES)
     assert (tmp_path / "a.png").stat().st_size > 5000 and (tmp_path / "b.png").stat().st_size > 5000
 
@@ -297,7 +287,7 @@ def test_a_plot_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     with pytest.raises(OSError, match="disk full"):
-        plot_losses([update_record(1)], path, STAGES)
+        plot_losses([update_row(1)], path, STAGES)
     assert path.read_bytes() == b"old"
 
 

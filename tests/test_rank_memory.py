@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from allocations import recorded
+from allocations import log_allocations
 from one_rank import peak_bytes
 from random_tokens import RandomTokens
 
@@ -17,7 +17,7 @@ from lptransformer.config.schema import Config
 from lptransformer.methods.gradient_flow import duties
 from lptransformer.methods.objectives import Objective, backprop, chunked
 from lptransformer.methods.stages import StagePlan
-from lptransformer.models.blueprint import Blueprint, draw
+from lptransformer.models.blueprint import Blueprint, make_blueprint
 from lptransformer.models.head import LossBatch
 from lptransformer.models.stage import make_stage
 from lptransformer.planning import candidates, rank_memory
@@ -36,7 +36,7 @@ V = 300
 
 def loaded(*overrides: str) -> tuple[Config, Blueprint]:
     config = load(BASE, overrides)
-    return config, draw(config, V, None)
+    return config, make_blueprint(config, V, None)
 
 
 # ---------------------------------------------------------------------------------------------- the real engine
@@ -94,16 +94,16 @@ def test_a_pass_of_an_empty_stage_takes_what_a_real_one_takes(family: str) -> No
     found = EmptyStages(plan).passes(stage, duty, 4)
     real = make_stage(stage, plan, seed=0)
     hidden, labels = torch.randn(4, 32, 32), RandomTokens(4, 32, V).batch(0).labels
-    with recorded() as record:
+    with log_allocations() as log:
         for _ in range(2):
-            record.mark("forward")
+            log.mark("forward")
             output = real(hidden, LossBatch(labels, 1.0))
-            record.mark("backward")
+            log.mark("backward")
             output.loss.backward()
             del output
-    kept = record.alive(1) - record.alive(0) - hidden.nbytes
-    later = record.peak(3) - record.alive(3)
-    measured = (record.peak(0, 1), kept, record.peak(1, 2) - record.alive(1), later)
+    kept = log.alive(1) - log.alive(0) - hidden.nbytes
+    later = log.peak(3) - log.alive(3)
+    measured = (log.peak(0, 1), kept, log.peak(1, 2) - log.alive(1), later)
     assert (found.forward, found.kept, found.first_backward, found.backward) == pytest.approx(measured, abs=256)
 
 
@@ -168,8 +168,8 @@ def test_local_updates_hold_one_pass_and_backprop_as_many_as_there_are_ranks_abo
 def test_with_one_micro_batch_no_stage_has_the_gradients_of_those_above() -> None:
     sizes: dict[str, Any] = {"rounds": 1, "micro_batch_tokens": 0, "hidden_bytes": 0, "in_flight": 2}
     big = PassBytes(forward=5000, kept=4900, first_backward=1100, backward=200)
-    goal = Objective(2, chunked(2, 2))
-    (found,) = rank_memory.predict(goal, two_stages(1), [STAGE, STAGE], [[big, PASS]], FP32, **sizes)
+    objective = Objective(2, chunked(2, 2))
+    (found,) = rank_memory.predict(objective, two_stages(1), [STAGE, STAGE], [[big, PASS]], FP32, **sizes)
     assert found.peak == 2 * STAYS + 4900 + 1100
     assert (found.gradients, found.activations) == (2000, 5000)
 

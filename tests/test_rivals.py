@@ -17,7 +17,7 @@ from side_by_side.rivals import ChunkSeconds, replay  # noqa: E402
 from lptransformer.methods import objectives  # noqa: E402
 from lptransformer.methods.cost import ModelCosts  # noqa: E402
 from lptransformer.methods.stages import cut  # noqa: E402
-from lptransformer.planning.simulate import Link, StageSeconds, simulate  # noqa: E402
+from lptransformer.planning.simulate import LinkSeconds, StageSeconds, simulate  # noqa: E402
 
 RANKS = [1, 2, 3, 4, 8]
 CASES = [(p, m) for p in RANKS for m in (1, 2, 5, 8, 16)]
@@ -26,9 +26,9 @@ F, I, W = 1.0, 1.25, 0.75  # noqa: E741 (the names of the tasks)
 
 @pytest.mark.parametrize(("p", "m"), CASES)
 def test_1f1b(p: int, m: int) -> None:
-    outcome = replay(rivals.one_f_one_b(p, m), [ChunkSeconds(F, I, W)] * p)
-    assert outcome.seconds == pytest.approx((m + p - 1) * (F + I + W))
-    assert outcome.busy == pytest.approx([m * (F + I + W)] * p)
+    times = replay(rivals.one_f_one_b(p, m), [ChunkSeconds(F, I, W)] * p)
+    assert times.seconds == pytest.approx((m + p - 1) * (F + I + W))
+    assert times.busy == pytest.approx([m * (F + I + W)] * p)
 
 
 @pytest.mark.parametrize("v", [1, 2, 4])
@@ -36,25 +36,25 @@ def test_1f1b(p: int, m: int) -> None:
 def test_interleaved_divides_the_bubble(p: int, groups: int, v: int) -> None:
     m = p * groups
     of_chunk = ChunkSeconds(F / v, I / v, W / v)
-    outcome = replay(rivals.interleaved(p, m, v), [of_chunk] * (p * v))
-    assert outcome.seconds == pytest.approx(m * (F + I + W) + (p - 1) * (F + I + W) / v)
+    times = replay(rivals.interleaved(p, m, v), [of_chunk] * (p * v))
+    assert times.seconds == pytest.approx(m * (F + I + W) + (p - 1) * (F + I + W) / v)
 
 
 @pytest.mark.parametrize(("p", "m"), [(p, m) for p, m in CASES if m >= p])
 def test_zero_bubble_h1(p: int, m: int) -> None:
     """A bubble of (p - 1)(f + input half - weight half)."""
-    outcome = replay(rivals.zero_bubble_h1(p, m), [ChunkSeconds(1.0, 1.0, 1.0)] * p)
-    assert outcome.seconds == pytest.approx(3 * m + (p - 1) * (1 + 1 - 1))
-    outcome = replay(rivals.zero_bubble_h1(p, m), [ChunkSeconds(F, I, W)] * p)
-    assert outcome.seconds == pytest.approx(m * (F + I + W) + (p - 1) * (F + I - W))
+    times = replay(rivals.zero_bubble_h1(p, m), [ChunkSeconds(1.0, 1.0, 1.0)] * p)
+    assert times.seconds == pytest.approx(3 * m + (p - 1) * (1 + 1 - 1))
+    times = replay(rivals.zero_bubble_h1(p, m), [ChunkSeconds(F, I, W)] * p)
+    assert times.seconds == pytest.approx(m * (F + I + W) + (p - 1) * (F + I - W))
 
 
 @pytest.mark.parametrize(("p", "m"), [(2, 4), (4, 8), (4, 20), (8, 16)])
 def test_zero_bubble_v_has_hardly_any_bubble(p: int, m: int) -> None:
     """With three equal passes none but filling: p - 1 forward passes of half a rank's blocks."""
-    outcome = replay(rivals.zero_bubble_v(p, m), [ChunkSeconds(0.5, 0.5, 0.5)] * (2 * p))
-    assert outcome.busy == pytest.approx([3.0 * m] * p)
-    assert 3 * m < outcome.seconds <= 3 * m + 0.5 * (p - 1) + 1e-9
+    times = replay(rivals.zero_bubble_v(p, m), [ChunkSeconds(0.5, 0.5, 0.5)] * (2 * p))
+    assert times.busy == pytest.approx([3.0 * m] * p)
+    assert 3 * m < times.seconds <= 3 * m + 0.5 * (p - 1) + 1e-9
 
 
 @pytest.mark.parametrize(("p", "m"), CASES)
@@ -80,7 +80,7 @@ def test_many_micro_batches_are_reckoned_from_few(name: str, p: int, m: int, dat
     m = m - m % p + p if name == "interleaved" else m
     eighths = st.integers(1, 24).map(lambda n: n / 8)
     seconds = [ChunkSeconds(*(data.draw(eighths) for _ in range(3))) for _ in range(p * v)]
-    links = [Link(data.draw(eighths) / 16, data.draw(eighths) / 16) for _ in range(p - 1)]
+    links = [LinkSeconds(data.draw(eighths) / 16, data.draw(eighths) / 16) for _ in range(p - 1)]
 
     def make(count: int) -> rivals.Schedule:
         return rivals.interleaved(p, count, 2) if name == "interleaved" else getattr(rivals, name)(p, count)
@@ -102,6 +102,6 @@ def test_1f1b_is_the_engine_s_own_where_messages_cost_nothing() -> None:
 
 def test_messages_follow_one_another_on_a_wire() -> None:
     """Two ranks, two micro-batches, each message 3 seconds: the second forward waits for the second message."""
-    outcome = replay(rivals.one_f_one_b(2, 2), [ChunkSeconds(1.0, 1.0, 0.0)] * 2, [Link(0.5, 3.0)])
+    times = replay(rivals.one_f_one_b(2, 2), [ChunkSeconds(1.0, 1.0, 0.0)] * 2, [LinkSeconds(0.5, 3.0)])
     # F0 is there at 1 + 3 + 0.5, F1 at 4 + 3 + 0.5; F0 B0 F1 B1 on rank 1 ends at 9.5; B1 goes down in 3.5; B1 is 1.
-    assert outcome.seconds == pytest.approx(9.5 + 3.5 + 1.0)
+    assert times.seconds == pytest.approx(9.5 + 3.5 + 1.0)

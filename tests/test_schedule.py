@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from check_schedule import check_schedules, to_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from objective_cases import COSTS, any_spans, every_objective, every_placement, objectives, placements
@@ -15,7 +16,7 @@ from torch.distributed.pipelining.schedules import _Action, _ComputationType
 
 from lptransformer.methods.gradient_flow import clip_groups, crossing, duties, flows
 from lptransformer.methods.objectives import Objective, build
-from lptransformer.methods.schedule import OPS, Action, Pattern, one_update, parse, replay, to_text
+from lptransformer.methods.schedule import RECV_B, RECV_F, SEND_B, SEND_F, Action, Pattern, one_update, parse
 from lptransformer.methods.spans import Phase
 from lptransformer.methods.stages import StagePlan, cut
 
@@ -23,6 +24,7 @@ Schedules = list[list[Action]]
 Case = tuple[Objective, list[StagePlan]]
 MICRO_BATCHES = st.integers(1, 6)
 IN_FLIGHT = st.integers(1, 3)
+OPS = {RECV_F, "F", SEND_F, "I", RECV_B, "B", SEND_B, "U"}
 
 
 def ranks(stages: Sequence[StagePlan]) -> range:
@@ -93,7 +95,7 @@ def check(objective: Objective, stages: list[StagePlan], phase: Phase, micro_bat
 def test_all_small_schedules_are_complete_and_free_of_deadlock() -> None:
     for objective, stages, phase, micro_batches in small():
         schedules = check(objective, stages, phase, micro_batches)
-        assert 0 <= replay(schedules, stages, phase, in_flight=1) <= 2
+        assert 0 <= check_schedules(schedules, stages, phase, in_flight=1) <= 2
 
 
 @settings(deadline=None, max_examples=200)  # a busy machine is no error
@@ -102,7 +104,7 @@ def test_schedules_are_complete_and_free_of_deadlock(case: Case, micro_batches: 
     objective, stages = case
     for phase in objective.phases:
         schedules = check(objective, stages, phase, micro_batches)
-        assert replay(schedules, stages, phase, in_flight) <= in_flight + 1
+        assert check_schedules(schedules, stages, phase, in_flight) <= in_flight + 1
 
 
 def numbered_on(actions: Sequence[Action], by: int) -> list[Action]:
@@ -113,7 +115,7 @@ def numbered_on(actions: Sequence[Action], by: int) -> list[Action]:
 
 @settings(deadline=None, max_examples=100)
 @given(placements(objectives() | any_spans()), MICRO_BATCHES, IN_FLIGHT)
-def test_two_updates_in_a_row_replay_too(case: Case, micro_batches: int, in_flight: int) -> None:
+def test_two_updates_in_a_row_are_free_of_deadlock_too(case: Case, micro_batches: int, in_flight: int) -> None:
     """Rank 0 begins an update while the others are in the one before: message by message the order still fits."""
     objective, stages = case
     for phase in objective.phases:
@@ -123,7 +125,7 @@ def test_two_updates_in_a_row_replay_too(case: Case, micro_batches: int, in_flig
             twice.append([*one.fill, *one.body, *one.goes_on, *follows, *one.updates])
         for rank, schedule in enumerate(twice):
             assert Counter(schedule) == wanted_actions(stages, phase, rank, 2 * micro_batches)
-        replay(twice, stages, phase, in_flight)
+        check_schedules(twice, stages, phase, in_flight)
 
 
 def run_engine(
@@ -369,7 +371,7 @@ def test_the_text_of_a_delayed_schedule() -> None:
 NUMBERS = st.integers(0, 999)
 UPDATES = st.builds(Action, NUMBERS, st.just("U"))
 OF_FLOWS = st.builds(Action, NUMBERS, st.sampled_from(["I", "RECV_B", "SEND_B"]), NUMBERS, NUMBERS)
-OTHERS = st.builds(Action, NUMBERS, st.sampled_from(sorted({*OPS} - {"U", "I", "RECV_B", "SEND_B"})), NUMBERS)
+OTHERS = st.builds(Action, NUMBERS, st.sampled_from(sorted(OPS - {"U", "I", "RECV_B", "SEND_B"})), NUMBERS)
 
 
 @settings(deadline=None)
@@ -379,7 +381,7 @@ def test_text_and_back_for_any_actions(actions: list[Action]) -> None:
 
 
 def test_the_letters_are_those_of_torch() -> None:
-    assert {*OPS} - {"U"} < {one.value for one in _ComputationType}
+    assert OPS - {"U"} < {one.value for one in _ComputationType}
     for action in (Action(2, "SEND_F", 3), Action(12, "F", 0), Action(0, "I", 7)):
         theirs = _Action.from_str(str(action))
         assert str(theirs) == str(action)
@@ -455,10 +457,10 @@ PLANTED: list[tuple[dict[str, Any], int, str, str, str]] = [
 @pytest.mark.parametrize(("sizes", "rank", "old", "new", "said"), PLANTED)
 def test_an_error_in_a_schedule_is_found(sizes: dict[str, Any], rank: int, old: str, new: str, said: str) -> None:
     schedules, stages, phase = make(**sizes)
-    replay(schedules, stages, phase, in_flight=2)
+    check_schedules(schedules, stages, phase, in_flight=2)
     schedules[rank] = edited(schedules[rank], old, new)
     with pytest.raises(AssertionError, match=said):
-        replay(schedules, stages, phase, in_flight=2)
+        check_schedules(schedules, stages, phase, in_flight=2)
 
 
 def test_errors_between_stages_of_one_rank_are_found() -> None:
@@ -467,7 +469,7 @@ def test_errors_between_stages_of_one_rank_are_found() -> None:
     assert to_text(schedules[0]) == "0F0 1F0 1B0 0B0 0U 1U"
     for wrong, said in [("1F0 0F0 1B0 0B0 0U 1U", "1F0 before 0F0"), ("0F0 1F0 0B0 1B0 0U 1U", "0B0 before 1B0")]:
         with pytest.raises(AssertionError, match=said):
-            replay([parse(wrong)], stages, phase, in_flight=1)
+            check_schedules([parse(wrong)], stages, phase, in_flight=1)
 
 
 def test_a_schedule_may_need_more_places_than_the_channel_has() -> None:
@@ -477,8 +479,8 @@ def test_a_schedule_may_need_more_places_than_the_channel_has() -> None:
         " ".join([*(f"0F{i} 0SEND_F{i}" for i in range(6)), *(f"0RECV_B{i}.0 0B{i}" for i in range(6)), "0U"])
     )
     with pytest.raises(AssertionError, match=r"deadlock: .*0: '0SEND_F5', 1: '1SEND_B2\.0'"):
-        replay([below, above], stages, phase, in_flight=1)
-    assert replay([below, above], stages, phase, in_flight=2) == 3
+        check_schedules([below, above], stages, phase, in_flight=1)
+    assert check_schedules([below, above], stages, phase, in_flight=2) == 3
 
 
 def test_how_far_a_rank_runs_ahead_is_bounded_by_the_channel() -> None:
@@ -487,4 +489,4 @@ def test_how_far_a_rank_runs_ahead_is_bounded_by_the_channel() -> None:
     for in_flight in (1, 2, 4):
         waiting = rf"deadlock: pipeline ranks are about to do \{{0: '0SEND_F{in_flight + 1}'\}}"
         with pytest.raises(AssertionError, match=waiting):
-            replay([schedules[0], []], stages, phase, in_flight)
+            check_schedules([schedules[0], []], stages, phase, in_flight)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lptransformer.methods import objectives
 from lptransformer.methods.cost import ModelCosts
 from lptransformer.methods.stages import cut
-from lptransformer.planning.simulate import Link, StageSeconds, Timeline, simulate, steady
+from lptransformer.planning.simulate import LinkSeconds, StageSeconds, Timeline, simulate, steady
 
 COSTS = ModelCosts(1.0, 0.0, 0.0)
 
@@ -74,7 +74,7 @@ def test_a_slow_stage_sets_the_pace_and_bounds_how_far_others_run_ahead() -> Non
 
 def test_transfers_hide_behind_compute_until_they_are_longer() -> None:
     for message_seconds, wanted in ((0.5, 6.0), (3.0, 6.0), (5.0, 10.0)):
-        link = Link(latency_seconds=0.25, message_seconds=message_seconds)
+        link = LinkSeconds(latency_seconds=0.25, message_seconds=message_seconds)
         timeline = run("chunked", 2, 2, updates=20, chunks=2, link=link)
         assert timeline.steady_update_seconds() == pytest.approx(wanted)
 
@@ -114,7 +114,7 @@ def steady_or_not(draw: st.DrawFn, long: bool) -> dict[str, Any]:
         "objective": objective,
         "stages": stages,
         "seconds": [StageSeconds(*(draw(eighths) for _ in range(4))) for _ in stages],
-        "link": [Link(draw(eighths), draw(eighths)) for _ in range(ranks - 1)],
+        "link": [LinkSeconds(draw(eighths), draw(eighths)) for _ in range(ranks - 1)],
         "micro_batches": draw(st.integers(60, 150) if long else st.integers(1, 5)),
         "in_flight": draw(st.integers(1, 3)),
     }
@@ -146,8 +146,8 @@ def test_where_ranks_are_alike_the_extrapolation_is_exact(name: str, passes: flo
     objective = objectives.build(4, name, chunks=4, overlap=1, own_weight=0.5, first_head=False)
     stages, seconds, many = cut(objective, 4, COSTS), [StageSeconds(1.0, 2.0, 1.0, 0.5)] * 4, {"micro_batches": 203}
     case: dict[str, Any] = {"objective": objective, "stages": stages, "seconds": seconds, "in_flight": 4, **many}
-    found = steady(**case, link=Link(0.25, 0.5))
-    assert found.update_seconds == pytest.approx(long_replay({**case, "link": Link(0.25, 0.5)}, 12))
+    found = steady(**case, link=LinkSeconds(0.25, 0.5))
+    assert found.update_seconds == pytest.approx(long_replay({**case, "link": LinkSeconds(0.25, 0.5)}, 12))
     assert found.idle_shares[1] == pytest.approx(1 - (203 * passes + 0.5) / found.update_seconds)
 
 

@@ -13,7 +13,7 @@ from lptransformer.methods.cost import model_costs
 from lptransformer.methods.heads import HeadOptions
 from lptransformer.methods.stages import cut
 from lptransformer.planning.candidates import Candidate, Prediction, balanced_sizes, of_backprop, splits
-from lptransformer.planning.devices import Cluster, table
+from lptransformer.planning.devices import Cluster, load_devices
 from lptransformer.planning.plan import make
 from lptransformer.planning.rank_memory import ActivationBytes, precision
 from lptransformer.planning.step_time import Work, bounds, exposed_seconds, message_bytes, stage_seconds
@@ -40,13 +40,13 @@ def work(micro_batches: int = 8, vocab_size: int = V) -> Work:
 
 
 def cluster(nodes: int = 1, per_node: int = 4, link: str = "100gbit") -> Cluster:
-    return Cluster(table().device("h100"), nodes, per_node, table().link(link))
+    return Cluster(load_devices().device("h100"), nodes, per_node, load_devices().link(link))
 
 
 def ideal(size: int) -> Cluster:
     """Links and updates cost nothing."""
-    fast = replace(table().link("nvlink4"), bits_per_second=1e30, latency_seconds=0.0)
-    return Cluster(replace(table().device("h100"), intra_link=fast, memory_bandwidth=1e30), 1, size, fast)
+    fast = replace(load_devices().link("nvlink4"), bits_per_second=1e30, latency_seconds=0.0)
+    return Cluster(replace(load_devices().device("h100"), intra_link=fast, memory_bandwidth=1e30), 1, size, fast)
 
 
 def methods(*overrides: str) -> dict[str, Prediction]:
@@ -66,8 +66,8 @@ def test_balanced_sizes(arguments: tuple[Any, ...], sizes: list[int]) -> None:
 def test_seconds_of_a_stage() -> None:
     """FLOPs over what the device achieves; the ring of the replicas and the optimizer in the update."""
     one, here = work(), cluster()
-    goal = objectives.build(BLOCKS, "chunked", chunks=2)
-    stages = cut(goal, 2, one.costs)
+    objective = objectives.build(BLOCKS, "chunked", chunks=2)
+    stages = cut(objective, 2, one.costs)
     (low, high), waits = stage_seconds(stages, one, here, 2, 1)
     rate = 6.69e13 * 0.43
     block = (2 * 12 * H * H + 2 * T * H) * 2 * T
@@ -83,9 +83,9 @@ def test_seconds_of_a_stage() -> None:
 
 def test_local_updates_have_no_bubble_and_backprop_has_one() -> None:
     one, here = work(micro_batches=4), cluster(per_node=4)
-    goal = objectives.build(BLOCKS, "chunked", chunks=4)
-    stages = cut(goal, 4, one.costs)
-    local = Candidate("chunked", goal, stages, one, here, data=1, zero_stage=0)
+    objective = objectives.build(BLOCKS, "chunked", chunks=4)
+    stages = cut(objective, 4, one.costs)
+    local = Candidate("chunked", objective, stages, one, here, data=1, zero_stage=0)
     found = local.evaluate()
     assert found.local and len(found.ranks) == 4 and max(found.idle_shares) < 0.9
     assert found.step_seconds >= local.at_least and min(found.idle_shares) >= 0
@@ -178,7 +178,7 @@ def test_inside_of_a_chunk_hidden_states_travel_as_they_are() -> None:
     """Two chunks on four ranks: only the middle border is behind a head, and carries no gradient."""
     one = replace(work(), token_bytes=H + 4)
     for chunks, rounded in ((4, [True] * 3), (2, [False, True, False])):
-        goal = objectives.build(BLOCKS, "chunked", chunks=chunks)
-        up, down = message_bytes(goal, cut(goal, 4, one.costs, [2, 2, 2, 2]), one)
+        objective = objectives.build(BLOCKS, "chunked", chunks=chunks)
+        up, down = message_bytes(objective, cut(objective, 4, one.costs, [2, 2, 2, 2]), one)
         assert up == [2 * T * (H + 4) if small else one.activations.rows for small in rounded]
         assert down == [int(not small) for small in rounded]

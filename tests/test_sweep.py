@@ -511,7 +511,7 @@ def test_a_real_sweep_its_stop_and_its_report(folder: Path) -> None:
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, out
-    assert "goes on from here" in out
+    assert "continues from here" in out
     done = command(folder, "sweep", "s.yaml", "--processes", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     counts = sorted(state["status"] for state in status().values())

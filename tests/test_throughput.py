@@ -208,14 +208,14 @@ def test_real_measures_everybody_at_the_same_sums(tmp_path: Path) -> None:
     throughput("real", "--smoke", "--out", str(out))
     found = json.loads(out.read_text())
     (case,) = found["cases"]
-    records = case["contenders"]
-    errors = {name: record["error"] for name, record in records.items() if "error" in record}
+    results = case["contenders"]
+    errors = {name: result["error"] for name, result in results.items() if "error" in result}
     assert list(errors) == ["torch DualPipeV, best split"], errors
     assert "DualPipeV requires" in errors["torch DualPipeV, best split"]
-    ran = {name: record for name, record in records.items() if "error" not in record}
-    assert all(len(record["seconds"]) == 2 and min(record["seconds"]) > 0 for record in ran.values())
+    ran = {name: result for name, result in results.items() if "error" not in result}
+    assert all(len(result["seconds"]) == 2 and min(result["seconds"]) > 0 for result in ran.values())
     # Peers with as many updates behind them: the same model on the same data.
-    losses = {name: record["loss"] for name, record in ran.items() if not name.startswith("ours")}
+    losses = {name: result["loss"] for name, result in ran.items() if not name.startswith("ours")}
     assert len(losses) == 8
     assert list(losses.values()) == pytest.approx([losses["one process, one thread"]] * 8, rel=1e-5)
     for other in found["against"]:
@@ -238,11 +238,11 @@ def test_emulated_measures_schedules_and_says_that_it_is_an_emulation(tmp_path: 
     shown = throughput("emulated", "--smoke", "--out", str(out)).stdout
     found = json.loads(out.read_text())
     (case,) = found["cases"]
-    records = case["contenders"]
+    results = case["contenders"]
     assert {"ours, chunked", "DeepSpeed pipeline", "torch ZBV zero bubble"} <= {
-        name for name, record in records.items() if "error" not in record
+        name for name, result in results.items() if "error" not in result
     }
-    ours, pipeline = records["ours, chunked"], records["DeepSpeed pipeline"]
+    ours, pipeline = results["ours, chunked"], results["DeepSpeed pipeline"]
     # Three stage times in 1F1B for two in ours, whatever else the machine does.
     assert ours["median"] < pipeline["median"]
     assert ours["asleep_share"][0] > pipeline["asleep_share"][0]
@@ -264,7 +264,7 @@ def test_links_are_measured_or_said_not_to_be_and_nothing_is_left(setting: str, 
     free, slow = case["limits"]
     assert free["measured_mbit"]["median"] > 2 * slow["measured_mbit"]["median"] and slow["mbit"] == 100
     assert slow["measured_mbit"]["median"] == pytest.approx(100, rel=0.2)
-    assert all("to_no_limit" in record for record in slow["contenders"].values())
+    assert all("to_no_limit" in result for result in slow["contenders"].values())
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
     assert "lptbench" not in listed
 

@@ -266,7 +266,7 @@ def test_a_model_file_that_transformers_would_read_otherwise_is_refused(
         tokenizer.load(path)
 
 
-def test_sentencepieces_errors_are_in_our_words(tmp_path: Path) -> None:
+def test_sentencepieces_errors_are_translated(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.vocab_size: .* 90000 entries .*at most \d+ are possible") as caught:
         tokenizer.train_sentencepiece([make_text(300)], 90_000, tmp_path / "t")
     most = int(str(caught.value).split("at most ")[1].split()[0])

@@ -1,4 +1,4 @@
-"""Traces of runs: what is recorded, what becomes of it, and that recording changes nothing."""
+"""Traces of runs: what is traced, what becomes of it, and that tracing changes nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lptransformer.methods.stages import cut
 from lptransformer.run_folder import trace
 from lptransformer.run_folder.metrics import TraceReport, report_from_dict
 from lptransformer.run_folder.metrics_log import read_metrics
-from lptransformer.run_folder.trace import Recorder, Slice, Trace, TraceWriter, chrome, read, shares, slices
+from lptransformer.run_folder.trace import Slice, Trace, Tracer, TraceWriter, chrome, rank_times, read_traces, slices
 from lptransformer.study import trace_report
 from lptransformer.study.trace_report import idle_share, medians, simulated_1f1b
 from lptransformer.training.launcher import run
@@ -63,29 +63,29 @@ def write(folder: Path, *sessions: Sequence[TraceReport]) -> None:
             writer.write(report)
 
 
-# --- recording
+# --- tracing
 
 
-def test_a_recorder_tells_waiting_and_the_head_from_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracer_separates_waiting_and_the_head_from_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     now, waited = [100.0], [7.0]
     monkeypatch.setattr("lptransformer.run_folder.trace.time.perf_counter", lambda: now[0])
     monkeypatch.setattr("lptransformer.run_folder.trace.time.time", lambda: now[0] + 5000.0)
-    recorder = Recorder(2, 3, lambda: waited[0])
-    assert [update for update in range(6) if recorder.wants(update)] == [2, 3]
-    recorder.begin(100.0)
+    tracer = Tracer(2, 3, lambda: waited[0])
+    assert [update for update in range(6) if tracer.wants(update)] == [2, 3]
+    tracer.begin(100.0)
     now[0] = 101.0
-    with recorder.action("1F0"):
+    with tracer.action("1F0"):
         now[0], waited[0] = 102.0, 7.5
-        recorder._head_begins()
+        tracer._head_begins()
         now[0] = 103.5
-        recorder._head_ends()
+        tracer._head_ends()
         now[0] = 104.0
-    with recorder.action("1B0"):
+    with tracer.action("1B0"):
         now[0] = 106.0
-    assert recorder.actions == [["1F0", 1.0, 4.0, 0.5, 1.5], ["1B0", 4.0, 6.0, 0.0, 0.0]]
-    assert recorder.started == 5100.0
-    recorder.begin(106.0)
-    assert recorder.actions == [] and recorder.started == 5106.0
+    assert tracer.actions == [["1F0", 1.0, 4.0, 0.5, 1.5], ["1B0", 4.0, 6.0, 0.0, 0.0]]
+    assert tracer.started == 5100.0
+    tracer.begin(106.0)
+    assert tracer.actions == [] and tracer.started == 5106.0
 
 
 def test_a_report_survives_the_store() -> None:
@@ -105,14 +105,14 @@ def test_a_report_survives_the_store() -> None:
         ("[1,2] engine=deepspeed_pipeline objective.name=backprop", ("run.trace = [1, 2]", "deepspeed_pipeline")),
     ],
 )
-def test_updates_that_cannot_be_recorded_are_refused(override: str, parts: tuple[str, ...]) -> None:
+def test_updates_that_cannot_be_traced_are_refused(override: str, parts: tuple[str, ...]) -> None:
     source = {"data": {"train": "a.txt"}, "train": {"steps": 40}}
     with pytest.raises(ConfigError) as raised:
         load(source, f"run.trace={override}".split())
     assert all(part in str(raised.value) for part in parts), raised.value
 
 
-def test_what_is_recorded_may_change_on_resume() -> None:
+def test_what_is_traced_may_change_on_resume() -> None:
     source = {"data": {"train": "a.txt"}}
     traced, plain = (load(source, more) for more in (["run.trace=[1,1000]"], []))
     assert traced.run.trace == [1, 1000] and plain.run.trace is None
@@ -125,13 +125,13 @@ def test_what_is_recorded_may_change_on_resume() -> None:
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     expected = whole()
     write(tmp_path, [*reversed(expected.reports)])
-    assert read(tmp_path, 2, 1) == [expected]
+    assert read_traces(tmp_path, 2, 1) == [expected]
 
 
-def test_updates_that_are_recorded_again_count_as_they_were_last(tmp_path: Path) -> None:
+def test_updates_that_are_traced_again_count_as_they_were_last(tmp_path: Path) -> None:
     again = [update_of(update, rank, start=5000.0 + rank) for update in (4, 5) for rank in range(2)]
     write(tmp_path, whole((2, 3, 4)).reports, again)
-    first, second = read(tmp_path, 2, 1)
+    first, second = read_traces(tmp_path, 2, 1)
     assert (first.session, first.updates) == (1, [2, 3]) and (second.session, second.updates) == (2, [4, 5])
     assert list(second.reports) == again
 
@@ -146,14 +146,14 @@ def test_the_letters_of_older_traces_are_read(tmp_path: Path) -> None:
         return [reported(update, rank, actions) for rank in range(2)]
 
     write(tmp_path, told(1, before), told(2, texts))
-    old, new = read(tmp_path, 2, 1)
+    old, new = read_traces(tmp_path, 2, 1)
     assert old == Trace(1, tuple(told(1, texts))) and new == Trace(2, tuple(told(2, texts)))
     assert [one.kind for one in slices(old)] == [one.kind for one in slices(new)]
 
 
 def test_an_update_that_not_all_have_told_is_left_out(tmp_path: Path) -> None:
     write(tmp_path, whole((2, 3)).reports[:-1])
-    assert [one.updates for one in read(tmp_path, 2, 1)] == [[2]]
+    assert [one.updates for one in read_traces(tmp_path, 2, 1)] == [[2]]
 
 
 def test_a_line_that_was_cut_off_is_forgotten(tmp_path: Path) -> None:
@@ -161,9 +161,9 @@ def test_a_line_that_was_cut_off_is_forgotten(tmp_path: Path) -> None:
     path = tmp_path / trace.TRACE
     with path.open("a") as file:
         file.write('{"session":1,"upd')
-    assert read(tmp_path, 2, 1) == [whole()]
+    assert read_traces(tmp_path, 2, 1) == [whole()]
     write(tmp_path, whole((5,)).reports)
-    assert [one.updates for one in read(tmp_path, 2, 1)] == [[3, 4], [5]]
+    assert [one.updates for one in read_traces(tmp_path, 2, 1)] == [[3, 4], [5]]
 
 
 def with_first(path: Path, **changes: Any) -> str:
@@ -190,7 +190,7 @@ def test_a_trace_that_cannot_be_read_says_why(tmp_path: Path, damage: Any, word:
     write(tmp_path, whole().reports)
     damage(tmp_path / trace.TRACE)
     with pytest.raises(RunError, match=word):
-        read(tmp_path, 2, 1)
+        read_traces(tmp_path, 2, 1)
 
 
 # --- slices and sums
@@ -234,7 +234,7 @@ def test_waiting_is_never_longer_than_its_action() -> None:
 
 
 def test_the_sums_of_a_rank() -> None:
-    below, above = shares(whole())
+    below, above = rank_times(whole())
     # Two updates of 12 s. Below: 2 (1.5 + 0.25 + 2) + 0.5; above 1 s of waiting for a message, 0.25 s for the norm.
     assert (below.total, below.busy, below.head, below.waiting) == (24.0, 16.0, 2.0, 0.0)
     assert (above.busy, above.waiting, above.other) == (16.0, 4.5, 3.5)
@@ -244,7 +244,7 @@ def test_the_sums_of_a_rank() -> None:
 def test_sums_are_means_over_replicas() -> None:
     one = whole()
     other = [update_of(r.update, r.pipeline_rank, data_rank=1, seconds=24.0) for r in one.reports]
-    below = shares(Trace(1, (*one.reports, *other)))[0]
+    below = rank_times(Trace(1, (*one.reports, *other)))[0]
     assert (below.total, below.busy) == (36.0, 16.0)
 
 
@@ -356,7 +356,7 @@ def test_the_report_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "head and loss",
         "update",
         "wait",
-        "not recorded",
+        "not traced",
         "rank 1",
         "time (s); every second update",
     ]
@@ -442,7 +442,7 @@ def train_run(source: dict[str, Any], overrides: Sequence[str], resume: bool = F
 
 
 @pytest.mark.slow
-def test_a_recorded_run_is_the_schedule_and_the_same_run(pool: Pool, tmp_path: Path) -> None:
+def test_a_traced_run_is_the_schedule_and_the_same_run(pool: Pool, tmp_path: Path) -> None:
     text = "It is a truth universally acknowledged, that a single man in possession of a good fortune.\n" * 40
     (tmp_path / "text.txt").write_text(text)
     source = {
@@ -463,15 +463,15 @@ def test_a_recorded_run_is_the_schedule_and_the_same_run(pool: Pool, tmp_path: P
         return [[stage["loss"] for stage in r["stages"]] for r in read_metrics(folder) if "stages" in r]
 
     assert losses(traced) == losses(plain) and len(losses(plain)) == 5
-    traces = read(traced, 2, 1)
+    traces = read_traces(traced, 2, 1)
     assert [(one.session, one.updates) for one in traces] == [(1, [2, 3]), (2, [4, 5])]
-    goal = objectives.build(4, "overlapping", chunks=4, overlap=1, own_weight=0.5, first_head=False)
-    stages = cut(goal, 2, ModelCosts(1.0, 1.0, 1.0))
+    objective = objectives.build(4, "overlapping", chunks=4, overlap=1, own_weight=0.5, first_head=False)
+    stages = cut(objective, 2, ModelCosts(1.0, 1.0, 1.0))
     idle = {r["update"]: [stage["idle_share"] for stage in r["stages"]] for r in read_metrics(traced) if "stages" in r}
     for one in traces:
         for report in one.reports:
             texts = [action[0] for action in report.actions if action[0] != "copies"]
-            pattern = schedule.one_update(stages, goal.usual, report.pipeline_rank, 3)
+            pattern = schedule.one_update(stages, objective.usual, report.pipeline_rank, 3)
             assert texts == [str(action) for action in pattern.alone]
             assert [action[0] for action in report.actions].count("copies") == 2
             times = [time for action in report.actions for time in action[1:3]]

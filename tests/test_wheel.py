@@ -25,7 +25,8 @@ def test_a_wheel_has_all_that_plan_needs(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     config = shutil.copy(ROOT / "configs" / "quickstart.yaml", tmp_path / "q.yaml")
-    code = "import lptransformer, runpy; print(lptransformer.__file__); runpy.run_module('lptransformer', run_name='__main__')"
+    run = "runpy.run_module('lptransformer', run_name='__main__')"
+    code = f"import lptransformer, runpy; print(lptransformer.__file__); {run}"
     arguments = [sys.executable, "-c", code, "plan", str(config), "--vocab-size=512"]
     environment = {"PYTHONPATH": str(tmp_path / "installed"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from contenders.face import Spec, Work, stream_of
 from contenders.pieces import optimizer_of
 from lptransformer.methods.gradient_flow import Duty
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.models.head import LossBatch, token_positions
 from lptransformer.models.stage import Stage, backward_loss, make_stage
 from lptransformer.planning.simulate import StageSeconds
@@ -63,7 +63,7 @@ def build(specs: Sequence[tuple[Spec, tuple[str, ...]]], work: Work, rank: int) 
     found = []
     for spec, of_kind in specs:
         config = spec.config_of(work, f"parallel.pipeline={work.ranks}", *of_kind)
-        blueprint = draw(config, work.vocab_size, None)
+        blueprint = make_blueprint(config, work.vocab_size, None)
         batch = stream_of(config, work).batch(0)
         of_stage = blueprint.phases[0].duties
         for stage_plan in blueprint.stages:

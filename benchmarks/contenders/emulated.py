@@ -42,9 +42,9 @@ class _Sleep(torch.autograd.Function):
 class SleepingBody(nn.Module):
     """In the place of a piece of a model: ids [b, T] or hidden states [b, T, H] to hidden states [b, T, H].
 
-    The path of the gradient to the input and the path to the weights sleep apart, so that whoever takes one of them
-    pays for one of them. `entrance` is a weight below all blocks: as in a real stage, there is always something that
-    needs the gradient at the input.
+    The path of the gradient to the input and the path to the weights sleep apart, so that a schedule that takes one of
+    them pays for one of them. `entrance` is a weight below all blocks: as in a real stage, there is always something
+    that needs the gradient at the input.
     """
 
     def __init__(self, sleeper: Sleeper, seconds: float, hidden_size: int) -> None:

@@ -1,4 +1,4 @@
-"""What every contender is told and what it gives: the work, its own description, and one update after another."""
+"""What every contender takes and what it gives: the work, its own description, and one update after another."""
 
 from __future__ import annotations
 

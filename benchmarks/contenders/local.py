@@ -8,13 +8,13 @@ from contenders import emulated
 from contenders.face import Sleeper, Spec, Work, stream_of
 from lptransformer.config.schema import Config
 from lptransformer.engine.interface import TrainingEngine
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.run_folder.metrics import StageReport
 from lptransformer.training.build import build_engine, join_world
 
 
 class EngineContender:
-    """An engine of lptransformer: ours, or the baseline that has the same face."""
+    """An engine of lptransformer: ours, or the baseline that has the same interface."""
 
     def __init__(self, engine: TrainingEngine) -> None:
         self.engine = engine
@@ -39,7 +39,7 @@ def build(spec: Spec, work: Work, sleeper: Sleeper) -> EngineContender:
 def build_from(config: Config, work: Work, sleeper: Sleeper) -> EngineContender:
     """The engine of a configuration, with stages that sleep where the compute is emulated."""
     world = join_world(config)
-    blueprint = draw(config, work.vocab_size, None)
+    blueprint = make_blueprint(config, work.vocab_size, None)
     stages = contextlib.nullcontext() if work.block_seconds is None else emulated.stages(sleeper, work.block_seconds)
     with stages:
         engine = build_engine(config, world, blueprint, stream_of(config, work), {})

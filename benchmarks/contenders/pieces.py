@@ -10,7 +10,7 @@ from torch import nn
 from lptransformer.config.checks import micro_batch_size
 from lptransformer.config.schema import Config
 from lptransformer.engine.optimizer import build_optimizer
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.models.stage import Stage, make_stage
 
 
@@ -26,6 +26,6 @@ def label_tokens_of(config: Config) -> int:
 
 def whole_model(config: Config, vocab_size: int) -> Stage:
     """The model as one stage, with its own head."""
-    blueprint = draw(config, vocab_size, None)
+    blueprint = make_blueprint(config, vocab_size, None)
     (stage,) = blueprint.stages
     return make_stage(stage, blueprint, seed=config.train.seed)

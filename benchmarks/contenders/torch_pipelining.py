@@ -19,7 +19,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 from contenders import emulated
 from contenders.face import Sleeper, Spec, Work, stream_of, together
 from contenders.pieces import label_tokens_of, optimizer_of
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.models.head import CROSS_ENTROPY, LossBatch
 from lptransformer.models.stage import Stage, make_stage
 from lptransformer.training.build import join_world
@@ -60,7 +60,7 @@ class TorchPipeline:
         self.world = join_world(config.model_copy(update={"parallel": _as_replicas(config.parallel, work.ranks)}))
         self.grad_clip, self.micro_batches = config.train.grad_clip, work.micro_batches
         self.stream, self.done = stream_of(config, work), 0
-        blueprint = draw(config, work.vocab_size, None)
+        blueprint = make_blueprint(config, work.vocab_size, None)
         label_tokens = label_tokens_of(config)
         own = [index for index, rank in enumerate(ranks) if rank == dist.get_rank()]
         self.first, self.last = 0 in own, len(ranks) - 1 in own

@@ -1,4 +1,4 @@
-"""A CUDA device that is not there: torch.cuda mocked, FakeTensors for its memory, and a log of what a GPU would feel.
+"""A CUDA device that is not there: torch.cuda mocked, FakeTensors for its memory, and a log of the work for the GPU.
 
 What is logged, each with where in lptransformer, deepspeed or transformers it comes from:
 

@@ -48,7 +48,7 @@ def built() -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"guard.cpp does not compile against torch in {torch}:\n{done.stderr}")
-    unfinished.replace(library)  # whole or not there, whoever else builds it
+    unfinished.replace(library)  # whole or not there, even where another process builds it too
     return library
 
 

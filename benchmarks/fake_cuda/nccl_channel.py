@@ -8,7 +8,7 @@
     synchronise   a posted receive is a kernel: whatever synchronises the device waits until its message has come
     one_queue     the operations of a device run one after another, in the order in which they were posted
 
-Exit code 0 when every process has ended, 3 when one waits for what cannot come: it is told what for, and from where.
+Exit code 0 when every process has ended, 3 when one waits for what cannot come: what, and where, is printed.
 Other arguments are overrides of the configuration, by default a small GPT-2 on two pipeline ranks.
 """
 
@@ -186,7 +186,7 @@ def work(config: str, overrides: list[str], rules: set[str], patience: float) ->
     runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
     left = sum(not one.is_done() for one in device.posted)
     print(f"process {os.environ['RANK']} has ended; posted and never used: {left}", flush=True)
-    os._exit(0)  # the threads of what is left wait for ever
+    os._exit(0)  # the threads of what is left wait forever
 
 
 def run(config: str, overrides: list[str], args: argparse.Namespace) -> int:

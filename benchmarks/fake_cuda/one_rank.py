@@ -75,7 +75,7 @@ def observed(source: str | dict[str, Any], overrides: list[str], rank: int, upda
 def main(arguments: list[str] | None = None) -> int:
     args, overrides = parser().parse_known_args(arguments)
     sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, whatever is installed
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):  # DeepSpeed says a lot
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs a lot
         source: Any = args.config
         if source is None:
             text = Path(folder, "text.txt")

@@ -1,4 +1,4 @@
-"""The other processes of a run, which only pretend: a store that has their words, groups whose members agree at once.
+"""The other processes of a run, which only pretend: a store with their entries, groups whose members agree at once.
 
 What comes from other pipeline ranks are the headers that the schedule expects, over empty tensors; what is sent to them
 goes nowhere. Only names of torch.distributed are replaced, so nothing here depends on where the project keeps what.

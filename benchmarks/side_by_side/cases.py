@@ -11,7 +11,7 @@ from contenders import deepspeed_pipeline, torch_pipelining
 from contenders.face import Spec, Work
 
 from lptransformer.methods.cost import ModelCosts
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from side_by_side import splits
 
 HERE = Path(__file__).parent.parent
@@ -52,7 +52,7 @@ def of_kind(kind: str) -> tuple[str, ...]:
 
 
 def specs(entries: Iterable[Mapping[str, Any]], work: Work) -> list[Spec]:
-    """The contenders at their work, each with its split: equal, or the best that was measured or else reckoned."""
+    """The contenders at their work, each with its split: equal, or the best that was measured or else computed."""
     scanned = splits.read(SPLITS)
     found = []
     for entry in entries:
@@ -60,10 +60,10 @@ def specs(entries: Iterable[Mapping[str, Any]], work: Work) -> list[Spec]:
         if entry["kind"] not in WITHOUT_SPLIT:
             split = splits.equal(blocks_of(work), len(rank_of_stage(entry, work)))
             if entry["split"] == "best":
-                reckoned = promising(entry, work, 1)[0]
-                measured = splits.best(scanned, entry["name"], work.micro_batches, reckoned)
-                fits = (sum(measured), len(measured)) == (sum(reckoned), len(reckoned))  # it was measured on one model
-                split = measured if fits else reckoned
+                computed = promising(entry, work, 1)[0]
+                measured = splits.best(scanned, entry["name"], work.micro_batches, computed)
+                fits = (sum(measured), len(measured)) == (sum(computed), len(computed))  # it was measured on one model
+                split = measured if fits else computed
         found.append(spec_of(entry, split))
     return found
 
@@ -90,7 +90,7 @@ def rank_of_stage(entry: Mapping[str, Any], work: Work) -> list[int]:
 
 
 def promising(entry: Mapping[str, Any], work: Work, count: int) -> list[splits.Split]:
-    """Splits to look at, the most promising by reckoned cost first."""
+    """Splits to look at, the most promising by computed cost first."""
     ranks = rank_of_stage(entry, work)
     heads = [0.0] * len(ranks)
     costs = _costs(entry, work)
@@ -105,7 +105,7 @@ def promising(entry: Mapping[str, Any], work: Work, count: int) -> list[splits.S
 def _costs(entry: Mapping[str, Any], work: Work) -> ModelCosts:
     """Of the model with the heads of a contender."""
     heads = tuple(text for text in entry.get("config", ()) if text.startswith("head."))
-    return draw(Spec("", "", heads).config_of(work), work.vocab_size, None).costs
+    return make_blueprint(Spec("", "", heads).config_of(work), work.vocab_size, None).costs
 
 
 def head_ratio(work: Work) -> float:

@@ -21,7 +21,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 class GroupFailed(Exception):
-    """A process of the group raised, died or did not answer; the message is the first line of what it said."""
+    """A process of the group raised, died or did not answer; the message is the first line of its output."""
 
 
 def free_ports(count: int) -> list[int]:

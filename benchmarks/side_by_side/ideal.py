@@ -12,7 +12,7 @@ from dataclasses import fields
 
 from contenders.face import Spec, Work
 
-from lptransformer.models.blueprint import draw
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.planning.simulate import StageSeconds, Timeline, simulate
 from side_by_side import rivals
 
@@ -26,7 +26,7 @@ def update_seconds(
     """Seconds per update in steady state, with links that cost nothing: `plain` with the seconds of stages that compute
     beside each other, and `sharing`. Seconds are by stage, `more` is what the kind changes in the configuration."""
     config = spec.config_of(work, f"parallel.pipeline={work.ranks}", *more)
-    blueprint = draw(config, work.vocab_size, None)
+    blueprint = make_blueprint(config, work.vocab_size, None)
 
     def run(seconds: Mapping[int, StageSeconds]) -> Timeline:
         return simulate(
@@ -59,7 +59,7 @@ def of_sleeps(spec: Spec, work: Work, more: Sequence[str], stage_seconds: float)
         part = stage_seconds * work.ranks / chunks / 3
         return rivals.replay(tasks, [rivals.ChunkSeconds(part, part, part)] * chunks).seconds
     config = spec.config_of(work, f"parallel.pipeline={work.ranks}", *more)
-    blueprint = draw(config, work.vocab_size, None)
+    blueprint = make_blueprint(config, work.vocab_size, None)
     block = stage_seconds * work.ranks / blueprint.objective.num_blocks / 3
     sleeps = {s.index: StageSeconds(*(block * s.num_blocks * passes for passes in (1, 2, 1))) for s in blueprint.stages}
     return update_seconds(spec, work, more, sleeps, sleeps)["plain"]

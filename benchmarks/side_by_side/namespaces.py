@@ -24,7 +24,7 @@ BURST_SECONDS = 0.001  # what may pass at once, as time at the limit
 
 
 class NoNamespaces(Exception):
-    """This machine does not let us make them; the message says what failed."""
+    """Namespaces cannot be made on this machine; the message says what failed."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Pair:
         return f"/run/netns/{self.names[0]}", f"/run/netns/{self.names[1]}"
 
     def limit(self, mbit: float | None) -> None:
-        """Let both directions of the link carry so many Mbit/s; None = whatever the machine can."""
+        """Limit both directions of the link to `mbit` Mbit/s; None = whatever the machine can."""
         for name, interface in zip(self.names, self.interfaces, strict=True):
             _call("tc", "-n", name, "qdisc", "del", "dev", interface, "root", may_fail=True)
             if mbit is not None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lptransformer.planning.simulate import Link
+from lptransformer.planning.simulate import LinkSeconds
 
 Task = tuple[str, int, int]
 Schedule = list[list[Task]]  # of every pipeline rank
@@ -36,7 +36,7 @@ class ChunkSeconds:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ReplayTimes:
     """One update: how long it takes until the last rank is done, and how long every rank computes in it."""
 
     seconds: float
@@ -139,7 +139,7 @@ def zero_bubble_v(ranks: int, micro_batches: int) -> Schedule:
     return schedule
 
 
-def replay(schedule: Schedule, seconds: Sequence[ChunkSeconds], links: Sequence[Link] = ()) -> Outcome:
+def replay(schedule: Schedule, seconds: Sequence[ChunkSeconds], links: Sequence[LinkSeconds] = ()) -> ReplayTimes:
     """Run the tasks of all ranks in their order; `seconds` are by chunk, `links` by border (none: they cost nothing).
 
     Every border has one wire in each direction, on which messages follow one another; from the last rank to the first
@@ -147,7 +147,7 @@ def replay(schedule: Schedule, seconds: Sequence[ChunkSeconds], links: Sequence[
     """
     ranks, last = len(schedule), len(seconds) - 1
     rank_of = {chunk: rank for rank, tasks in enumerate(schedule) for _, chunk, _ in tasks}
-    slowest = max(links, key=lambda link: link.message_seconds, default=Link())
+    slowest = max(links, key=lambda link: link.message_seconds, default=LinkSeconds())
     clock, position = [0.0] * ranks, [0] * ranks
     free: dict[tuple[int, int], float] = {}
     done: dict[Task, float] = {}  # when the result of a task is where it is needed
@@ -157,7 +157,7 @@ def replay(schedule: Schedule, seconds: Sequence[ChunkSeconds], links: Sequence[
         if to == rank:
             done[task] = end
             return
-        link = slowest if abs(to - rank) > 1 else links[min(rank, to)] if links else Link()
+        link = slowest if abs(to - rank) > 1 else links[min(rank, to)] if links else LinkSeconds()
         leaves = max(end, free.get((rank, to), 0.0))
         free[rank, to] = leaves + link.message_seconds
         done[task] = free[rank, to] + link.latency_seconds
@@ -188,7 +188,7 @@ def replay(schedule: Schedule, seconds: Sequence[ChunkSeconds], links: Sequence[
         left = [tasks[at:][:1] for tasks, at in zip(schedule, position, strict=True)]
         assert moved, f"no rank can go on: {left}"
     busy = [sum(seconds[chunk].of(op) for op, chunk, _ in tasks) for tasks in schedule]
-    return Outcome(max(clock), busy)
+    return ReplayTimes(max(clock), busy)
 
 
 def replay_many(
@@ -196,10 +196,10 @@ def replay_many(
     micro_batches: int,
     ranks: int,
     seconds: Sequence[ChunkSeconds],
-    links: Sequence[Link] = (),
-) -> Outcome:
-    """`replay(make(micro_batches), ...)` without running all of it: once the pipeline is full, so many more
-    micro-batches take so much longer. What 4 x `ranks` more of them take is measured after the first 4 x `ranks`.
+    links: Sequence[LinkSeconds] = (),
+) -> ReplayTimes:
+    """`replay(make(micro_batches), ...)` without running all of it: once the pipeline is full, the time
+    grows linearly with the micro-batches. What 4 x `ranks` more of them take is measured after the first 4 x `ranks`.
 
     Exact where ranks and links are alike; within 2 percent elsewhere (where the pattern of waiting has another period).
     """
@@ -213,4 +213,4 @@ def replay_many(
     def on(before: float, after: float) -> float:
         return before + times * (after - before)
 
-    return Outcome(on(short.seconds, long.seconds), [on(a, b) for a, b in zip(short.busy, long.busy, strict=True)])
+    return ReplayTimes(on(short.seconds, long.seconds), [on(a, b) for a, b in zip(short.busy, long.busy, strict=True)])

@@ -17,8 +17,8 @@ from contenders.worker import Place, Turn
 from side_by_side import cases, groups, ratios
 
 TURN_SECONDS = 300.0
-# Micro-batches that a pipeline rank of ours can be ahead of the next (in_flight + 1), so many are left out of what is
-# counted at both ends of a turn.
+# Micro-batches that a pipeline rank of ours can be ahead of the next (in_flight + 1): what is left out of the count at
+# both ends of a turn.
 AHEAD = 3
 
 
@@ -66,7 +66,7 @@ class Outcome:
             for turns in self.turns
         ]
 
-    def record(self, work: Work) -> dict[str, Any]:
+    def to_dict(self, work: Work) -> dict[str, Any]:
         """For the result file."""
         config: dict[str, Any] = {"kind": self.spec.kind, "config": list(self.spec.config)}
         config |= {"partition": self.spec.partition, "schedule": self.spec.schedule, "threads": self.spec.threads}

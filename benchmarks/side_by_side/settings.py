@@ -80,7 +80,7 @@ class _BareStages:
     def _turns(self, sets_of_ranks: Sequence[Iterable[int]]) -> dict[tuple[str, int], dict[str, float]]:
         """Every contender's stages, on one set of ranks at once after the other."""
         found: dict[tuple[str, int], dict[str, float]] = {}
-        if self.names:  # whoever computes first after a pause is slow: this one does not count
+        if self.names:  # the first to compute after a pause is slow: this one does not count
             self.group.turn(self.names[0], rounds.TURN_SECONDS, range(self.ranks))
         for contender in self.names:
             for ranks in sets_of_ranks:
@@ -114,24 +114,24 @@ def emulated(one: cases.Section, logs: Path, wanted: Sequence[str] = ()) -> Data
         case = _case(work, outcomes, [])
         stage, cores = one["stage_seconds"], groups.cores()
         case |= {"stage_seconds": stage, "cores": cores, "pace_of_stages": micro_batches * stage}
-        for record in case["contenders"].values():
-            if "error" in record:
+        for result in case["contenders"].values():
+            if "error" in result:
                 continue
             # All updates of a turn, with one fill of the pipeline by forward passes, and nothing else.
-            bound = record["turn_updates"] * micro_batches * stage + (ranks - 1) * stage / 3
-            record["turn_to_bound"] = ratios.summary([seconds / bound for seconds in record["turn_seconds"]])
-            record |= _sleep(record, stage)
+            bound = result["turn_updates"] * micro_batches * stage + (ranks - 1) * stage / 3
+            result["turn_to_bound"] = ratios.summary([seconds / bound for seconds in result["turn_seconds"]])
+            result |= _sleep(result, stage)
         for spec in specs:
-            record = case["contenders"][spec.name]
-            if "error" not in record:
-                record["simulated_seconds"] = ideal.of_sleeps(spec, work, cases.of_kind(spec.kind), stage)
+            result = case["contenders"][spec.name]
+            if "error" not in result:
+                result["simulated_seconds"] = ideal.of_sleeps(spec, work, cases.of_kind(spec.kind), stage)
         found.append(case)
     return {"setting": "emulated", "label": EMULATED, "cases": found}
 
 
-def _sleep(record: Data, stage_seconds: float) -> Data:
+def _sleep(result: Data, stage_seconds: float) -> Data:
     """The sleep of a stage over the processor time of a micro-batch on all ranks and cores; whether it is enough."""
-    ratio = stage_seconds / (record["processor_seconds_per_micro_batch"] / groups.cores())
+    ratio = stage_seconds / (result["processor_seconds_per_micro_batch"] / groups.cores())
     return {"sleep_to_processor": ratio, "enough_sleep": ratio >= ENOUGH_SLEEP}
 
 
@@ -185,17 +185,17 @@ def _link_case(pair: Pair, name: str, one: cases.Section, logs: Path, wanted: Se
     message = 4 * shape[0] * shape[1] * work.base["model"]["hidden_size"]
     case |= {"size": name, "head_ratio": cases.head_ratio(work), "message_bytes": message, "limits": []}
     for limit, of_limit in outcomes.items():
-        records = {contender: outcome.record(work) for contender, outcome in of_limit.items()}
-        for contender, record in records.items():
+        results = {contender: outcome.to_dict(work) for contender, outcome in of_limit.items()}
+        for contender, result in results.items():
             free = outcomes[None][contender]
-            if "error" not in record and "stage_seconds" in one:
-                record |= _sleep(record, one["stage_seconds"])
-            if "error" not in record and free.ran:
-                slower = ratios.speedups(record["seconds"], free.seconds)
-                record["to_no_limit"] = ratios.summary(slower)
+            if "error" not in result and "stage_seconds" in one:
+                result |= _sleep(result, one["stage_seconds"])
+            if "error" not in result and free.ran:
+                slower = ratios.speedups(result["seconds"], free.seconds)
+                result["to_no_limit"] = ratios.summary(slower)
         wire = {"mbit": limit, "measured_mbit": ratios.summary(carried[limit])}
         wire["transfer_seconds"] = None if limit is None else message * 8 / (limit * 1e6)
-        case["limits"].append({**wire, "contenders": records})
+        case["limits"].append({**wire, "contenders": results})
     return case
 
 
@@ -236,7 +236,7 @@ def _note(errors: Mapping[str, str], outcomes: Mapping[str, rounds.Outcome]) -> 
 
 
 def _case(work: Work, outcomes: Mapping[str, rounds.Outcome], against: Iterable[str]) -> Data:
-    """The records of a case, and how many times as fast as some of them each contender is."""
+    """The results of a case, and how many times as fast as some of them each contender is."""
     speedups = {}
     for other in against:
         if other in outcomes and outcomes[other].ran:
@@ -251,7 +251,7 @@ def _case(work: Work, outcomes: Mapping[str, rounds.Outcome], against: Iterable[
         "micro_batches": work.micro_batches,
         "base": work.base,
         "vocab_size": work.vocab_size,
-        "contenders": {name: outcome.record(work) for name, outcome in outcomes.items()},
+        "contenders": {name: outcome.to_dict(work) for name, outcome in outcomes.items()},
         "speedups": speedups,
     }
 

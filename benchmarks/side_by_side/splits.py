@@ -1,4 +1,4 @@
-"""How the blocks of a model can be split over stages: equally, by reckoning, and by what was measured."""
+"""How the blocks of a model can be split over stages: equally, by computed cost, and by what was measured."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def read_measured(path: Path) -> dict[str, dict[int, dict[str, float]]]:
     return yaml.safe_load(path.read_text())["measured"] if path.exists() else {}
 
 
-def best(found: Mapping[str, Mapping[int, Split]], name: str, micro_batches: int, reckoned: Split) -> Split:
-    """What the scan found for a contender at so many micro-batches, or at the next number that it looked at; the
-    reckoned one where it did not look."""
+def best(found: Mapping[str, Mapping[int, Split]], name: str, micro_batches: int, computed: Split) -> Split:
+    """What the scan found for a contender at `micro_batches`, or at the nearest number that it looked at; the
+    computed one where it did not look."""
     of_name = found.get(name, {})
-    return of_name[min(of_name, key=lambda m: (abs(m - micro_batches), m))] if of_name else reckoned
+    return of_name[min(of_name, key=lambda m: (abs(m - micro_batches), m))] if of_name else computed
 
 
 def write(

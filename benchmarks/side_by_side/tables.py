@@ -33,7 +33,7 @@ def show(found: Data) -> None:
 
 
 def write(found: Data, path: Path) -> list[str]:
-    """Make the tables of a setting anew in a document; the names of those that were written."""
+    """Rewrite the tables of a setting in a document; returns the names of those that were written."""
     return update(path, tables(found), found["setting"])
 
 
@@ -66,8 +66,8 @@ def _real(found: Data) -> Iterator[ResultTable]:
         return tuple((name, *(cell(case, name) for case in of_m.values())) for name in names)
 
     def milliseconds(case: Data, name: str) -> str:
-        record = case["contenders"][name]
-        return "does not run" if "error" in record else _spread(record, 1e3, 0)
+        result = case["contenders"][name]
+        return "does not run" if "error" in result else _spread(result, 1e3, 0)
 
     columns = ("contender", *of_m)
     yield ResultTable("update", "Milliseconds per update: median (least-greatest)", columns, grid(milliseconds))
@@ -97,14 +97,14 @@ def _against_ideal(found: Data, other: str) -> ResultTable:
     """For ours: how many times as fast as another, and what the simulator gives for ideal execution of both."""
     rows: list[tuple[Any, ...]] = []
     for case in found["cases"]:
-        for name, record in case["contenders"].items():
-            if record["kind"] != "local" or name not in case["speedups"].get(other, {}):
+        for name, result in case["contenders"].items():
+            if result["kind"] != "local" or name not in case["speedups"].get(other, {}):
                 continue
             measured = case["speedups"][other][name]["median"]
             ideals = {kind: case["ideal"][other][kind] / own for kind, own in case["ideal"][name].items()}
             ratios = [f"{measured / ideals[kind]:.3f}" for kind in ("plain", "sharing")]
             numbers = [f"{number:.2f}" for number in (measured, ideals["plain"], ideals["sharing"])]
-            own = f"{case['ideal'][name]['plain'] / record['median']:.3f}"
+            own = f"{case['ideal'][name]['plain'] / result['median']:.3f}"
             rows.append((name, case["micro_batches"], *numbers, *ratios, own))
     columns: tuple[str, ...] = ("contender", "m", "measured", "ideal", "ideal, sharing memory")
     columns += ("measured / ideal", "measured / ideal, sharing", "own ideal time / own time")
@@ -116,16 +116,16 @@ def _simulated(found: Data) -> ResultTable:
     """Every update that the simulator can predict: measured, simulated, and how far off."""
     rows: list[tuple[Any, ...]] = []
     for case in found["cases"]:
-        for name, record in case["contenders"].items():
-            if "error" in record:
+        for name, result in case["contenders"].items():
+            if "error" in result:
                 continue
-            ideal = case["ideal"].get(name, {}) if "ideal" in case else {"plain": record["simulated_seconds"]}
+            ideal = case["ideal"].get(name, {}) if "ideal" in case else {"plain": result["simulated_seconds"]}
             cells = []
             for kind in ("plain", "sharing") if "ideal" in case else ("plain",):
                 if (seconds := ideal.get(kind)) is not None:
-                    cells += [f"{1e3 * seconds:.0f}", f"{seconds / record['median'] - 1:+.1%}"]
+                    cells += [f"{1e3 * seconds:.0f}", f"{seconds / result['median'] - 1:+.1%}"]
             if cells:
-                rows.append((name, case["ranks"], case["micro_batches"], f"{1e3 * record['median']:.0f}", *cells))
+                rows.append((name, case["ranks"], case["micro_batches"], f"{1e3 * result['median']:.0f}", *cells))
     columns: tuple[str, ...] = ("contender", "ranks", "m", "measured", "simulated", "error")
     columns += ("simulated, sharing memory", "error, sharing") if "ideal" in found["cases"][0] else ()
     return ResultTable("simulator", "Milliseconds per update: measured (median) and simulated", columns, tuple(rows))
@@ -146,21 +146,21 @@ def _stages(found: Data) -> ResultTable:
 def _emulated(found: Data) -> Iterator[ResultTable]:
     for case in found["cases"]:
         rows: list[tuple[Any, ...]] = []
-        for name, record in case["contenders"].items():
-            if "error" in record:
+        for name, result in case["contenders"].items():
+            if "error" in result:
                 rows.append((name, "does not run", *[None] * 6))
                 continue
-            waiting = record["waiting_share"]
+            waiting = result["waiting_share"]
             rows.append(
                 (
                     name,
-                    _spread(record, 1, 2),
-                    f"{record['median'] / case['stage_seconds']:.2f}",
-                    f"{record['turn_to_bound']['median']:.3f}",
+                    _spread(result, 1, 2),
+                    f"{result['median'] / case['stage_seconds']:.2f}",
+                    f"{result['turn_to_bound']['median']:.3f}",
                     None if None in waiting else f"{max(waiting):.1%}",
-                    f"{1 - min(record['asleep_share']):.1%}",
-                    f"{max(record['processor_share']):.1%}",
-                    _sleep(record),
+                    f"{1 - min(result['asleep_share']):.1%}",
+                    f"{max(result['processor_share']):.1%}",
+                    _sleep(result),
                 )
             )
         ranks, m = case["ranks"], case["micro_batches"]
@@ -179,19 +179,19 @@ def _links(found: Data) -> Iterator[ResultTable]:
     rows: list[tuple[Any, ...]] = []
     for case in found["cases"]:
         for one in case["limits"]:
-            for name, record in one["contenders"].items():
+            for name, result in one["contenders"].items():
                 limit = "none" if one["mbit"] is None else f"{one['mbit']} Mbit/s"
                 carried = f"{one['measured_mbit']['median']:.0f}"
                 transfer = one["transfer_seconds"] and f"{1e3 * one['transfer_seconds']:.1f}"
                 start = (case["size"], name, limit, carried, transfer)
-                if "error" in record:
+                if "error" in result:
                     rows.append((*start, "does not run", *[None] * (2 + emulated)))
                     continue
-                waiting = [share for share in record["waiting_share"] if share is not None]
-                slower = _spread(record["to_no_limit"], 1, 3) if "to_no_limit" in record else None
+                waiting = [share for share in result["waiting_share"] if share is not None]
+                slower = _spread(result["to_no_limit"], 1, 3) if "to_no_limit" in result else None
                 worst = f"{max(waiting):.1%}" if waiting else None
-                cells = (*start, _spread(record, 1e3, 0), slower, worst)
-                rows.append((*cells, _sleep(record)) if emulated else cells)
+                cells = (*start, _spread(result, 1e3, 0), slower, worst)
+                rows.append((*cells, _sleep(result)) if emulated else cells)
     columns: tuple[str, ...] = ("size", "contender (emulated)" if emulated else "contender", "limit")
     columns += ("measured Mbit/s", "one message, ms", "ms per update", "time / no limit", "waiting, worst rank")
     title = f"Two network namespaces: {found.get('not_measured', 'median (least-greatest)')}"
@@ -200,24 +200,24 @@ def _links(found: Data) -> Iterator[ResultTable]:
     yield ResultTable("update", title, columns, tuple(rows))
 
 
-def _sleep(record: Data) -> str:
-    return f"{record['sleep_to_processor']:.0f}{'' if record['enough_sleep'] else ' (too little)'}"
+def _sleep(result: Data) -> str:
+    return f"{result['sleep_to_processor']:.0f}{'' if result['enough_sleep'] else ' (too little)'}"
 
 
 def _split(case: Data, name: str) -> str | None:
-    record = case["contenders"][name]
-    if record["partition"]:
-        return "-".join(map(str, record["partition"]))
-    chunks = [text.partition("=")[2] for text in record["config"] if text.startswith("objective.chunks=")]
+    result = case["contenders"][name]
+    if result["partition"]:
+        return "-".join(map(str, result["partition"]))
+    chunks = [text.partition("=")[2] for text in result["config"] if text.startswith("objective.chunks=")]
     return chunks[0].strip("[]").replace(", ", "-") if chunks else None
 
 
 def _errors(cases: Any) -> ResultTable:
     rows: list[tuple[Any, ...]] = []
     for case in cases:
-        for name, record in case["contenders"].items():
-            if "error" in record:
-                rows.append((name, case["ranks"], case["micro_batches"], record["error"]))
+        for name, result in case["contenders"].items():
+            if "error" in result:
+                rows.append((name, case["ranks"], case["micro_batches"], result["error"]))
     columns = ("contender", "ranks", "m", "error")
     return ResultTable("errors", "What does not run, and why", columns, tuple(rows or [("nothing", None, None, None)]))
 

@@ -1,4 +1,4 @@
-"""What several keys of the configuration must say together. Every message names the numbers and where they are from."""
+"""Checks between keys of the configuration. Every message names the numbers and where they are from."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _lone(config: Config) -> Iterator[str]:
 
 def _model(config: Config) -> Iterator[str]:
     model, at = config.model, config.at
-    if model.pretrained is not None:  # its sizes are its own business
+    if model.pretrained is not None:  # its sizes are in its own configuration
         return
     if model.family not in FAMILIES:
         yield f"{at('model.family')}: must be one of {', '.join(FAMILIES)}, or give a folder as model.pretrained"
@@ -162,11 +162,11 @@ def _trace(config: Config) -> Iterator[str]:
     if first < 1:
         yield f"{at('run.trace')}: updates are counted from 1; give [1, {last}]"
     if first > last:
-        yield f"{at('run.trace')}: the first update to record comes before the last; give [{last}, {first}]"
+        yield f"{at('run.trace')}: the first update to trace comes before the last; give [{last}, {first}]"
     if last > config.train.steps:
-        yield f"{at('run.trace')}: the last update to record is above {at('train.steps')}"
+        yield f"{at('run.trace')}: the last update to trace is above {at('train.steps')}"
     if config.engine == "deepspeed_pipeline":
-        yield f"{at('run.trace')} with {at('engine')}: the actions of DeepSpeed's own pipeline are not recorded"
+        yield f"{at('run.trace')} with {at('engine')}: the actions of DeepSpeed's own pipeline are not traced"
 
 
 def _depth(config: Config, num_layers: int, layers: str) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """What may stand in the `deepspeed` section: the keys that DeepSpeed 0.19.8 reads, as plain data.
 
-DeepSpeed ignores a misspelt top-level key without a word, and checks the rest only after slow imports, so this table
+DeepSpeed silently ignores a misspelt top-level key, and checks the rest only after slow imports, so this table
 answers first. A test compares it with the installed DeepSpeed.
 """
 
@@ -142,5 +142,5 @@ BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default for reduce_bucket_size
 
 
 def bucket_elements(weights: int) -> int:
-    """A bucket for reducing the gradients of so many weights: no more than DeepSpeed's default, 2 GB in fp32."""
+    """A bucket for reducing the gradients of `weights` weights: no more than DeepSpeed's default, 2 GB in fp32."""
     return min(weights, BUCKET_ELEMENTS)

@@ -67,7 +67,7 @@ def load(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, 
 
     Values of overrides are YAML; they reach into mappings (deepspeed.zero_optimization.stage=2). What is null by
     default and follows from other keys is filled in: run.dir, max_position_embeddings, and for model.pretrained the
-    sizes in its config.json and its tokenizer. `saved` says that a run folder holds it: keys may have names of before,
+    sizes in its config.json and its tokenizer. `saved` says that a run folder holds it: keys may have their old names,
     and the sizes of model.pretrained are there, so no model folder is opened.
 
     Raises ConfigError, and ModelError when the folder model.pretrained is missing or its config.json is broken.
@@ -312,16 +312,16 @@ def to_dict(config: Config) -> dict[str, Any]:
     return values
 
 
-def to_yaml(config: Config, comments: bool = True) -> str:
-    """`to_dict` as YAML that `load` takes; with comments, every key says what it means."""
+def to_yaml(config: Config) -> str:
+    """`to_dict` as YAML that `load` takes; a comment on every key says what it means."""
     lines = []
     for section, keys in to_dict(config).items():
         if section in PLAIN:
-            lines += _yaml_lines(section, keys, Config.model_fields[section].description if comments else None)
+            lines += _yaml_lines(section, keys, Config.model_fields[section].description)
             continue
         lines.append(f"{section}:" if keys else f"{section}: {{}}")
         for key, value in keys.items():
-            about = fields_of(section)[key].description if comments and section != "deepspeed" else None
+            about = fields_of(section)[key].description if section != "deepspeed" else None
             lines += [f"  {line}" for line in _yaml_lines(key, value, about)]
     return "\n".join(lines) + "\n"
 
@@ -342,14 +342,10 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def differences(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines such as "train.learning_rate: 0.001 in the run, 0.002 now" for two results of `to_dict`."""
-    return [line for _, line in _differences(saved, new)]
-
-
 def resume_differences(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The differences that make a resumed run another run; the run folder, saving, evaluating and waiting do not.
+    """Lines such as "train.learning_rate: 0.001 in the run, 0.002 now" for two results of `to_dict`.
 
+    Only differences that make a resumed run another run: the run folder, saving, evaluating and waiting do not.
     More or fewer steps do not either, where neither the learning rate nor a last share of global updates depends on
     them. The micro-batches in flight count where heads hold copies of other stages' weights: their lag follows.
     """

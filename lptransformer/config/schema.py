@@ -27,7 +27,7 @@ from lptransformer.section import (
     Whole,
 )
 
-# Who needs the number takes it from checks.micro_batch_size.
+# Code that needs the number takes it from config/checks.micro_batch_size.
 BatchSize = Annotated[Count | Literal["auto"], "a whole number, 1 or more, or auto"]
 _SOURCES = "a glob, a list of globs, or a mapping of names to globs or to {files, weight}"
 
@@ -162,7 +162,7 @@ class RunSection(Section):
     trace: Annotated[
         Annotated[list[int], Field(min_length=2, max_length=2)] | None,
         "two numbers of updates, the first and the last, counted from 1, or null",
-    ] = Field(default=None, description="[first, last] updates to record, for `report --trace` (null: none)")
+    ] = Field(default=None, description="[first, last] updates to trace, for `report --trace` (null: none)")
 
 
 def origin_of(key: str, origins: dict[str, str]) -> str:
@@ -222,8 +222,8 @@ ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     **{f"optimizer.{key}": ("optimizer.name", ("adamw",)) for key in ("beta1", "beta2", "eps")},
     "optimizer.momentum": ("optimizer.name", ("sgd",)),
 }
-# Keys that had another name once. Who types or writes an old one is told the new one; what a run folder or a record
-# holds is translated.
+# Keys that were renamed. Typed or written by a person, an old one is refused with the new name; in a run folder or a
+# record it is translated.
 RENAMED = {
     "train.border_dtype": "border.codec",
     "train.save_every": "checkpoint.every",

@@ -292,7 +292,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _tokenizer_beside(token_set: Path) -> tuple[Tokenizer, Path]:
-    """The tokenizer that made a prepared set lies in the same cache folder."""
+    """The tokenizer that made a prepared set, from the same cache folder."""
     wanted = TokenSet.open(token_set).manifest["tokenizer_fingerprint"]
     for folder in filter(_has_tokenizer, sorted(token_set.absolute().parent.glob("tokenizer-*"))):
         tokenizer = tokenizers.load(folder)

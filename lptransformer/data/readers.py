@@ -17,7 +17,6 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from lptransformer.data import tokenizer as tokenizers
 from lptransformer.errors import ConfigError, DataError
 
 _BLOCK = 1 << 22  # bytes read at a time
@@ -36,18 +35,7 @@ class Source:
     weight: float | None = None
 
 
-# ---- what is asked for: globs -> files
-
-
-def check_sources_exist(train: Any, valid: Any = None, tokenizer: str = tokenizers.BYTES) -> None:
-    """Fail early where the configuration alone shows it; imports nothing heavy and reads no text.
-
-    Raises ConfigError or DataError for sources of another form (see `parse_sources`), a glob without files, an empty
-    file, and a tokenizer that does not exist.
-    """
-    tokenizers.check_name(tokenizer)
-    parse_sources(train, "train")
-    parse_sources(valid, "valid")
+# ---- globs -> files
 
 
 def parse_sources(spec: Any, key: str, where: str | None = None) -> list[Source]:
@@ -132,13 +120,13 @@ def _read_plain(path: Path, advance: Advance) -> Iterator[Iterable[str]]:
 
 
 def _read_jsonl(path: Path, advance: Advance) -> Iterator[Iterable[str]]:
-    """Every line is a JSON object whose "text" is a document; blank lines and empty texts are passed over."""
+    """Every line is a JSON object whose "text" is a document; blank lines and empty texts are skipped."""
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                record = json.loads(line.decode()) if line.strip() else {"text": ""}
-                text = record.get("text") if isinstance(record, dict) else None
+                content = json.loads(line.decode()) if line.strip() else {"text": ""}
+                text = content.get("text") if isinstance(content, dict) else None
                 if not isinstance(text, str):
                     raise DataError(f'{path}, line {number}: not an object with a string under the key "text"')
                 text.encode()
@@ -154,7 +142,7 @@ def _read_jsonl(path: Path, advance: Advance) -> Iterator[Iterable[str]]:
 
 
 def _read_parquet(path: Path, advance: Advance) -> Iterator[Iterable[str]]:
-    """Every row's "text" is a document; empty ones are passed over."""
+    """Every row's "text" is a document; empty ones are skipped."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

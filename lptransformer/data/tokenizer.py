@@ -206,9 +206,9 @@ def _sample(texts: Iterable[str]) -> list[str]:
 
 
 def _explain(message: str, vocab_size: int) -> ConfigError:
-    """SentencePiece's error in our words."""
+    """SentencePiece's error as one that names the key and what would be right."""
     if found := re.search(r"too high.*<= *(\d+)", message, re.DOTALL):
-        right = f"the text is too short for so many entries; at most {found[1]} are possible"
+        right = f"the text is too short for that; at most {found[1]} are possible"
     elif found := re.search(r"smaller than required_chars\. *\d+ vs (\d+)", message):
         right = f"the characters of the text and the 256 bytes alone need {found[1]}"
     else:
@@ -269,7 +269,7 @@ def _open_folder(folder: Path, origin: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        # Code that lies in the folder is never run: the library would ask on the terminal.
+        # Code in the folder is never run: the library would ask on the terminal.
         backend: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise DataError(f"{origin}: not the folder of a Hugging Face tokenizer: {_first_line(error)}") from error

@@ -82,6 +82,6 @@ class TrainStream:
 
 
 def _permutation(length: int, *key: int) -> np.ndarray:
-    """A permutation of range(length), a function of `key`. NumPy keeps the raw bits of a generator the same for ever,
+    """A permutation of range(length), a function of `key`. NumPy keeps the raw bits of a generator the same forever,
     which it does not promise of its shuffles."""
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(length), kind="stable")

@@ -1,10 +1,11 @@
 """The baseline: the same run by DeepSpeed's own PipelineEngine, for `engine: deepspeed_pipeline`.
 
 Backprop through all blocks as 1F1B, over the same stages (so the same initial weights and cuts), micro-batches, loss,
-optimizer and learning rates as `objective.name: backprop` of the engine beside it. It has that engine's face, and its
-run folders and checkpoints. What is DeepSpeed's own: one torch.distributed world for all pipeline ranks, the schedule,
-messages, the reduction of gradients, clipping (over the whole model) and ZeRO 0 or 1. In fp32 at ZeRO 0 it skips no
-update: a gradient that is not finite spoils the weights. There it tells no gradient norm either, unless it clips.
+optimizer and learning rates as `objective.name: backprop` of the engine beside it. It has that engine's interface, and
+its run folders and checkpoints. What is DeepSpeed's own: one torch.distributed world for all pipeline ranks, the
+schedule, messages, the reduction of gradients, clipping (over the whole model) and ZeRO 0 or 1. In fp32 at ZeRO 0 it
+skips no update: a gradient that is not finite spoils the weights. There it reports no gradient norm either, unless it
+clips.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class PipelineBaseline(TrainingEngine):
         learning_rate = self.optimizer.param_groups[0]["lr"]
         first, many = self.update * self.blueprint.micro_batches, self.blueprint.micro_batches
         own = range(first + self.world.data_rank, first + many, self.world.data_size)
-        with _lost_processes_in_our_words():
+        with _translate_gloo_errors():
             mean_loss = self.engine.train_batch(_pairs(map(self.stream.batch, own))).item()
             control = self._timed(self._decide)()
         self.lr_scheduler.step()
@@ -148,7 +149,7 @@ class PipelineBaseline(TrainingEngine):
         micro_batches, label_tokens = self._rounds[name]
         self._loss_sums = []
         if micro_batches > 0:
-            with _lost_processes_in_our_words():
+            with _translate_gloo_errors():
                 batches = _pairs(batch for _, batch in self._own_batches(name))
                 self.engine.eval_batch(batches, bcast_loss=False, num_micro_batches=micro_batches)
         nll_sum = sum(loss.item() for loss in self._loss_sums)
@@ -163,7 +164,7 @@ class PipelineBaseline(TrainingEngine):
             "skipped_in_a_row": self.skipped_in_a_row,
         }
         first_replica = self.world.data_rank == 0
-        with _lost_processes_in_our_words():
+        with _translate_gloo_errors():
             if first_replica:
                 checkpoint.begin_stage(folder)
             if self.world.global_rank == 0:
@@ -193,9 +194,9 @@ class PipelineBaseline(TrainingEngine):
             group["lr"] = learning_rate
 
     def _decide(self) -> Control:
-        """What follows this update: whatever any process was asked for."""
-        asked = self._take_requests()
-        flags = torch.tensor([int(bool(asked & flag)) for flag in FLAGS], device=self.world.device)
+        """What follows this update: whatever was requested on any process."""
+        requested = self._take_requests()
+        flags = torch.tensor([int(bool(requested & flag)) for flag in FLAGS], device=self.world.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         decided = Control.NOTHING
         for flag, is_set in zip(FLAGS, flags.tolist(), strict=True):
@@ -260,7 +261,7 @@ def _pairs(batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @contextlib.contextmanager
-def _lost_processes_in_our_words() -> Iterator[None]:
+def _translate_gloo_errors() -> Iterator[None]:
     """gloo's errors are plain RuntimeErrors, among those that the model itself may raise."""
     try:
         yield

@@ -70,7 +70,7 @@ def _with_bucket(config: dict[str, Any], parameters: Sequence[nn.Parameter]) -> 
 class SafeCheckpointEngine(TorchCheckpointEngine):
     """Reads DeepSpeed's files, which are pickles, without executing what they say.
 
-    DeepSpeed itself reads with `weights_only=False`: whoever can write a file into a checkpoint's folder then decides
+    DeepSpeed itself reads with `weights_only=False`: anyone who can write into a checkpoint's folder then decides
     what the next `--resume` runs. Here tensors, plain values and the classes that ZeRO saves are read, nothing else.
     """
 
@@ -103,7 +103,7 @@ def read_safely(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepResult:
     """What an update did. The norm is before clipping, over the clip group; not finite when the update was skipped."""
 
     grad_norm: float
@@ -172,7 +172,7 @@ class TrainedStage:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
 
-    def update(self, norm: Tensor | None) -> Outcome:
+    def update(self, norm: Tensor | None) -> StepResult:
         """Clip, step, next learning rate; a gradient that is not finite leaves weights and optimizer state alone.
 
         `norm` is that of the clip group, from the gradient_norms() of its stages; None at ZeRO 3. A skipped update
@@ -193,7 +193,7 @@ class TrainedStage:
             skipped = bool(self.engine.optimizer.overflow)
             grad_norm = float("nan") if skipped else float(self.engine.optimizer._global_grad_norm)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        return Outcome(grad_norm, skipped, learning_rate)
+        return StepResult(grad_norm, skipped, learning_rate)
 
     @contextlib.contextmanager
     def _reduced(self) -> Iterator[None]:
@@ -327,7 +327,7 @@ def combine_norms(norms: Tensor, zero_stage: int) -> Tensor:
 
 
 class TwoVersions:
-    """The weights of now and those of one update before, in storages of their own; the parameters show one of them.
+    """The current weights and those of one update before, in storages of their own; the parameters show one of them.
 
     A forward pass that was made before an update is followed by its backward after it, at the same weights: so an
     update never writes into a storage that a forward pass may have read, and what was `now` becomes `before`.
@@ -339,7 +339,7 @@ class TwoVersions:
         self.before = [parameter.data.clone() for parameter in self.parameters]
 
     def show(self, before: bool) -> None:
-        """Let the parameters be the weights of one update before, or those of now."""
+        """Let the parameters be the weights of one update before, or the current ones."""
         for parameter, data in zip(self.parameters, self.before if before else self.now, strict=True):
             parameter.data = data
 
@@ -355,7 +355,7 @@ class TwoVersions:
             yield
 
     def state(self) -> dict[str, Tensor]:
-        """The weights of one update before, by number; those of now are saved with the stage."""
+        """The weights of one update before, by number; the current ones are saved with the stage."""
         return {f"before.{number}": data for number, data in enumerate(self.before)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:

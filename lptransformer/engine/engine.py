@@ -27,7 +27,7 @@ from lptransformer.engine.interface import (
 )
 from lptransformer.engine.p2p import Control, Frame, Header, Kind, Neighbours, open_channels
 from lptransformer.engine.process_groups import World, any_replica
-from lptransformer.engine.weight_copies import Mirror
+from lptransformer.engine.weight_copies import WeightCopies
 from lptransformer.errors import TrainingError
 from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.stages import StagePlan
@@ -36,9 +36,9 @@ from lptransformer.models.border_codec import make_codec
 from lptransformer.models.head import LossBatch
 from lptransformer.run_folder import checkpoint
 from lptransformer.run_folder.metrics import StageReport, TraceReport
-from lptransformer.run_folder.trace import COPIES, Recorder
+from lptransformer.run_folder.trace import COPIES, Tracer
 
-STOP_KEY = "stop"  # in the store: set by any process that was told to stop
+STOP_KEY = "stop"  # in the store: set by any process that received a stop signal
 
 
 class LocalUpdateEngine(TrainingEngine):
@@ -69,24 +69,26 @@ class LocalUpdateEngine(TrainingEngine):
         )
         self.executor = Executor(world, blueprint, self.local, self.neighbours, stream.batch, self._decide)
         self.work = plan_phases(world, blueprint, self.local)
-        self.mirror = Mirror(world, self.stages, self.local, blueprint.copy_lags, blueprint.head.refresh_every)
-        self._recorder = self._recorder_of(*options.trace) if options.trace else None
+        self.weight_copies = WeightCopies(
+            world, self.stages, self.local, blueprint.copy_lags, blueprint.head.refresh_every
+        )
+        self._tracer = self._make_tracer(*options.trace) if options.trace else None
 
     # ------------------------------------------------------------------------------------------ the four calls
 
     def train_batch(self) -> UpdateResult:
         """See TrainingEngine. No stage waits for another's optimizer."""
         started, waited = time.perf_counter(), self.waited_seconds
-        recorder = self._recorder if self._recorder and self._recorder.wants(self.update + 1) else None
-        if recorder:
-            recorder.begin(started)
-        self.executor.recorder = recorder
+        tracer = self._tracer if self._tracer and self._tracer.wants(self.update + 1) else None
+        if tracer:
+            tracer.begin(started)
+        self.executor.tracer = tracer
         phase, steps = self.objective.phase_at(self.update, self.blueprint.steps), self.blueprint.steps
-        with recorder.action(COPIES) if recorder and self.mirror.links else contextlib.nullcontext():
-            self.mirror.before(self.update)
+        with tracer.action(COPIES) if tracer and self.weight_copies.routes else contextlib.nullcontext():
+            self.weight_copies.before(self.update)
         done = self.executor.run(self.work[phase], self.update, is_last=self.update + 1 >= steps)
-        with recorder.action(COPIES) if recorder and self.mirror.links else contextlib.nullcontext():
-            self.mirror.after(self.update + 1)
+        with tracer.action(COPIES) if tracer and self.weight_copies.routes else contextlib.nullcontext():
+            self.weight_copies.after(self.update + 1)
         if self.world.pipeline_size == 1:
             done.control = self._decide()
         self.update += 1
@@ -94,7 +96,7 @@ class LocalUpdateEngine(TrainingEngine):
         if self._stop_requested and self.world.pipeline_rank > 0:
             self.world.store.set(STOP_KEY, "")
         own: list[Report] = [self._report(index, done, seconds, idle_seconds) for index in self.local]
-        reports = gather_reports(self.world, [*own, *([self._trace(recorder, seconds)] if recorder else [])])
+        reports = gather_reports(self.world, [*own, *([self._trace(tracer, seconds)] if tracer else [])])
         self._stop_when_skipping(reports, done)
         return UpdateResult(self.update, done.control, reports)
 
@@ -102,8 +104,8 @@ class LocalUpdateEngine(TrainingEngine):
     def eval_batch(self, name: str) -> list[Report]:
         """See TrainingEngine. No pipeline rank waits for the ones after it.
 
-        Where gradients are delayed, the update before must have been asked for it by `request`. Raises TrainingError
-        where it was not.
+        Where gradients are delayed, `request` must have asked for it before the update that it follows. Raises
+        TrainingError where it has not.
         """
         if not self.executor.between_updates:
             raise TrainingError(
@@ -141,37 +143,37 @@ class LocalUpdateEngine(TrainingEngine):
         """No stage waits for another."""
         for index, stage in self.local.items():
             folder = checkpoint.stage_folder(run, self.update, index)
-            stage.save(folder, self._description(stage.plan), self.mirror.pending(index, self.update))
+            stage.save(folder, self._description(stage.plan), self.weight_copies.pending(index, self.update))
 
     def _load(self, run: Path, update: int) -> None:
-        assert self.executor.between_updates, "a run that is under way with delayed gradients is not turned back"
-        self.mirror.close(self.update)
+        assert self.executor.between_updates, "delayed gradients are in flight: load a checkpoint between updates only"
+        self.weight_copies.close(self.update)
         for index, stage in self.local.items():
             folder = checkpoint.stage_folder(run, update, index)
             self._check_position(folder, update)
             stage.load(folder)
-            self.mirror.resume(index, update, checkpoint.read_others(folder))
+            self.weight_copies.resume(index, update, checkpoint.read_others(folder))
 
     # ------------------------------------------------------------------------------------------ control
 
     def _decide(self) -> Control:
         """On pipeline rank 0, once per update: what follows it. Its replicas agree first."""
-        asked = self._take_requests()
+        requested = self._take_requests()
         if self.world.store.check([STOP_KEY]):
-            asked |= Control.SAVE | Control.STOP
+            requested |= Control.SAVE | Control.STOP
         decided = Control.NOTHING
         for flag in (Control.EVALUATE, Control.SAVE, Control.STOP):
-            if any_replica(bool(asked & flag), self.world):
+            if any_replica(bool(requested & flag), self.world):
                 decided |= flag
         return decided
 
     def _finish(self) -> None:
-        self.mirror.close(self.update)
+        self.weight_copies.close(self.update)
         self.neighbours.flush()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self.neighbours = self.executor.neighbours = Neighbours()
-        self.mirror.links.clear()
+        self.weight_copies.routes.clear()
         self.work = []
 
     # ------------------------------------------------------------------------------------------ reports
@@ -181,31 +183,31 @@ class LocalUpdateEngine(TrainingEngine):
         groups = {id(group): group for work in self.work for group in work.clip_groups.values()}
         return (
             self.neighbours.waited_seconds
-            + self.mirror.waited_seconds
+            + self.weight_copies.waited_seconds
             + sum(group.waited_seconds for group in groups.values())
         )
 
     def _report(self, index: int, done: Update, seconds: float, idle_seconds: float) -> StageReport:
-        outcome = done.outcomes.get(index)
+        step = done.step_results.get(index)
         return self._stage_report(
             self.local[index].plan,
             loss_sum=sum(loss.item() for loss in done.loss_sums[index]),
-            grad_norm=outcome.grad_norm if outcome else None,
-            skipped=outcome.skipped if outcome else False,
-            learning_rate=outcome.learning_rate if outcome else 0.0,
+            grad_norm=step.grad_norm if step else None,
+            skipped=step.skipped if step else False,
+            learning_rate=step.learning_rate if step else 0.0,
             seconds=seconds,
             idle_seconds=idle_seconds,
         )
 
-    def _recorder_of(self, first: int, last: int) -> Recorder:
-        """What records the updates `first` to `last`, counted from 1."""
-        recorder = Recorder(first, last, lambda: self.waited_seconds)
+    def _make_tracer(self, first: int, last: int) -> Tracer:
+        """What traces the updates `first` to `last`, counted from 1."""
+        tracer = Tracer(first, last, lambda: self.waited_seconds)
         for stage in self.local.values():
             if isinstance(stage, TrainedStage) and stage.plan.has_head:
-                recorder.watch_head(stage.engine.module.head)
-        return recorder
+                tracer.watch_head(stage.engine.module.head)
+        return tracer
 
-    def _trace(self, recorder: Recorder, seconds: float) -> TraceReport:
+    def _trace(self, tracer: Tracer, seconds: float) -> TraceReport:
         plans = [stage.plan for stage in self.local.values()]
         return TraceReport(
             update=self.update,
@@ -214,9 +216,9 @@ class LocalUpdateEngine(TrainingEngine):
             device=self.world.device.type,
             stages=[[plan.index, plan.first_block, plan.last_block] for plan in plans],
             micro_batches=self.executor.rounds,
-            start=recorder.started,
+            start=tracer.started,
             seconds=seconds,
-            actions=recorder.actions,
+            actions=tracer.actions,
         )
 
     def _stop_when_skipping(self, reports: list[Report], done: Update) -> None:

@@ -1,6 +1,6 @@
 """Executes the actions of a schedule on the stages of one pipeline rank: what is computed, kept, sent and received.
 
-One phase of the objective after another may need another schedule; which one an update takes is the engine's business.
+One phase of the objective after another may need another schedule; the engine decides which one an update takes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lptransformer.data.token_set import Batch
 from lptransformer.engine.clipping import ClipGroup, local_clip_groups
-from lptransformer.engine.deepspeed_stage import FrozenStage, Outcome, TrainedStage
+from lptransformer.engine.deepspeed_stage import FrozenStage, StepResult, TrainedStage
 from lptransformer.engine.p2p import Control, Header, Kind, Neighbours
 from lptransformer.engine.process_groups import World
 from lptransformer.methods.gradient_flow import Duty
@@ -21,7 +21,7 @@ from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.border_codec import BorderCodec, as_received, make_codec
 from lptransformer.models.head import LossBatch, token_positions
 from lptransformer.models.stage import StageOutput, add, backward_loss
-from lptransformer.run_folder.trace import Recorder
+from lptransformer.run_folder.trace import Tracer
 
 LocalStage = TrainedStage | FrozenStage
 
@@ -36,12 +36,12 @@ class Pass:
 
 @dataclass
 class Update:
-    """What an update has come to so far."""
+    """The results of an update so far."""
 
     number: int
     control: Control = Control.NOTHING
     loss_sums: dict[int, list[Tensor]] = field(default_factory=dict)
-    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    step_results: dict[int, StepResult] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def plan_phases(world: World, blueprint: Blueprint, local: Mapping[int, LocalSta
 
 
 class Executor:
-    """The stages of this process at work."""
+    """Executes the actions of a phase on the stages of this process."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Executor:
     ) -> None:
         """`batch` gives a micro-batch by its number since the start of the run, over all replicas.
 
-        `decide` is asked on pipeline rank 0, once per update, what is to follow it.
+        `decide` gives what is to follow an update; it is called on pipeline rank 0, once per update.
         """
         self.world = world
         self.blueprint = blueprint
@@ -94,7 +94,7 @@ class Executor:
         self.rounds = blueprint.rounds
         self.batch = batch
         self.decide = decide
-        self.recorder: Recorder | None = None  # while an update is recorded
+        self.tracer: Tracer | None = None  # while an update is traced
         # A channel encodes what it carries by itself.
         inside = [index for index in blueprint.codecs if index in local and index + 1 in local]
         self._codecs: dict[int, BorderCodec] = {index: make_codec(blueprint.codecs[index]) for index in inside}
@@ -118,7 +118,7 @@ class Executor:
 
     @property
     def between_updates(self) -> bool:
-        """Whether nothing of the next update has begun: so it is but for delayed gradients."""
+        """Whether nothing of the next update has begun; only with delayed gradients it begins early."""
         return self._next is None
 
     def run(self, work: PhaseWork, number: int, is_last: bool) -> Update:
@@ -146,10 +146,10 @@ class Executor:
 
     def _do(self, actions: Sequence[Action]) -> None:
         for action in actions:
-            if self.recorder is None:
+            if self.tracer is None:
                 self._actions[action.op](self.local[action.stage], action)
                 continue
-            with self.recorder.action(str(action)):
+            with self.tracer.action(str(action)):
                 self._actions[action.op](self.local[action.stage], action)
 
     def index(self, micro_batch: int) -> int:
@@ -173,7 +173,8 @@ class Executor:
         return self._batches[micro_batch]
 
     def _show_weights(self, stage: LocalStage, update: Update) -> None:
-        """Delayed gradients: those of one update before, for an update that is not made yet when its turn comes."""
+        """Delayed gradients: an update runs at the weights of one update before, what begins early at the current
+        ones."""
         if isinstance(stage, TrainedStage) and stage.versions is not None:
             stage.versions.show(before=update is self._now)
 
@@ -209,7 +210,7 @@ class Executor:
         return LossBatch(labels, scale, positions)
 
     def handed_over(self, index: int, hidden_states: Tensor) -> Tensor:
-        """What a stage's output is for the one that follows, detached."""
+        """A stage's output as the next stage receives it, detached."""
         hidden_states = hidden_states.detach()
         return as_received(hidden_states, self._codecs[index]) if index in self._codecs else hidden_states
 
@@ -240,7 +241,7 @@ class Executor:
         group = self._work.clip_groups[action.stage]
         if id(group) not in self._norms:
             self._norms[id(group)] = group.norm()
-        self._now.outcomes[action.stage] = stage.update(self._norms[id(group)])
+        self._now.step_results[action.stage] = stage.update(self._norms[id(group)])
 
     # ------------------------------------------------------------------------------------------ messages
 

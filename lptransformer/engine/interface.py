@@ -44,7 +44,7 @@ class ValidSet(Protocol):
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """After an update: how many there were, what pipeline rank 0 wants to follow, and reports.
+    """After an update: its number, what pipeline rank 0 has decided to follow, and reports.
 
     On global rank 0 `reports` holds what has arrived from all processes since the last call, elsewhere this process's.
     """
@@ -56,9 +56,9 @@ class UpdateResult:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What an engine is told beside the blueprint, and what changes no result.
+    """Options of an engine beside the blueprint; they change no result.
 
-    `channel` is the backend between pipeline ranks, `trace` the first and last update to record (counted from 1).
+    `channel` is the backend between pipeline ranks, `trace` the first and last update to trace (counted from 1).
     """
 
     max_skipped_updates: int
@@ -140,7 +140,7 @@ class TrainingEngine(ABC):
         self._finish()
         self.world.wait_for_the_end()
         reports = gather_reports(self.world, []) if self.world.global_rank == 0 else []
-        self._let_go()
+        self._release()
         leave(self.world)
         return reports
 
@@ -158,15 +158,15 @@ class TrainingEngine(ABC):
     def _load(self, run: Path, update: int) -> None: ...
 
     def _finish(self) -> None:  # noqa: B027 - an engine that has nothing on its way
-        """Before the others have come to their end: send and take what is on its way."""
+        """At the end of the run, before the others have ended: send and receive what is in transit."""
 
-    def _let_go(self) -> None:  # noqa: B027
-        """After it: what holds process groups lets them go."""
+    def _release(self) -> None:  # noqa: B027
+        """After that: drop what holds process groups."""
 
     def _take_requests(self) -> Control:
-        """What this process was asked for since the last call."""
-        asked, self._requested = self._requested, Control.NOTHING
-        return asked | Control.SAVE | Control.STOP if self._stop_requested else asked
+        """What was requested on this process since the last call."""
+        requested, self._requested = self._requested, Control.NOTHING
+        return requested | Control.SAVE | Control.STOP if self._stop_requested else requested
 
     def _description(self, plan: StagePlan) -> dict[str, Any]:
         """What state.json says of a stage."""

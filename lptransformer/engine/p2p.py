@@ -102,14 +102,14 @@ class Sender:
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             if self.stream:
                 self.stream.wait_stream(torch.cuda.current_stream(self.frame.device))
-            with breaks_in_our_words(self.name):
+            with translate_broken_channel(self.name):
                 self.work = self.group.send([self.buffer], self.peer, 0)
 
     def flush(self) -> None:
         """Wait until the message on the way has left; the wait counts as idle time."""
         if self.work is not None:
             started = time.perf_counter()
-            with breaks_in_our_words(self.name):
+            with translate_broken_channel(self.name):
                 self.work.wait()
             if self.stream:
                 torch.cuda.current_stream(self.frame.device).synchronize()
@@ -132,14 +132,14 @@ class Receiver:
         on_stream = torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
         if self.stream:  # the copy out of this buffer is queued on the current stream
             self.stream.wait_stream(torch.cuda.current_stream(self.frame.device))
-        with breaks_in_our_words(self.name), on_stream:
+        with translate_broken_channel(self.name), on_stream:
             self.posted.append((buffer, self.group.recv([buffer], self.peer, 0)))
 
     def receive(self) -> tuple[Header, Tensor]:
         """The next message, in the order of sending; the wait counts as idle time."""
         buffer, work = self.posted.popleft()
         started = time.perf_counter()
-        with breaks_in_our_words(self.name):
+        with translate_broken_channel(self.name):
             work.wait()
         if self.stream:  # wait() has only ordered the current stream behind the transfer
             torch.cuda.current_stream(self.frame.device).synchronize()
@@ -151,8 +151,8 @@ class Receiver:
 
 
 @contextlib.contextmanager
-def breaks_in_our_words(name: str) -> Iterator[None]:
-    """A peer that has gone shows in any call: when a message is posted or when it is waited for."""
+def translate_broken_channel(name: str) -> Iterator[None]:
+    """Turns the errors of a peer that has gone into a TrainingError; they come from posting and from waiting alike."""
     try:
         yield
     except RuntimeError as error:

@@ -1,8 +1,8 @@
 """Processes: one torch.distributed world per pipeline rank, and the store that joins them.
 
 The default process group of a process holds the data-parallel replicas of its pipeline rank and nothing else, so no
-collective of DeepSpeed can reach another pipeline rank. What crosses pipeline ranks are links (groups of two processes
-for engine/p2p.py), groups over the pipeline ranks that clip together, and the store.
+collective of DeepSpeed can reach another pipeline rank. What crosses pipeline ranks are channels (groups of two
+processes, engine/p2p.py), groups over the pipeline ranks that clip together, and the store.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class World:
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
-        """Around what may be refused last, before a run begins; leaves when every process has done it.
+        """Around the last checks before a run begins; returns when every process has passed them.
 
         A UserError in one process ends all of them with its exit code, and only the first has a message.
         """
@@ -75,7 +75,7 @@ class World:
                 raise
             raise SystemExit(UserError.exit_code) from None
         except RuntimeError:  # of a replica that waited for another, which has refused
-            with lost_processes_in_our_words():
+            with translate_lost_processes():
                 if not self.store.check([REFUSED]):
                     raise
         if self.store.check([REFUSED]):
@@ -122,7 +122,7 @@ def join(pipeline: int, data: int, timeout_seconds: float, *, together: bool = F
 
     With `together` all pipeline ranks are one world, and the default group holds every process in the order of its
     global rank: what DeepSpeed's own pipelines need. The world size that the launcher says must be `pipeline` x `data`
-    (config/checks.check_world_size is the user's message).
+    (check_world_size in config/checks.py has the message for the user).
     """
     timeout = timedelta(seconds=timeout_seconds)
     before = {name: os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_RANK")}
@@ -135,7 +135,7 @@ def join(pipeline: int, data: int, timeout_seconds: float, *, together: bool = F
         store, global_rank, _ = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     pipeline_rank, data_rank = divmod(global_rank, data)
-    cuda = deepspeed.accelerator.get_accelerator().device_name() == "cuda"  # not torch's word: DS_ACCELERATOR decides
+    cuda = deepspeed.accelerator.get_accelerator().device_name() == "cuda"  # not torch's answer: DS_ACCELERATOR decides
     device = torch.device("cpu")
     if cuda:
         # Several pipeline ranks may share a GPU. DeepSpeed takes the device from the variable.
@@ -143,7 +143,7 @@ def join(pipeline: int, data: int, timeout_seconds: float, *, together: bool = F
         os.environ["LOCAL_RANK"] = str(device.index)
         torch.cuda.set_device(device)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed's shared-memory extension needs a compiler, leaks, and can wait for ever: never build it.
+    # DeepSpeed's shared-memory extension needs a compiler, leaks, and can wait forever: never build it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     name, rank, size = ("all", global_rank, size) if together else (f"pipeline_rank/{pipeline_rank}", data_rank, data)
     backend = "nccl" if cuda and size > 1 else "gloo"
@@ -155,8 +155,8 @@ def join(pipeline: int, data: int, timeout_seconds: float, *, together: bool = F
 
 
 @contextlib.contextmanager
-def lost_processes_in_our_words() -> Iterator[None]:
-    """The store and the groups fail in many ways when another process has gone: one TrainingError for all."""
+def translate_lost_processes() -> Iterator[None]:
+    """One TrainingError for the many ways in which the store and the groups fail when another process has gone."""
     try:
         yield
     except dist.DistError as error:

@@ -20,13 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lptransformer.engine.deepspeed_stage import FrozenStage, TrainedStage
-from lptransformer.engine.p2p import breaks_in_our_words
+from lptransformer.engine.p2p import translate_broken_channel
 from lptransformer.engine.process_groups import World
 from lptransformer.methods.stages import StagePlan
 
 
-class Link:
-    """The versions of some weights of one stage on their way to one head, for one replica.
+class CopyRoute:
+    """From the weights of one stage to the copies in one head: their versions on the way, for one replica.
 
     `names` are (source, target): the names of the tensors in the two stages.
     """
@@ -68,7 +68,7 @@ class Link:
             return
         self.flush()
         flat = flat.cpu()
-        with breaks_in_our_words(self.name):
+        with translate_broken_channel(self.name):
             self._sending = (flat, self.group.send([flat], 1, 0))
 
     def use(self, update: int) -> None:
@@ -94,7 +94,7 @@ class Link:
         """Wait until the version on the way has left."""
         if self._sending is not None:
             started = time.perf_counter()
-            with breaks_in_our_words(self.name):
+            with translate_broken_channel(self.name):
                 self._sending[1].wait()
             self.waited_seconds += time.perf_counter() - started
             self._sending = None
@@ -103,22 +103,22 @@ class Link:
         assert self.group is not None
         (dtype,) = {dtype for _, dtype in self._shapes}
         buffer = torch.empty(sum(shape.numel() for shape, _ in self._shapes), dtype=dtype)
-        with breaks_in_our_words(self.name):
+        with translate_broken_channel(self.name):
             self._posted.append((buffer, self.group.recv([buffer], 0, 0)))
 
     def _receive(self) -> None:
         assert self._posted, "a version that nobody sends"
         buffer, work = self._posted.popleft()
         started = time.perf_counter()
-        with breaks_in_our_words(self.name):
+        with translate_broken_channel(self.name):
             work.wait()
         self.waited_seconds += time.perf_counter() - started
         self.arrived.append(buffer)
         self._post()
 
 
-class Mirror:
-    """All links of one process."""
+class WeightCopies:
+    """All routes of one process."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class Mirror:
         refresh_every: int,
     ) -> None:
         """`lags` has the stages whose heads hold copies, with their lag in updates; all processes give the same."""
-        self.links: dict[tuple[int, int], Link] = {}  # (target stage, source stage)
+        self.routes: dict[tuple[int, int], CopyRoute] = {}  # (target stage, source stage)
         for index in sorted(lags):
             for source, names in sorted(_names_of(world, plans, local, index).items()):
                 here, there = plans[index].pipeline_rank, plans[source].pipeline_rank
@@ -138,7 +138,7 @@ class Mirror:
                 group = None
                 if here != there:
                     group = world.group(f"copy/{source}-{index}", int(world.pipeline_rank == here), 2)
-                self.links[index, source] = Link(
+                self.routes[index, source] = CopyRoute(
                     names,
                     local.get(source),
                     local.get(index),
@@ -150,52 +150,52 @@ class Mirror:
 
     @property
     def waited_seconds(self) -> float:
-        return sum(link.waited_seconds for link in self.links.values())
+        return sum(route.waited_seconds for route in self.routes.values())
 
     def before(self, update: int) -> None:
         """Before an update (counted from 0): every local head gets the copies that it is to use."""
-        for link in self.links.values():
-            link.use(update)
+        for route in self.routes.values():
+            route.use(update)
 
     def after(self, updates: int) -> None:
         """After `updates` updates: local weights that others follow are sent. Heads that follow the same share them."""
         made: dict[tuple[int, tuple[str, ...]], Tensor] = {}
-        for (_, source), link in self.links.items():
-            if link.source is None or updates % link.refresh_every:
+        for (_, source), route in self.routes.items():
+            if route.source is None or updates % route.refresh_every:
                 continue
-            names = tuple(name for name, _ in link.names)
+            names = tuple(name for name, _ in route.names)
             if (source, names) not in made:
-                weights = link.source.tensors(names)
+                weights = route.source.tensors(names)
                 made[source, names] = torch.cat([weights[name].flatten() for name in names])
-            link.publish(made[source, names])
+            route.publish(made[source, names])
 
     def pending(self, stage: int, updates: int) -> dict[str, Tensor]:
         """The versions that a stage holds and does not use yet; waits for those of the updates made."""
-        held = {source: link for (target, source), link in self.links.items() if target == stage}
-        for link in held.values():
-            link.catch_up(updates)
-        return {f"copy.{source}.{i}": flat for source, link in held.items() for i, flat in enumerate(link.arrived)}
+        held = {source: route for (target, source), route in self.routes.items() if target == stage}
+        for route in held.values():
+            route.catch_up(updates)
+        return {f"copy.{source}.{i}": flat for source, route in held.items() for i, flat in enumerate(route.arrived)}
 
     def resume(self, stage: int, updates: int, pending: Mapping[str, Tensor]) -> None:
         """Continue after `updates` updates from what `pending` gave."""
-        for (target, source), link in self.links.items():
+        for (target, source), route in self.routes.items():
             if target == stage:
-                link.applied = link.version(updates - 1) if updates else 0
+                route.applied = route.version(updates - 1) if updates else 0
                 number = sum(name.startswith(f"copy.{source}.") for name in pending)
-                link.arrived = deque(pending[f"copy.{source}.{i}"] for i in range(number))
+                route.arrived = deque(pending[f"copy.{source}.{i}"] for i in range(number))
 
     def close(self, updates: int) -> None:
         """Take and send all that is on the way, so that nobody waits for this process."""
-        for link in self.links.values():
-            link.catch_up(updates)
-        for link in self.links.values():
-            link.flush()
+        for route in self.routes.values():
+            route.catch_up(updates)
+        for route in self.routes.values():
+            route.flush()
 
 
 def _names_of(
     world: World, plans: Sequence[StagePlan], local: Mapping[int, TrainedStage | FrozenStage], target: int
 ) -> dict[int, list[tuple[str, str]]]:
-    """The (source, target) names of a head's copies by source stage, told by the target's process through the store."""
+    """The (source, target) names of a head's copies by source stage, from the target's process through the store."""
     key = f"copies/{target}"
     if target in local:
         names: dict[int, list[Any]] = {}

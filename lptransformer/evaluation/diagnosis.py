@@ -179,8 +179,8 @@ def _where(results: dict[str, Any]) -> str:
     return f"{results['run']} after {results['step']} updates, {results['windows']} windows of {results['set']}"
 
 
-def _rows(records: list[dict[str, Any]]) -> list[list[Any]]:
-    return [list(record.values()) for record in records]
+def _rows(entries: list[dict[str, Any]]) -> list[list[Any]]:
+    return [list(entry.values()) for entry in entries]
 
 
 def _column(rows: list[dict[str, Any]], key: str) -> list[float]:

@@ -75,7 +75,7 @@ def assemble(config: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     config.use_cache = True  # generation is slow without, and nothing else depends on it
     config.dtype = torch.float32
     model = hf_config.empty_model(hf_config.model_class(config), config)
-    # What a model folder's configuration may say about sampling is no result of this run.
+    # The sampling settings of a model folder's configuration are no result of this run.
     tokens = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**tokens)
     model.load_state_dict(dict(weights), assign=True)

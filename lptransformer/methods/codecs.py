@@ -1,7 +1,7 @@
 """Codecs of borders: in which form hidden states are handed from chunk to chunk.
 
-A row says how many bytes a token takes and which class encodes and decodes (models/border_codec.py has ours), so that
-whoever only counts needs no torch.
+A row says how many bytes a token takes and which class encodes and decodes (models/border_codec.py has them), so that
+code that only counts needs no torch.
 """
 
 from __future__ import annotations

@@ -4,13 +4,13 @@
 its input as much. A block that is trained in the phase has all three, also where no gradient goes on below it (only the
 first products of a block would be saved); any other block has the forward pass alone. A pull (methods/gradient_flow.py)
 is the gradient at the input once more: that is what an overlapping border costs, in the blocks of its upper run. Heads
-have their forward and backward pass as methods/cost.py counts them, also where a head moves no block: its norm needs
+have their forward and backward pass as methods/cost.py counts them, also where a head trains no block: its norm needs
 the gradient at the readout's input. Embeddings, norms and the optimizer are left out. The stages are those of the
 objective: a pipeline rank that ends inside of a run of an overlapping objective adds a pull there, which is not
 counted.
 
-**Serial** (2012.03837, section 4, compares methods by it): what an update takes when nothing but dependence holds it
-up, in steady state. Every chunk has workers of its own, micro-batches run beside each other, so the work is that of one
+**Serial** (2012.03837, section 4, compares methods by it): what an update takes when only dependences limit it, in
+steady state. Every chunk has workers of its own, micro-batches run beside each other, so the work is that of one
 micro-batch; embeddings and frozen blocks take no time, because nothing that training changes comes before them. An
 update of a stage depends on the one before through its weights alone: its forward pass needs them, hidden states go up
 to a head, the gradient comes down and gives the next weights. So the rate is that of the costliest cycle
@@ -60,7 +60,7 @@ def of_phase(objective: Objective, phase: Phase, costs: ModelCosts) -> UpdateFlo
     for span in phase.spans:
         head = _head(span.last, objective, costs)
         total += head
-        cycles.append(head)  # of a head that moves no block
+        cycles.append(head)  # of a head that trains no block
         way = head
         for stage in reversed([stage for stage in stages if stage.first_block in span]):
             forward = stage_flops[stage.index]

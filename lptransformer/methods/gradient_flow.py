@@ -96,10 +96,10 @@ def duties(phase: Phase, stages: Sequence[StagePlan]) -> list[Duty]:
 
 
 def clip_groups(phase: Phase, stages: Sequence[StagePlan]) -> list[tuple[int, ...]]:
-    """The trained stages that clip and skip together, in ascending order; the placement on ranks has no say in it.
+    """The trained stages that clip and skip together, in ascending order; independent of the placement on ranks.
 
     Where losses are added up: all stages that spans connect. Where they are weighted: those between two cuts of the
-    phase, because the stages that overlapping spans connect are all of them, and nobody is to wait for all.
+    phase, because the stages that overlapping spans connect are all of them, and no stage should wait for all others.
     """
     if phase.own_weight is None and not phase.clip_at:
         belongs = [{s.index for s in stages if s.first_block in span} for span in phase.spans]
@@ -126,8 +126,8 @@ def borders_carry_gradients(objective: Objective, stages: Sequence[StagePlan]) -
 
 
 def copy_lags(stages: Sequence[StagePlan], followed: str | None, in_flight: int, rounds: int) -> dict[int, int]:
-    """The stages whose auxiliary heads hold read-only copies, and the lag of those: after so many updates a version has
-    surely arrived, in steady state.
+    """The stages whose auxiliary heads hold read-only copies, and their lag: the number of updates after which a
+    version has always arrived, in steady state.
 
     `followed` is the "last" stage or the "next" one (None: there are no copies). A stage can be `in_flight` + 1
     messages ahead of the next, and `rounds` messages make an update. The hops are counted in heads, as if each were on

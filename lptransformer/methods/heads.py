@@ -32,7 +32,7 @@ class HeadOptions(KindOptions):
     )
     refresh_every: Count = Field(default=1, description="shared, ema_decay: updates between two refreshes of copies")
     token_fraction: Annotated[float, Field(gt=0, le=1), "a number above 0, up to 1"] = Field(
-        default=1.0, description="share of a window's positions, drawn anew every time, whose loss the head sees"
+        default=1.0, description="share of a window's positions, drawn for every micro-batch, whose loss the head sees"
     )
     init: Annotated[Literal["scratch", "model"] | None, "scratch, model or null"] = Field(
         default=None, description="new weights, or copies of the model's own (null: model with model.pretrained)"

@@ -2,7 +2,7 @@
 
 A new objective is one row in METHODS, here or by `register` from anywhere: the function that gives its spans, the class
 of its options, its label and its flags. What follows from those (stages, the borders that carry a gradient, schedules,
-the ZeRO stages that work) is derived, never asked of a name.
+the ZeRO stages that work) is derived, never from the name.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Objective:
 
     @property
     def is_backprop(self) -> bool:
-        """Whether every update is one of backprop, at the weights of now."""
+        """Whether every update is one of backprop, at the current weights."""
         return self.phases == (backprop(self.num_blocks),) and not self.delayed
 
     def phase_at(self, update: int, steps: int) -> int:
@@ -76,7 +76,7 @@ class ObjectiveOptions(Section):
 class HybridOptions(ObjectiveOptions):
     """Of objectives that may alternate with backprop."""
 
-    backprop_every: MaybeCount = Field(default=None, description="hybrid: every so many updates a global one")
+    backprop_every: MaybeCount = Field(default=None, description="hybrid: updates from one global update to the next")
     backprop_share: Share = Field(default=0.0, description="hybrid: share of the updates, the last, that are global")
 
 

@@ -1,8 +1,8 @@
 """Schedules: the actions of one update on one pipeline rank, in order, as plain data.
 
-One list, several readers: the engine executes it, tests replay it, people read it as text. The text form of an action
-is `<stage><op><micro-batch>` in the letters of torch.distributed.pipelining, with `.<flow>` behind it where a gradient
-is meant, for example `1RECV_F3 1F3 1SEND_F3 1I3.0 1SEND_B3.0 1RECV_B2.1 1B2 1U`:
+One list, several readers: the engine executes it, planning simulates it, people read it as text. The text form of an
+action is `<stage><op><micro-batch>` in the letters of torch.distributed.pipelining, with `.<flow>` behind it where a
+gradient is meant, for example `1RECV_F3 1F3 1SEND_F3 1I3.0 1SEND_B3.0 1RECV_B2.1 1B2 1U`:
 
     RECV_F  receive the hidden states of a micro-batch from the stage below
     F       forward, and the loss of the stage's own head
@@ -25,13 +25,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lptransformer.methods.gradient_flow import Duty, duties, duty, flows
+from lptransformer.methods.gradient_flow import Duty, duty, flows
 from lptransformer.methods.spans import Phase
 from lptransformer.methods.stages import StagePlan
 
 RECV_F, SEND_F, RECV_B, SEND_B = "RECV_F", "SEND_F", "RECV_B", "SEND_B"
 SENDS, RECEIVES = (SEND_F, SEND_B), (RECV_F, RECV_B)
-OPS = (RECV_F, "F", SEND_F, "I", RECV_B, "B", SEND_B, "U")
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,8 @@ class Action:
         return f"{self.stage}{self.op}{number}" + ("" if self.flow is None else f".{self.flow}")
 
 
-def to_text(actions: Sequence[Action]) -> str:
-    return " ".join(map(str, actions))
-
-
 def parse(text: str) -> list[Action]:
-    """The inverse of to_text. Raises ValueError for a word that is no action."""
+    """Actions from their text, separated by white space. Raises ValueError for a word that is no action."""
     actions = []
     for word in text.split():
         match = re.fullmatch(r"(\d+)(?:(U)|(F|B|RECV_F|SEND_F)(\d+)|(I|RECV_B|SEND_B)(\d+)\.(\d+))", word)
@@ -179,85 +174,3 @@ def _actions(local: Sequence[StagePlan], duty_of: Mapping[int, Duty], rounds: It
             here.add((top.index, micro_batch, flow))
             settle(top, micro_batch)
     return actions
-
-
-def replay(schedules: Sequence[Sequence[Action]], stages: Sequence[StagePlan], phase: Phase, in_flight: int) -> int:
-    """Run the schedules of all pipeline ranks against each other without computing anything.
-
-    A message waits in a channel of `in_flight` + 1 places. Returns the greatest number of messages that waited at once.
-    Raises AssertionError, with what every rank was about to do, when no rank can go on, when a message is taken in an
-    order other than it was sent, when an action comes before what it needs, and when an update leaves work undone.
-    """
-    duty_of = duties(phase, stages)
-    position = [0] * len(schedules)
-    channels: dict[tuple[int, str, int | None], list[int | None]] = {}
-    done: set[Action] = set()
-    most = 0
-
-    def source(action: Action) -> tuple[int, str, int | None]:
-        return (action.stage - 1, SEND_F, None) if action.op == RECV_F else (action.stage + 1, SEND_B, action.flow)
-
-    def gradient_made(stage: int, micro_batch: int | None, flow: int) -> Action:
-        """The action that made a flow's gradient at the input of a stage."""
-        by_pull = flow in duty_of[stage].pulls
-        return Action(stage, "I", micro_batch, flow) if by_pull else Action(stage, "B", micro_batch)
-
-    def gradient_at_output(stage: int, micro_batch: int | None, flow: int) -> Action:
-        if stages[stage].pipeline_rank == stages[stage + 1].pipeline_rank:
-            return gradient_made(stage + 1, micro_batch, flow)
-        return Action(stage, RECV_B, micro_batch, flow)
-
-    def needs(action: Action) -> list[Action]:
-        stage, i = action.stage, action.micro_batch
-        plan, own = stages[stage], duty_of[stage]
-        if action.op == "F" and not plan.is_first:
-            here = stages[stage - 1].pipeline_rank == plan.pipeline_rank
-            return [Action(stage - 1, "F", i) if here else Action(stage, RECV_F, i)]
-        if action.op == SEND_F:
-            return [Action(stage, "F", i)]
-        if action.op == SEND_B:
-            assert action.flow is not None
-            return [gradient_made(stage, i, action.flow)]
-        if action.op == "I":
-            assert action.flow in own.pulls, f"{action}: stage {stage} pulls {own.pulls}"
-            passing = [flow for flow, _ in own.above if flow == action.flow]
-            return [Action(stage, "F", i), *(gradient_at_output(stage, i, flow) for flow in passing)]
-        if action.op == "B":
-            pulls = [Action(stage, "I", i, flow) for flow in own.pulls]
-            above = [gradient_at_output(stage, i, flow) for flow, _ in own.above]
-            return [Action(stage, "F", i), *above, *pulls]  # the ordinary backward frees what pulls need
-        if action.op == "U":
-            return [Action(stage, "B", other.micro_batch) for other in done if (other.stage, other.op) == (stage, "F")]
-        return []
-
-    def feasible(action: Action) -> bool:
-        if action.op in RECEIVES:
-            waiting = channels.get(source(action), [])
-            assert not waiting or waiting[0] == action.micro_batch, f"{action}: the message waiting is {waiting[0]}"
-            return bool(waiting)
-        missing = [need for need in needs(action) if need not in done]
-        assert not missing, f"{action} before {to_text(missing)}"
-        return action.op not in SENDS or len(channels.get((action.stage, action.op, action.flow), [])) <= in_flight
-
-    while any(position[rank] < len(schedule) for rank, schedule in enumerate(schedules)):
-        moved = False
-        for rank, schedule in enumerate(schedules):
-            while position[rank] < len(schedule) and feasible(action := schedule[position[rank]]):
-                assert action not in done, f"{action} twice"
-                assert Action(action.stage, "U") not in done, f"{action} after {Action(action.stage, 'U')}"
-                if action.op in SENDS:
-                    channels.setdefault((action.stage, action.op, action.flow), []).append(action.micro_batch)
-                elif action.op in RECEIVES:
-                    channels[source(action)].pop(0)
-                most = max(most, *(len(waiting) for waiting in channels.values()), 0)
-                done.add(action)
-                position[rank] += 1
-                moved = True
-        blocked = {
-            rank: str(schedule[position[rank]])
-            for rank, schedule in enumerate(schedules)
-            if position[rank] < len(schedule)
-        }
-        assert moved or not blocked, f"deadlock: pipeline ranks are about to do {blocked}"
-    assert all(not waiting for waiting in channels.values()), f"messages nobody received: {channels}"
-    return most

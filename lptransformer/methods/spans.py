@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Span:
     """The head after block `last` trains blocks `first..last`; its gradient stops at the input of `first`.
 
-    With `first` = `last` + 1 it trains no block: the head learns from the hidden states and moves nothing below it.
+    With `first` = `last` + 1 it trains no block: the head learns from the hidden states and changes nothing below it.
     """
 
     first: int

@@ -99,7 +99,7 @@ class Blueprint:
         return CODECS[self.codecs.get(stage, "none")].token_bytes(self.parts.hidden_size, number_bytes)
 
 
-def draw(config: Config, vocab_size: int, end_of_text_id: int | None) -> Blueprint:
+def make_blueprint(config: Config, vocab_size: int, end_of_text_id: int | None) -> Blueprint:
     """The blueprint of a run to be started. Raises ConfigError where tokenizer, model and cuts do not fit."""
     model = config.model
     if model.pretrained is not None:

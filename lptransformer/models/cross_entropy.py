@@ -100,7 +100,7 @@ def chunked_cross_entropy(
     hidden [tokens, hidden_size], weight [vocab_size, hidden_size], labels [tokens] int64 with IGNORE_INDEX where there
     is no loss. Returns (sum times `scale`, to be called backward on; sum, for logs), both scalars in nats, in fp32 or
     the higher precision of `hidden`. Logits are cast to that before rule and loss. With equal `chunk_tokens`, loss and
-    gradients are bit for bit those of the plain loop over chunks of rows. A gradient that nobody asks for (a weight
+    gradients are bit for bit those of the plain loop over chunks of rows. A gradient that is not required (of a weight
     that is a read-only copy) is not computed.
     """
     train_hidden, train_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))

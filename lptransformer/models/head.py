@@ -245,9 +245,9 @@ def make_read_only(module: nn.Module) -> list[str]:
 class Material:
     """What a builder of a readout works with.
 
-    `new` takes shapes (in, out) and gives new linear maps (split.HeadMaker.linear). `model_readout` is the model's
-    own, with the weights that training starts from; with `as_model` the head starts from those instead of new ones.
-    `depth` is the number of the model's blocks.
+    `new` takes shapes (in, out) and gives new linear maps (HeadMaker.linear in models/split.py). `model_readout` is the
+    model's own, with the weights that training starts from; with `as_model` the head starts from those instead of new
+    ones. `depth` is the number of the model's blocks.
     """
 
     hidden_size: int

@@ -59,7 +59,7 @@ def new_config(family: str, **sizes: Any) -> Any:
 def read_config(folder: str | Path) -> Any:
     """The configuration of a model folder. Raises ModelError when it is missing, broken or no causal LM.
 
-    Nor may it need code that lies in the folder: the library would ask on the terminal whether to run it.
+    A model that needs code from the folder is refused too: the library would ask on the terminal whether to run it.
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -100,7 +100,7 @@ def empty_model(of_class: type[PreTrainedModel], config: Any) -> PreTrainedModel
 
 
 def one_line(error: Exception) -> str:
-    """An error of the library in one line, not too long: the first two that say something."""
+    """An error of the library in one short line: its first two lines that hold text."""
     lines = [line.strip(" -*|\t") for line in str(error).splitlines()]
     return f"{type(error).__name__}: {' '.join([line for line in lines if line][:2])[:300]}"
 

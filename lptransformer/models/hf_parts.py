@@ -61,7 +61,7 @@ def anatomy(config: Any) -> Anatomy:
     try:
         model = empty_model(whole, config)
         depth, hidden_size, vocab_size = config.num_hidden_layers, config.hidden_size, config.vocab_size
-    except Exception as error:  # a configuration of anyone's, in the hands of the library
+    except Exception as error:  # whatever the library raises for a configuration that anyone may have written
         raise ModelError(f"{whole.__name__} cannot be built: {one_line(error)}") from None
     names = {module: name for name, module in model.named_modules()}
     lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
@@ -209,7 +209,7 @@ class _Passing(nn.Module):
 
 
 def fill(model: PreTrainedModel) -> None:
-    """From nothing allocated to the CPU: the library's values in the buffers, whatever was there in the weights.
+    """Allocate an empty model on the CPU: its buffers get the library's values, its weights stay uninitialised.
 
     Raises ModelError where the library does not say what a buffer begins with.
     """
@@ -229,7 +229,7 @@ def fill(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def whole_windows() -> Iterator[None]:
-    """For tensors without contents: the library cannot look whether a window holds several documents; it holds one."""
+    """For tensors without contents, where the library cannot look for several documents in a window: it holds one."""
     find = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:

@@ -22,6 +22,7 @@ from lptransformer.models.head import (
     LossTerm,
     Material,
     Readout,
+    StageLoss,
     build_readout,
     make_read_only,
 )
@@ -108,7 +109,8 @@ class Stage(nn.Module):
             hidden_states = hidden_states.view_as(hidden_states)
         if self.head is not None:
             at = hidden_states.detach().requires_grad_() if split else hidden_states
-            losses = self.head(at, batch)
+            stage_loss: StageLoss = self.head
+            losses = stage_loss(at, batch)
             if split:
                 loss = add(term.loss for term in losses.values())
                 assert loss is not None

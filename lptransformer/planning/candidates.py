@@ -22,7 +22,7 @@ from lptransformer.planning.simulate import StageSeconds, steady
 from lptransformer.planning.step_time import (
     Bound,
     Work,
-    border_links,
+    border_seconds,
     bounds,
     by_rank,
     message_bytes,
@@ -31,10 +31,10 @@ from lptransformer.planning.step_time import (
 
 # What a device has for the program: the rest is for its own context, buffers and holes between tensors.
 USABLE_MEMORY = 0.9  # assumed
-# Shares of the blocks whose activations others may make again, where all of them do not fit.
+# Shares of the blocks whose activations others may recompute, where all of them do not fit.
 RECOMPUTE = (0.0, 0.25, 0.5, 0.75, 1.0)
-# A local method has to be so much faster before its other result is worth a trial: below it is within what this
-# prediction errs by.
+# How many times as fast a local method has to be before its other training result is worth a trial; less is within the
+# error of this prediction.
 WORTH = 1.1
 
 
@@ -64,7 +64,7 @@ class Prediction:
     micro_batch_size: int
     micro_batches: int  # of a replica
     zero_stage: int
-    recompute: float  # share of the blocks whose activations are made again
+    recompute: float  # share of the blocks whose activations are recomputed
     memory_bytes: float
     fits: bool
     step_seconds: float
@@ -84,13 +84,14 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method on a split: `goal` on pipeline ranks of `stages`, run by this program (`ours`) or as others run it.
+    """A method on a split: `objective` on pipeline ranks of `stages`, run by this program (`ours`) or as others run it.
 
-    In a run of `steps` updates; `head` names its auxiliary heads. Time is reckoned by `evaluate`, memory before.
+    In a run of `steps` updates; `head` names its auxiliary heads. `evaluate` predicts the time; the memory is known
+    before.
     """
 
     method: str
-    goal: Objective
+    objective: Objective
     stages: Sequence[StagePlan]
     work: Work
     cluster: Cluster
@@ -127,7 +128,9 @@ class Candidate:
         if self.work.empty is None:
             return [RankMemory()] * self.pipeline
         size = self.work.micro_batch_size
-        return self.work.empty.ranks(self.goal, self.stages, self._precision, micro_batch_size=size, rounds=self.rounds)
+        return self.work.empty.ranks(
+            self.objective, self.stages, self._precision, micro_batch_size=size, rounds=self.rounds
+        )
 
     @property
     def _precision(self) -> Precision:
@@ -158,7 +161,9 @@ class Candidate:
     @cached_property
     def _seconds(self) -> tuple[list[StageSeconds], list[float]]:
         work, moved = self.work, 2 * self.work.states.weights
-        if self.goal.delayed:  # every update copies one version of the weights to the other (engine/deepspeed_stage.py)
+        if (
+            self.objective.delayed
+        ):  # an update copies one version of the weights to the other (engine/deepspeed_stage.py)
             work = replace(work, update_bytes=work.update_bytes + moved)
         return stage_seconds(
             self.stages, work, self.cluster, self.data, self.zero_stage, ours=self.ours, recompute=self.recompute
@@ -177,14 +182,14 @@ class Candidate:
         """Replay it. Programs of others have a receive posted for every micro-batch of 1F1B."""
         work, data, stages = self.work, self.data, self.stages
         seconds, waits = self._seconds
-        up, down = message_bytes(self.goal, stages, work)
+        up, down = message_bytes(self.objective, stages, work)
         found = steady(
-            self.goal,
+            self.objective,
             stages,
             seconds,
             micro_batches=self.rounds,
             in_flight=work.in_flight if self.ours else self.pipeline,
-            link=border_links(self.cluster, data, up, work.channel if self.ours else None),
+            link=border_seconds(self.cluster, data, up, work.channel if self.ours else None),
             steps=self.steps,
         )
         step, reductions = found.update_seconds, by_rank(stages, waits)
@@ -193,7 +198,7 @@ class Candidate:
         passes = {2: self.rounds + 1 if self.ours else 2, 3: 3 * self.rounds}.get(self.zero_stage, 2)
         return Prediction(
             method=self.method,
-            local=not self.goal.is_backprop,
+            local=not self.objective.is_backprop,
             pipeline=self.pipeline,
             data=data,
             micro_batch_size=work.micro_batch_size,
@@ -231,7 +236,7 @@ def of_others(
     messages: float = 0.0,
     gathered: float = 0.0,
 ) -> float:
-    """Bytes of a process of somebody else's program that trains so many weights, at its peak.
+    """Bytes of a process of another program that trains `weights` weights, at its peak.
 
     `kept` is what waits for its backward pass, `gathered` what ZeRO 3 has of the other replicas' weights meanwhile.
     """
@@ -248,15 +253,16 @@ def largest_tensor(num_blocks: int, costs: ModelCosts, embedding: bool, readout:
 
 def of_backprop(work: Work, cluster: Cluster, pipeline: int, data: int, zero_stage: int, recompute: float) -> Candidate:
     """1F1B as others run it; on one pipeline rank data parallel training, or one process."""
-    goal = Objective(work.num_blocks, objectives.backprop(work.num_blocks))
+    objective = Objective(work.num_blocks, objectives.backprop(work.num_blocks))
     sizes = balanced_sizes(work.num_blocks, pipeline, work.costs.block_flops, work.costs.head_flops)
-    stages = cut(goal, pipeline, work.costs, sizes)
+    stages = cut(objective, pipeline, work.costs, sizes)
     method = "backprop, 1F1B" if pipeline > 1 else "data parallel" if data > 1 else "one process"
-    return Candidate(method, goal, stages, work, cluster, data, zero_stage, ours=False, recompute=recompute)
+    return Candidate(method, objective, stages, work, cluster, data, zero_stage, ours=False, recompute=recompute)
 
 
 def balanced_sizes(num_blocks: int, parts: int, block: float, last_head: float, other_head: float = 0.0) -> list[int]:
-    """Blocks of every part with the smallest costliest part; the last one has `last_head`, the others `other_head`.
+    """Blocks of every part so that the costliest part is as cheap as possible; the last one has `last_head`, the others
+    `other_head`.
 
     Blocks are alike, so all but the last differ by one at most, the longer ones first.
     """
@@ -273,7 +279,7 @@ def balanced_sizes(num_blocks: int, parts: int, block: float, last_head: float, 
 
 
 def splits(cluster: Cluster, work: Work) -> list[tuple[int, int, Work]]:
-    """(pipeline, data, the work in micro-batches that so many replicas can share) for all processes of a cluster."""
+    """(pipeline, data, the work in micro-batches that `data` replicas can share) for all processes of a cluster."""
     found = []
     sizes = [size for size in range(work.micro_batch_size, 0, -1) if work.micro_batch_size % size == 0]
     for data in range(1, cluster.size + 1):
@@ -288,12 +294,12 @@ def splits(cluster: Cluster, work: Work) -> list[tuple[int, int, Work]]:
 
 
 def methods(
-    work: Work, cluster: Cluster, own: str | None, goal: Objective, *, zero_stage: int, head: str, steps: int
+    work: Work, cluster: Cluster, own: str | None, objective: Objective, *, zero_stage: int, head: str, steps: int
 ) -> tuple[list[Prediction], list[Bound]]:
     """Every method at its best split, size of micro-batch and ZeRO stage, the fastest that fits first; and the bounds
     of schedules that are not replayed.
 
-    `own` names the objective `goal` of the configuration (None: leave it out), `zero_stage` is the least of ZeRO.
+    `own` names the `objective` of the configuration (None: leave it out), `zero_stage` is the least of ZeRO.
     """
     found: dict[str, list[Candidate]] = {}
     at_best: dict[str, Bound] = {}
@@ -310,21 +316,22 @@ def methods(
         return None
 
     def add_ours(
-        method: str, goal: Objective, work: Work, pipeline: int, data: int, sizes: str | Sequence[int]
+        method: str, objective: Objective, work: Work, pipeline: int, data: int, sizes: str | Sequence[int]
     ) -> None:
         """A method of this program on a split, where training would take it (config/checks.py)."""
         if work.dtype == "fp64" and data > 1:
             return
-        stages = cut(goal, pipeline, work.costs, sizes)
-        most = 0 if goal.delayed else 2 if borders_carry_gradients(goal, stages) else 3
+        stages = cut(objective, pipeline, work.costs, sizes)
+        most = 0 if objective.delayed else 2 if borders_carry_gradients(objective, stages) else 3
         zeros = {min(zero_stage, most), *(range(max(1, zero_stage), most + 1) if data > 1 else ())}
         add(
-            Candidate(method, goal, stages, work, cluster, data, zero, head=head, steps=steps) for zero in sorted(zeros)
+            Candidate(method, objective, stages, work, cluster, data, zero, head=head, steps=steps)
+            for zero in sorted(zeros)
         )
 
     for pipeline, data, smaller in splits(cluster, work):
         if own is not None:
-            add_ours(own, goal, smaller, pipeline, data, "balanced")
+            add_ours(own, objective, smaller, pipeline, data, "balanced")
         if pipeline == 1:
             for zero in [zero_stage] if data == 1 else [1, 3]:  # 3 is for what does not fit otherwise
                 whole = add(of_backprop(smaller, cluster, 1, data, zero, share) for share in RECOMPUTE)
@@ -376,7 +383,7 @@ def fastest(predictions: Iterable[Prediction], local: bool) -> Prediction | None
     return min(fitting, key=lambda one: one.step_seconds, default=None)
 
 
-def choose(predictions: Sequence[Prediction]) -> Prediction | None:
+def recommend(predictions: Sequence[Prediction]) -> Prediction | None:
     """The fastest that fits; a method with local updates only where it is `WORTH` times as fast as all others."""
     exact, local = fastest(predictions, False), fastest(predictions, True)
     if exact is None or local is None:

@@ -1,6 +1,6 @@
 """`train --dry-run`: what a run would be, before anything is started: its cuts, its FLOPs, its memory.
 
-Stages are built on the meta device, and no process, no run folder and no token set is made.
+Stages are built on the meta device, and no process, no run folder and no token set is created.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lptransformer.data.prepare import vocabulary
 from lptransformer.methods import flops
 from lptransformer.methods.heads import label
 from lptransformer.methods.stages import stage_rows
-from lptransformer.models.blueprint import Blueprint, draw
+from lptransformer.models.blueprint import Blueprint, make_blueprint
 from lptransformer.planning.rank_memory import Precision, RankMemory, precision
 from lptransformer.planning.stage_memory import EmptyStages
 
@@ -32,7 +32,7 @@ def dry_run(config: Config) -> None:
     """
     blueprint = unprepared(config)
     print_stages(f"dry run: {config.run.dir} is not touched", config, blueprint)
-    print(_flops_in_words(blueprint))
+    print(_flops_text(blueprint))
     if config.engine != "local":
         print(
             f"{config.at('engine')}: the memory of DeepSpeed's own pipeline is not predicted; the same with "
@@ -46,13 +46,13 @@ def dry_run(config: Config) -> None:
     ]
     names = ("pipeline rank", *_COLUMNS, "micro-batches held")
     print_table("predicted memory of one process, MiB (buckets: ZeRO's)", names, lines)
-    print(_machine_in_words(config, max(rank.peak for rank in ranks)))
+    print(_machine_text(config, max(rank.peak for rank in ranks)))
 
 
 def unprepared(config: Config) -> Blueprint:
     """The blueprint of a run whose text need not be prepared."""
     data = config.data.model_dump(include={"train", "valid", "tokenizer", "vocab_size"})
-    return draw(config, vocabulary(**data), None)
+    return make_blueprint(config, vocabulary(**data), None)
 
 
 def print_stages(title: str, config: Config, blueprint: Blueprint) -> None:
@@ -74,14 +74,14 @@ def _precision(config: Config, blueprint: Blueprint, **how: Any) -> Precision:
     return precision(blueprint.dtype, optimizer, deepspeed, zero_stage=zero_stage, replicas=replicas, **how)
 
 
-def _flops_in_words(blueprint: Blueprint) -> str:
+def _flops_text(blueprint: Blueprint) -> str:
     steps = blueprint.steps
     tokens = blueprint.micro_batches * blueprint.micro_batch_size * blueprint.sequence_length
     total = flops.spent(blueprint.objective, blueprint.costs, steps, steps).total * tokens
     return f"an update: {tokens} tokens, {total / steps:.3g} FLOPs; {steps} updates: {total:.3g} FLOPs"
 
 
-def _machine_in_words(config: Config, peak: int) -> str:
+def _machine_text(config: Config, peak: int) -> str:
     processes = config.parallel.pipeline * config.parallel.data
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory

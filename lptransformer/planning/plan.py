@@ -18,7 +18,7 @@ from lptransformer.methods.heads import label
 from lptransformer.methods.objectives import METHODS, Objective
 from lptransformer.planning import candidates
 from lptransformer.planning.candidates import Candidate, Prediction
-from lptransformer.planning.devices import HOST_MEMORY, Cluster, table
+from lptransformer.planning.devices import HOST_MEMORY, Cluster, load_devices
 from lptransformer.planning.rank_memory import precision
 from lptransformer.planning.step_time import Bound, Work
 
@@ -34,7 +34,7 @@ PIPELINE_ENGINE = "backprop, DeepSpeed's PipelineEngine"
 class Plan:
     """`configured` is the run as the configuration has it (None: it has another number of processes than the cluster),
     `methods` are all that are compared, each at its best, in ascending order of time; those that do not fit come last.
-    `bounds` are of schedules that are not replayed, `remarks` what has to be said of the run as configured.
+    `bounds` are of schedules that are not replayed, `remarks` are on the run as configured.
     """
 
     cluster: Cluster
@@ -70,25 +70,26 @@ def make(
         raise UserError(f"{config.at('data.sequence_length')}: windows of up to {LONGEST:,} tokens can be planned")
 
     blueprint = _blueprint(config, _vocab_size(config, vocab_size))
-    goal = blueprint.objective
+    objective = blueprint.objective
     no_split = (
-        f"no split of {size} processes: at most {goal.num_blocks} pipeline ranks (blocks), and replicas must divide "
-        f"{batch}: give fewer devices or more micro-batches"
+        f"no split of {size} processes: at most {objective.num_blocks} pipeline ranks (blocks), and replicas must "
+        f"divide {batch}: give fewer devices or more micro-batches"
     )
-    if size > goal.num_blocks * windows:  # the search over splits goes through all of them
+    if size > objective.num_blocks * windows:  # the search over splits goes through all of them
         raise ConfigError(no_split)
     work = _work(config, blueprint)
     if cluster.device.is_cpu or config.parallel.channel == "nccl":
         work = replace(work, channel=None)
-    own = f"{_method(config)}, as configured" if not goal.is_backprop and len(goal.trained) == goal.num_blocks else None
+    compared = not objective.is_backprop and len(objective.trained) == objective.num_blocks
+    own = f"{_method(config)}, as configured" if compared else None
     options: dict[str, Any] = {"zero_stage": blueprint.zero_stage}
     options |= {"head": label(blueprint.head), "steps": blueprint.steps}
-    methods, bounds = candidates.methods(work, cluster, own, goal, **options)
+    methods, bounds = candidates.methods(work, cluster, own, objective, **options)
     if not methods:
         raise ConfigError(no_split)
     processes = config.parallel.pipeline * config.parallel.data
     configured = _configured(config, blueprint, work, cluster, options) if processes == size else None
-    return Plan(cluster, work, configured, methods, bounds, _remarks(config, goal, cluster))
+    return Plan(cluster, work, configured, methods, bounds, _remarks(config, objective, cluster))
 
 
 def _method(config: Config) -> str:
@@ -111,25 +112,27 @@ def _cluster(config: Config, nodes: int, per_node: int | None, gpu: str, link: s
             "cannot be shared equally; give --gpus-per-node"
         )
     if nodes > 1 and link is None:
-        raise UserError(f"--nodes={nodes} needs --link: what is between the nodes (one of {', '.join(table().links)})")
+        raise UserError(
+            f"--nodes={nodes} needs --link: what is between the nodes (one of {', '.join(load_devices().links)})"
+        )
     if nodes == 1 and link is not None:
         raise UserError(
             f"--link={link} is what is between nodes, and --nodes is 1: give both, or neither (what is within a node "
             "comes with the device)"
         )
-    device = table().device(gpu)
+    device = load_devices().device(gpu)
     if config.train.dtype not in device.flops:
         raise UserError(f"--gpu={gpu} has no number for {config.at('train.dtype')}")
-    between = device.intra_link if link is None else table().link(link)
+    between = device.intra_link if link is None else load_devices().link(link)
     return Cluster(device, nodes, per_node or processes // nodes, between)
 
 
-def _remarks(config: Config, goal: Objective, cluster: Cluster) -> list[str]:
-    """What has to be said of the run as it is configured."""
+def _remarks(config: Config, objective: Objective, cluster: Cluster) -> list[str]:
+    """Remarks on the run as configured."""
     lines, pipeline, data = [], config.parallel.pipeline, config.parallel.data
-    if len(goal.trained) < goal.num_blocks:
+    if len(objective.trained) < objective.num_blocks:
         lines.append(
-            f"{config.at('objective.name')} trains {len(goal.trained)} of {goal.num_blocks} blocks: it is "
+            f"{config.at('objective.name')} trains {len(objective.trained)} of {objective.num_blocks} blocks: it is "
             "not among what is compared and recommended."
         )
     if pipeline * data != cluster.size:
@@ -178,7 +181,7 @@ def _blueprint(config: Config, vocab_size: int | None) -> Blueprint:
 
     if config.model.pretrained is None:
         assert vocab_size is not None
-        return blueprint.draw(config, vocab_size, None)
+        return blueprint.make_blueprint(config, vocab_size, None)
     model_config = hf_config.read_config(config.model.pretrained)
     model_config.vocab_size = vocab_size or model_config.vocab_size
     return blueprint.of_model(config, model_config)
@@ -209,7 +212,7 @@ def _work(config: Config, blueprint: Blueprint) -> Work:
         update_bytes=2 * states.gradients + 2 * states.optimizer + states.weights * (1 if dtype.has_masters else 2),
         empty=empty,
         in_flight=blueprint.in_flight,
-        channel=table().links[HOST_MEMORY],
+        channel=load_devices().links[HOST_MEMORY],
     )
 
 
@@ -219,5 +222,5 @@ def _configured(
     """The run on its own split; DeepSpeed's pipelines have no channel of this program between their ranks."""
     ours = config.engine == "local"
     method, work = (config.objective.name, work) if ours else (PIPELINE_ENGINE, replace(work, channel=None))
-    goal, stages = blueprint.objective, blueprint.stages
-    return Candidate(method, goal, stages, work, cluster, blueprint.replicas, **options).evaluate()
+    objective, stages = blueprint.objective, blueprint.stages
+    return Candidate(method, objective, stages, work, cluster, blueprint.replicas, **options).evaluate()

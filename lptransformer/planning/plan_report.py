@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from lptransformer.console import print_table
-from lptransformer.planning.candidates import USABLE_MEMORY, WORTH, Prediction, choose, fastest
+from lptransformer.planning.candidates import USABLE_MEMORY, WORTH, Prediction, fastest, recommend
 from lptransformer.planning.plan import Plan
 
 _RANKS: tuple[str, ...] = ("pipeline rank", "blocks", "head", "parameters", "weights", "gradients", "optimizer")
@@ -68,8 +68,8 @@ def _as_data(one: Prediction) -> dict[str, Any]:
 
 
 def advice(plan: Plan) -> list[str]:
-    """The recommendation, a line for every reason, and what has to be said of the configuration."""
-    chosen, exact, local = choose(plan.methods), fastest(plan.methods, False), fastest(plan.methods, True)
+    """The recommendation, a line for every reason, and the remarks on the configuration."""
+    chosen, exact, local = recommend(plan.methods), fastest(plan.methods, False), fastest(plan.methods, True)
     if chosen is None:
         least = min(plan.methods, key=lambda one: one.memory_bytes)
         return [
@@ -84,7 +84,7 @@ def advice(plan: Plan) -> list[str]:
     ]
     if exact is not None and local is not None:
         lines.append(_compare(local, exact))
-    # A bound that leaves local updates no win is told too.
+    # A bound that leaves local updates no win is reported too.
     limit = chosen.step_seconds * (WORTH if chosen.local else 1.0)
     ahead = [one for one in plan.bounds if one.step_seconds < limit]
     if ahead:

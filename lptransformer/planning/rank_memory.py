@@ -134,7 +134,7 @@ class StageState:
     other stages' weights) are there all the time. `gradients` come with the first backward pass of an update and go
     with the optimizer's step, at ZeRO 3 they stay. `step` is what the step takes for itself, beside the gradients.
 
-    ZeRO 1 to 3 reduce gradients through a `bucket`, which is as large as it is told to be
+    ZeRO 1 to 3 reduce gradients through a `bucket`, whose size is given
     (deepspeed.zero_optimization.reduce_bucket_size), whatever the stage: at ZeRO 1 from the first backward pass to the
     update, at 2 in every backward pass, at 3 always. `gathered` is what a backward pass at ZeRO 3 has of all of the
     stage's weights.
@@ -237,7 +237,7 @@ class _Walk:
                 self.take_bucket(state.bucket)
 
     def reach(self, more: int, gradients: int = 0) -> None:
-        """For a moment `more` is alive, of which so much are new gradients of weights."""
+        """For a moment `more` bytes are alive, `gradients` of them new gradients of weights."""
         if self.now + more > self.peak:
             self.peak = self.now + more
             self.at_peak = self.gradients + gradients, self.buckets
@@ -252,7 +252,7 @@ class _Walk:
         self.now += change
 
     def hold(self, stage: int, micro_batch: int, change: int) -> None:
-        """Somebody begins (1) or ends (-1) to hold the output of a stage."""
+        """One more holder (1) of the output of a stage, or one fewer (-1)."""
         key = stage, micro_batch
         before = self._holders[key] > 0
         self._holders[key] += change

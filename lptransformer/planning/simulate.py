@@ -33,8 +33,8 @@ class StageSeconds:
 
 
 @dataclass(frozen=True)
-class Link:
-    """Between two pipeline ranks, each direction: latency and the time of one message (hidden states) on the wire."""
+class LinkSeconds:
+    """Of a link between two pipeline ranks, in each direction: its latency, and the time to transmit one message."""
 
     latency_seconds: float = 0.0
     message_seconds: float = 0.0
@@ -72,7 +72,7 @@ class _Channel:
     A sender hands a message over when the one before it has left, so at most one is waiting to leave.
     """
 
-    def __init__(self, link: Link, in_flight: int) -> None:
+    def __init__(self, link: LinkSeconds, in_flight: int) -> None:
         self.link, self.in_flight = link, in_flight
         self.sent: list[float] = []
         self.arrived: list[float] = []
@@ -115,7 +115,7 @@ def simulate(
     micro_batches: int,
     updates: int,
     in_flight: int = 2,
-    link: Link | Sequence[Link] = Link(),
+    link: LinkSeconds | Sequence[LinkSeconds] = LinkSeconds(),
 ) -> Timeline:
     """Run `updates` updates of the objective; `seconds` are by stage, `micro_batches` those of a replica.
 
@@ -125,7 +125,7 @@ def simulate(
     ranks = stages[-1].pipeline_rank + 1
     todo = [_run(objective, stages, rank, micro_batches, updates) for rank in range(ranks)]
     partners = [_partners(objective, stages, phase) for phase in range(len(objective.phases))]
-    links = [link] * (ranks - 1) if isinstance(link, Link) else list(link)
+    links = [link] * (ranks - 1) if isinstance(link, LinkSeconds) else list(link)
     assert len(links) == ranks - 1, "a link for every border"
     durations = [{"F": one.forward, "B": one.backward, "I": one.pull, "U": one.update} for one in seconds]
     channels: dict[tuple[int, str, int | None], _Channel] = {}  # by stage and operation of the sender, and flow
@@ -191,22 +191,22 @@ def steady(
     *,
     micro_batches: int,
     in_flight: int = 2,
-    link: Link | Sequence[Link] = Link(),
+    link: LinkSeconds | Sequence[LinkSeconds] = LinkSeconds(),
     steps: int = 1,
 ) -> Steady:
     """The steady state of an objective, from a replay of few updates of few micro-batches: the mean over the phases of
     a run of `steps` updates.
 
-    Once the pipeline is full, so many more micro-batches take so much longer: what `WINDOW` more for every rank take is
-    measured after about as many, and drawn out to `micro_batches`. No less than what the busiest rank computes or the
-    slowest link carries, because an update that costs much hides who is slower per micro-batch. Exact where ranks and
-    links are alike; elsewhere within a few percent (tests).
+    Once the pipeline is full, the time of an update grows linearly with its micro-batches: what `WINDOW` more for every
+    rank take is measured after about as many, and extrapolated to `micro_batches`. No less than what the busiest rank
+    computes or the slowest link carries, because an update that costs much hides who is slower per micro-batch. Exact
+    where ranks and links are alike; elsewhere within a few percent (tests).
     """
     ranks = stages[-1].pipeline_rank + 1
     window = WINDOW * ranks
     start = micro_batches if micro_batches <= 3 * window else window + micro_batches % window
     times = (micro_batches - start) // window  # whole windows, whatever the period of the pattern
-    links = [link] * (ranks - 1) if isinstance(link, Link) else link
+    links = [link] * (ranks - 1) if isinstance(link, LinkSeconds) else link
     of_updates = [objective.phase_at(update, steps) for update in range(steps)] if len(objective.phases) > 1 else [0]
     total, idle = 0.0, [0.0] * ranks
     for number, phase in enumerate(objective.phases):
@@ -229,7 +229,7 @@ def _pace(
     seconds: Sequence[StageSeconds],
     micro_batches: int,
     in_flight: int,
-    links: Sequence[Link],
+    links: Sequence[LinkSeconds],
 ) -> tuple[float, list[float]]:
     """Seconds of an update of few micro-batches in steady state, and in how many of them each rank computes.
 

@@ -215,7 +215,7 @@ class _Peak:
     grows: int
 
     def of(self, more: int) -> int:
-        """With so many more blocks behind that one."""
+        """With `more` blocks behind that one."""
         if len(self.parts) <= COUNTED:  # the pass comes to no blocks, or to few
             return max(self.parts)
         *before, block, rest = self.parts
@@ -285,7 +285,7 @@ class _Alive(TorchDispatchMode):
 
     @contextmanager
     def marked(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
-        """Passes in here are told in parts: a mark behind every block, forward and backward."""
+        """Passes in here are counted in parts: a mark behind every block, forward and backward."""
 
         def mark(*_: Any) -> None:
             self._marks.append((self.now, self._peak))

@@ -14,9 +14,9 @@ from lptransformer.methods.cost import ModelCosts
 from lptransformer.methods.gradient_flow import crossing, flows
 from lptransformer.methods.objectives import Objective
 from lptransformer.methods.stages import StagePlan, weights_of
-from lptransformer.planning.devices import Cluster, Wire
+from lptransformer.planning.devices import Cluster, Link
 from lptransformer.planning.rank_memory import ActivationBytes, Precision
-from lptransformer.planning.simulate import Link, StageSeconds
+from lptransformer.planning.simulate import LinkSeconds, StageSeconds
 
 if TYPE_CHECKING:
     from lptransformer.planning.stage_memory import EmptyStages
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained: sizes, the update, and how this program is told to do it.
+    """What is trained: sizes, the update, and how this program is configured to do it.
 
     `micro_batches` are those of an update over all replicas. `activations` are of a micro-batch of `micro_batch_size`
     windows; `logit_bytes` of one row of logits; `token_bytes` of one token's hidden states in a message that may be
@@ -48,7 +48,7 @@ class Work:
     states: Precision
     update_bytes: float
     in_flight: int = 2
-    channel: Wire | None = None
+    channel: Link | None = None
     empty: EmptyStages | None = None
 
     @property
@@ -86,8 +86,8 @@ def stage_seconds(
 
     Gradients are summed over the replicas before the update; ZeRO 2 scatters them after every backward pass; ZeRO 3
     gathers weights and scatters gradients in every micro-batch, beside the compute. Programs of others (not `ours`) sum
-    beside the last backward pass, take the gradients of the loss in the backward pass, and may make the activations of
-    a share of the blocks again (`recompute`), a forward pass more of these.
+    beside the last backward pass, take the gradients of the loss in the backward pass, and may recompute the
+    activations of a share of the blocks (`recompute`), one more forward pass of these.
     """
     costs, device, rounds = work.costs, cluster.device, work.micro_batches // data
     found, waits = [], []
@@ -136,12 +136,12 @@ def by_rank(stages: Sequence[StagePlan], of_stages: Iterable[float]) -> list[flo
     return sums
 
 
-def message_bytes(goal: Objective, stages: Sequence[StagePlan], work: Work) -> tuple[list[float], list[int]]:
+def message_bytes(objective: Objective, stages: Sequence[StagePlan], work: Work) -> tuple[list[float], list[int]]:
     """Of every border between pipeline ranks: bytes of a micro-batch's hidden states, and how many gradients come back.
 
     Hidden states are rounded behind a head whose border never carries a gradient (docs/design.md), and nowhere else.
     """
-    of_phases = [flows(phase, stages) for phase in goal.phases]
+    of_phases = [flows(phase, stages) for phase in objective.phases]
     up, down = [], []
     for below, above in zip(stages, stages[1:], strict=False):
         if below.pipeline_rank != above.pipeline_rank:
@@ -151,15 +151,18 @@ def message_bytes(goal: Objective, stages: Sequence[StagePlan], work: Work) -> t
     return up, down
 
 
-def border_links(cluster: Cluster, data: int, messages: Sequence[float], channel: Wire | None = None) -> list[Link]:
-    """A link per border, where a micro-batch's hidden states have `messages` bytes; no faster than the `channel`."""
-    links = []
-    for wire, size in zip(cluster.borders(len(messages) + 1, data), messages, strict=True):
-        slowest = wire
-        if channel is not None and channel.bytes_per_second < wire.bytes_per_second:
-            slowest = replace(channel, latency_seconds=max(channel.latency_seconds, wire.latency_seconds))
-        links.append(Link(slowest.latency_seconds, size / slowest.bytes_per_second))
-    return links
+def border_seconds(
+    cluster: Cluster, data: int, messages: Sequence[float], channel: Link | None = None
+) -> list[LinkSeconds]:
+    """The times of every border, where a micro-batch's hidden states have `messages` bytes; no link is faster than the
+    `channel`."""
+    found = []
+    for link, size in zip(cluster.borders(len(messages) + 1, data), messages, strict=True):
+        slowest = link
+        if channel is not None and channel.bytes_per_second < link.bytes_per_second:
+            slowest = replace(channel, latency_seconds=max(channel.latency_seconds, link.latency_seconds))
+        found.append(LinkSeconds(slowest.latency_seconds, size / slowest.bytes_per_second))
+    return found
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ def bounds(work: Work, cluster: Cluster, pipeline: int, data: int, recompute: fl
         interleaved 1F1B   (m + (p - 1) / v) t   v chunks on each rank, as many as there are blocks; p divides m
         zero bubble        m t                   where the passes and both halves of the backward pass take the same
 
-    Blocks are divided at will among the ranks; links, sums over replicas and the optimizer take no time.
+    Blocks are divided among the ranks in any way; links, sums over replicas and the optimizer take no time.
     """
     rounds, chunks = work.micro_batches // data, work.num_blocks // pipeline
     flops = (3 + recompute) * work.num_blocks * work.costs.block_flops / pipeline

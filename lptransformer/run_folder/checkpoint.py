@@ -30,7 +30,7 @@ from lptransformer.methods.stages import StagePlan
 
 WEIGHTS, STATE, COMPLETE, DEEPSPEED = "weights.safetensors", "state.json", "complete", "deepspeed"
 OTHERS = "others.safetensors"
-FORMAT = 1  # of state.json; files of before had no number
+FORMAT = 1  # of state.json; older files have no number
 
 
 def stage_folder(run: str | Path, update: int, stage: int) -> Path:

@@ -1,11 +1,11 @@
 """The run folder: what a run was, beside what it made. Nothing here needs torch.
 
-config.yaml       every resolved value         metrics.jsonl, metrics.csv   one record per update and evaluation
+config.yaml       every resolved value         metrics.jsonl, metrics.csv   one row per update and evaluation
 environment.json  versions, commit, command    loss.png                     the losses as a picture
 tokenizer/        the run's own tokenizer      checkpoints/                 see run_folder/checkpoint.py
 data.json         the token sets, with counts  diagnosis.*                  what `diagnose` found
-model.json        the model's configuration, in the words of the library
-trace.jsonl       recorded updates (run.trace), and trace.json, trace.png, trace.svg that `report --trace` makes of them
+model.json        the model's Hugging Face configuration
+trace.jsonl       traced updates (run.trace), and trace.json, trace.png, trace.svg that `report --trace` makes of them
 """
 
 from __future__ import annotations

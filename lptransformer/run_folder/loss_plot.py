@@ -6,42 +6,43 @@ import math
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lptransformer import files
-from lptransformer.run_folder.metrics import Record, Stages
+from lptransformer.run_folder.metrics import MetricsRow, Stages
 
 
-def plot_losses(records: Sequence[Record], path_png: str | Path, stages: Stages) -> None:
+def plot_losses(rows: Sequence[MetricsRow], path_png: str | Path, stages: Stages) -> None:
     """Write a PNG: the loss (nats per token) of every exit over tokens and over seconds of training, with the points
     of the evaluations. The file appears whole or not at all."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # not pyplot: no global state, and always the Agg backend for a PNG
     from matplotlib.ticker import EngFormatter
 
-    updates = [record for record in records if "stages" in record]
-    evaluations = [record for record in records if "evaluation" in record]
-    markers = dict(zip(sorted({record["evaluation"] for record in evaluations}), cycle("osD^vPX*"), strict=False))
-    places = {record["update"]: record for record in updates} | {0: {"tokens": 0, "seconds": 0.0}}
+    updates = [row for row in rows if "stages" in row]
+    evaluations = [row for row in rows if "evaluation" in row]
+    markers = dict(zip(sorted({row["evaluation"] for row in evaluations}), cycle("osD^vPX*"), strict=False))
+    places = {row["update"]: row for row in updates} | {0: {"tokens": 0, "seconds": 0.0}}
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, key in ((left, "tokens"), (right, "seconds")):
         for index, (stage, _, last_block) in enumerate(stages):
-            losses = [_exit_number(record["stages"], stage, "loss") for record in updates]
+            losses = [_exit_number(row["stages"], stage, "loss") for row in updates]
             points = [
-                (places[record["update"]][key], _exit_number(record["exits"], stage, "nll_per_token"), record)
-                for record in evaluations
-                if record["update"] in places
+                (places[row["update"]][key], _exit_number(row["exits"], stage, "nll_per_token"), row)
+                for row in evaluations
+                if row["update"] in places
             ]
             if all(map(math.isnan, losses)) and all(math.isnan(nll) for _, nll, _ in points):
                 continue  # a stage without a head
-            x = [record[key] for record in updates]
+            x = [row[key] for row in updates]
             color = colormaps["viridis"](0.85 * index / max(len(stages) - 1, 1))  # from dark to light with the depth
             axes.plot(x, losses, color=color, alpha=0.25, linewidth=0.8)
             axes.plot(x, _smooth(losses), color=color, linewidth=1.6, label=f"exit after block {last_block}")
-            for place, nll, record in points:
-                marker = markers[record["evaluation"]]
+            for place, nll, row in points:
+                marker = markers[row["evaluation"]]
                 axes.plot(place, nll, marker, color=color, markersize=6, markeredgecolor="white", zorder=3)
         axes.grid(True, color="0.9", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
@@ -59,7 +60,7 @@ def plot_losses(records: Sequence[Record], path_png: str | Path, stages: Stages)
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def _exit_number(entries: Sequence[Record], stage: int, key: str) -> float:
+def _exit_number(entries: Sequence[dict[str, Any]], stage: int, key: str) -> float:
     values = [entry[key] for entry in entries if entry["stage"] == stage and entry[key] is not None]
     return values[0] if values else math.nan
 

@@ -1,8 +1,7 @@
 """Numbers about a run: perplexity by its convention, and the sums of all stages and replicas.
 
-Every process tells global rank 0 about every stage it holds with a `StageReport` per update and an `EvaluationReport`
-per evaluation; `Aggregator` joins them into records, run_folder/metrics_log.py writes records. A record is a plain
-dictionary:
+Every process reports every stage it holds to global rank 0, with a `StageReport` per update and an `EvaluationReport`
+per evaluation; `Aggregator` joins them into rows, run_folder/metrics_log.py writes rows. A row is a plain dictionary:
 
     {"update", "tokens", "seconds", "tokens_per_second", "learning_rate",
      "stages": [{"stage", "last_block", "loss", "grad_norm", "skipped", "idle_share", "memory_bytes"}]}
@@ -17,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-Record = dict[str, Any]
+MetricsRow = dict[str, Any]
 Stages = Sequence[tuple[int, int, int]]
 """(stage index, first block, last block) of every stage, in order."""
 
@@ -77,7 +76,7 @@ def _divide(x: float, y: float) -> float:
 
 @dataclass(frozen=True)
 class StageReport:
-    """What one process tells about one stage and one update. `seconds` is the wall time from the end of the process's
+    """The report of one process on one stage and one update. `seconds` is the wall time from the end of the process's
     previous update to the end of this one, without evaluations and saves; `idle_seconds` the part of it spent waiting.
     `loss_sum` is None where the stage has no head, `grad_norm` is None where it is not known."""
 
@@ -99,7 +98,7 @@ class StageReport:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What one process tells about one stage, one validation set and the weights after `update` updates. A stage
+    """The report of one process on one stage, one validation set and the weights after `update` updates. A stage
     without a head reports too, with `nll_sum` None; a replica that had no window of the set reports 0.0 and 0."""
 
     update: int
@@ -115,7 +114,7 @@ class EvaluationReport:
 
 @dataclass(frozen=True)
 class TraceReport:
-    """What one process did in one update, when it was asked to record it (run_folder/trace.py).
+    """What one process did in one update, where it was to be traced (run_folder/trace.py).
 
     `stages` are its (stage, first block, last block), `micro_batches` those of this replica in an update. `start` is
     when the update began, in seconds of the wall clock, `seconds` how long it took. `actions` are in order, each
@@ -144,10 +143,10 @@ def report_from_dict(data: Mapping[str, Any]) -> StageReport | EvaluationReport 
 
 
 class Aggregator:
-    """Joins the reports of all stages and replicas into records, whatever order they arrive in.
+    """Joins the reports of all stages and replicas into rows, whatever order they arrive in.
 
     `texts` has the counts of every validation set. A resumed run passes the `update` it starts from, and the `tokens`
-    and `seconds` of the last record before. `tokens` counts label tokens; `seconds` is training time: the sum of the
+    and `seconds` of the last row before. `tokens` counts label tokens; `seconds` is training time: the sum of the
     updates' wall times on the process where it is largest. Sums run in the order of the replicas, so that the order
     of arrival changes no bit.
     """
@@ -169,8 +168,8 @@ class Aggregator:
         self._updates: dict[int, dict[tuple[int, int], StageReport]] = {}
         self._evaluations: dict[tuple[int, str], dict[tuple[int, int], EvaluationReport]] = {}
 
-    def add(self, report: StageReport | EvaluationReport) -> list[Record]:
-        """Take one report; return the records that are complete now: updates in order and without gaps, evaluations
+    def add(self, report: StageReport | EvaluationReport) -> list[MetricsRow]:
+        """Take one report; return the rows that are complete now: updates in order and without gaps, evaluations
         after their update."""
         place = (report.stage, report.data_rank)
         assert place in self._process_seconds, f"report from an unknown stage or replica: {report}"
@@ -183,13 +182,13 @@ class Aggregator:
         assert place not in reports, f"reported twice: {report}"
         reports[place] = report
 
-        records = self._complete_evaluations()
+        rows = self._complete_evaluations()
         while len(self._updates.get(self.update + 1, ())) == len(self._process_seconds):
-            records.append(self._next_update())
-            records += self._complete_evaluations()
-        return records
+            rows.append(self._next_update())
+            rows += self._complete_evaluations()
+        return rows
 
-    def _next_update(self) -> Record:
+    def _next_update(self) -> MetricsRow:
         self.update += 1
         reports = self._updates.pop(self.update)
         for place, report in reports.items():
@@ -208,7 +207,7 @@ class Aggregator:
             "stages": [self._stage_entry(replicas) for replicas in by_stage],
         }
 
-    def _stage_entry(self, replicas: list[StageReport]) -> Record:
+    def _stage_entry(self, replicas: list[StageReport]) -> dict[str, Any]:
         losses = [r.loss_sum for r in replicas if r.loss_sum is not None]
         norms = [r.grad_norm for r in replicas if r.grad_norm is not None]
         seconds = sum(r.seconds for r in replicas)
@@ -222,7 +221,7 @@ class Aggregator:
             "memory_bytes": max(r.peak_memory_bytes for r in replicas),
         }
 
-    def _complete_evaluations(self) -> list[Record]:
+    def _complete_evaluations(self) -> list[MetricsRow]:
         complete = [
             key
             for key, reports in self._evaluations.items()
@@ -230,7 +229,7 @@ class Aggregator:
         ]
         return [self._evaluation(*key) for key in sorted(complete)]
 
-    def _evaluation(self, update: int, name: str) -> Record:
+    def _evaluation(self, update: int, name: str) -> MetricsRow:
         reports = self._evaluations.pop((update, name))
         exits = []
         for stage, last_block in self.last_block.items():

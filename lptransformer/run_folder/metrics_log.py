@@ -1,6 +1,6 @@
-"""The records of a run on disk: metrics.jsonl, metrics.csv, and TensorBoard where it is installed.
+"""The metrics of a run on disk: metrics.jsonl, metrics.csv, and TensorBoard where it is installed.
 
-What a record holds is said in run_folder/metrics.py.
+run_folder/metrics.py says what a row holds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from lptransformer import files
 from lptransformer.errors import RunError
-from lptransformer.run_folder.metrics import Record
+from lptransformer.run_folder.metrics import MetricsRow
 
 JSONL_NAME = "metrics.jsonl"
 CSV_NAME = "metrics.csv"
@@ -27,11 +27,11 @@ _FLOATS = {word: float(word) for word in _WORDS.values()}
 
 
 class MetricsWriter:
-    """Appends records to metrics.jsonl and the records of updates to metrics.csv, and to TensorBoard when the package
-    `tensorboard` is installed. A record is in the files when `write` returns.
+    """Appends rows to metrics.jsonl and the rows of updates to metrics.csv, and to TensorBoard when the package
+    `tensorboard` is installed. A row is in the files when `write` returns.
 
     metrics.jsonl is strict JSON: numbers that are not finite are the strings "NaN", "Infinity", "-Infinity". With
-    `resume_at=u` the records after update u are cut off first. Raises RunError where the folder holds records and
+    `resume_at=u` the rows after update u are cut off first. Raises RunError where the folder holds metrics and
     `resume_at` is not given.
     """
 
@@ -40,63 +40,63 @@ class MetricsWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         jsonl_path = self.folder / JSONL_NAME
         if resume_at is None and jsonl_path.exists():
-            raise RunError(f"{jsonl_path} already holds the records of a run; resume that run or use another folder")
+            raise RunError(f"{jsonl_path} already holds the metrics of a run; resume that run or use another folder")
         kept = [r for r in read_metrics(self.folder) if r["update"] <= (resume_at or 0)] if jsonl_path.exists() else []
         files.write_text(jsonl_path, "".join(map(_json_line, kept)))
         self._columns = self._rewrite_csv(kept)
         self._jsonl = jsonl_path.open("a", encoding="utf-8")
         self._tensorboard = _open_tensorboard(self.folder / "tensorboard", resume_at)
 
-    def write(self, record: Record) -> None:
-        self._jsonl.write(_json_line(record))
+    def write(self, row: MetricsRow) -> None:
+        self._jsonl.write(_json_line(row))
         self._jsonl.flush()
-        if "stages" in record:
-            row = _flat(record)
-            if set(row) <= set(self._columns):
+        if "stages" in row:
+            cells = _flat(row)
+            if set(cells) <= set(self._columns):
                 with (self.folder / CSV_NAME).open("a", encoding="utf-8", newline="") as file:
-                    file.write(_csv_line(row.get(column) for column in self._columns))
-            else:  # the first record, or a resumed run that has more stages than before
+                    file.write(_csv_line(cells.get(column) for column in self._columns))
+            else:  # the first row, or a resumed run that has more stages than before
                 self._columns = self._rewrite_csv(read_metrics(self.folder))
         if self._tensorboard is not None:
-            for tag, value in _scalars(record):
-                self._tensorboard.add_scalar(tag, value, record["update"])
+            for tag, value in _scalars(row):
+                self._tensorboard.add_scalar(tag, value, row["update"])
 
     def close(self) -> None:
         self._jsonl.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
-    def _rewrite_csv(self, records: Iterable[Record]) -> list[str]:
-        """Write metrics.csv anew from the records of updates and return its columns."""
-        rows = [_flat(record) for record in records if "stages" in record]
-        columns = list(dict.fromkeys(column for row in rows for column in row))
+    def _rewrite_csv(self, rows: Iterable[MetricsRow]) -> list[str]:
+        """Rewrite metrics.csv from the rows of updates and return its columns."""
+        flat = [_flat(row) for row in rows if "stages" in row]
+        columns = list(dict.fromkeys(column for cells in flat for column in cells))
         lines = [_csv_line(columns)] if columns else []
-        lines += [_csv_line(row.get(column) for column in columns) for row in rows]
+        lines += [_csv_line(cells.get(column) for column in columns) for cells in flat]
         files.write_text(self.folder / CSV_NAME, "".join(lines))
         return columns
 
 
-def read_metrics(folder: str | Path) -> list[Record]:
-    """The records of a run folder in the order they were written. A last line that was cut off in the middle (the
+def read_metrics(folder: str | Path) -> list[MetricsRow]:
+    """The rows of a run folder in the order they were written. A last line that was cut off in the middle (the
     process was killed) is left out. Raises RunError where the file is missing or broken elsewhere."""
     path = Path(folder) / JSONL_NAME
     if not path.is_file():
         raise RunError(f"{path} does not exist: {folder} is not the folder of a run that has trained")
     lines = path.read_bytes().splitlines(keepends=True)
-    records = []
+    rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(_with_floats(json.loads(line)))
+            rows.append(_with_floats(json.loads(line)))
         except ValueError as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 break
             raise RunError(f"{path}, line {number}, is not JSON ({error}): the file was changed or damaged") from None
-    return records
+    return rows
 
 
-def read_updates(folder: str | Path) -> list[Record]:
-    """The records of updates among `read_metrics`. Raises RunError where there is none yet."""
-    updates = [record for record in read_metrics(folder) if "stages" in record]
+def read_updates(folder: str | Path) -> list[MetricsRow]:
+    """The rows of updates among `read_metrics`. Raises RunError where there is none yet."""
+    updates = [row for row in read_metrics(folder) if "stages" in row]
     if not updates:
         raise RunError(f"{folder} has no update in its metrics yet: train first")
     return updates
@@ -118,8 +118,8 @@ def _with_floats(value: Any) -> Any:
     return _FLOATS.get(value, value) if isinstance(value, str) else value
 
 
-def _json_line(record: Record) -> str:
-    return json.dumps(_with_words(record), allow_nan=False, ensure_ascii=False) + "\n"
+def _json_line(row: MetricsRow) -> str:
+    return json.dumps(_with_words(row), allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _csv_line(cells: Iterable[Any]) -> str:
@@ -128,12 +128,12 @@ def _csv_line(cells: Iterable[Any]) -> str:
     return line.getvalue()
 
 
-def _flat(record: Record) -> Record:
-    """The record of an update as one row: `loss_stage0` for the loss of stage 0, and so on."""
-    row = {key: value for key, value in record.items() if key != "stages"}
-    for entry in record["stages"]:
-        row |= {f"{key}_stage{entry['stage']}": value for key, value in entry.items() if key != "stage"}
-    return row
+def _flat(row: MetricsRow) -> dict[str, Any]:
+    """The row of an update as flat cells by column: `loss_stage0` for the loss of stage 0, and so on."""
+    cells = {key: value for key, value in row.items() if key != "stages"}
+    for entry in row["stages"]:
+        cells |= {f"{key}_stage{entry['stage']}": value for key, value in entry.items() if key != "stage"}
+    return cells
 
 
 def _open_tensorboard(folder: Path, resume_at: int | None) -> Any:
@@ -145,13 +145,13 @@ def _open_tensorboard(folder: Path, resume_at: int | None) -> Any:
     return SummaryWriter(folder, purge_step=None if resume_at is None else resume_at + 1)
 
 
-def _scalars(record: Record) -> Iterable[tuple[str, float]]:
+def _scalars(row: MetricsRow) -> Iterable[tuple[str, float]]:
     """TensorBoard's tags and values: `loss/stage0`; `books/perplexity/stage0` for the validation set `books`."""
-    prefix = f"{record['evaluation']}/" if "evaluation" in record else ""
+    prefix = f"{row['evaluation']}/" if "evaluation" in row else ""
     for key in ("tokens", "seconds", "tokens_per_second", "learning_rate"):
-        if key in record:
-            yield key, record[key]
-    for entry in record.get("stages", []) + record.get("exits", []):
+        if key in row:
+            yield key, row[key]
+    for entry in row.get("stages", []) + row.get("exits", []):
         for key, value in entry.items():
             if key not in ("stage", "last_block") and value is not None:
                 yield f"{prefix}{key}/stage{entry['stage']}", float(value)

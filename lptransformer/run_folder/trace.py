@@ -1,7 +1,7 @@
-"""What a run did when, as recorded: trace.jsonl to slices of time, their sums, and a timeline for trace viewers.
+"""What a run did when: trace.jsonl to slices of time, their sums, and a timeline for trace viewers.
 
-trace.jsonl has one line for every process and update that was recorded: a metrics.TraceReport, and the `session`, which
-counts the starts of the run. When an update is recorded again, after a resume, the last line counts.
+trace.jsonl has one line for every process and traced update: a metrics.TraceReport, and the `session`, which
+counts the starts of the run. When an update is traced again, after a resume, the last line counts.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Trace:
-    """The recorded updates of one session, every process of the run in each; reports are in order of update, process.
+    """The traced updates of one session, every process of the run in each; reports are in order of update, process.
 
     `beginning` is what slices count from, in seconds of the wall clock.
     """
@@ -94,27 +94,27 @@ class TraceWriter:
             file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
 
-def read(run: Path, pipeline: int, data: int) -> list[Trace]:
-    """The traces of a run over `pipeline` x `data` processes, by session; updates that not all have told are left out.
+def read_traces(run: Path, pipeline: int, data: int) -> list[Trace]:
+    """The traces of a run over `pipeline` x `data` processes, by session, without updates that not all of them traced.
 
-    Raises RunError where the run has recorded none, or the file is damaged.
+    Raises RunError where the run has traced none, or the file is damaged.
     """
     path = run / TRACE
     if not path.is_file():
         raise RunError(
-            f"{run} has no trace (no {TRACE}): record one with --run.trace=[first,last], in a new run or on --resume"
+            f"{run} has no trace (no {TRACE}): write one with --run.trace=[first,last], in a new run or on --resume"
         )
     found: dict[tuple[int, int, int], dict[str, Any]] = {}
     for line in _lines(path):
         found[line["update"], line["pipeline_rank"], line["data_rank"]] = line
-    told = Counter((line["session"], line["update"]) for line in found.values())
+    reported = Counter((line["session"], line["update"]) for line in found.values())
     sessions: dict[int, list[TraceReport]] = {}
     for _, line in sorted(found.items()):
         session = line.pop("session")
-        if told[session, line["update"]] == pipeline * data:
+        if reported[session, line["update"]] == pipeline * data:
             sessions.setdefault(session, []).append(TraceReport(**line))
     if not sessions:
-        raise RunError(f"{path} has no update that all {pipeline * data} processes have recorded: train on, or again")
+        raise RunError(f"{path} has no update that all {pipeline * data} processes have traced: train on, or again")
     return [Trace(session, tuple(reports)) for session, reports in sorted(sessions.items())]
 
 
@@ -130,18 +130,18 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError, AttributeError):
             if number == len(lines) and not text.endswith(b"\n"):
                 break  # a line that is being written
-            raise RunError(f"{path}, line {number}, is no record of an update: the file was damaged") from None
+            raise RunError(f"{path}, line {number}, does not hold a traced update: the file was damaged") from None
     return found
 
 
 def _as_today(text: str) -> str:
-    """The text of a recorded action, which may be in the letters of before."""
+    """The text of a traced action, which may be in the letters of older traces."""
     old = _OLD_ACTION.fullmatch(text)
     return f"{old[1]}{OLD_OPS[old[2]]}{old[3]}" if old else text
 
 
 def _check(report: TraceReport) -> None:
-    """Raises ValueError or TypeError where a line has the names of a record and other contents."""
+    """Raises ValueError or TypeError where a line has the keys of a report and other contents."""
     times = [report.start, report.seconds]
     for text, *numbers in report.actions:
         if text != COPIES:
@@ -157,7 +157,7 @@ def slices(trace: Trace) -> list[Slice]:
     """Every action as what it waited and what it did, in order of every process.
 
     Messages wait first. An update waits for its clip group after it has taken its own norm: that moment is not
-    recorded, and the wait is shown first as well.
+    traced, and the wait is shown first as well.
     """
     return [one for report in trace.reports for one in _of_report(report, report.start - trace.beginning)]
 
@@ -183,8 +183,8 @@ def _of_report(report: TraceReport, offset: float) -> list[Slice]:
 
 
 @dataclass(frozen=True)
-class Share:
-    """Where the time of the recorded updates went on a pipeline rank, in seconds, the mean over its replicas.
+class RankTimes:
+    """Where the time of the traced updates went on a pipeline rank, in seconds, the mean over its replicas.
 
     `busy` is in actions and not waiting, `head` the part of it in heads and losses; `other` is between actions.
     """
@@ -204,7 +204,7 @@ class Share:
         return self.waiting / self.total
 
 
-def shares(trace: Trace) -> list[Share]:
+def rank_times(trace: Trace) -> list[RankTimes]:
     """The sums of every pipeline rank. The idle share is that of the metrics: waiting over the updates' wall time."""
     done = slices(trace)
     found = []
@@ -215,7 +215,7 @@ def shares(trace: Trace) -> list[Share]:
         of_kind = {kind: sum(one.seconds for one in own if one.kind == kind) / replicas for kind in (HEAD, WAIT)}
         acting = sum(one.seconds for one in own) / replicas
         total = sum(report.seconds for report in reports) / replicas
-        found.append(Share(rank, total, acting - of_kind[WAIT], of_kind[HEAD], of_kind[WAIT]))
+        found.append(RankTimes(rank, total, acting - of_kind[WAIT], of_kind[HEAD], of_kind[WAIT]))
     return found
 
 
@@ -273,7 +273,7 @@ COPIES = "copies"  # taking and sending read-only copies of weights: around the 
 DIGITS = 7  # of seconds: a tenth of a microsecond
 
 
-class Recorder:
+class Tracer:
     """The actions of the updates `first` to `last` (counted from 1) on this process.
 
     `waited` gives the seconds that the process has waited so far.
@@ -309,7 +309,7 @@ class Recorder:
         self.actions.append([text, *(round(number, DIGITS) for number in numbers)])
 
     def watch_head(self, head: Any) -> None:
-        """Tell the time in a head's forward pass, its loss and the gradient of its loss, from that of the blocks."""
+        """Separate the time in a head (forward pass, loss, gradient of the loss) from that in the blocks."""
         head.register_forward_pre_hook(self._head_begins)
         head.register_forward_hook(self._head_ends)
 
@@ -321,7 +321,7 @@ class Recorder:
 
 
 def _seconds_to_wall_clock() -> float:
-    """What is added to perf_counter: of several readings the one that least came between."""
+    """The offset from perf_counter to the wall clock: of several readings the one that took least."""
     readings = []
     for _ in range(10):
         before, wall, after = time.perf_counter(), time.time(), time.perf_counter()

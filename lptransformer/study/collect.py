@@ -20,16 +20,17 @@ from lptransformer.methods.heads import HeadOptions
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.planning import simulate
 from lptransformer.run_folder import layout
-from lptransformer.run_folder.metrics import Record
+from lptransformer.run_folder.metrics import MetricsRow
 from lptransformer.run_folder.metrics_log import read_metrics, read_updates
-from lptransformer.study.records import FORMAT, IDENTITY, RECORD, RECORDS, read
+from lptransformer.study.records import FORMAT, IDENTITY, RECORD, RECORDS, Record, read
 
 PIPELINE_RANKS = 8  # of the pipeline in which every run is simulated, or as many as there are blocks
 CURVE_NUMBERS, CURVE_ROWS = 800, 200  # the most that a record holds of the training loss
 
 
 def build(run: Path, identity: Mapping[str, Any] | None = None) -> Record:
-    """The record of a run folder. `identity` says who it is (IDENTITY); by default the record that is there does.
+    """The record of a run folder. `identity` has its name, method and so on (IDENTITY), by default those of the record
+    in the folder.
 
     Raises RunError where the folder holds no run, or one without an update.
     """
@@ -50,7 +51,7 @@ def build(run: Path, identity: Mapping[str, Any] | None = None) -> Record:
         "steps": train.steps,
         "tokens_per_update": positions,
         "seconds": _short(updates[-1]["seconds"]),
-        "tokens_per_second": _short(median(record["tokens_per_second"] for record in steady)),
+        "tokens_per_second": _short(median(row["tokens_per_second"] for row in steady)),
         "config": _without_paths(to_dict(config)),
         "environment": _environment(run),
         "model": {
@@ -70,8 +71,8 @@ def build(run: Path, identity: Mapping[str, Any] | None = None) -> Record:
                 "stage": plan.index,
                 "blocks": [plan.first_block, plan.last_block],
                 "pipeline_rank": plan.pipeline_rank,
-                "idle_share": _short(median(_entry(record, plan.last_block)["idle_share"] for record in steady)),
-                "memory_bytes": max(_entry(record, plan.last_block)["memory_bytes"] for record in updates),
+                "idle_share": _short(median(_entry(row, plan.last_block)["idle_share"] for row in steady)),
+                "memory_bytes": max(_entry(row, plan.last_block)["memory_bytes"] for row in updates),
                 "hidden_states_bytes": 0 if plan.is_last else positions * blueprint.token_bytes(plan.index),
                 "gradients_bytes": round(gradient_bytes * _crossing(blueprint, plan.index)),
             }
@@ -82,9 +83,9 @@ def build(run: Path, identity: Mapping[str, Any] | None = None) -> Record:
     }
 
 
-def _entry(record: Record, last_block: int) -> Record:
-    """What an update's record says about the stage that ends with a block, or about the one that holds it."""
-    return next(entry for entry in record["stages"] if entry["last_block"] >= last_block)
+def _entry(row: MetricsRow, last_block: int) -> dict[str, Any]:
+    """What an update's metrics say about the stage that ends with a block, or about the one that holds it."""
+    return next(entry for entry in row["stages"] if entry["last_block"] >= last_block)
 
 
 def method_name(config: Config) -> str:
@@ -105,16 +106,17 @@ def _crossing(blueprint: Blueprint, stage: int) -> float:
     return counts[0] if len(counts) == 1 else fmean(counts[phase_at(update, steps)] for update in range(steps))
 
 
-def _evaluations(metrics: Sequence[Record], blueprint: Blueprint) -> dict[str, Any]:
+def _evaluations(metrics: Sequence[MetricsRow], blueprint: Blueprint) -> dict[str, Any]:
     objective, costs, steps, many = blueprint.objective, blueprint.costs, blueprint.steps, blueprint.micro_batches
     micro_batch = blueprint.micro_batch_size * blueprint.sequence_length
-    places = {record["update"]: record for record in metrics if "stages" in record}
+    places = {row["update"]: row for row in metrics if "stages" in row}
     tables: dict[str, Any] = {}
     of_phase = simulate.pipeline_flops(objective, costs, min(PIPELINE_RANKS, objective.num_blocks), many)
-    for record in metrics:
-        if "evaluation" not in record or record["update"] not in places:
+    for evaluation in metrics:
+        if "evaluation" not in evaluation or evaluation["update"] not in places:
             continue
-        place, exits, update = places[record["update"]], record["exits"], record["update"]
+        update, exits = evaluation["update"], evaluation["exits"]
+        place = places[update]
         spent = flops.spent(objective, costs, update, steps)
         in_pipeline = sum(of_phase[objective.phase_at(done, steps)] for done in range(update))
         columns = ["update", "tokens", "seconds", "total_flops", "serial_flops", "pipeline_flops"]
@@ -128,12 +130,12 @@ def _evaluations(metrics: Sequence[Record], blueprint: Blueprint) -> dict[str, A
             _short(in_pipeline * micro_batch),
             *(_short(one["nll_per_token"]) for one in exits),
         ]
-        tables.setdefault(record["evaluation"], {"columns": columns, "rows": []})["rows"].append(row)
+        tables.setdefault(evaluation["evaluation"], {"columns": columns, "rows": []})["rows"].append(row)
     return tables
 
 
-def _curve(updates: Sequence[Record]) -> dict[str, Any]:
-    """The training loss of every exit, in means over so many updates that the rows are few enough."""
+def _curve(updates: Sequence[MetricsRow]) -> dict[str, Any]:
+    """The training loss of every exit, in means over as many updates as keep the rows few enough."""
     heads = [i for i, entry in enumerate(updates[0]["stages"]) if entry["loss"] is not None]
     rows = min(CURVE_ROWS, CURVE_NUMBERS // (len(heads) + 2))
     size = math.ceil(len(updates) / rows)

@@ -14,8 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from lptransformer.errors import RunError
-from lptransformer.run_folder.metrics import Record
-from lptransformer.study.records import final_loss
+from lptransformer.study.records import Record, final_loss
 
 LEARNING_RATE = "train.learning_rate"
 # What runs of one setting may differ in: the seed, and what changes no weight.
@@ -168,11 +167,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluation: what had been spent, the loss that decides, and the loss that is told (another text's, or it)."""
+    """An evaluation: what had been spent, the loss that decides, and the loss that is reported (another text's, or the
+    same)."""
 
     cost: float
     loss: float
-    told: float
+    reported: float
 
 
 def front(points: Iterable[Point]) -> list[Point]:

@@ -19,7 +19,7 @@ class Halving:
     keep: float = 0.5
 
     def kept(self, settings: int) -> int:
-        """How many of so many settings go on to the next rung: rounded to the nearest, a half up; at least one."""
+        """How many of `settings` settings go on to the next rung: rounded to the nearest, a half up; at least one."""
         return max(1, math.floor(settings * self.keep + 0.5))
 
 

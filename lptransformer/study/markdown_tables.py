@@ -1,4 +1,4 @@
-"""Tables as Markdown, and documents whose tables are made anew.
+"""Tables as Markdown, and documents whose tables are regenerated.
 
 What stands between `<!-- table:NAME -->` and `<!-- end -->` in a document is a table of that name; the rest is prose.
 """
@@ -36,7 +36,7 @@ def markdown(table: ResultTable) -> str:
 
 
 def update(path: Path, tables: Sequence[ResultTable], prefix: str = "") -> list[str]:
-    """Make the tables of a document anew, those with other names left alone; a document that is not there is made.
+    """Rewrite the tables of a document, and leave those with other names alone; a missing document is created.
 
     `prefix` and a slash stand before the names of tables in the document, so that it can hold several reports.
     Returns the names that were written. Raises RunError where the document has none of the tables, where it has one

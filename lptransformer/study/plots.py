@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lptransformer.figures import new_figure, save
-from lptransformer.run_folder.metrics import Record
 from lptransformer.study import comparison
 from lptransformer.study.comparison import LEARNING_RATE, Choice, flat
-from lptransformer.study.records import exit_blocks
+from lptransformer.study.records import Record, exit_blocks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +31,7 @@ _COSTS = {
 
 
 def looks(methods: Sequence[str]) -> dict[str, Look]:
-    """How the lines of every method look, by its place among them: a colour, and dashes where colours come again."""
+    """How the lines of every method look, by its place among them: a colour, and dashes where colours repeat."""
     return {
         method: {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3]}
         for i, method in enumerate(dict.fromkeys(methods))

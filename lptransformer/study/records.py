@@ -1,15 +1,15 @@
-"""Run records: what a run was and came to, in a few kilobytes, enough for every table and plot without the run.
+"""Run records: what a run was and its results, in a few kilobytes, enough for every table and plot without the run.
 
 A record is a plain dictionary, made from the run folder by study/collect.py:
 
-    format, name, method, overrides, score {set, exit_block}     who it is: said by a sweep, else from the configuration
+    format, name, method, overrides, score {set, exit_block}     its identity: from a sweep, else from the configuration
     config          every resolved value but paths               environment   versions, cores, threads
     model           blocks, hidden_size, vocab_size, weights of a block
     texts           {"train" and "valid": {name: {tokens, bytes, words}}}
     updates, steps  done and planned; `complete` when they are equal
     tokens_per_update  positions that the FLOPs count; seconds, tokens_per_second (median, without the start)
     flops           forward of a block, forward and backward of heads, per token
-    stages          [{stage, blocks, pipeline_rank, idle_share, memory_bytes, and per update what it hands on:
+    stages          [{stage, blocks, pipeline_rank, idle_share, memory_bytes, and per update what it sends:
                       hidden_states_bytes up, gradients_bytes down, mean over the phases, were each stage a rank}]
     evaluations     {set: {"columns": [update, tokens, seconds, total_flops, serial_flops, pipeline_flops,
                       blocks with a head...], "rows": [...]}}  nll per token; the rest follows from it and the texts
@@ -20,22 +20,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lptransformer import files
 from lptransformer.config.schema import renamed, translated
 from lptransformer.errors import RunError
-from lptransformer.run_folder.metrics import Perplexity, Record, TextCounts, perplexity
+from lptransformer.run_folder.metrics import Perplexity, TextCounts, perplexity
 
+Record = dict[str, Any]
 FORMAT = 3
 READABLE = (2, FORMAT)  # 2: keys of the configuration had other names
 RECORD, RECORDS = "record.json", "records.json"
 IDENTITY = ("name", "method", "overrides", "score", "processes_at_once")
 
 
-def exit_blocks(table: Record) -> list[int]:
+def exit_blocks(table: Mapping[str, Any]) -> list[int]:
     """The blocks with a head in a table of evaluations."""
     return [column for column in table["columns"] if isinstance(column, int)]
 
@@ -87,7 +88,7 @@ def read(path: Path) -> list[Record]:
             for table in (record["training"], *record["evaluations"].values()):
                 table["rows"] = [[math.nan if number is None else number for number in row] for row in table["rows"]]
         except (KeyError, TypeError, AttributeError):
-            raise RunError(f"{path} holds a record that is not whole: make it anew with `report RUN`") from None
+            raise RunError(f"{path} holds an incomplete record: regenerate it with `report RUN`") from None
     return records
 
 

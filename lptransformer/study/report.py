@@ -1,4 +1,4 @@
-"""What runs came to: tables and pictures, from their folders or from records of them."""
+"""Results of runs: tables and pictures, from their folders or from records of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lptransformer.errors import RunError
 from lptransformer.evaluation import ngram
 from lptransformer.run_folder import layout
 from lptransformer.run_folder.loss_plot import plot_losses
-from lptransformer.run_folder.metrics import Record, perplexity, text_counts
+from lptransformer.run_folder.metrics import MetricsRow, perplexity, text_counts
 from lptransformer.run_folder.metrics_log import read_metrics, read_updates
 from lptransformer.study import collect, markdown_tables, plots, records
 from lptransformer.study.comparison import choices
@@ -35,7 +35,7 @@ def report(run: Path, baselines: bool = False) -> None:
     config = layout.read_config(run)
     metrics, updates = read_metrics(run), read_updates(run)
     sets = layout.read_data(run)
-    for name, last in {r["evaluation"]: r for r in metrics if "evaluation" in r}.items():
+    for name, last in {row["evaluation"]: row for row in metrics if "evaluation" in row}.items():
         rows = [_row(f"exit after block {one['last_block']}", one) for one in last["exits"]]
         if baselines:
             rows += _ngram_rows(sets, name)
@@ -63,7 +63,7 @@ def compare(
 ) -> None:
     """Print the tables of a comparison of run folders, sweep folders and files of records; draw its plots into `out`.
 
-    With `document` its tables are made anew (study/markdown_tables.py), under names that begin with `prefix`.
+    With `document` its tables are rewritten (study/markdown_tables.py), under names that begin with `prefix`.
     Raises RunError where there is nothing to compare, or the question names what no run has, UserError where `out` or
     `document` cannot be written.
     """
@@ -95,7 +95,7 @@ def compare(
         print(f"{document}: {', '.join(markdown_tables.update(document, results, prefix))}")
 
 
-def _first_block(update: Record, index: int) -> int:
+def _first_block(update: MetricsRow, index: int) -> int:
     return update["stages"][index - 1]["last_block"] + 1 if index else 0
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from lptransformer.run_folder.metrics import Record
 from lptransformer.study import comparison
 from lptransformer.study.comparison import (
     Choice,
@@ -19,7 +18,7 @@ from lptransformer.study.comparison import (
     find,
 )
 from lptransformer.study.markdown_tables import ResultTable
-from lptransformer.study.records import exit_blocks, final_loss, in_all_units
+from lptransformer.study.records import Record, exit_blocks, final_loss, in_all_units
 
 COSTS = {
     "total_flops": "total FLOPs",
@@ -31,7 +30,7 @@ COSTS = {
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a comparison: the method that others are compared with (None: no differences), backprop with all
+    """What a comparison is to show: the method that others are compared with (None: no differences), backprop with all
     blocks and with few (None: no share of the depth gain), and the set that decides (None: as the sweep says)."""
 
     baseline: str | None = None
@@ -142,7 +141,7 @@ def _costs(records: Sequence[Record], name: str, question: Question) -> list[Res
         for cost in COSTS:
             best = comparison.within(fronts[cost][method], budgets[cost])
             mark = "" if most[cost][method] >= 0.99 * budgets[cost] else " (less spent)"
-            cells.append(f"{best.told:.4f} ({math.exp(min(best.told, 700)):.2f}){mark}" if best else "-")
+            cells.append(f"{best.reported:.4f} ({math.exp(min(best.reported, 700)):.2f}){mark}" if best else "-")
         at_cost.append((method, *cells))
         reached = [comparison.reaching(fronts[cost][method], goal) for cost in COSTS]
         to_loss.append((method, *(short(point.cost) if point else "-" for point in reached)))

@@ -1,6 +1,6 @@
 """A sweep: many runs, a few at a time, each in a process of its own. Stopped, it can be started again.
 
-What a run has done is read from its folder alone, so a sweep that is started again goes on where everything is. In its
+What a run has done is read from its folder alone, so a sweep that is started again continues where every run is. In its
 folder: the runs, each with train.log and record.json; status.json (where every run is, why one failed); records.json.
 """
 
@@ -27,7 +27,6 @@ from lptransformer.data.prepare import prepare_all
 from lptransformer.errors import RunError, TrainingError, UserError
 from lptransformer.processes import on_stop_signals
 from lptransformer.run_folder import checkpoint, layout
-from lptransformer.run_folder.metrics import Record
 from lptransformer.run_folder.metrics_log import JSONL_NAME, read_metrics
 from lptransformer.study import records
 from lptransformer.study.collect import build
@@ -50,7 +49,7 @@ POLL_SECONDS, READ_SECONDS = 0.2, 1.0
 
 
 def run_sweep(sweep: Sweep, processes: int = 1, dry_run: bool = False) -> None:
-    """Bring every run of a sweep to its end, `processes` of them at a time; with `dry_run` list them only.
+    """Finish every run of a sweep, `processes` of them at a time; with `dry_run` only list them.
 
     Raises UserError before anything starts where a run's folder or text is refused, TrainingError at the end when runs
     have failed, SystemExit(128 + signal) when a signal has stopped it.
@@ -83,7 +82,7 @@ class Supervisor:
         self.states = {run.name: RunState(run.name, run.method) for run in sweep.runs}
         self.scores: dict[str, dict[int, float]] = {}
         self.children: dict[str, tuple[subprocess.Popen[bytes], int]] = {}  # and where its part of the log begins
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, records.Record] = {}
         self.signals: list[int] = []
         self.stopped_by: int | None = None
         for run in sweep.runs:
@@ -99,7 +98,7 @@ class Supervisor:
         read = 0.0
         with on_stop_signals(lambda signum, frame: self.signals.append(signum)), self.display:
             while True:
-                self._hand_on_signals()
+                self._forward_signals()
                 for name in [name for name, (child, _) in self.children.items() if child.poll() is not None]:
                     self._ended(self.runs[name])
                 self._decide()
@@ -129,7 +128,7 @@ class Supervisor:
         for state in failed:
             self.display.event(f"  {state.name} after {state.updates} updates: {state.error}")
         if self.stopped_by is not None:
-            self.display.event("stopped; the same command goes on from here")
+            self.display.event("stopped; the same command continues from here")
             raise SystemExit(128 + self.stopped_by)
         self.display.event(f"records of all runs: {self.sweep.folder / records.RECORDS}")
         if failed:
@@ -224,7 +223,7 @@ class Supervisor:
                 if folder.name != f"step-{kept:08d}":
                     shutil.rmtree(folder)
 
-    def _hand_on_signals(self) -> None:
+    def _forward_signals(self) -> None:
         """Every Ctrl-C and SIGTERM goes to every run: the first makes it save and stop, a third Ctrl-C ends it."""
         while self.signals:
             signum = self.signals.pop(0)
@@ -256,7 +255,7 @@ class Supervisor:
         """record.json of a run, where it has got anywhere."""
         path, metrics = run.folder / records.RECORD, run.folder / JSONL_NAME
         if only_if_old and path.is_file() and metrics.is_file() and path.stat().st_mtime >= metrics.stat().st_mtime:
-            with contextlib.suppress(UserError):  # of another format: made again
+            with contextlib.suppress(UserError):  # of another format: regenerated
                 self.records[run.name] = records.read(path)[0]
                 return
         paths = ("data.", "run.", "model.pretrained")
@@ -298,9 +297,9 @@ def scores(run: Run, sweep: Sweep) -> dict[int, float]:
     if not (run.folder / JSONL_NAME).is_file():
         return {}
     found: dict[int, dict[str, float]] = {}
-    for record in read_metrics(run.folder):
-        if "evaluation" in record:
-            found.setdefault(record["update"], {})[record["evaluation"]] = _loss(record["exits"], sweep)
+    for row in read_metrics(run.folder):
+        if "evaluation" in row:
+            found.setdefault(row["update"], {})[row["evaluation"]] = _loss(row["exits"], sweep)
     sets = set(run.config.data.valid)
     return {update: by_set[sweep.score.set] for update, by_set in found.items() if set(by_set) == sets}
 
@@ -318,11 +317,11 @@ def newest(run: Run, sweep: Sweep) -> tuple[int, float | None]:
         file.seek(max(0, size - _TAIL_BYTES))
         for line in file.read().split(b"\n"):
             with contextlib.suppress(ValueError):  # the first line and the last may be cut
-                record = json.loads(line)
-                if "stages" in record:
-                    update = record["update"]
-                elif record["evaluation"] == sweep.score.set:
-                    score = float(_loss(record["exits"], sweep))
+                row = json.loads(line)
+                if "stages" in row:
+                    update = row["update"]
+                elif row["evaluation"] == sweep.score.set:
+                    score = float(_loss(row["exits"], sweep))
     return update, score
 
 
@@ -346,8 +345,8 @@ def last_words(log: Path, begin: int, returncode: int) -> str:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[int]:
     """Keeps other sweeps out of a folder. Yields the lock's file descriptor, to be handed to every process that works
-    in the folder: the lock is free when the last of them has closed it, so a sweep that was killed leaves its runs in
-    peace. Raises RunError where somebody is at work."""
+    in the folder: the lock is free when the last of them has closed it, so the runs of a sweep that was killed keep
+    it. Raises RunError where another sweep, or a run of one, is at work."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as file:
         try:

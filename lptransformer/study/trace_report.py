@@ -1,4 +1,4 @@
-"""The report of a run's recorded updates: where their time went, as a table, a timeline and a picture.
+"""The report of a run's traced updates: where their time went, as a table, a timeline and a picture.
 
 Beside what ran stands 1F1B of the same blocks, simulated from the measured times. The same slices give the same bytes.
 """
@@ -22,7 +22,7 @@ from lptransformer.methods.objectives import Objective, backprop
 from lptransformer.methods.stages import cut
 from lptransformer.planning.simulate import StageSeconds, simulate
 from lptransformer.run_folder import layout
-from lptransformer.run_folder.trace import COPIES, HEAD, WAIT, Slice, Trace, chrome, read, shares, slices
+from lptransformer.run_folder.trace import COPIES, HEAD, WAIT, Slice, Trace, chrome, rank_times, read_traces, slices
 from lptransformer.study import collect
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def draw(panels: Sequence[Panel], stem: Path) -> Path:
     kinds = {_colour_of(one) for drawn in shown for one in drawn}
     handles = [Patch(color=c, label=LABELS.get(kind, kind)) for kind, c in COLOURS.items() if kind in kinds]
     if any(_unknown(slices) for slices in shown):
-        handles.append(Patch(facecolor="white", edgecolor="0.75", hatch="////", label="not recorded"))
+        handles.append(Patch(facecolor="white", edgecolor="0.75", hatch="////", label="not traced"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.draw_without_rendering()  # the layout decides how wide a second is
     for place, drawn in zip(axes, shown, strict=True):
@@ -232,13 +232,13 @@ def idle_share(timeline: Sequence[Slice], pipeline_rank: int) -> float:
 
 
 def report_trace(run: Path, out: Path) -> None:
-    """Print where the time of the recorded updates went; write trace.json, trace.png and trace.svg into `out`.
+    """Print where the time of the traced updates went; write trace.json, trace.png and trace.svg into `out`.
 
-    The picture is of the newest start of the run that recorded something, with 1F1B of the same blocks beneath it;
+    The picture is of the newest start of the run that traced something, with 1F1B of the same blocks below it;
     trace.json has all. Raises RunError where the folder holds no run, or the run has no trace.
     """
     config = layout.read_config(run)
-    traces = read(run, config.parallel.pipeline, config.parallel.data)
+    traces = read_traces(run, config.parallel.pipeline, config.parallel.data)
     newest, method = traces[-1], collect.method_name(config)
     beside = None
     if newest.device == "cpu":
@@ -247,7 +247,7 @@ def report_trace(run: Path, out: Path) -> None:
     columns: tuple[str, ...] = ("pipeline rank", "busy s", "of it head s", "waiting s", "other s", "idle share")
     rows: list[tuple[Any, ...]] = [
         (one.pipeline_rank, one.busy, one.head, one.waiting, one.other, f"{one.idle_share:.1%}")
-        for one in shares(newest)
+        for one in rank_times(newest)
     ]
     title = f"{method}, {_updates(newest)}, measured"
     if beside:
@@ -275,7 +275,7 @@ def _picture(whole: Trace) -> Trace:
 
 def _panels(shown: Trace, method: str, is_backprop: bool, beside: Sequence[Slice] | None) -> list[Panel]:
     number = len(shown.updates)
-    seconds = max(one.total for one in shares(shown)) / number
+    seconds = max(one.total for one in rank_times(shown)) / number
     on = "" if shown.device == "cpu" else f" on {shown.device}, times of the host"
     what = "backprop by 1F1B" if is_backprop else method
     measured = f"Measured: {what}, {_updates(shown)}{on}: {_duration(seconds)} per update"

@@ -1,9 +1,9 @@
 """`train.micro_batch_size: auto`: the largest power of two whose predicted memory fits, found before a run starts.
 
-Whoever starts all processes of a run on its own host finds the number for them (`for_this_host`). Else every process
-says how much memory it has, the smallest counts, and global rank 0 alone predicts and tells the others, through the
+A process that starts all processes of a run on its own host finds the number for them (`for_this_host`). Else every
+process reports how much memory it has, the smallest counts, and global rank 0 alone predicts and sends it, through the
 launcher's store and before the worlds are joined (`agreed`). From then on the configuration has a number, which
-config.yaml of the run keeps; a run that is resumed takes that one (`recorded`).
+config.yaml of the run keeps; a run that is resumed takes that one (`size_of_run_folder`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lptransformer.config.checks import zero_stage
 from lptransformer.config.schema import Config
 from lptransformer.data.prepare import Prepared, prepare_all
 from lptransformer.data.train_stream import TrainStream
-from lptransformer.engine.process_groups import lost_processes_in_our_words
+from lptransformer.engine.process_groups import translate_lost_processes
 from lptransformer.errors import ConfigError, UserError
 from lptransformer.models import blueprint as blueprints
 from lptransformer.models.blueprint import Blueprint
@@ -36,8 +36,11 @@ from lptransformer.run_folder import layout
 GIB = 2**30
 
 
-def recorded(config: Config) -> Config:
-    """`auto` is the number of the run in run.dir, where one is there. Raises RunError where it cannot be read."""
+def size_of_run_folder(config: Config) -> Config:
+    """The configuration with the number that the run folder run.dir has for `auto`; as it is where there is no run.
+
+    Raises RunError where the folder cannot be read.
+    """
     assert config.run.dir is not None
     folder = Path(config.run.dir)
     if config.train.micro_batch_size != "auto" or not (folder / layout.CONFIG).is_file():
@@ -51,7 +54,7 @@ def for_this_host(config: Config, blueprint: Blueprint, rows: int | None = None)
         return config
     processes = config.parallel.pipeline * config.parallel.data
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        # In a process of its own: to ask a GPU is to take memory of it, and to keep it.
+        # In a process of its own: querying a GPU makes a CUDA context, which takes memory and keeps it.
         ask = f"from lptransformer.training.auto_batch import free_memory; print(free_memory({processes}))"
         memory = int(subprocess.run([sys.executable, "-c", ask], check=True, capture_output=True, text=True).stdout)
     else:
@@ -63,7 +66,7 @@ def of_prepared(config: Config, data: Prepared) -> tuple[Blueprint, int]:
     """What is built, and the windows of an epoch."""
     stream = TrainStream([one.tokens for one in data.train], [one.weight for one in data.train], 0, 1)
     tokenizer = data.tokenizer
-    blueprint = blueprints.draw(with_size(config, 1), tokenizer.vocab_size, tokenizer.end_of_text_id)
+    blueprint = blueprints.make_blueprint(with_size(config, 1), tokenizer.vocab_size, tokenizer.end_of_text_id)
     return blueprint, stream.rows_per_epoch
 
 
@@ -79,7 +82,7 @@ def agreed(config: Config, resume: bool) -> Iterator[Config]:
         yield config
         return
     timeout = timedelta(seconds=config.parallel.timeout_seconds)
-    with lost_processes_in_our_words():
+    with translate_lost_processes():
         alone = launched_size() == 1
         store = dist.HashStore() if alone else next(dist.rendezvous("env://", timeout=timeout))[0]
         store.set_timeout(timeout)
@@ -95,10 +98,10 @@ def _agreed(config: Config, resume: bool, store: dist.Store) -> Config:
         store.wait(["number"], timedelta(days=2))  # global rank 0 may have to prepare the text
         if (number := int(store.get("number"))) == 0:
             store.set(f"left/{rank}", "")
-            raise SystemExit(UserError.exit_code)  # global rank 0 has said why
+            raise SystemExit(UserError.exit_code)  # global rank 0 has printed why
         return with_size(config, number)
     try:
-        sized = recorded(config) if resume else config
+        sized = size_of_run_folder(config) if resume else config
         if sized.train.micro_batch_size == "auto":
             memory = min(int(store.get(f"memory/{rank}")) for rank in range(launched_size()))
             blueprint, rows = of_prepared(config, prepare_all(**config.data.model_dump()))
@@ -113,9 +116,9 @@ def _agreed(config: Config, resume: bool, store: dist.Store) -> Config:
 
 
 def largest(config: Config, blueprint: Blueprint, memory: int, rows: int | None) -> int:
-    """The largest power of two that fits into `memory` bytes of a process, and says so.
+    """The largest power of two that fits into `memory` bytes of a process; prints it.
 
-    What is predicted may take 0.9 of them; at ZeRO 3, of which too little is predicted, 0.8. An update takes no more
+    What is predicted may take 0.9 of them; at ZeRO 3, where the prediction is too low, 0.8. An update takes no more
     than the `rows` of an epoch (None: not known). Raises ConfigError where 1 does not fit.
     """
     share, size, many = 0.8 if zero_stage(config) == 3 else 0.9, 1, config.train.micro_batches_per_update

@@ -49,7 +49,7 @@ def start(config: Config) -> tuple[TrainingEngine, Prepared]:
     use_fair_share_of_cores()
     world = join_world(config)
     data = prepare_once(config, world)
-    blueprint = blueprints.draw(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
+    blueprint = blueprints.make_blueprint(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
     stream = TrainStream(
         [source.tokens for source in data.train],
         [source.weight for source in data.train],
@@ -79,7 +79,7 @@ def prepare_once(config: Config, world: World) -> Prepared:
         world.store.wait(["prepared"], timedelta(days=2))
         if world.store.get("prepared") == b"failed":
             world.store.queue_push("leaving", "")
-            raise SystemExit(UserError.exit_code)  # global rank 0 has said why
+            raise SystemExit(UserError.exit_code)  # global rank 0 has printed why
     try:
         data = prepare_all(**config.data.model_dump(), progress=first)
     except UserError:

@@ -62,13 +62,13 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
 def launch(config_path: str, arguments: Sequence[str], processes: int) -> int:
     """Train in `processes` processes on this machine, through the deepspeed launcher; returns its exit code.
 
-    Ctrl-C and SIGTERM are handed on to the workers alone, which then save and leave; the launcher itself would kill
+    Ctrl-C and SIGTERM are forwarded to the workers alone, which then save and leave; the launcher itself would kill
     what takes longer than 30 seconds.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise RunError("WORLD_SIZE is set: a launcher has started `train`. Let it start launch/train.py instead")
     environment = {**os.environ, COMMAND_VARIABLE: json.dumps(command_line())}
-    if "CUDA_VISIBLE_DEVICES" in os.environ:  # the launcher sets its own where it is told a number of processes
+    if "CUDA_VISIBLE_DEVICES" in os.environ:  # the launcher sets its own where it is given a number of processes
         environment[DEVICES_VARIABLE] = os.environ["CUDA_VISIBLE_DEVICES"]
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
@@ -78,18 +78,18 @@ def launch(config_path: str, arguments: Sequence[str], processes: int) -> int:
 
     signals = 0
 
-    def hand_on(signum: int, frame: Any) -> None:
+    def forward(signum: int, frame: Any) -> None:
         nonlocal signals
         signals += 1
         workers = _workers(launcher.pid)
-        if not workers or signals >= 3:  # nothing to save yet, or nobody listens: end the launcher's whole session
+        if not workers or signals >= 3:  # nothing to save yet, or they do not react: end the launcher's whole session
             os.killpg(launcher.pid, signal.SIGTERM if signals < 3 else signal.SIGKILL)
         for worker in workers:
             with contextlib.suppress(psutil.Error):
                 worker.send_signal(signal.SIGTERM)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, hand_on)
+        signal.signal(signum, forward)
     return launcher.wait()
 
 

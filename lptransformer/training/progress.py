@@ -1,6 +1,6 @@
 """What a person sees of a run while it trains.
 
-The records are those of lptransformer.run_folder.metrics. Where the output is not a terminal everything is plain lines.
+The rows are those of lptransformer.run_folder.metrics. Where the output is not a terminal everything is plain lines.
 """
 
 from __future__ import annotations
@@ -17,44 +17,41 @@ from rich.table import Table
 from rich.text import Text
 
 from lptransformer.console import clock, megabytes, print_line, short_number, standard_console
-from lptransformer.run_folder.metrics import Record, Stages
+from lptransformer.run_folder.metrics import MetricsRow, Stages
 
 
 class Progress:
     """The display of a run of `total_updates` updates, as a context manager on global rank 0.
 
     In a terminal: a bar, a row per stage, and messages above them. Elsewhere: plain lines, the first and the last
-    update and in between at most one every `interval_seconds`, every evaluation and every message. `quiet` leaves
-    only the messages.
+    update and in between at most one every `interval_seconds`, every evaluation and every message.
     """
 
     def __init__(
         self,
         total_updates: int,
         stages: Stages,
-        quiet: bool = False,
         console: Console | None = None,
         interval_seconds: float = 5.0,
     ) -> None:
         self.total_updates = total_updates
         self.stages = stages
-        self.quiet = quiet
         self.console = console or standard_console()
         self.interval_seconds = interval_seconds
         self._live: Live | None = None
         self._started = time.monotonic()
         self._first: tuple[int, float] | None = None  # the first update of this process and when it was done
         self._updated = self._started
-        self._record: Record | None = None
+        self._row: MetricsRow | None = None
         self._printed_update: int | None = None
         self._printed_at = -math.inf
         self._skipped = {stage: 0 for stage, _, _ in stages}
         self._skipped_since_line: set[int] = set()
-        self._evaluations: dict[str, Record] = {}
+        self._evaluations: dict[str, MetricsRow] = {}
 
     def __enter__(self) -> Progress:
         self._started = time.monotonic()
-        if self.console.is_interactive and not self.quiet:
+        if self.console.is_interactive:
             self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
             self._live.start(refresh=True)
         return self
@@ -65,31 +62,31 @@ class Progress:
         if self._live is not None:
             self._live.stop()
             self._live = None
-        elif self._record is not None and self._printed_update != self._record["update"]:
-            self._print_update(self._record)
+        elif self._row is not None and self._printed_update != self._row["update"]:
+            self._print_update(self._row)
 
-    def update(self, record: Record) -> None:
-        """Show the record of an update."""
+    def update(self, row: MetricsRow) -> None:
+        """Show the row of an update."""
         now = time.monotonic()
-        self._first = self._first or (record["update"], now)
-        self._record, self._updated = record, now
-        for entry in record["stages"]:
+        self._first = self._first or (row["update"], now)
+        self._row, self._updated = row, now
+        for entry in row["stages"]:
             if entry["skipped"]:
                 self._skipped[entry["stage"]] += 1
                 self._skipped_since_line.add(entry["stage"])
-        last = record["update"] == self.total_updates
+        last = row["update"] == self.total_updates
         if self._live is None and (last or now - self._printed_at >= self.interval_seconds):
-            self._print_update(record)
+            self._print_update(row)
 
-    def evaluation(self, record: Record) -> None:
-        """Show the record of an evaluation."""
+    def evaluation(self, row: MetricsRow) -> None:
+        """Show the row of an evaluation."""
         # A new dictionary: the thread that redraws the display may be walking through the old one.
-        self._evaluations = self._evaluations | {record["evaluation"]: record}
-        if self._live is None and not self.quiet:
-            exits = record["exits"]
+        self._evaluations = self._evaluations | {row["evaluation"]: row}
+        if self._live is None:
+            exits = row["exits"]
             parts = [
-                f"evaluation {record['update']}/{self.total_updates}",
-                record["evaluation"],
+                f"evaluation {row['update']}/{self.total_updates}",
+                row["evaluation"],
                 "nll " + " ".join(f"{e['nll_per_token']:.3f}" for e in exits),
                 "perplexity " + " ".join(_perplexity(e["perplexity"]) for e in exits),
                 "bits/byte " + " ".join(f"{e['bits_per_byte']:.3f}" for e in exits),
@@ -100,20 +97,19 @@ class Progress:
         """Print a line, above the display where there is one."""
         print_line(self.console, text)
 
-    def _print_update(self, record: Record) -> None:
-        self._printed_update, self._printed_at = record["update"], time.monotonic()
-        if not self.quiet:
-            print_line(self.console, self._line(record))
+    def _print_update(self, row: MetricsRow) -> None:
+        self._printed_update, self._printed_at = row["update"], time.monotonic()
+        print_line(self.console, self._line(row))
         self._skipped_since_line.clear()
 
-    def _line(self, record: Record) -> str:
-        entries = record["stages"]
+    def _line(self, row: MetricsRow) -> str:
+        entries = row["stages"]
         parts = [
-            f"update {record['update']}/{self.total_updates}",
+            f"update {row['update']}/{self.total_updates}",
             "loss " + " ".join(_optional(e["loss"], ".3f") for e in entries),
             "grad " + " ".join(_optional(e["grad_norm"], ".2g") for e in entries),
-            f"lr {record['learning_rate']:.1e}",
-            f"{short_number(record['tokens_per_second'])} tok/s",
+            f"lr {row['learning_rate']:.1e}",
+            f"{short_number(row['tokens_per_second'])} tok/s",
             f"eta {clock(self._remaining_seconds())}",
             "idle " + " ".join(f"{e['idle_share']:.0%}" for e in entries),
             megabytes(max(e["memory_bytes"] for e in entries)),
@@ -124,13 +120,13 @@ class Progress:
 
     def _remaining_seconds(self) -> float:
         """At the speed of this process since its first update, which is slower than the others; nan if unknown."""
-        if self._record is None or self._first is None:
+        if self._row is None or self._first is None:
             return math.nan
-        remaining: int = self.total_updates - self._record["update"]
+        remaining: int = self.total_updates - self._row["update"]
         if remaining <= 0:
             return 0.0
         first_update, first_done = self._first
-        done: int = self._record["update"] - first_update
+        done: int = self._row["update"] - first_update
         if done == 0:
             return remaining * (first_done - self._started)
         per_update = (self._updated - first_done) / done
@@ -141,33 +137,33 @@ class Progress:
         return Group(self._render_bar(), Columns(tables, padding=(0, 3)))  # side by side where the terminal is wide
 
     def _render_bar(self) -> RenderableType:
-        done = self._record["update"] if self._record else 0
-        speed = f"{short_number(self._record['tokens_per_second'])} tok/s" if self._record else "starting"
+        done = self._row["update"] if self._row else 0
+        speed = f"{short_number(self._row['tokens_per_second'])} tok/s" if self._row else "starting"
         elapsed, eta = clock(time.monotonic() - self._started), clock(self._remaining_seconds())
-        row = Table.grid(padding=(0, 2), expand=True)
-        row.add_column(no_wrap=True)
-        row.add_column(ratio=1)
-        row.add_column(no_wrap=True)
-        row.add_row(
+        grid = Table.grid(padding=(0, 2), expand=True)
+        grid.add_column(no_wrap=True)
+        grid.add_column(ratio=1)
+        grid.add_column(no_wrap=True)
+        grid.add_row(
             Text(f"update {done}/{self.total_updates}", style="bold"),
             ProgressBar(total=max(self.total_updates, 1), completed=done),
             Text(f"{speed}  {elapsed} elapsed  eta {eta}"),
         )
-        return row
+        return grid
 
     def _render_stages(self) -> Table:
-        entries = {entry["stage"]: entry for entry in self._record["stages"]} if self._record else {}
+        entries = {entry["stage"]: entry for entry in self._row["stages"]} if self._row else {}
         grid = Table(box=None, padding=(0, 1), header_style="dim")
         for name in ("stage", "blocks", "loss", "grad norm", "lr", "memory", "idle", "skipped"):
             grid.add_column(name, justify="right", no_wrap=True)
         for stage, first, last in self.stages:
             cells = [str(stage), f"{first}-{last}" if last > first else str(first)]
             entry = entries.get(stage)
-            if entry and self._record:
+            if entry and self._row:
                 cells += [
                     _optional(entry["loss"], ".3f"),
                     _optional(entry["grad_norm"], ".2g"),
-                    f"{self._record['learning_rate']:.1e}",
+                    f"{self._row['learning_rate']:.1e}",
                     megabytes(entry["memory_bytes"]),
                     f"{entry['idle_share']:.0%}",
                 ]
@@ -179,12 +175,12 @@ class Progress:
     def _render_evaluations(self) -> Table:
         grid = Table(box=None, padding=(0, 1), header_style="dim")
         grid.add_column("nll / perplexity of exit", justify="right", no_wrap=True)
-        for name, record in self._evaluations.items():
-            grid.add_column(Text(f"{name} @{record['update']}"), justify="right", no_wrap=True)
+        for name, row in self._evaluations.items():
+            grid.add_column(Text(f"{name} @{row['update']}"), justify="right", no_wrap=True)
         for stage, _, last in self.stages:
             cells = [f"after block {last}"]
-            for record in self._evaluations.values():
-                exits = [e for e in record["exits"] if e["stage"] == stage]
+            for row in self._evaluations.values():
+                exits = [e for e in row["exits"] if e["stage"] == stage]
                 cells += [f"{e['nll_per_token']:.3f} / {_perplexity(e['perplexity'])}" for e in exits] or ["-"]
             grid.add_row(*cells)
         return grid

@@ -1,4 +1,4 @@
-"""Training, as a story: check, start, then update after update, report, evaluate, save, until it is enough."""
+"""Training, from start to end: check, start, then update after update: report, evaluate, save, stop."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lptransformer.config.schema import Config
 from lptransformer.data.prepare import Prepared
 from lptransformer.engine.interface import Report, TrainingEngine, UpdateResult
 from lptransformer.engine.p2p import Control
-from lptransformer.engine.process_groups import lost_processes_in_our_words
+from lptransformer.engine.process_groups import translate_lost_processes
 from lptransformer.errors import TrainingError
 from lptransformer.planning.dry_run import print_stages
 from lptransformer.processes import launched_rank, on_stop_signals
 from lptransformer.run_folder import checkpoint, layout
 from lptransformer.run_folder.loss_plot import plot_losses
-from lptransformer.run_folder.metrics import Aggregator, TraceReport, text_counts
+from lptransformer.run_folder.metrics import Aggregator, MetricsRow, TraceReport, text_counts
 from lptransformer.run_folder.metrics_log import MetricsWriter, read_metrics
 from lptransformer.run_folder.trace import TraceWriter
-from lptransformer.training.auto_batch import agreed, recorded
+from lptransformer.training.auto_batch import agreed, size_of_run_folder
 from lptransformer.training.build import start
 from lptransformer.training.progress import Progress
 
@@ -37,7 +37,7 @@ def train(config: Config, resume: bool = False, overwrite: bool = False, until: 
     assert config.run.dir is not None
     folder = Path(config.run.dir)
     if launched_rank() == 0:
-        layout.check(folder, recorded(config) if resume else config, resume, overwrite)
+        layout.check(folder, size_of_run_folder(config) if resume else config, resume, overwrite)
     with agreed(config, resume) as config:
         engine, data = start(config)
     with engine.world.starting():  # a run folder appears only when every process has got this far
@@ -51,24 +51,24 @@ def train(config: Config, resume: bool = False, overwrite: bool = False, until: 
         else:
             assert engine.describe_run is not None
             engine.describe_run(folder, overwrite)
-    desk = Desk(engine, config, data, folder, resume, until)
-    with lost_processes_in_our_words(), desk, stopping_cleanly(engine):
+    reporter = Reporter(engine, config, data, folder, resume, until)
+    with translate_lost_processes(), reporter, stopping_cleanly(engine):
         while True:
             engine.request(due(config, engine.update + 1, until))
-            result = desk.watch(engine.train_batch)
-            desk.take(result.reports)
+            result = reporter.watch(engine.train_batch)
+            reporter.take(result.reports)
             if result.control & Control.SAVE:
                 engine.save_checkpoint(folder)
             if result.control & Control.EVALUATE:
                 for name in engine.valid:
-                    desk.take(engine.eval_batch(name))
+                    reporter.take(engine.eval_batch(name))
             if result.control & Control.STOP:
                 break
-        desk.take(engine.close())
+        reporter.take(engine.close())
 
 
 def due(config: Config, update: int, until: int | None = None) -> Control:
-    """What follows an update by the plan of the run. The last update, or that of `until`, is followed by everything."""
+    """What follows an update, as configured. The last update, or that of `until`, is followed by everything."""
     train = config.train
     if update >= (until or train.steps):
         return Control.EVALUATE | Control.SAVE | Control.STOP
@@ -96,8 +96,8 @@ def stopping_cleanly(engine: TrainingEngine) -> Iterator[None]:
         yield
 
 
-class Desk:
-    """Where reports arrive. Global rank 0 shows and writes them; on the other processes this does nothing."""
+class Reporter:
+    """Shows and writes the reports of all processes, on global rank 0; on the others it does nothing."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class Desk:
         if warning := pretrained_warning(config):
             self.progress.message(warning)
 
-    def __enter__(self) -> Desk:
+    def __enter__(self) -> Reporter:
         if self.open:
             self.progress.__enter__()
         return self
@@ -150,24 +150,24 @@ class Desk:
                 assert self.trace is not None
                 self.trace.write(report)
                 continue
-            for record in self.aggregator.add(report):
-                self.writer.write(record)
-                if "evaluation" in record:
-                    self.progress.evaluation(record)
+            for row in self.aggregator.add(report):
+                self.writer.write(row)
+                if "evaluation" in row:
+                    self.progress.evaluation(row)
                 else:
-                    self.progress.update(record)
-                    self._say_skips(record)
+                    self.progress.update(row)
+                    self._report_skips(row)
 
-    def _say_skips(self, record: dict[str, Any]) -> None:
-        for stage in record["stages"]:
+    def _report_skips(self, row: MetricsRow) -> None:
+        for stage in row["stages"]:
             if stage["skipped"]:
-                self.progress.message(f"stage {stage['stage']} skipped update {record['update']}: not finite")
+                self.progress.message(f"stage {stage['stage']} skipped update {row['update']}: not finite")
 
     def __exit__(self, *exc: Any) -> None:
         if not self.open:
             return
         self.progress.__exit__(*exc)
         self.writer.close()
-        records = read_metrics(self.folder)
-        if any("stages" in record for record in records):
-            plot_losses(records, self.folder / "loss.png", self.stages)
+        rows = read_metrics(self.folder)
+        if any("stages" in row for row in rows):
+            plot_losses(rows, self.folder / "loss.png", self.stages)

@@ -11,7 +11,7 @@ from lptransformer.models import blueprint as blueprints
 from lptransformer.models.blueprint import Blueprint
 
 
-def drawn(
+def small_blueprint(
     model_config: Any,
     name: str = "chunked",
     *,

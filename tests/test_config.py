@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import DATA, message, says
 
 from lptransformer.config import deepspeed_keys
 from lptransformer.config.checks import FAMILIES, check_depth, check_world_size, pretrained_warning, zero_stage
@@ -21,30 +22,13 @@ from lptransformer.config.load import (
     to_yaml,
 )
 from lptransformer.config.schema import PLAIN, SECTIONS, fields_of, known_keys
-from lptransformer.errors import ConfigError, ModelError, UserError
-
-DATA = {"data": {"train": "books/*.txt"}}
+from lptransformer.errors import ConfigError, ModelError
 
 
 def write(folder: Path, text: str, name: str = "x.yaml") -> Path:
     path = folder / name
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def message(source: Any, *overrides: str, kind: type[UserError] = ConfigError) -> str:
-    """The message with which `load` refuses."""
-    with pytest.raises(kind) as caught:
-        load(source, overrides)
-    assert type(caught.value) is kind and caught.value.exit_code == 2
-    text = str(caught.value)
-    assert "\n" not in text and "pydantic" not in text
-    return text
-
-
-def says(text: str, *parts: str) -> None:
-    for part in parts:
-        assert part in text, f"{part!r} is missing in: {text}"
 
 
 @pytest.fixture

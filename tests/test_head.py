@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import DATA, message, says
 from saved_runs import FEW, make_run
 from small_blueprint import small_blueprint
-from test_config import DATA, message, says
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from baseline_jobs import BASELINE, open_baseline
+from baseline_jobs import train as train_baseline
 from distributed import Pool
 from engine_jobs import load_config, open_engine
 from engine_jobs import train as train_locally
 from small_run import CONFIG, TEXT
-from test_pipeline_baseline import BASELINE, open_baseline
-from test_pipeline_baseline import train as train_baseline
 
 from lptransformer.data import tokenizer
 from lptransformer.errors import DataError, ModelError, RunError

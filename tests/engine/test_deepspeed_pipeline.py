@@ -426,7 +426,7 @@ def test_a_signal_stops_it_and_it_resumes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_all_launchers_start_it(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(run_config(tmp_path)))
-    bin_, launch = Path(sys.executable).parent, Path(__file__).parent.parent / "launch" / "train.py"
+    bin_, launch = Path(sys.executable).parent, Path(__file__).parents[2] / "launch" / "train.py"
     script = [str(launch), "--config", str(tmp_path / "c.yaml")]
     commands = {
         "a": [sys.executable, "-m", "lptransformer", "train", str(tmp_path / "c.yaml")],

@@ -312,7 +312,7 @@ def test_bf16_trains_and_does_not_depend_on_the_placement(pool: Pool, results: C
 
 def test_parity_at_the_size_of_the_quick_start(pool: Pool, results: Cached) -> None:
     """Its model, windows, micro-batches and pipeline ranks, from its own configuration; the data is random."""
-    quickstart = yaml.safe_load((Path(__file__).parents[1] / "configs" / "quickstart.yaml").read_text())
+    quickstart = yaml.safe_load((Path(__file__).parents[2] / "configs" / "quickstart.yaml").read_text())
     quickstart["train"] |= {"eval_every": 0, "warmup_steps": 1, "steps": 12, "grad_clip": 0.25}
     sections = ("model", "objective", "parallel", "train")
     overrides = tuple(f"{section}.{key}={value}" for section in sections for key, value in quickstart[section].items())

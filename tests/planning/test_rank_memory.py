@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from allocations import log_allocations
-from one_rank import peak_bytes
+from measured_rank import peak_bytes
 from random_tokens import RandomTokens
 
 from lptransformer.config.load import load

@@ -29,7 +29,7 @@ from lptransformer.study.sweep_display import DONE, FAILED, RUNNING, RunState, S
 from lptransformer.study.sweep_file import Run, Sweep, read
 from lptransformer.training.launcher import run
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 SWEEP: dict[str, Any] = {
     "base": "base.yaml",
     "dir": "runs/s",

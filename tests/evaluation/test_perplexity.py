@@ -33,7 +33,7 @@ from lptransformer.evaluation.perplexity import evaluate_run, print_evaluations,
 from lptransformer.run_folder import checkpoint
 from lptransformer.training.launcher import run as run_command
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXIT_KEYS = ["stage", "last_block", "nll_per_token", "perplexity", "bits_per_byte", "word_perplexity", "tokens"]
 
 

@@ -20,7 +20,7 @@ from lptransformer.run_folder import checkpoint
 from lptransformer.run_folder.metrics_log import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timing]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = ["--data.sequence_length=32", "--model.hidden_size=32", "--train.micro_batch_size=2", "--data.valid=null"]
 EXIT_KEYS = {"stage", "last_block", "nll_per_token", "perplexity", "bits_per_byte", "word_perplexity", "tokens"}
 SMALL += ["--train.eval_every=0", "--train.warmup_steps=2"]

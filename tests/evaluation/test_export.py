@@ -27,7 +27,7 @@ from lptransformer.run_folder import checkpoint
 from lptransformer.run_folder.metrics_log import read_metrics
 from lptransformer.training.launcher import run as run_command
 
-BOOKS = Path(__file__).parent.parent / "data" / "books"
+BOOKS = Path(__file__).parents[2] / "data" / "books"
 STRANGE = "Two   spaces,\n\n\ttabs\r\n and e\u0301, ﬁ, ２, 😀, \u00a0\u3000x \u200b <s> </s> <unk> <0x41> [PAD] ...\n"
 LLAMA = {"family": "llama", "num_key_value_heads": 2}
 

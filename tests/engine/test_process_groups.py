@@ -114,7 +114,7 @@ def test_an_exception_is_raised_again_with_its_rank_and_traceback(pool: Pool) ->
         pool.run(2, fail_on, 1)
     assert caught.value.args == ("planted on 1",)  # not what the other rank met in the barrier
     first = caught.value.__notes__[0]
-    assert first.startswith("rank 1 raised:") and "test_distributed.py" in first and "in fail_on" in first
+    assert first.startswith("rank 1 raised:") and "engine/test_process_groups.py" in first and "in fail_on" in first
     assert [result["pid"] for result in pool.run(2, describe, "")] == before
 
 

@@ -22,7 +22,7 @@ from lptransformer.planning.plan_report import advice, to_json
 from lptransformer.planning.step_time import Bound
 from lptransformer.training.launcher import run
 
-PLANS = Path(__file__).parent.parent / "configs" / "plans"
+PLANS = Path(__file__).parents[2] / "configs" / "plans"
 H, BLOCKS, T, V = 64, 8, 32, 512
 SMALL: dict[str, Any] = {
     "model": {"hidden_size": H, "num_layers": BLOCKS, "num_heads": 4},

@@ -826,9 +826,7 @@ assert not slow, slow
     assert min(seconds) < 1.0, f"bad configuration is refused in under a second, not {seconds}"
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda p: p.name
-)
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_configuration_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the top of the checkout; the exported model that fine-tuning starts from is made by the reader first."""
     monkeypatch.chdir(path.parent.parent)

@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import same_bits  # noqa: E402

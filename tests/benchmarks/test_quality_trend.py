@@ -12,7 +12,7 @@ from fake_runs import falling, make_run
 
 from lptransformer.study import collect
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import quality_trend  # noqa: E402

@@ -1,4 +1,4 @@
-"""What chunks hand over in fewer bytes. That the engine trains on it as the plain loop does: test_objectives.py."""
+"""What chunks hand over in fewer bytes. How the engine trains on it: engine/test_objectives_trained.py."""
 
 from __future__ import annotations
 

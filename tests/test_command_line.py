@@ -1,7 +1,7 @@
 """The commands as a person meets them: what works, and one clear message for what does not.
 
-Messages of the configuration itself are in config/test_config.py, of text files in data/test_data.py; here is each kind of
-bad input once through the command line, with its exit code, and what must not be left behind.
+Messages of the configuration itself are in config/test_config.py, of text files in data/test_data.py; here is each kind
+of bad input once through the command line, with its exit code, and what must not be left behind.
 """
 
 from __future__ import annotations

@@ -71,12 +71,12 @@ def train_two_updates(config: dict[str, Any], heads: int) -> None:
     engine.close()
 
 
-@as_module("Add a method", "halving")
+@as_module("Add a method", "shrinking")
 def test_the_method_is_registered_and_trains(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert objectives.build(4, "halving").usual.spans == (Span(0, 1), Span(2, 2), Span(3, 3))
-    assert objectives.build(1, "halving").usual.spans == (Span(0, 0),)
+    assert objectives.build(4, "shrinking").usual.spans == (Span(0, 1), Span(2, 2), Span(3, 3))
+    assert objectives.build(1, "shrinking").usual.spans == (Span(0, 0),)
     stand_in(tmp_path, monkeypatch)
-    four = {**CONFIG, "model": {**CONFIG["model"], "num_layers": 4}, "objective": {"name": "halving", "parts": 2}}
+    four = {**CONFIG, "model": {**CONFIG["model"], "num_layers": 4}, "objective": {"name": "shrinking", "parts": 2}}
     train_two_updates(four, heads=2)
 
 

@@ -1,5 +1,6 @@
 """The sections of the configuration: every key with its type, its default and what it means.
 
+The options of an objective and of a head stand beside its row (methods/objectives.py, methods/heads.py).
 Nothing here looks at more than one key; that is config/checks.py. Reading, overrides and printing are config/load.py.
 """
 

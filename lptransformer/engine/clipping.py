@@ -1,4 +1,8 @@
-"""What clips and skips together: the stages of a clip group, here and on other pipeline ranks, by one gradient norm."""
+"""What clips and skips together: the stages of a clip group, here and on other pipeline ranks.
+
+Only the common gradient norm is found here; who belongs together says methods/gradient_flow.clip_groups, and
+TrainedStage.update (engine/deepspeed_stage.py) clips or skips by it.
+"""
 
 from __future__ import annotations
 

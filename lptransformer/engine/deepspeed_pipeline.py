@@ -105,7 +105,7 @@ class PipelineBaseline(TrainingEngine):
         self._grad_norm: float | None = None
         self._rounds: dict[str, tuple[int, int]] = {}  # of a validation set: micro-batches and labels of this replica
 
-    # ------------------------------------------------------------------------------------------ the four calls
+    # ------------------------------------------------------------------------------------------ the calls
 
     def train_batch(self) -> UpdateResult:
         """See TrainingEngine. At ZeRO 0 in fp32 losses that are not finite count as skipped."""

@@ -74,7 +74,7 @@ class LocalUpdateEngine(TrainingEngine):
         )
         self._tracer = self._make_tracer(*options.trace) if options.trace else None
 
-    # ------------------------------------------------------------------------------------------ the four calls
+    # ------------------------------------------------------------------------------------------ the calls
 
     def train_batch(self) -> UpdateResult:
         """See TrainingEngine. No stage waits for another's optimizer."""

@@ -1,7 +1,8 @@
 """The interface of a training engine: what it takes and gives, whichever engine it is, and what all engines share.
 
 `train_batch() -> UpdateResult`, `eval_batch(name) -> reports`, `save_checkpoint(run)`, `load_checkpoint(run)`,
-`request(control)` and `close()` are all that training knows of an engine.
+`request(control)` and `close()` are all that training calls; it reads `world`, `update`, `stages`, `valid` and
+`blueprint`, and sets `describe_run`.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class TrainingEngine(ABC):
         self._requested = Control.NOTHING
         self._stop_requested = False
 
-    # ------------------------------------------------------------------------------------------ the four calls
+    # ------------------------------------------------------------------------------------------ the calls
 
     @abstractmethod
     def train_batch(self) -> UpdateResult:

@@ -16,10 +16,10 @@ from lptransformer.methods.heads import HEADS, HeadOptions
 class ModelCosts:
     """The parts of a model with local updates: blocks, the last stage's head, and one auxiliary head as configured.
 
-    Forward FLOPs per token of one block (f / number of blocks), of the LM head (g, as the README names them), and of an
-    auxiliary head with its extra blocks; backward FLOPs per token of the auxiliary head. Numbers of weights: of the
-    embedding, one block, the head with its norm; of an auxiliary head those that are trained (they have gradients and
-    optimizer state), those of them that are its readout, and those that are read-only copies.
+    Forward FLOPs per token of one block, of the LM head, and of an auxiliary head with its extra blocks; backward FLOPs
+    per token of the auxiliary head. Numbers of weights: of the embedding, one block, the head with its norm; of an
+    auxiliary head those that are trained (they have gradients and optimizer state), those of them that are its readout,
+    and those that are read-only copies.
     """
 
     block_flops: float

@@ -16,6 +16,7 @@ from contenders.face import Sleeper, Spec, Work, stream_of
 from contenders.pieces import optimizer_of, whole_model
 from lptransformer.config.checks import micro_batch_size
 from lptransformer.data.token_set import Batch
+from lptransformer.models.head import LossBatch
 from lptransformer.models.stage import Stage
 from lptransformer.training.build import join_world
 
@@ -28,7 +29,8 @@ class _Loss(nn.Module):
         self.stage = stage
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        return self.stage(input_ids, labels, 1 / (labels.shape[0] * (labels.shape[1] - 1)))[1]
+        scale = 1 / (labels.shape[0] * (labels.shape[1] - 1))
+        return self.stage(input_ids, LossBatch(labels, scale)).loss
 
 
 class DataParallel:

@@ -8,6 +8,7 @@ from torch import nn
 
 from contenders.face import Sleeper, Spec, Work, stream_of
 from contenders.pieces import label_tokens_of, optimizer_of, whole_model
+from lptransformer.models.head import LossBatch
 
 
 class OneProcess:
@@ -26,7 +27,7 @@ class OneProcess:
         losses = []
         for index in range(self.done * self.micro_batches, (self.done + 1) * self.micro_batches):
             batch = self.stream.batch(index)
-            loss = self.stage(batch.input_ids, batch.labels, self.scale)[1]
+            loss = self.stage(batch.input_ids, LossBatch(batch.labels, self.scale)).loss
             loss.backward()
             losses.append(loss.item())
         nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)

@@ -105,9 +105,10 @@ def load(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, 
             raise _unknown(f"deepspeed.{key}", origin_of(f"deepspeed.{key}", origins))
     for section in ROWS:
         given[section] = _options_of_row(section, given[section], origin, origins)
+    codec = given["border"].get("codec", "none")
+    if not isinstance(codec, str) or codec not in CODECS:
+        raise _no_row("border.codec", codec, CODECS, origin_of("border.codec", origins))
     config = _validated(Config, given, (), origin, origins)
-    if config.border.codec not in CODECS:
-        raise _no_row("border.codec", config.border.codec, CODECS, origin_of("border.codec", origins))
     config._origins.update(origins)
     _resolve(config, source, saved)
     check(config)
@@ -173,6 +174,8 @@ def _admit(raw: dict[Any, Any], origin: str, origins: dict[str, str]) -> dict[st
 def _override(sections: dict[str, Any], text: str, origins: dict[str, str]) -> None:
     """Puts one "--section.key=VALUE" of the command line in its place."""
     key, equals, value_text = text.strip().removeprefix("--").partition("=")
+    if not equals and "." not in key and key not in (*SECTIONS, *PLAIN):
+        raise ConfigError(f"unknown argument {text!r} {COMMAND_LINE}: neither a flag of this command nor --KEY=VALUE")
     if not equals:
         raise ConfigError(f"{text!r} {COMMAND_LINE} has no value: write --{key}=VALUE")
     # A glob such as *.txt is an alias in YAML.

@@ -64,7 +64,7 @@ class Frame:
 
     def buffer(self) -> Tensor:
         """One message. gloo moves host memory (pinned, beside a GPU); NCCL moves device memory."""
-        num_bytes = HEADER_BYTES + self.codec.num_bytes(self.shape, self.dtype)
+        num_bytes = HEADER_BYTES + len(self.codec.encode(torch.zeros(self.shape, dtype=self.dtype)))
         if self.backend == "nccl":
             return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
         return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")

@@ -3,7 +3,7 @@
 All of it from one pass over some windows, at fixed weights, without dropout, in fp32. The terms:
 
 **True gradient** of a block: that of the last head's loss through the whole model. **Local gradient**: the one that the
-objective gives the block, the sum over the spans that contain it, with their weights (methods/objectives.py,
+objective gives the block, the sum over the spans that contain it, with their weights (methods/spans.py,
 `Phase.weight`). Both are of the mean loss over all labels, before clipping. Where a head's loss sees a part of the
 positions, all count here: that is its mean over the draws. With delayed gradients both are at the same weights. The
 embedding belongs to block 0 but has a line of its own, because it would outweigh the block.

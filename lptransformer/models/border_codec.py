@@ -18,10 +18,9 @@ from lptransformer.methods.codecs import CODECS, SCALE_BYTES
 class BorderCodec(Protocol):
     """How hidden states [..., H] are handed over.
 
-    `encode` gives their bytes, uint8 [num_bytes]; `decode` is its inverse, but for the rounding.
+    `encode` gives their bytes, uint8 in one dimension, the row's `token_bytes` for every token; `decode` is its inverse,
+    but for the rounding.
     """
-
-    def num_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int: ...
 
     def encode(self, tensor: Tensor) -> Tensor: ...
 
@@ -30,9 +29,6 @@ class BorderCodec(Protocol):
 
 class AsTheyAre:
     """No rounding: what is decoded shares its memory with what was encoded."""
-
-    def num_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        return torch.Size(shape).numel() * dtype.itemsize
 
     def encode(self, tensor: Tensor) -> Tensor:
         return tensor.detach().contiguous().view(torch.uint8).flatten()
@@ -43,9 +39,6 @@ class AsTheyAre:
 
 class Bf16:
     """Two bytes for every value."""
-
-    def num_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        return 2 * torch.Size(shape).numel()
 
     def encode(self, tensor: Tensor) -> Tensor:
         return tensor.detach().contiguous().to(torch.bfloat16).view(torch.uint8).flatten()
@@ -59,10 +52,6 @@ class Int8:
 
     A token with a value that is not finite comes out as NaN.
     """
-
-    def num_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        values = torch.Size(shape).numel()
-        return values + SCALE_BYTES * (values // shape[-1])
 
     def encode(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach().contiguous()

@@ -112,6 +112,7 @@ class HeadMaker:
         A whole readout is of the class of the model's own. Called once. Without a seed the caller fills them in.
         """
         made = [self._empty(*shape) for shape in shapes]
+        assert len({id(linear) for linear in made}) == len(made), "two whole readouts of one head would be one"
         if self._seed is not None:
             with _seeded(self._seed, f"head {self._block}"):
                 for linear in made:

@@ -161,9 +161,8 @@ class Candidate:
     @cached_property
     def _seconds(self) -> tuple[list[StageSeconds], list[float]]:
         work, moved = self.work, 2 * self.work.states.weights
-        if (
-            self.objective.delayed
-        ):  # an update copies one version of the weights to the other (engine/deepspeed_stage.py)
+        # An update copies one version of the weights to the other (engine/deepspeed_stage.py).
+        if self.objective.delayed:
             work = replace(work, update_bytes=work.update_bytes + moved)
         return stage_seconds(
             self.stages, work, self.cluster, self.data, self.zero_stage, ours=self.ours, recompute=self.recompute

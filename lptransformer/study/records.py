@@ -82,6 +82,8 @@ def read(path: Path) -> list[Record]:
             raise RunError(f"{path} holds no run records of format {FORMAT}; `report RUN` writes {RECORD} into a run")
         try:
             record["config"] = translated(record["config"])
+            # Once written for chunks alone; without it equal settings would not be equal.
+            record["config"].setdefault("border", {}).setdefault("codec", "none")
             if "overrides" in record:
                 record["overrides"] = dict(renamed(key, value) for key, value in record["overrides"].items())
             record["format"] = FORMAT

@@ -238,6 +238,7 @@ def report_trace(run: Path, out: Path) -> None:
     trace.json has all. Raises RunError where the folder holds no run, or the run has no trace.
     """
     config = layout.read_config(run)
+    is_backprop = trained_model.blueprint_of(run).objective.is_backprop
     traces = read_traces(run, config.parallel.pipeline, config.parallel.data)
     newest, method = traces[-1], collect.method_name(config)
     beside = None
@@ -259,9 +260,7 @@ def report_trace(run: Path, out: Path) -> None:
     files.make_folder(out, "--out")
     print_table(title, columns, rows)
     files.write_text(out / TIMELINE, json.dumps(chrome(traces, str(run)), separators=(",", ":")) + "\n")
-    picture = draw(
-        _panels(_picture(newest), method, trained_model.blueprint_of(run).objective.is_backprop, beside), out / "trace"
-    )
+    picture = draw(_panels(_picture(newest), method, is_backprop, beside), out / "trace")
     print(f"timeline for ui.perfetto.dev or chrome://tracing: {out / TIMELINE}   picture (and .svg): {picture}")
 
 

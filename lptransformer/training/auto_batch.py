@@ -55,8 +55,12 @@ def for_this_host(config: Config, blueprint: Blueprint, rows: int | None = None)
     processes = config.parallel.pipeline * config.parallel.data
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         # In a process of its own: querying a GPU makes a CUDA context, which takes memory and keeps it.
-        ask = f"from lptransformer.training.auto_batch import free_memory; print(free_memory({processes}))"
-        memory = int(subprocess.run([sys.executable, "-c", ask], check=True, capture_output=True, text=True).stdout)
+        ask = f"from lptransformer.training.auto_batch import free_memory_of_all; print(free_memory_of_all({processes}))"
+        answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+        if answer.returncode != 0:
+            why = (answer.stderr.strip() or "no message").splitlines()[-1]
+            raise ConfigError(f"train.micro_batch_size is auto, and the GPUs do not say how much memory is free: {why}")
+        memory = int(answer.stdout.splitlines()[-1])  # libraries may have printed before
     else:
         memory = free_memory(processes)
     return with_size(config, largest(config, blueprint, memory, rows))
@@ -157,11 +161,20 @@ def with_size(config: Config, size: int | str) -> Config:
     return sized
 
 
-def free_memory(local: int) -> int:
-    """Free bytes for one of `local` processes on this machine: of its GPU where there are GPUs, else of the host."""
+def free_memory_of_all(local: int) -> int:
+    """Free bytes for each of `local` processes on this machine: for the one that has the least."""
+    return min(free_memory(local, rank) for rank in range(local))
+
+
+def free_memory(local: int, local_rank: int | None = None) -> int:
+    """Free bytes for one of `local` processes on this machine: of its GPU where there are GPUs, else of the host.
+
+    `local_rank` None is this process, as its launcher counts.
+    """
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         gpus = torch.cuda.device_count()
-        free, _ = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")) % gpus)
+        gpu = int(os.environ.get("LOCAL_RANK", "0")) if local_rank is None else local_rank
+        free, _ = torch.cuda.mem_get_info(gpu % gpus)
         return free // -(-local // gpus)  # pipeline ranks may share a GPU
     room = min([psutil.virtual_memory().available, *cgroup_rooms()])
     return max(room, 0) // local

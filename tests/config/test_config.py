@@ -316,8 +316,14 @@ def test_a_section_that_is_no_mapping(tmp_path: Path) -> None:
     says(message(DATA, "deepspeed=[1]"), "deepspeed = [1] (on the command line)", "or the path of a DeepSpeed JSON")
 
 
+@pytest.mark.parametrize(("given", "value"), [("no", "False"), ("5", "5"), ("[int8]", "['int8']"), ("in8", "'in8'")])
+def test_a_codec_that_does_not_exist(given: str, value: str) -> None:
+    says(message(DATA, f"border.codec={given}"), f"border.codec = {value} (on the command line)", "none, bf16, int8")
+
+
 def test_overrides_that_cannot_be_read() -> None:
     says(message(DATA, "--train.steps"), "'--train.steps' on the command line has no value", "--train.steps=VALUE")
+    says(message(DATA, "--mock-batch"), "unknown argument '--mock-batch' on the command line", "--KEY=VALUE")
     says(message(DATA, "train.steps=[1"), "train.steps on the command line, line 1: not valid YAML")
     text = message({"data": {"train": "a.txt"}}, "data.train.web=b.txt")
     says(text, "data.train.web on the command line", "data.train = 'a.txt' (in the given mapping) is not a mapping")

@@ -331,7 +331,7 @@ def test_the_committed_plans_in_less_than_ten_seconds(name: str) -> None:
 
 
 def saved_by(blueprint: Any, blocks: int, dtype: Any) -> int:
-    """Bytes that autograd saves of so many blocks, really run."""
+    """Bytes that autograd saves of this number of blocks, really run."""
     import torch
 
     from lptransformer.models import split

@@ -135,6 +135,18 @@ def test_records_come_back_as_they_were_and_say_nothing_of_the_machine(tmp_path:
     assert len(records.read(path)) == 2 and json.loads(path.read_text())[1]["updates"] == 40
 
 
+def test_a_record_of_before_is_of_the_same_setting(tmp_path: Path) -> None:
+    new = build(tmp_path / "run", "--objective.name=backprop")
+    assert new["config"]["border"] == {"codec": "none"}
+    old = json.loads(json.dumps(new))
+    old["format"] = min(records.READABLE)
+    del old["config"]["border"]  # chunks alone had the key, below `train`
+    old["config"]["head"]["chunk_tokens"] = old["config"].pop("loss")["chunk_tokens"]
+    path = tmp_path / "old.json"
+    records.write(path, old)
+    assert records.read(path)[0]["config"] == new["config"]
+
+
 def test_a_run_keeps_the_name_that_a_sweep_gave_it(tmp_path: Path) -> None:
     made = make_run(tmp_path / "run")
     identity = {"name": "mine/lr=1", "method": "mine", "score": CHOOSE}
@@ -156,7 +168,7 @@ def test_what_can_be_collected(tmp_path: Path) -> None:
     for path, word in (
         ("empty", "neither"),
         ("other.json", f"format {records.FORMAT}"),
-        ("broken.json", "whole"),
+        ("broken.json", "incomplete"),
         ("no", "neither"),
     ):
         with pytest.raises(RunError, match=word):

@@ -239,3 +239,4 @@ def test_pipeline_ranks_on_one_gpu_share_it(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(cuda, "mem_get_info", lambda device: ([10, 90][device], 100))
     assert auto_batch.free_memory(4) == 45
     assert auto_batch.free_memory(2) == 90
+    assert auto_batch.free_memory_of_all(4) == 5 and auto_batch.free_memory_of_all(1) == 10

@@ -243,7 +243,7 @@ def test_a_set_appears_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert make(tmp_path).folder.stat().st_ino == built[0]  # renamed, not copied
 
 
-def test_a_set_that_lost_its_manifest_is_made_anew(tmp_path: Path) -> None:
+def test_a_set_that_lost_its_manifest_is_prepared_again(tmp_path: Path) -> None:
     made = make(tmp_path)
     (made.folder / "manifest.json").unlink()
     (made.folder / preparing._DATA_FILE).write_bytes(b"rubbish")

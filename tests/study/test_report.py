@@ -358,7 +358,7 @@ DOCUMENT = "# Title\n\n<!-- table:one -->\nold\n<!-- end -->\nprose\n\n<!-- tabl
 ONE = ResultTable("one", "A title", ("name", "value"), (("a|b", "1"), ("c", None)))
 
 
-def test_a_document_s_tables_are_made_anew_and_the_rest_is_left_alone(tmp_path: Path) -> None:
+def test_a_document_s_tables_are_rewritten_and_the_rest_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "doc.md"
     path.write_text(DOCUMENT)
     assert update(path, [ONE]) == ["one"]

@@ -339,7 +339,7 @@ def test_stopped_by_a_signal_and_started_again(pretend: list[list[str]]) -> None
     assert [state["status"] for state in status().values()] == ["done", "done"]
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(pretend: list[list[str]]) -> None:
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(pretend: list[list[str]]) -> None:
     found = read(write(grid=None, methods={"m": {}}))
     run_sweep(found)
     import shutil

@@ -18,8 +18,8 @@ from lptransformer.methods.codecs import CODECS, SCALE_BYTES
 class BorderCodec(Protocol):
     """How hidden states [..., H] are handed over.
 
-    `encode` gives their bytes, uint8 in one dimension, the row's `token_bytes` for every token; `decode` is its inverse,
-    but for the rounding.
+    `encode` gives their bytes, uint8 in one dimension, the row's `token_bytes` for every token; `decode` is its
+    inverse, but for the rounding.
     """
 
     def encode(self, tensor: Tensor) -> Tensor: ...

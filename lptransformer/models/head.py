@@ -326,8 +326,8 @@ def token_positions(
 ) -> Tensor:
     """The positions whose loss the auxiliary head after `block` sees: int64 [rows, k], ascending in every row.
 
-    k is methods/cost.loss_positions; the last position of a row has no label and is never among them. A pure function of its
-    arguments: `micro_batch` is counted from the start of the run.
+    k is methods/cost.loss_positions; the last position of a row has no label and is never among them. A pure function
+    of its arguments: `micro_batch` is counted from the start of the run.
     """
     generator = torch.Generator().manual_seed(unit_seed(seed, f"head {block} positions {micro_batch}"))
     drawn = torch.rand(rows, sequence_length - 1, generator=generator, dtype=torch.float64)

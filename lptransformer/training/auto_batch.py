@@ -55,7 +55,7 @@ def for_this_host(config: Config, blueprint: Blueprint, rows: int | None = None)
     processes = config.parallel.pipeline * config.parallel.data
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         # In a process of its own: querying a GPU makes a CUDA context, which takes memory and keeps it.
-        ask = f"from lptransformer.training.auto_batch import free_memory_of_all; print(free_memory_of_all({processes}))"
+        ask = f"from lptransformer.training import auto_batch; print(auto_batch.free_memory_of_all({processes}))"
         answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
         if answer.returncode != 0:
             why = (answer.stderr.strip() or "no message").splitlines()[-1]

@@ -221,7 +221,7 @@ def _border(config: Config, of_run: Objective) -> Iterator[str]:
     if config.border.codec == "none":
         return
     if len(of_run.heads) == 1:
-        yield f"{at('border.codec')} has no meaning with {at('objective.name')}: the only head is the model's. Remove it"
+        yield f"{at('border.codec')} has no meaning with {at('objective.name')}: no head but the model's. Remove it"
     stages = _stages(of_run)
     borders = [stage.index + 1 for stage in stages if stage.has_head and not stage.is_last]
     for phase in of_run.phases:

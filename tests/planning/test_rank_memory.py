@@ -125,7 +125,12 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("case", SAME)
+QUICK = ("bf16, ZeRO 1", "delayed", "averaged blocks")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in SAME]
+)
 def test_plan_and_dry_run_agree_to_the_byte(case: str) -> None:
     """Stages of 4 to 12 blocks, of which `plan` counts three."""
     config, plan = loaded(*SAME[case])

@@ -35,6 +35,7 @@ from distributed import Pool
 from engine_jobs import Trained, load_config
 from engine_jobs import train as train_locally
 from parity import expected, largest_difference
+from tiers import slow
 from torch import Tensor
 
 from lptransformer.config import load as configuration
@@ -110,10 +111,6 @@ def assert_close(ours: Sequence[float], theirs: Sequence[float], tolerance: floa
 
 def zero(stage: int) -> str:
     return f"deepspeed.zero_optimization.stage={stage}"
-
-
-def slow(*case: Any) -> Any:
-    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 # --------------------------------------------------------------------------------------------- the same numbers

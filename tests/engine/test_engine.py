@@ -26,6 +26,7 @@ from engine_jobs import (
     train,
 )
 from parity import compare, expected, gather, learning_rates, runs_of, whole_model_config
+from tiers import slow
 from torch import Tensor
 
 from lptransformer.engine.p2p import Control
@@ -44,10 +45,6 @@ def call_train(overrides: tuple[str, ...], updates: int, options: dict[str, Any]
 
 def zero(stage: int, dtype: str = "fp32") -> tuple[str, ...]:
     return (f"deepspeed.zero_optimization.stage={stage}", f"train.dtype={dtype}")
-
-
-def slow(*case: Any) -> Any:
-    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 MODES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]

@@ -16,6 +16,7 @@ import torch
 from distributed import Pool
 from engine_jobs import Tamper, load_config, open_engine, train
 from parity import compare, expected, gather, phases_of
+from tiers import full, slow
 
 from lptransformer.engine.p2p import Control
 from lptransformer.errors import TrainingError
@@ -50,10 +51,7 @@ def run(pool: Pool, overrides: tuple[str, ...], updates: int) -> reference.Resul
     )
 
 
-SLOW = [pytest.mark.slow]  # what its neighbour would show as well
-
-
-@pytest.mark.parametrize("pipeline", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 4])
+@pytest.mark.parametrize("pipeline", [slow(1), full(2), 4])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_algebra_of_every_objective(pool: Pool, objective: str, pipeline: int) -> None:
     overrides = (*OBJECTIVES[objective], *SGD, "train.dtype=fp64", "train.grad_clip=0.05")
@@ -76,9 +74,9 @@ HEADS: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize(
     ("objective", "pipeline"),
     [
-        pytest.param(objective, ranks, marks=[] if (objective, ranks) == ("chunked", 4) else SLOW)
-        for objective in ("chunked", "overlapping")
-        for ranks in (1, 2, 4)
+        ("chunked", 4),
+        *(slow("chunked", 1), slow("overlapping", 2)),
+        *(full("chunked", 2), full("overlapping", 1), full("overlapping", 4)),
     ],
 )
 @pytest.mark.parametrize("head", HEADS)
@@ -107,7 +105,7 @@ ONE_ORDER: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("pipeline", [pytest.param(1, marks=SLOW), 4])
+@pytest.mark.parametrize("pipeline", [slow(1), 4])
 @pytest.mark.parametrize("case", ONE_ORDER)
 def test_bit_for_bit_where_sums_have_one_order(pool: Pool, case: str, pipeline: int) -> None:
     """fp32, AdamW, accumulation, active clipping."""
@@ -143,7 +141,7 @@ def test_two_names_of_one_thing_give_the_same_bits(pool: Pool, case: str) -> Non
     compare(first, second)
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=SLOW)])
+@pytest.mark.parametrize("stage", [1, slow(2)])
 @pytest.mark.parametrize("objective", ["overlapping", "hybrid chunked", "deep supervision", "last"])
 def test_zero_1_and_2_where_borders_carry_gradients(pool: Pool, objective: str, stage: int) -> None:
     """Against ZeRO 0 with the same two replicas, without clipping: sums of two replicas have one order."""
@@ -152,7 +150,7 @@ def test_zero_1_and_2_where_borders_carry_gradients(pool: Pool, objective: str, 
     compare(partitioned, run(pool, overrides, UPDATES), tolerance=2e-6)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
+@pytest.mark.parametrize("stage", [slow(1), slow(2), 3])
 @pytest.mark.parametrize("head", ["shared", "blocks that follow the next ones"])
 def test_copies_with_two_replicas_where_zero_holds_the_weights(pool: Pool, head: str, stage: int) -> None:
     """Against ZeRO 0 with the same replicas, without clipping; seven updates, so that copies were refreshed."""
@@ -214,10 +212,10 @@ def test_bf16_does_not_depend_on_the_placement(pool: Pool, objective: str) -> No
 
 def slow_unless(name: str) -> object:
     quick = ("backprop", "overlapping", "overlapping by 2", "last", "deep supervision", "hybrid chunked")
-    return name if name in quick else pytest.param(name, marks=SLOW)
+    return name if name in quick else slow(name)
 
 
-@pytest.mark.parametrize("pipeline", [pytest.param(1, marks=SLOW), 2])
+@pytest.mark.parametrize("pipeline", [slow(1), 2])
 @pytest.mark.parametrize("objective", [slow_unless(name) for name in OBJECTIVES if "delayed" not in name])
 def test_a_head_moves_the_blocks_of_its_span_and_no_others(pool: Pool, objective: str, pipeline: int) -> None:
     """SGD, no clipping, other labels for one head in one update: what its span trains changes, all else is the same
@@ -266,7 +264,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("pipeline", [pytest.param(1, marks=SLOW), 2])
+@pytest.mark.parametrize("pipeline", [slow(1), 2])
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_run_goes_on_where_it_was_saved(pool: Pool, tmp_path: Path, case: str, pipeline: int) -> None:
     """Ten updates equal five, saving, loading and five more: with weights of one update before, and versions of

@@ -9,6 +9,7 @@ and how close they are.
 from __future__ import annotations
 
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import yaml
 from distributed import Pool
 from engine_jobs import Trained, load_config, make_stream, train
 from parity import compare, expected, gather, learning_rates, runs_of, whole_model_config
+from tiers import full, slow
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM
 
@@ -68,13 +70,15 @@ def clip_is_active(result: reference.Result, overrides: tuple[str, ...]) -> bool
 
 
 def placements() -> list[Any]:
-    """Family, objective, optimizer, pipeline ranks: the whole product. Slow: what its neighbours would show as well."""
-    product = [(f, o, opt, p) for f in FAMILIES for o in OBJECTIVES for opt in OPTIMIZERS for p in (1, 2, 4)]
-    return [slow_if((opt == "sgd" and p < 4) or (f, p) == ("llama", 2), f, o, opt, p) for f, o, opt, p in product]
-
-
-def slow_if(slow: bool, *case: Any) -> Any:
-    return pytest.param(*case, marks=[pytest.mark.slow] if slow else [])
+    """Family, objective, optimizer, pipeline ranks: the whole product."""
+    found = []
+    for case in product(FAMILIES, OBJECTIVES, OPTIMIZERS, (1, 2, 4)):
+        family, _, optimizer, ranks = case
+        if optimizer == "sgd" and ranks < 4:
+            found.append(full(*case) if family == "llama" else slow(*case))
+        else:
+            found.append(slow(*case) if (family, ranks) == ("llama", 2) else case)
+    return found
 
 
 @pytest.mark.parametrize(("family", "objective", "optimizer", "pipeline"), placements())
@@ -95,8 +99,8 @@ def zero(stage: int) -> str:
 
 
 def zero_cases() -> list[Any]:
-    product = [(stage, f, opt) for stage in (1, 2, 3) for f in FAMILIES for opt in OPTIMIZERS]
-    return [slow_if((f, opt) == ("llama", "sgd"), stage, f, opt) for stage, f, opt in product]
+    cases = product((1, 2, 3), FAMILIES, OPTIMIZERS)
+    return [full(*case) if case[1:] == ("llama", "sgd") else case for case in cases]
 
 
 @pytest.mark.parametrize(("stage", "family", "optimizer"), zero_cases())
@@ -257,12 +261,15 @@ def test_one_chunk_equals_ordinary_training_of_the_whole_model(
 
 
 def faults() -> list[Any]:
-    product = [(f, o, opt) for f in FAMILIES for o in ("chunked-2", "chunked-4", "greedy") for opt in OPTIMIZERS]
     quick = [("gpt2", "greedy", "adamw"), ("llama", "chunked-2", "sgd")]
-    cases = [
-        slow_if(c not in quick, *c, fault) for c in product for fault in ("no_detach", "loss_scale", "stale_weights")
-    ]
-    return [*cases, ("gpt2", "chunked-1", "adamw", "loss_scale")]  # the other two need a border
+    pairs = [("gpt2", "chunked-2", "adamw"), ("gpt2", "chunked-4", "sgd"), ("llama", "chunked-4", "adamw")]
+    pairs += [("llama", "greedy", "sgd")]
+    found = [("gpt2", "chunked-1", "adamw", "loss_scale")]  # the other two need a border
+    for case in product(FAMILIES, ("chunked-2", "chunked-4", "greedy"), OPTIMIZERS):
+        for fault in ("no_detach", "loss_scale", "stale_weights"):
+            with_fault = (*case, fault)
+            found.append(with_fault if case in quick else slow(*with_fault) if case in pairs else full(*with_fault))
+    return found
 
 
 @pytest.mark.parametrize(("family", "objective", "optimizer", "fault"), faults())

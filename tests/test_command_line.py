@@ -186,7 +186,8 @@ def test_export_into_a_folder_that_is_not_empty(standing: Path, capsys: pytest.C
     assert [path.name for path in (standing / "full").iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("how", [pytest.param("missing", marks=pytest.mark.slow), "truncated"])
+@pytest.mark.slow  # starts programs
+@pytest.mark.parametrize("how", ["missing", "truncated"])
 def test_a_damaged_model_folder(standing: Path, tmp_path: Path, how: str) -> None:
     from safetensors.torch import load_file, save_file
 

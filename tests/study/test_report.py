@@ -427,6 +427,7 @@ def test_runs_that_are_not_evaluated_yet_are_left_out(
     assert "train.eval_every" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # draws every picture
 def test_reports_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

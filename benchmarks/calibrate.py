@@ -48,8 +48,7 @@ def main() -> None:
         memory_bytes, name = torch.accelerator.get_memory_info(place)[1], place.type
     block, weight_seconds = block_speed(config, plan, place)
     head = head_speed(config, plan, place)
-    how = precision(config.train.dtype, config.optimizer)
-    moved = 2 * how.gradients + 2 * how.optimizer + how.weights * (1 if how.weights == 2 else 2)
+    moved = precision(config.train.dtype, config.optimizer).update_bytes
     latency, bandwidth = loopback()
     print(
         f"  this-machine:\n    name: {name}\n"

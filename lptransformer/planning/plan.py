@@ -208,8 +208,7 @@ def _work(config: Config, blueprint: Blueprint) -> Work:
         token_bytes=CODECS[config.border.codec].token_bytes(parts.hidden_size, dtype.bytes),
         chunk_tokens=blueprint.chunk_tokens,
         states=states,
-        # The gradient twice (norm, step), weights and moments read and written; bf16 weights written.
-        update_bytes=2 * states.gradients + 2 * states.optimizer + states.weights * (1 if dtype.has_masters else 2),
+        update_bytes=states.update_bytes,
         empty=empty,
         in_flight=blueprint.in_flight,
         channel=load_devices().links[HOST_MEMORY],

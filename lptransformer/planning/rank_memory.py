@@ -99,6 +99,12 @@ class Precision:
         """Bytes that a step reads and writes beside weight and gradient: moments, and master weights of bf16."""
         return self.master * (self.moments + (self.master > self.weights))
 
+    @property
+    def update_bytes(self) -> int:
+        """Bytes per weight that an update moves: the gradient twice (norm, step), weight and moments read and written;
+        a weight of bf16 is written only."""
+        return 2 * self.gradients + 2 * self.optimizer + self.weights * (1 if self.master > self.weights else 2)
+
 
 def precision(
     dtype: str,

@@ -1,7 +1,8 @@
 """Perplexity of every exit of a run, by the `blocks` convention (docs/design.md), in one process or several.
 
 Disjoint windows of the length that the run was trained with, no prefix; the negative log-likelihoods of all label
-tokens are added up in float64 over windows and processes, and divided once.
+tokens are added up in float64 over windows and processes, and divided once
+(the formula: run_folder/metrics.perplexity).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""One stage as a module: its blocks (and the embedding, in the first), its head, its loss."""
+"""One stage as a module: its blocks (and the embedding, in the first), its head, its loss.
+
+The gradient does not stop here but where a stage hands over to the next: engine/executor.Executor.handed_over.
+"""
 
 from __future__ import annotations
 

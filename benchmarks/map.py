@@ -93,7 +93,7 @@ def of_rival(work: Work, cluster: Cluster, chunks: int, make: Callable[[int, int
     ranks, costs, tokens = cluster.size, work.costs, work.micro_batch_tokens
     sizes = balanced_sizes(BLOCKS, ranks * chunks, costs.block_flops, costs.head_flops)
     block = cluster.device.compute_seconds(tokens * costs.block_flops, work.dtype)
-    head = cluster.device.head_seconds(tokens * costs.head_flops, work.dtype)
+    head = cluster.device.compute_seconds(tokens * costs.head_flops, work.dtype)
     heads = [0.0] * (len(sizes) - 1) + [head]
     seconds = [rivals.ChunkSeconds(*(3 * (n * block + last,))) for n, last in zip(sizes, heads, strict=True)]
     links = border_seconds(cluster, 1, [work.activations.rows] * (ranks - 1))

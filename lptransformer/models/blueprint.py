@@ -99,17 +99,21 @@ class Blueprint:
         return CODECS[self.codecs.get(stage, "none")].token_bytes(self.parts.hidden_size, number_bytes)
 
 
-def make_blueprint(config: Config, vocab_size: int, end_of_text_id: int | None) -> Blueprint:
-    """The blueprint of a run to be started. Raises ConfigError where tokenizer, model and cuts do not fit."""
+def make_blueprint(config: Config, vocab_size: int | None, end_of_text_id: int | None) -> Blueprint:
+    """The blueprint of a run to be started; a pretrained model has its own vocabulary where `vocab_size` is None.
+
+    Raises ConfigError where tokenizer, model and cuts do not fit.
+    """
     model = config.model
     if model.pretrained is not None:
         model_config = hf_config.read_config(model.pretrained)
-        if vocab_size > model_config.vocab_size:
+        if vocab_size is not None and vocab_size > model_config.vocab_size:
             raise ConfigError(
                 f"data.tokenizer has {vocab_size} ids and the model in {model.pretrained} (model.pretrained) embeds "
                 f"{model_config.vocab_size}: use that model's own tokenizer"
             )
     else:
+        assert vocab_size is not None
         sizes = model.model_dump(exclude={"family", "pretrained", "max_position_embeddings"})
         model_config = hf_config.new_config(
             model.family,

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from lptransformer.methods import objectives
-from lptransformer.methods.cost import ModelCosts
 from lptransformer.methods.gradient_flow import borders_carry_gradients
 from lptransformer.methods.objectives import Objective
 from lptransformer.methods.stages import StagePlan, cut, weights_of
@@ -143,20 +142,21 @@ class Candidate:
         At ZeRO 3 it has the weights of the block at work and of the next one: DeepSpeed's own linear layers let them go
         in between, where ours, whose autograd keeps them, cannot.
         """
-        of, costs, states = self.work.activations, self.work.costs, self.work.states
+        of, costs, states, how = self.work.activations, self.work.costs, self.work.states, self._precision
         blocks = min(self.rounds, self.pipeline - stage.pipeline_rank) * stage.num_blocks
         readout = stage.is_last * int(costs.head_flops / 2)
         kept = blocks * (self.recompute * of.rows + (1 - self.recompute) * of.block) + (self.recompute > 0) * of.block
-        kept += stage.is_last * (of.norm + of.rows) + readout * of.readout_weight
-        return of_others(
-            weights_of(stage, costs)[0],
-            largest_tensor(stage.num_blocks, costs, stage.is_first, readout),
-            self._precision,
-            kept=kept,
-            logits=stage.is_last * of.logits,
-            messages=(self.pipeline > 1) * 2 * of.rows * (2 - stage.is_first),
-            gathered=2 * max(costs.block_parameters, costs.head_parameters) * states.weights,
-        )
+        kept += stage.is_last * (of.norm + of.rows + of.logits) + readout * of.readout_weight
+        # The largest tensor is a third of a block (one of its MLP's two or three), or at one of the ends.
+        largest = max(costs.block_parameters // 3, stage.is_first * costs.embedding_parameters, readout)
+        weights = weights_of(stage, costs)[0]
+        state = stage_state(StageTensors(True, weights, largest, weights, 0), how)
+        messages = (self.pipeline > 1) * 2 * of.rows * (2 - stage.is_first)
+        stays = state.weights + state.gradients + state.optimizer + messages
+        if how.zero_stage < 3:
+            return stays + max(kept + state.bucket, state.step)
+        gathered = 2 * max(costs.block_parameters, costs.head_parameters) * states.weights
+        return stays + state.bucket + max(kept + gathered, state.step)
 
     @cached_property
     def _seconds(self) -> tuple[list[StageSeconds], list[float]]:
@@ -223,31 +223,6 @@ class Candidate:
         parameters = sum(weights_of(stage, self.work.costs)[0] for stage in local)
         head = " + ".join(dict.fromkeys(heads)) or "none"
         return RankRow(rank, blocks, head, parameters, self.rank_bytes[rank], idle)
-
-
-def of_others(
-    weights: int,
-    largest: int,
-    how: Precision,
-    *,
-    kept: float,
-    logits: float,
-    messages: float = 0.0,
-    gathered: float = 0.0,
-) -> float:
-    """Bytes of a process of another program that trains `weights` weights, at its peak.
-
-    `kept` is what waits for its backward pass, `gathered` what ZeRO 3 has of the other replicas' weights meanwhile.
-    """
-    zero_3 = how.zero_stage == 3
-    state = stage_state(StageTensors(True, weights, largest, weights, 0), how)
-    stays = state.weights + state.gradients + state.optimizer + messages
-    return stays + state.bucket * zero_3 + max(kept + logits + (gathered if zero_3 else state.bucket), state.step)
-
-
-def largest_tensor(num_blocks: int, costs: ModelCosts, embedding: bool, readout: int) -> int:
-    """Weights of the largest tensor: a third of a block (one of its MLP's two or three), or at one of the ends."""
-    return max((num_blocks > 0) * costs.block_parameters // 3, embedding * costs.embedding_parameters, readout)
 
 
 def of_backprop(work: Work, cluster: Cluster, pipeline: int, data: int, zero_stage: int, recompute: float) -> Candidate:

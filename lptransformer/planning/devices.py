@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from lptransformer.config.text import parse_yaml, read_text
 from lptransformer.errors import UserError
 
 DEVICES_FILE = Path(__file__).with_name("devices.yaml")
 HOST_MEMORY = "host-memory"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,7 @@ class Device:
         return self.intra_link.name.startswith("loopback")
 
     def compute_seconds(self, flops: float, dtype: str) -> float:
-        """The time of `flops` FLOPs in blocks."""
         return flops / (self.flops[dtype] * self.achievable)
-
-    def head_seconds(self, flops: float, dtype: str) -> float:
-        """The time of `flops` FLOPs in heads with their loss."""
-        return self.compute_seconds(flops, dtype)
 
     def update_seconds(self, parameters: float, bytes_moved: float) -> float:
         """An optimizer step over `parameters`, which reads and writes `bytes_moved` for each."""
@@ -134,23 +130,21 @@ class Devices:
     devices: Mapping[str, Device] = field(default_factory=dict)
     links: Mapping[str, Link] = field(default_factory=dict)
 
-    def device(self, key: str, origin: str = "--gpu") -> Device:
+    def device(self, key: str) -> Device:
         """Raises UserError for a device that is not listed."""
-        return self.devices[
-            _known(key, self.devices, origin, f"others go into {DEVICES_FILE.name}: benchmarks/calibrate.py")
-        ]
+        return _listed(self.devices, f"--gpu={key}", ": benchmarks/calibrate.py")
 
-    def link(self, key: str, origin: str = "--link") -> Link:
+    def link(self, key: str) -> Link:
         """Raises UserError for a link that is not listed."""
-        return self.links[_known(key, self.links, origin, f"others go into {DEVICES_FILE.name}")]
+        return _listed(self.links, f"--link={key}")
 
 
-def _known(key: str, listed: Mapping[str, Any], origin: str, also: str) -> str:
-    if key in listed:
-        return key
-    near = difflib.get_close_matches(key.lower(), listed, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"{origin}={key}: known are {', '.join(listed)} ({also}){hint}")
+def _listed(entries: Mapping[str, T], typed: str, how: str = "") -> T:
+    key = typed.partition("=")[2]
+    if key in entries:
+        return entries[key]
+    near = "".join(f"; did you mean {one}?" for one in difflib.get_close_matches(key.lower(), entries, n=1))
+    raise UserError(f"{typed}: known are {', '.join(entries)} (others go into {DEVICES_FILE.name}{how}){near}")
 
 
 @cache

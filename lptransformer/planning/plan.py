@@ -60,6 +60,8 @@ def make(
     vocab_size: int | None = None,
 ) -> Plan:
     """The plan of a configuration. Raises UserError for a cluster that cannot be, ConfigError where no split fits."""
+    from lptransformer.models.blueprint import make_blueprint
+
     cluster = _cluster(config, nodes, gpus_per_node, gpu, link)
     size = cluster.size
     batch = f"{config.at('train.micro_batches_per_update')} x {config.at('train.micro_batch_size')} windows"
@@ -69,7 +71,7 @@ def make(
     if config.data.sequence_length > LONGEST:
         raise UserError(f"{config.at('data.sequence_length')}: windows of up to {LONGEST:,} tokens can be planned")
 
-    blueprint = _blueprint(config, _vocab_size(config, vocab_size))
+    blueprint = make_blueprint(config, _vocab_size(config, vocab_size), None)
     objective = blueprint.objective
     no_split = (
         f"no split of {size} processes: at most {objective.num_blocks} pipeline ranks (blocks), and replicas must "
@@ -153,12 +155,12 @@ def _vocab_size(config: Config, given: int | None) -> int | None:
     """Entries of the vocabulary, as training would have it; None: the model's own. Text need not be there."""
     from lptransformer.data.prepare import vocabulary
 
-    if given is not None:
-        if not 2 <= given < 2**31:
-            raise UserError(f"--vocab-size={given}: give a whole number from 2 to {2**31 - 1}")
+    if config.model.pretrained is not None and given is not None:
+        raise UserError(f"--vocab-size={given}: the model of {config.at('model.pretrained')} has its own")
+    if given is not None and not 2 <= given < 2**31:
+        raise UserError(f"--vocab-size={given}: give a whole number from 2 to {2**31 - 1}")
+    if given is not None or config.model.pretrained is not None:
         return given
-    if config.model.pretrained is not None:
-        return None
     data = config.data.model_dump(include={"train", "valid", "tokenizer", "vocab_size"})
     try:
         return vocabulary(**{**data, "train": _there(data["train"]), "valid": _there(data["valid"])})
@@ -173,18 +175,6 @@ def _there(sources: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name, source in sources.items()
     }
     return {name: source for name, source in found.items() if source["files"]}
-
-
-def _blueprint(config: Config, vocab_size: int | None) -> Blueprint:
-    """The run as it is configured, with a vocabulary of that size (None: the model's own)."""
-    from lptransformer.models import blueprint, hf_config
-
-    if config.model.pretrained is None:
-        assert vocab_size is not None
-        return blueprint.make_blueprint(config, vocab_size, None)
-    model_config = hf_config.read_config(config.model.pretrained)
-    model_config.vocab_size = vocab_size or model_config.vocab_size
-    return blueprint.of_model(config, model_config)
 
 
 def _work(config: Config, blueprint: Blueprint) -> Work:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -356,34 +356,23 @@ def predict(
     """
     of_phases = [flows(phase, stages) for phase in objective.phases]
     duty_of_phases = [duties(phase, stages) for phase in objective.phases]
+    batch = micro_batch_tokens * TOKEN_BYTES
     short = min(rounds, _furthest(of_phases, stages) + 2)  # more micro-batches only repeat what was
 
     found: list[RankMemory] = []
-    known: dict[Hashable, RankMemory] = {}  # of a hundred ranks most are alike
     for rank in range(stages[-1].pipeline_rank + 1):
         local = [stage for stage in stages if stage.pipeline_rank == rank]
         patterns = [one_update(stages, phase, rank, short, objective.delayed) for phase in objective.phases]
         done = [(*one.fill, *one.body, *(one.goes_on or one.drains), *one.updates) for one in patterns]
         on_their_way = _on_their_way(local, stages, tensors, lags or {}, refresh_every)
         messages = hidden_bytes * _messages(of_phases, len(stages), local, in_flight)
-        first = local[0].index
-        key = (
-            tuple((tensors[one.index], one.is_first, one.is_last, *(of[one.index] for of in passes)) for one in local),
-            tuple((len(of[one.index].above), of[one.index].down is None) for of in duty_of_phases for one in local),
-            tuple(tuple((action.op, action.stage - first, action.micro_batch) for action in one) for one in done),
-            (on_their_way, messages),
-        )
-        if key not in known:
-            states = {stage.index: stage_state(tensors[stage.index], how, objective.delayed) for stage in local}
-            walks = []
-            for actions, of_phase, duty in zip(done, passes, duty_of_phases, strict=True):
-                batch, more = micro_batch_tokens * TOKEN_BYTES, rounds - short
-                walk = _Walk(states, of_phase, duty, stages, hidden_bytes, batch, short - 1, more)
-                for action in actions:
-                    walk.do(action)
-                walks.append(walk)
-            known[key] = _summed(walks, states.values(), on_their_way, messages)
-        found.append(known[key])
+        states = {stage.index: stage_state(tensors[stage.index], how, objective.delayed) for stage in local}
+        walks = []
+        for actions, of_phase, duty in zip(done, passes, duty_of_phases, strict=True):
+            walks.append(_Walk(states, of_phase, duty, stages, hidden_bytes, batch, short - 1, rounds - short))
+            for action in actions:
+                walks[-1].do(action)
+        found.append(_summed(walks, states.values(), on_their_way, messages))
     return found
 
 

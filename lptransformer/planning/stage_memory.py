@@ -254,13 +254,11 @@ def _made_of(module: nn.Module, trained: bool) -> StageTensors:
 def _give_tensors(module: nn.Module, dtype: torch.dtype) -> None:
     """Tensors without memory, on the CPU, for those that have a shape alone."""
     for owner in module.modules():
-        for name, parameter in list(owner._parameters.items()):
-            if parameter is not None:
-                empty = torch.empty(parameter.shape, dtype=dtype)
-                owner._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        for name, buffer in list(owner._buffers.items()):
-            if buffer is not None:
-                owner._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            empty = torch.empty(parameter.shape, dtype=dtype)
+            setattr(owner, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+        for name, buffer in list(owner.named_buffers(recurse=False)):
+            setattr(owner, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 class _Alive(TorchDispatchMode):

@@ -93,7 +93,7 @@ def stage_seconds(
     found, waits = [], []
     for stage in stages:
         pull = device.compute_seconds(work.micro_batch_tokens * stage.num_blocks * costs.block_flops, work.dtype)
-        head = device.head_seconds(work.micro_batch_tokens * costs.head_training_flops(stage.is_last), work.dtype)
+        head = device.compute_seconds(work.micro_batch_tokens * costs.head_training_flops(stage.is_last), work.dtype)
         head *= stage.has_head
         forward = pull + (head if ours else head / 3)
         backward = (2 + recompute) * pull + (0.0 if ours else head * 2 / 3)
@@ -189,7 +189,7 @@ def bounds(work: Work, cluster: Cluster, pipeline: int, data: int, recompute: fl
     rounds, chunks = work.micro_batches // data, work.num_blocks // pipeline
     flops = (3 + recompute) * work.num_blocks * work.costs.block_flops / pipeline
     each = cluster.device.compute_seconds(work.micro_batch_tokens * flops, work.dtype)
-    each += cluster.device.head_seconds(work.micro_batch_tokens * 3 * work.costs.head_flops / pipeline, work.dtype)
+    each += cluster.device.compute_seconds(work.micro_batch_tokens * 3 * work.costs.head_flops / pipeline, work.dtype)
     found = [Bound("zero bubble", "2401.10241, 2405.15362", pipeline, data, rounds * each)]
     if rounds % pipeline == 0:
         seconds = (rounds + (pipeline - 1) / chunks) * each

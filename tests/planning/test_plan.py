@@ -290,6 +290,19 @@ def test_a_cluster_of_another_size_is_told() -> None:
     assert not any("of 1 x 1 processes" in line for line in advice(plan(gpus_per_node=1)))
 
 
+def test_a_pretrained_model_has_its_own_vocabulary(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    LlamaConfig(vocab_size=99, **sizes).save_pretrained(tmp_path)
+    config = load(
+        {**SMALL, "model": {"pretrained": str(tmp_path)}, "data": {"train": "none.txt", "sequence_length": T}}
+    )
+    assert planning.make(config, gpu="h100").work.vocab_size == 99
+    with pytest.raises(UserError, match="--vocab-size=50: the model of model.pretrained = .* has its own"):
+        planning.make(config, gpu="h100", vocab_size=50)
+
+
 def test_without_a_gpu_it_is_a_core_of_a_cpu() -> None:
     config = load(SMALL)
     assert planning.make(config).cluster.device.key == "laptop-core"

@@ -20,7 +20,7 @@ from lptransformer.methods.stages import StagePlan
 from lptransformer.models.blueprint import Blueprint, make_blueprint
 from lptransformer.models.head import LossBatch
 from lptransformer.models.stage import make_stage
-from lptransformer.planning import candidates, rank_memory
+from lptransformer.planning import rank_memory
 from lptransformer.planning.dry_run import dry_run, predicted
 from lptransformer.planning.plan import make
 from lptransformer.planning.rank_memory import PassBytes, Precision, StageState, StageTensors, precision, stage_state
@@ -210,20 +210,6 @@ def test_zero_divides_what_it_divides() -> None:
     assert delayed.optimizer == 8000 + 4000, "a second version of the weights"
     frozen = stage_state(StageTensors(False, 1000, 400, 900, 0), FP32)
     assert (frozen.weights, frozen.gradients, frozen.optimizer) == (4000, 0, 0)
-
-
-def test_somebody_else_s_program_by_hand() -> None:
-    options = {"kept": 5e6, "logits": 1e6, "messages": 1e3, "gathered": 7e4}
-
-    def of(zero: int, **more: float) -> float:
-        how = precision("bf16", zero_stage=zero, replicas=4, fused_step=True)
-        return candidates.of_others(1000, 500, how, **{**options, **more})
-
-    assert of(1) == 2000 + 2000 + 250 * 12 + 1e3 + 6e6 + 2000  # weights, gradients, their bucket; the rest divided
-    assert of(3) == 500 + 500 + 250 * 12 + 1e3 + 6e6 + 2000 + 7e4
-    # Nothing kept: the step decides, with gradients in fp32 and a temporary of every own weight, and at ZeRO 1 the
-    # gradients of the own share once more.
-    assert of(1, kept=0.0, logits=0.0) == 2000 + 2000 + 250 * 12 + 1e3 + 250 * 4 + 250 * 4 + 500
 
 
 # ---------------------------------------------------------------------------------------------------- the command

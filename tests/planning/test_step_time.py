@@ -63,6 +63,27 @@ def test_balanced_sizes(arguments: tuple[Any, ...], sizes: list[int]) -> None:
     assert balanced_sizes(*arguments) == sizes
 
 
+def test_memory_of_somebody_else_s_program_by_hand() -> None:
+    one = work()
+    of, embedding, body = one.activations, V * H, BLOCKS * 12 * H * H
+    weights, rows = body + 2 * embedding + 2 * H, 2 * T * H * 4
+
+    def bytes_of(zero: int, one: Work = one) -> float:
+        states = precision("bf16", fused_step=True)
+        return of_backprop(replace(one, states=states), cluster(), 1, 4, zero, 0.0).memory_bytes
+
+    passes = BLOCKS * of.block + of.norm + rows + of.logits + embedding * 4
+    assert weights % 4 == 0
+    # Weights, gradients, master weights and moments of the own share; activations; the bucket.
+    assert bytes_of(1) == pytest.approx(4 * weights + weights / 4 * 12 + passes + 2 * weights)
+    # Everything divided; the bucket, and the weights of two of the largest pieces on their way.
+    assert bytes_of(3) == pytest.approx(weights + weights / 4 * 12 + passes + 2 * weights + 2 * 2 * 12 * H * H)
+    # Nothing kept: the step decides, with gradients in fp32, a temporary of every own weight, and at ZeRO 1 the
+    # gradients of the own share once more.
+    nothing = replace(one, activations=ActivationBytes(0.0, 0.0, 0.0, 0.0, 0))
+    assert bytes_of(1, nothing) == 4 * weights + weights / 4 * 12 + weights / 4 * (4 + 4 + 2)
+
+
 def test_seconds_of_a_stage() -> None:
     """FLOPs over what the device achieves; the ring of the replicas and the optimizer in the update."""
     one, here = work(), cluster()

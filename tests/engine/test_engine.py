@@ -101,6 +101,7 @@ def test_labels_of_a_stage_reach_its_own_weights_and_no_others(pool: Pool, famil
             assert not same, f"labels of stage {stage} did not reach its {same}"
 
 
+@pytest.mark.slow
 def test_a_slow_stage_changes_no_bit_of_any_result(pool: Pool) -> None:
     """200 ms at each of its 20 micro-batches: rank 1 waits for stage 0, rank 0 for the places that stage 3 takes."""
     overrides = (*FOUR_STAGES, "train.micro_batches_per_update=2")
@@ -194,7 +195,7 @@ def check_skips(one: Trained, stage: int, skipped: set[int], overrides: tuple[st
         assert all(tensor.isfinite().all() for tensor in [*next_weights.values(), *next_state])
 
 
-QUICK_SKIPS = [((0, "fp32"), "infinite loss"), ((2, "fp32"), "infinite inputs"), ((3, "bf16"), "infinite loss")]
+QUICK_SKIPS = [((0, "fp32"), "infinite loss"), ((2, "fp32"), "infinite inputs")]
 SKIPS = [(mode, what) for mode in MODES for what in ("infinite loss", "infinite inputs")]
 
 

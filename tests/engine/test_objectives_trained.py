@@ -149,7 +149,7 @@ def test_two_names_of_one_thing_give_the_same_bits(pool: Pool, case: str) -> Non
 
 
 @pytest.mark.parametrize("stage", [1, slow(2)])
-@pytest.mark.parametrize("objective", ["overlapping", "hybrid chunked", "deep supervision", "last"])
+@pytest.mark.parametrize("objective", ["overlapping", slow("hybrid chunked"), slow("deep supervision"), "last"])
 def test_zero_1_and_2_where_borders_carry_gradients(pool: Pool, objective: str, stage: int) -> None:
     """Against ZeRO 0 with the same two replicas, without clipping: sums of two replicas have one order."""
     overrides = (*OBJECTIVES[objective], *SGD, "train.grad_clip=0", "parallel.pipeline=2", "parallel.data=2")
@@ -158,7 +158,7 @@ def test_zero_1_and_2_where_borders_carry_gradients(pool: Pool, objective: str, 
 
 
 @pytest.mark.parametrize("stage", [slow(1), slow(2), 3])
-@pytest.mark.parametrize("head", ["shared", "blocks that follow the next ones"])
+@pytest.mark.parametrize("head", ["shared", slow("blocks that follow the next ones")])
 def test_copies_with_two_replicas_where_zero_holds_the_weights(pool: Pool, head: str, stage: int) -> None:
     """Against ZeRO 0 with the same replicas, without clipping; seven updates, so that copies were refreshed."""
     overrides = (*CHUNKED, *HEADS[head], *SGD, "train.grad_clip=0", "parallel.pipeline=2", "parallel.data=2")

@@ -301,7 +301,8 @@ def test_the_wrong_clip_formula_is_found(pool: Pool, results: Cached) -> None:
 # --------------------------------------------------------------------------------------------- bf16
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.slow
 def test_bf16_trains_and_does_not_depend_on_the_placement(pool: Pool, results: Cached, stage: int) -> None:
     overrides = ("model.family=llama", "objective.chunks=2", "train.dtype=bf16", "train.grad_clip=1", zero(stage))
     overrides += ("train.warmup_steps=0",)

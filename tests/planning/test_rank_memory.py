@@ -125,7 +125,7 @@ SAME = {
 }
 
 
-QUICK = ("bf16, ZeRO 1", "delayed", "averaged blocks")
+QUICK = ("delayed", "averaged blocks")
 
 
 @pytest.mark.parametrize(

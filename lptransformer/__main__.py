@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lptransformer import __version__
-from lptransformer.config.load import load, to_yaml
+from lptransformer.config.load import starter, to_yaml
 from lptransformer.errors import UserError
 from lptransformer.run_folder import layout
-from lptransformer.training.launcher import add_training_flags, check_until, launch, run
+from lptransformer.training.launcher import add_training_flags, check_until, launch, read_config, run
 
 # Flags of `report` that are about several runs.
 COMPARISON = ("baseline", "deep", "shallow", "choose", "markdown", "name")
@@ -28,19 +28,24 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("train", train, "Train on this machine; starts the deepspeed launcher when there are more processes.")
-    sub.add_argument("config", help="YAML file of the run (configs/)")
+    sub.add_argument("config", nargs="?", help="YAML file of the run (configs/); may be missing where keys say all")
     add_training_flags(sub)
     sub.add_argument("--dry-run", action="store_true", help="check, print stages, memory and FLOPs, start nothing")
 
     sub = command("prepare", prepare, "Turn text, jsonl or parquet files into a tokenizer and token sets.")
-    sub.add_argument("config", help="YAML file whose section `data` says what to prepare")
+    sub.add_argument("config", nargs="?", help="YAML file whose section `data` says what to prepare")
 
     sub = command("config", show_config, "Print every resolved value of a configuration.")
-    sub.add_argument("config", help="YAML file of the run")
+    sub.add_argument("config", nargs="?", help="YAML file of the run")
+
+    sub = command("init", init, "Print a first configuration: `lptransformer init > run.yaml`.")
+    sub.add_argument("--pretrained", metavar="FOLDER", help="start from this Hugging Face model")
+    text = "training text: a file or a glob; may be given several times"
+    sub.add_argument("--data", action="append", default=[], metavar="FILES", help=text)
 
     text = "What a run would take on given machines, before anything is started, and which method to use there."
     sub = command("plan", plan, text)
-    sub.add_argument("config", help="YAML file of the run")
+    sub.add_argument("config", nargs="?", help="YAML file of the run")
     sub.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
     text = "processes per machine (default: those of the configuration)"
     sub.add_argument("--gpus-per-node", type=int, metavar="N", help=text)
@@ -94,10 +99,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def train(args: argparse.Namespace) -> None:
-    config = load(args.config, args.overrides)
+    config = read_config(args)
     auto = config.train.micro_batch_size == "auto"
     if auto and args.resume:
-        from lptransformer.training.auto_batch import size_of_run_folder
+        from lptransformer.training.memory import size_of_run_folder
 
         config = size_of_run_folder(config)
     assert config.run.dir is not None
@@ -113,36 +118,35 @@ def train(args: argparse.Namespace) -> None:
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed chooses anyway, with a warning
     check_devices(config.parallel.channel, config.parallel.data)
+    from lptransformer.planning.dry_run import dry_run, unprepared
+    from lptransformer.training.memory import for_this_host, of_prepared, with_size
+
     if args.dry_run:
-        from lptransformer.planning.dry_run import dry_run, unprepared
-
         if auto:
-            from lptransformer.training.auto_batch import for_this_host, with_size
-
             config = for_this_host(config, unprepared(with_size(config, 1)))
         dry_run(config)
         return
+    if not auto:
+        for_this_host(config, unprepared(config), force=args.force)
     prepared = prepare_all(**config.data.model_dump())
     if args.resume:
         layout.check_data(folder, prepared.folders())
     if auto:
-        from lptransformer.training.auto_batch import for_this_host, of_prepared
-
         config = for_this_host(config, *of_prepared(config, prepared))
     processes = config.parallel.pipeline * config.parallel.data
     if processes > 1:
-        flags = [flag for flag in ("--resume", "--overwrite") if getattr(args, flag[2:])]
+        flags = [flag for flag in ("--resume", "--overwrite", "--force") if getattr(args, flag[2:])]
         flags += [] if args.until is None else [f"--until={args.until}"]
         if auto:
             args.overrides.append(f"--train.micro_batch_size={config.train.micro_batch_size}")
         raise SystemExit(launch(args.config, [*flags, *args.overrides], processes))
     from lptransformer.training.train import train as train_here
 
-    train_here(config, args.resume, args.overwrite, args.until)
+    train_here(config, args.resume, args.overwrite, args.until, args.force)
 
 
 def prepare(args: argparse.Namespace) -> None:
-    config = load(args.config, args.overrides)
+    config = read_config(args)
     from lptransformer.console import print_table
     from lptransformer.data.prepare import prepare_all
 
@@ -158,11 +162,18 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def show_config(args: argparse.Namespace) -> None:
-    print(to_yaml(load(args.config, args.overrides)), end="")
+    print(to_yaml(read_config(args)), end="")
+
+
+def init(args: argparse.Namespace) -> None:
+    no_overrides(args)
+    text = starter(args.pretrained, args.data)
+    print("# Train: `lptransformer train FILE`. Check first: `--dry-run`. Every key: `lptransformer config FILE`.")
+    print(text, end="")
 
 
 def plan(args: argparse.Namespace) -> None:
-    config = load(args.config, args.overrides)
+    config = read_config(args)
     from lptransformer import files
     from lptransformer.planning import plan as planning
 
@@ -269,5 +280,9 @@ def no_overrides(args: argparse.Namespace) -> None:
         raise UserError(f"{args.overrides[0]!r} on the command line: `{args.command}` takes no such argument")
 
 
-if __name__ == "__main__":
+def main() -> None:
     run(parser())
+
+
+if __name__ == "__main__":
+    main()

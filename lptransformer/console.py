@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+BAR_AFTER_SECONDS = 2.0  # what takes no longer needs no bar
 
 
 def standard_console() -> Console:
@@ -58,19 +61,32 @@ def print_table(
 
 
 @contextlib.contextmanager
-def bar(what: str, total: int, *, in_bytes: bool = False, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, named `what`, with the time left; yields the function that advances it. Only on a
-    terminal."""
-    console = Console(stderr=True)
+def bar(
+    what: str, total: int, *, in_bytes: bool = False, shown: bool = True, console: Console | None = None
+) -> Iterator[Callable[[int], None]]:
+    """A progress bar named `what`, with the time left, for what takes over two seconds; yields the function that
+    advances it. Only on a terminal, by default that of stderr."""
+    console = console or Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn() if in_bytes else MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as progress:
-        task = progress.add_task(what, total=total)
+    if not (shown and console.is_terminal):
+        yield lambda done: None
+        return
+    progress = Progress(*columns, console=console)
+    task = progress.add_task(what, total=total)
+    timer = threading.Timer(BAR_AFTER_SECONDS, progress.start)
+    timer.daemon = True
+    timer.start()
+    try:
         yield lambda done: progress.advance(task, done)
+    finally:
+        timer.cancel()
+        timer.join()  # it may be starting the bar
+        progress.stop()
 
 
 def short_number(value: float) -> str:

@@ -28,6 +28,18 @@ class OptionError(ConfigError):
         self.key, self.problem, self.beside = key, problem, tuple(beside)
 
 
+class NoMeaningError(ConfigError):
+    """Dotted `keys` were given that have no meaning beside others, or a value that does not fit these.
+
+    `instead` is the value that the (one) key could take; None: as if it was not given. Where a value that was typed is
+    the reason and the keys come from a file, the configuration goes on without them.
+    """
+
+    def __init__(self, message: str, keys: Sequence[str], beside: Sequence[str], instead: Any = None) -> None:
+        super().__init__(message)
+        self.keys, self.beside, self.instead = tuple(keys), tuple(beside), instead
+
+
 class DataError(UserError):
     """A text file, token set or tokenizer is missing, broken, or does not fit the others."""
 

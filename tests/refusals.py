@@ -16,7 +16,7 @@ def message(source: Any, *overrides: str, kind: type[UserError] = ConfigError) -
     """The message with which `load` refuses."""
     with pytest.raises(kind) as caught:
         load(source, overrides)
-    assert type(caught.value) is kind and caught.value.exit_code == 2
+    assert isinstance(caught.value, kind) and caught.value.exit_code == 2
     text = str(caught.value)
     assert "\n" not in text and "pydantic" not in text
     return text

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lptransformer.config import deepspeed_keys
 from lptransformer.config.schema import ONLY_WITH, Config
-from lptransformer.errors import ConfigError, OptionError
+from lptransformer.errors import ConfigError, NoMeaningError, OptionError
 from lptransformer.methods import objectives
 from lptransformer.methods.codecs import CODECS
 from lptransformer.methods.cost import ModelCosts
@@ -66,7 +66,7 @@ def check(config: Config) -> None:
     """Raises ConfigError for the first contradiction between keys of a resolved configuration."""
     rules = (_lone, _model, _train, _trace, _deepspeed, _pipeline_baseline)
     for problem in itertools.chain.from_iterable(rule(config) for rule in rules):
-        raise ConfigError(problem)
+        raise _error(problem)
     check_depth(config, config.model.num_layers, config.model.max_position_embeddings, "")
 
 
@@ -80,7 +80,7 @@ def check_depth(config: Config, num_layers: int, max_position_embeddings: int | 
     limit_key = "model.max_position_embeddings"
     limit = f"{limit_key} = {max_position_embeddings} ({origin})" if origin else config.at(limit_key)
     for problem in _depth(config, num_layers, layers):
-        raise ConfigError(problem)
+        raise _error(problem)
     if max_position_embeddings is not None and config.data.sequence_length > max_position_embeddings:
         at = config.at("data.sequence_length")
         raise ConfigError(f"{at} is more than {limit}: give at most {max_position_embeddings}")
@@ -98,12 +98,25 @@ def check_world_size(config: Config, world_size: int) -> None:
         )
 
 
-def _lone(config: Config) -> Iterator[str]:
+def _error(problem: str | ConfigError) -> ConfigError:
+    return problem if isinstance(problem, ConfigError) else ConfigError(problem)
+
+
+def _no_meaning(config: Config, keys: str | list[str], *beside: str, why: str = "") -> NoMeaningError:
+    """The error for keys that were given beside others, which leave them without meaning."""
+    keys = [keys] if isinstance(keys, str) else keys
+    named = next((key for key in keys if config.is_typed(key)), keys[0])
+    others = " and ".join(config.at(key) for key in beside)
+    message = f"{config.at(named)} has no meaning with {others}{why}: remove it (or give null)"
+    return NoMeaningError(message, keys, beside)
+
+
+def _lone(config: Config) -> Iterator[str | ConfigError]:
     """Keys that were given although they have no meaning beside the others."""
     for key, (other, values) in ONLY_WITH.items():
         section, name = key.split(".")
         if name in getattr(config, section).model_fields_set and config.value(other) not in values:
-            yield f"{config.at(key)} has no meaning with {config.at(other)}: remove it (or give null)"
+            yield _no_meaning(config, key, other)
     for name, source in config.data.valid.items():
         if source.weight is not None:
             yield f"{config.at(f'data.valid.{name}.weight')}: validation sets are not mixed; remove the weight"
@@ -112,7 +125,7 @@ def _lone(config: Config) -> Iterator[str]:
         yield f"data.train.{without[0]} has no weight and others have one: give every source a weight, or none of them"
 
 
-def _model(config: Config) -> Iterator[str]:
+def _model(config: Config) -> Iterator[str | ConfigError]:
     model, at = config.model, config.at
     if model.pretrained is not None:  # its sizes are in its own configuration
         return
@@ -127,12 +140,12 @@ def _model(config: Config) -> Iterator[str]:
             ": rotary positions need an even width"
         )
     if groups is not None and model.family != "llama":
-        yield f"{at('model.num_key_value_heads')} has no meaning with {at('model.family')}: remove it"
+        yield _no_meaning(config, "model.num_key_value_heads", "model.family")
     if groups is not None and heads % groups:
         yield f"{at('model.num_heads')} is not a multiple of {at('model.num_key_value_heads')}"
 
 
-def _train(config: Config) -> Iterator[str]:
+def _train(config: Config) -> Iterator[str | ConfigError]:
     train, at = config.train, config.at
     if train.micro_batches_per_update % config.parallel.data:
         yield (
@@ -140,22 +153,22 @@ def _train(config: Config) -> Iterator[str]:
             "as many micro-batches of an update"
         )
     if train.warmup_steps > train.steps:
-        yield f"{at('train.warmup_steps')} is more than {at('train.steps')}"
+        message = f"{at('train.warmup_steps')} is more than {at('train.steps')}"
+        yield NoMeaningError(message, ["train.warmup_steps"], ["train.steps"], instead=train.steps)
     if train.warmup_steps and train.lr_scheduler == "constant":
-        yield (
-            f"{at('train.warmup_steps')} has no effect with {at('train.lr_scheduler')}: set it to 0, or "
-            "train.lr_scheduler=constant_with_warmup"
-        )
+        why = " (constant_with_warmup has one)"
+        yield _no_meaning(config, "train.warmup_steps", "train.lr_scheduler", why=why)
     if train.micro_batch_size == "auto" and config.engine == "deepspeed_pipeline":
         yield (
             f"train.micro_batch_size = auto with {at('engine')}: the memory of DeepSpeed's own pipeline is not "
             "predicted; give a number"
         )
     if train.eval_every and not config.data.valid:
-        yield f"{at('train.eval_every')}, but there is nothing to evaluate on: give data.valid, or set it to 0"
+        message = f"{at('train.eval_every')}, but there is nothing to evaluate on: give data.valid, or set it to 0"
+        yield NoMeaningError(message, ["train.eval_every"], ["data.valid"])
 
 
-def _trace(config: Config) -> Iterator[str]:
+def _trace(config: Config) -> Iterator[str | ConfigError]:
     if config.run.trace is None:
         return
     (first, last), at = config.run.trace, config.at
@@ -164,12 +177,13 @@ def _trace(config: Config) -> Iterator[str]:
     if first > last:
         yield f"{at('run.trace')}: the first update to trace comes before the last; give [{last}, {first}]"
     if last > config.train.steps:
-        yield f"{at('run.trace')}: the last update to trace is above {at('train.steps')}"
+        message = f"{at('run.trace')}: the last update to trace is above {at('train.steps')}"
+        yield NoMeaningError(message, ["run.trace"], ["train.steps"])
     if config.engine == "deepspeed_pipeline":
-        yield f"{at('run.trace')} with {at('engine')}: the actions of DeepSpeed's own pipeline are not traced"
+        yield _no_meaning(config, "run.trace", "engine", why=", whose actions are not traced")
 
 
-def _depth(config: Config, num_layers: int, layers: str) -> Iterator[str]:
+def _depth(config: Config, num_layers: int, layers: str) -> Iterator[str | ConfigError]:
     """What objective, heads, borders and placement say together with the number of blocks."""
     at = config.at
     try:
@@ -183,25 +197,32 @@ def _depth(config: Config, num_layers: int, layers: str) -> Iterator[str]:
     if pipeline > num_layers:
         yield f"{at('parallel.pipeline')} is more than {layers}: every pipeline rank needs a block"
     if isinstance(partition, list) and len(partition) != pipeline:
-        yield f"{at('parallel.partition')} has {len(partition)} numbers, but {at('parallel.pipeline')}: give {pipeline}"
+        message = (
+            f"{at('parallel.partition')} has {len(partition)} numbers, but {at('parallel.pipeline')}: give {pipeline}"
+        )
+        yield NoMeaningError(message, ["parallel.partition"], ["parallel.pipeline"])
     if isinstance(partition, list) and sum(partition) != num_layers:
-        yield f"{at('parallel.partition')} is {sum(partition)} blocks in all, but {layers}: the two must be equal"
+        message = f"{at('parallel.partition')} is {sum(partition)} blocks in all, but {layers}: the two must be equal"
+        yield NoMeaningError(message, ["parallel.partition"], ["model.num_layers", "model.pretrained"])
     if config.engine == "deepspeed_pipeline" and not of_run.is_backprop:
-        yield f"{at('engine')} with {at('objective.name')}: it trains by backprop alone. Set objective.name=backprop"
+        message = f"{at('engine')} with {at('objective.name')}: it trains by backprop alone: set that"
+        yield NoMeaningError(message, ["objective.name"], ["engine"], instead="backprop")
     yield from _border(config, of_run)
     if zero_stage(config) == 3:
         yield from _zero_3(config, of_run)
     yield from _head(config, of_run, layers)
 
 
-def _hybrid(config: Config) -> Iterator[str]:
+def _hybrid(config: Config) -> Iterator[ConfigError]:
     options, at = config.objective, config.at
     if not isinstance(options, objectives.HybridOptions):
         return
     if options.backprop_every is not None and options.backprop_every > config.train.steps:
-        yield f"{at('objective.backprop_every')} is more than {at('train.steps')}: no update would be a global one"
+        message = f"{at('objective.backprop_every')} is more than {at('train.steps')}: no update would be a global one"
+        yield NoMeaningError(message, ["objective.backprop_every"], ["train.steps"])
     if options.backprop_share > 0 and round(options.backprop_share * config.train.steps) == 0:
-        yield f"{at('objective.backprop_share')} of {at('train.steps')} is no update: give more, or 0"
+        message = f"{at('objective.backprop_share')} of {at('train.steps')} is no update: give more, or 0"
+        yield NoMeaningError(message, ["objective.backprop_share"], ["train.steps"])
 
 
 def _hybrid_key(config: Config) -> str | None:
@@ -215,34 +236,34 @@ def _stages(of_run: Objective, pipeline: int = 1, partition: str | list[int] = "
     return cut(of_run, pipeline, ModelCosts(1.0, 1.0, 1.0), partition)
 
 
-def _border(config: Config, of_run: Objective) -> Iterator[str]:
+def _border(config: Config, of_run: Objective) -> Iterator[ConfigError]:
     """What rounds hidden states stands between chunks, and only where no gradient comes back."""
     at, hidden_size, number_bytes = config.at, config.model.hidden_size, DTYPES[config.train.dtype].bytes
     if config.border.codec == "none":
         return
     if len(of_run.heads) == 1:
-        yield f"{at('border.codec')} has no meaning with {at('objective.name')}: no head but the model's. Remove it"
+        yield _no_meaning(config, "border.codec", "objective.name", why=" (no head but the model's)")
     stages = _stages(of_run)
     borders = [stage.index + 1 for stage in stages if stage.has_head and not stage.is_last]
     for phase in of_run.phases:
         if any(crossing(flows(phase, stages), border) for border in borders):
-            what = at((phase is of_run.backprop and _hybrid_key(config)) or "objective.name")
-            yield f"{at('border.codec')} with {what}: a border that carries a gradient is not rounded. Remove one"
+            what = (phase is of_run.backprop and _hybrid_key(config)) or "objective.name"
+            message = f"{at('border.codec')} with {at(what)}: no border that carries a gradient is rounded"
+            yield NoMeaningError(message, ["border.codec"], [what])
     if CODECS[config.border.codec].token_bytes(hidden_size, number_bytes) >= hidden_size * number_bytes:
-        yield f"{at('border.codec')} saves nothing with {at('train.dtype')}: remove it, or give another"
+        message = f"{at('border.codec')} saves nothing with {at('train.dtype')}: remove it, or give another"
+        yield NoMeaningError(message, ["border.codec"], ["train.dtype"])
 
 
-def _head(config: Config, of_run: Objective, layers: str) -> Iterator[str]:
+def _head(config: Config, of_run: Objective, layers: str) -> Iterator[str | ConfigError]:
     """What the options of auxiliary heads say together, and with the number of blocks."""
     head, at, num_layers = config.head, config.at, of_run.num_blocks
     auxiliary = of_run.heads[:-1]
     fields = type(head).model_fields.items()
     changed = [key for key, field in fields if getattr(head, key) != field.default]
     if changed and not auxiliary:
-        yield (
-            f"{at(f'head.{changed[0]}')} has no meaning with {at('objective.name')}: the only head is the model's own. "
-            "Remove it (or give null)"
-        )
+        keys, why = [f"head.{key}" for key in changed], " (no head but the model's)"
+        yield _no_meaning(config, keys, "objective.name", why=why)
     try:
         HEADS[head.kind].check(head, config.model.hidden_size)
     except OptionError as error:
@@ -250,14 +271,11 @@ def _head(config: Config, of_run: Objective, layers: str) -> Iterator[str]:
     if head.blocks > num_layers:
         yield f"{at('head.blocks')} is more than {layers}: extra blocks are like the model's; give at most {num_layers}"
     if head.refresh_every > 1 and followed(head) is None:
-        yield (
-            f"{at('head.refresh_every')} has no meaning with {at('head.kind')} and {at('head.ema_decay')}: there is "
-            "nothing to refresh. Remove it (or give null)"
-        )
+        yield _no_meaning(config, "head.refresh_every", "head.kind", "head.ema_decay", why=" (nothing to refresh)")
     if head.ema_decay is None:
         return
     if head.blocks == 0:
-        yield f"{at('head.ema_decay')} has no meaning with {at('head.blocks')}: give head.blocks=1 or more"
+        yield _no_meaning(config, "head.ema_decay", "head.blocks", why=" (give 1 or more)")
     top = auxiliary[-1]
     if top + head.blocks >= num_layers:
         yield (

@@ -19,6 +19,8 @@ from pydantic_core import ErrorDetails
 from lptransformer.config import deepspeed_keys
 from lptransformer.config.checks import check
 from lptransformer.config.schema import (
+    BY_DEFAULT,
+    COMMAND_LINE,
     ONLY_WITH,
     PLAIN,
     RENAMED,
@@ -27,18 +29,18 @@ from lptransformer.config.schema import (
     Config,
     Source,
     fields_of,
+    is_typed,
     known_keys,
     origin_of,
     section_type,
     translated,
 )
 from lptransformer.config.text import dump_yaml, parse_yaml, read_json, read_text
-from lptransformer.errors import ConfigError, ModelError
+from lptransformer.errors import ConfigError, ModelError, NoMeaningError
 from lptransformer.methods.codecs import CODECS
 from lptransformer.methods.heads import HEADS, followed
 from lptransformer.section import Section
 
-COMMAND_LINE = "on the command line"
 Validated = TypeVar("Validated", bound=Section)
 # Names of the sizes in config.json of Hugging Face model folders.
 SIZES = {
@@ -70,10 +72,13 @@ def load(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, 
     sizes in its config.json and its tokenizer. `saved` says that a run folder holds it: keys may have their old names,
     and the sizes of model.pretrained are there, so no model folder is opened.
 
+    What an override leaves without meaning gives way, where it was not typed too: `notes` of the configuration has a
+    line for each (`--objective.name=backprop` over a file that sets objective.chunks).
+
     Raises ConfigError, and ModelError when the folder model.pretrained is missing or its config.json is broken.
     """
     if isinstance(source, dict):
-        origin, raw = "in the given mapping", copy.deepcopy(source)
+        origin, raw = "in the given mapping" if source else "no file is given", copy.deepcopy(source)
     else:
         origin, raw = f"in {source}", parse_yaml(read_text(source, "the configuration"), str(source))
         if not isinstance(raw, dict):
@@ -85,6 +90,52 @@ def load(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, 
     sections = _admit(raw, origin, origins)
     for text in overrides:
         _override(sections, text, origins)
+    notes: list[str] = []
+    while True:
+        try:
+            config = _resolved(copy.deepcopy(sections), dict(origins), source, origin, saved)
+        except NoMeaningError as error:
+            notes += _give_way(error, sections, origins)
+        else:
+            config._notes = notes
+            return config
+
+
+def _give_way(error: NoMeaningError, sections: dict[str, Any], origins: dict[str, str]) -> list[str]:
+    """Go on without what a typed value leaves without meaning; says so. Raises the error where that cannot be."""
+
+    def cause(key: str) -> str:  # a pretrained model brings its tokenizer
+        return "model.pretrained" if key == "data.tokenizer" and key not in origins else key
+
+    given = [key for key in error.keys if origin_of(key, origins) != BY_DEFAULT]
+    typed = [cause(key) for key in error.beside if is_typed(cause(key), origins)]
+    if any(is_typed(key, origins) for key in given) or (given and not typed):
+        raise error
+    lines = []
+    for key in error.keys:
+        section, _, name = key.rpartition(".")
+        keys = sections.setdefault(section, {}) if section else sections
+        if key in given:
+            does = "is left out" if error.instead is None else f"becomes {error.instead!r}"
+            lines.append(f"{_at(key, sections, origins)} {does}, with {_at(typed[0], sections, origins)}")
+        keys.pop(name, None)
+        origins.pop(key, None)
+        if error.instead is not None:
+            keys[name] = error.instead
+            origins[key] = f"from {(typed or error.beside)[0]}{f' {COMMAND_LINE}' if typed else ''}"
+    return lines
+
+
+def _at(key: str, sections: dict[str, Any], origins: dict[str, str]) -> str:
+    section, _, name = key.rpartition(".")
+    value = sections.get(section, {}).get(name) if section else sections.get(name)
+    return f"{key} = {value!r} ({origin_of(key, origins)})"
+
+
+def _resolved(
+    sections: dict[str, Any], origins: dict[str, str], source: str | Path | dict[str, Any], origin: str, saved: bool
+) -> Config:
+    """The configuration of these sections, checked."""
     given: dict[str, Any] = {}
     for key in PLAIN:
         if sections.get(key) is not None:
@@ -134,10 +185,11 @@ def _options_of_row(section: str, values: dict[str, Any], origin: str, origins: 
     of_row = section_type(section, name)
     for other, value in values.items():
         if other not in of_row.model_fields:
-            raise ConfigError(
+            message = (
                 f"{section}.{other} = {value!r} ({origin_of(f'{section}.{other}', origins)}) has no meaning with "
                 f"{section}.{key} = {name!r} ({origin_of(f'{section}.{key}', origins)}): remove it (or give null)"
             )
+            raise NoMeaningError(message, [f"{section}.{other}"], [f"{section}.{key}"])
     return _validated(of_row, values, (section,), origin, origins)
 
 
@@ -270,17 +322,19 @@ def _resolve(config: Config, source: str | Path | dict[str, Any], saved: bool) -
         config._origins["data.tokenizer"] = "from model.pretrained"
     elif config.data.tokenizer == "sentencepiece":
         at = config.at("data.tokenizer")
-        raise ConfigError(
-            f"{at} would train a new one, but {config.at('model.pretrained')} has its own: remove the key"
-        )
+        message = f"{at} would train a new one, but {config.at('model.pretrained')} has its own: remove the key"
+        raise NoMeaningError(message, ["data.tokenizer"], ["model.pretrained"])
     if saved:
         return
     path = Path(model.pretrained) / "config.json"
-    for key, size in _pretrained_sizes(path, config.at("model.pretrained")).items():
-        if key in model.model_fields_set and getattr(model, key) != size:
-            raise ConfigError(
-                f"{config.at(f'model.{key}')} contradicts {path}, where it is {size!r}: remove the key (or give null)"
-            )
+    sizes = _pretrained_sizes(path, config.at("model.pretrained"))
+    others = [f"model.{key}" for key, size in sizes.items() if config.value(f"model.{key}") != size]
+    if others := [key for key in others if key.partition(".")[2] in model.model_fields_set]:
+        first = next((key for key in others if config.is_typed(key)), others[0])
+        size = sizes[first.partition(".")[2]]
+        message = f"{config.at(first)} contradicts {path}, where it is {size!r}: remove the key (or give null)"
+        raise NoMeaningError(message, others, ["model.pretrained"])
+    for key, size in sizes.items():
         setattr(model, key, size)
         config._origins[f"model.{key}"] = f"in {path}"
 
@@ -315,10 +369,46 @@ def to_dict(config: Config) -> dict[str, Any]:
     return values
 
 
+# The keys that matter in a first configuration.
+STARTER = (
+    *("model.family", "model.pretrained", "model.hidden_size", "model.num_layers", "model.num_heads"),
+    *("data.train", "data.valid", "data.vocab_size", "data.sequence_length"),
+    *("parallel.pipeline", "parallel.data", "objective.name", "objective.chunks"),
+    *("train.steps", "train.micro_batch_size", "train.micro_batches_per_update", "train.learning_rate"),
+    *("train.warmup_steps", "train.eval_every", "checkpoint.every"),
+)
+
+
+def starter(pretrained: str | None, data: Sequence[str]) -> str:
+    """A first configuration as YAML, with a comment on every key: of a new small model, or to fine-tune `pretrained`.
+
+    `data` are files of training text, or globs. Raises ConfigError and ModelError like `load`.
+    """
+    train: dict[str, Any] = {"steps": 500, "micro_batches_per_update": 2, "warmup_steps": 20}
+    given: dict[str, Any] = {"data": {"train": list(data) or ["text/*.txt"]}, "train": train}
+    if pretrained is None:
+        given["objective"] = {"chunks": 2}
+    else:  # copied heads harm it: config/checks.pretrained_warning
+        given |= {"model": {"pretrained": pretrained}, "objective": {"name": "backprop"}}
+        train["learning_rate"] = 1e-4
+    known = to_dict(load(given))
+    values: dict[str, Any] = {}
+    for section, _, key in (key.partition(".") for key in STARTER):
+        value = known[section].get(key)
+        if value is not None and (pretrained is None or section != "model" or key == "pretrained"):
+            values.setdefault(section, {})[key] = value
+    values["data"] |= given["data"] | {"valid": {}}
+    return _commented(values)
+
+
 def to_yaml(config: Config) -> str:
     """`to_dict` as YAML that `load` takes; a comment on every key says what it means."""
+    return _commented(to_dict(config))
+
+
+def _commented(values: Mapping[str, Any]) -> str:
     lines = []
-    for section, keys in to_dict(config).items():
+    for section, keys in values.items():
         if section in PLAIN:
             lines += _yaml_lines(section, keys, Config.model_fields[section].description)
             continue

@@ -28,6 +28,8 @@ from lptransformer.section import (
     Whole,
 )
 
+# Where a value came from, beside files.
+COMMAND_LINE, BY_DEFAULT = "on the command line", "by default"
 # Code that needs the number takes it from config/checks.micro_batch_size.
 BatchSize = Annotated[Count | Literal["auto"], "a whole number, 1 or more, or auto"]
 _SOURCES = "a glob, a list of globs, or a mapping of names to globs or to {files, weight}"
@@ -164,13 +166,20 @@ class RunSection(Section):
         Annotated[list[int], Field(min_length=2, max_length=2)] | None,
         "two numbers of updates, the first and the last, counted from 1, or null",
     ] = Field(default=None, description="[first, last] updates to trace, for `report --trace` (null: none)")
+    trackers: Annotated[list[Literal["tensorboard", "wandb"]], "a list of tensorboard and wandb"] = Field(
+        default=[], description="where the metrics go beside the run folder: tensorboard, wandb"
+    )
 
 
 def origin_of(key: str, origins: dict[str, str]) -> str:
     """Where the value of a dotted key came from: the origin of the longest part of the key that has one."""
     names = key.split(".")
     parts = (".".join(names[:length]) for length in range(len(names), 0, -1))
-    return next((origins[part] for part in parts if part in origins), "by default")
+    return next((origins[part] for part in parts if part in origins), BY_DEFAULT)
+
+
+def is_typed(key: str, origins: dict[str, str]) -> bool:
+    return origin_of(key, origins).endswith(COMMAND_LINE)
 
 
 class Config(Section):
@@ -195,6 +204,12 @@ class Config(Section):
     run: RunSection = RunSection()
     deepspeed: dict[str, Any] = {}
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for every key of the file that typed ones have changed or left without meaning."""
+        return self._notes
 
     def value(self, key: str) -> Any:
         """The value of a dotted key; None when it is not there."""
@@ -203,6 +218,10 @@ class Config(Section):
         for name in names:
             value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
         return value
+
+    def is_typed(self, key: str) -> bool:
+        """Whether it came from the command line, or follows from what did."""
+        return is_typed(key, self._origins)
 
     def at(self, key: str) -> str:
         """ "key = value (origin)", for messages."""

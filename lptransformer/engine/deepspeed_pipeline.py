@@ -16,7 +16,7 @@ import io
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from lptransformer.models.head import CROSS_ENTROPY, LossBatch
 from lptransformer.models.stage import Stage
 from lptransformer.run_folder import checkpoint
 
+EVALUATED_AT_ONCE = 8  # micro-batches: between them a stop is seen
 FLAGS = (Control.EVALUATE, Control.SAVE, Control.STOP)
 Built = tuple[Stage, torch.optim.Optimizer, LRScheduler]
 
@@ -142,16 +143,20 @@ class PipelineBaseline(TrainingEngine):
             )
         return UpdateResult(self.update, control, reports)
 
-    def eval_batch(self, name: str) -> list[Report]:
+    def eval_batch(self, name: str, advance: Callable[[int], None] = lambda done: None) -> list[Report]:
         if name not in self._rounds:
             own = [batch.label_tokens for _, batch in self._own_batches(name)]
             self._rounds[name] = len(own), sum(own)
         micro_batches, label_tokens = self._rounds[name]
         self._loss_sums = []
-        if micro_batches > 0:
+        batches = _pairs(batch for _, batch in self._own_batches(name))
+        for first in range(0, micro_batches, EVALUATED_AT_ONCE):
+            count = min(EVALUATED_AT_ONCE, micro_batches - first)
             with _translate_gloo_errors():
-                batches = _pairs(batch for _, batch in self._own_batches(name))
-                self.engine.eval_batch(batches, bcast_loss=False, num_micro_batches=micro_batches)
+                if any(self._on_any_process([self._stop_requested])):
+                    return gather_reports(self.world, [])
+                self.engine.eval_batch(batches, bcast_loss=False, num_micro_batches=count)
+            advance(count)
         nll_sum = sum(loss.item() for loss in self._loss_sums)
         return gather_reports(self.world, [self._evaluation_report(name, self.plan, nll_sum, label_tokens)])
 
@@ -172,11 +177,13 @@ class PipelineBaseline(TrainingEngine):
             dist.barrier()
             self.engine.save_checkpoint(str(folder.parent / checkpoint.DEEPSPEED), tag="state", save_latest=False)
             if first_replica:
-                weights = {name: weight.detach().cpu() for name, weight in self.stage.named_parameters()}
-                checkpoint.write_stage(folder, weights, state)
+                checkpoint.write_stage(folder, self._weights()[0], state)
             dist.barrier()
         if first_replica:
             checkpoint.finish_stage(folder)
+
+    def _weights(self) -> list[dict[str, Tensor]]:
+        return [{name: weight.detach().cpu() for name, weight in self.stage.named_parameters()}]
 
     def _load(self, run: Path, update: int) -> None:
         """Raises RunError where another engine has written the checkpoint."""
@@ -196,12 +203,15 @@ class PipelineBaseline(TrainingEngine):
     def _decide(self) -> Control:
         """What follows this update: whatever was requested on any process."""
         requested = self._take_requests()
-        flags = torch.tensor([int(bool(requested & flag)) for flag in FLAGS], device=self.world.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         decided = Control.NOTHING
-        for flag, is_set in zip(FLAGS, flags.tolist(), strict=True):
+        for flag, is_set in zip(FLAGS, self._on_any_process([bool(requested & flag) for flag in FLAGS]), strict=True):
             decided |= flag if is_set else Control.NOTHING
         return decided
+
+    def _on_any_process(self, flags: Sequence[bool]) -> list[bool]:
+        either = torch.tensor([int(flag) for flag in flags], device=self.world.device)
+        dist.all_reduce(either, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in either.tolist()]
 
     # ------------------------------------------------------------------------------------------ parts
 

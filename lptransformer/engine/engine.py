@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lptransformer.engine.deepspeed_stage import TrainedStage
 from lptransformer.engine.executor import Executor, LocalStage, Update, plan_phases
@@ -101,7 +102,7 @@ class LocalUpdateEngine(TrainingEngine):
         return UpdateResult(self.update, done.control, reports)
 
     @torch.no_grad()
-    def eval_batch(self, name: str) -> list[Report]:
+    def eval_batch(self, name: str, advance: Callable[[int], None] = lambda done: None) -> list[Report]:
         """See TrainingEngine. No pipeline rank waits for the ones after it.
 
         Where gradients are delayed, `request` must have asked for it before the update that it follows. Raises
@@ -113,16 +114,18 @@ class LocalUpdateEngine(TrainingEngine):
                 "engine.request(Control.EVALUATE) before the update that it is to follow"
             )
         sums = {index: 0.0 for index in self.local}
-        label_tokens = 0
+        label_tokens, control = 0, Control.NOTHING
         for stage in self.local.values():
             stage.train(False)
         for index, batch in self._own_batches(name):
             label_tokens += batch.label_tokens
             if self.neighbours.below is None:
                 inputs = batch.input_ids.to(self.world.device)
+                control = Control.STOP if any_replica(self._stop_requested, self.world) else Control.NOTHING
             else:
                 header, inputs = self.neighbours.below.receive()
                 assert (header.kind, header.update, header.micro_batch) == (Kind.EVALUATE, self.update, index)
+                control = header.control
             loss_batch = LossBatch(batch.labels.to(self.world.device), scale=1.0)
             for stage_index, stage in self.local.items():
                 output = stage.forward(inputs, loss_batch)
@@ -130,9 +133,14 @@ class LocalUpdateEngine(TrainingEngine):
                     sums[stage_index] += output.nll_sum.item()
                 inputs = self.executor.handed_over(stage_index, output.hidden_states)
             if self.neighbours.above is not None:
-                self.neighbours.above.send(Header(Kind.EVALUATE, self.update, index), inputs)
+                self.neighbours.above.send(Header(Kind.EVALUATE, self.update, index, control), inputs)
+            advance(1)
+            if control & Control.STOP:  # nobody takes another micro-batch, and half a set is no result
+                break
         for stage in self.local.values():
             stage.train(True)
+        if control & Control.STOP:
+            return gather_reports(self.world, [])
         plans = {index: stage.plan for index, stage in self.local.items()}
         return gather_reports(
             self.world,
@@ -144,6 +152,9 @@ class LocalUpdateEngine(TrainingEngine):
         for index, stage in self.local.items():
             folder = checkpoint.stage_folder(run, self.update, index)
             stage.save(folder, self._description(stage.plan), self.weight_copies.pending(index, self.update))
+
+    def _weights(self) -> list[dict[str, Tensor]]:
+        return [stage.weights() for stage in self.local.values()]
 
     def _load(self, run: Path, update: int) -> None:
         assert self.executor.between_updates, "delayed gradients are in flight: load a checkpoint between updates only"

@@ -13,13 +13,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from lptransformer.data.token_set import Batch, whole_rounds
 from lptransformer.engine.p2p import Control
 from lptransformer.engine.process_groups import World, leave
+from lptransformer.errors import RunError
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models.blueprint import Blueprint
+from lptransformer.models.whole_model import whole_model, whole_weights
 from lptransformer.processes import peak_memory_bytes
 from lptransformer.run_folder import checkpoint, layout
 from lptransformer.run_folder.metrics import EvaluationReport, StageReport, TraceReport, report_from_dict
@@ -99,10 +105,11 @@ class TrainingEngine(ABC):
         """
 
     @abstractmethod
-    def eval_batch(self, name: str) -> list[Report]:
+    def eval_batch(self, name: str, advance: Callable[[int], None] = lambda done: None) -> list[Report]:
         """Sums of the losses of every local head over all windows of the validation set `name`.
 
-        Every process calls this at the same update; replica i takes each i-th micro-batch.
+        Every process calls this at the same update; replica i takes each i-th micro-batch. `advance` hears of
+        micro-batches that are done. A stop that was requested ends it within few of them: then nothing is reported.
         """
 
     def save_checkpoint(self, run: str | Path) -> None:
@@ -146,6 +153,36 @@ class TrainingEngine(ABC):
         return reports
 
     @property
+    def global_steps(self) -> int:
+        """Updates that were made so far, under DeepSpeed's name for them."""
+        return self.update
+
+    def pretrained_model(self) -> PreTrainedModel:
+        """The Hugging Face model as it is trained so far: a copy in fp32, untied, on the CPU, in evaluation mode.
+
+        For one pipeline rank, whose replicas call it together; raises RunError where a process holds fewer stages.
+        """
+        if self.world.pipeline_size > 1:
+            raise RunError(
+                f"pretrained_model(): the model is on {self.world.pipeline_size} pipeline ranks, and no process has "
+                "all of it; save a checkpoint and export that"
+            )
+        weights = whole_weights(self.blueprint.parts, self._weights())
+        own = {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}
+        return whole_model(self.blueprint.model_config, own)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """Leave the run; after an error without waiting for the others."""
+        if error is None:
+            self.close()
+            return
+        self._release()
+        leave(self.world)
+
+    @property
     @abstractmethod
     def waited_seconds(self) -> float:
         """What this process has waited for others so far: its idle time."""
@@ -157,6 +194,10 @@ class TrainingEngine(ABC):
 
     @abstractmethod
     def _load(self, run: Path, update: int) -> None: ...
+
+    @abstractmethod
+    def _weights(self) -> list[dict[str, Tensor]]:
+        """Of every stage of this process, under the names of a checkpoint."""
 
     def _finish(self) -> None:  # noqa: B027 - an engine that has nothing on its way
         """At the end of the run, before the others have ended: send and receive what is in transit."""

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -57,6 +57,28 @@ class World:
         if self.store.add(word, 1) == self.size:
             self.store.set(f"all {word}", "")
         self.store.wait([f"all {word}"])
+
+    def decided_by_the_first(self, key: str, decide: Callable[[], str]) -> str:
+        """What `decide` gives on global rank 0, in every process.
+
+        A UserError there ends all of them with its exit code, and only it has a message.
+        """
+        if self.global_rank != 0:
+            self.store.wait([key], timedelta(days=2))  # it may have to prepare text
+            failed, _, decided = self.store.get(key).decode().partition(" ")
+            if failed == "failed":
+                self.store.queue_push("leaving", "")
+                raise SystemExit(UserError.exit_code)
+            return decided
+        try:
+            decided = decide()
+        except UserError:
+            self.store.set(key, "failed")
+            for _ in range(self.size - 1):  # global rank 0 keeps the store: it goes last
+                self.store.queue_pop("leaving", True)
+            raise
+        self.store.set(key, f"decided {decided}")
+        return decided
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:

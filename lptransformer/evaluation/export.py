@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
-
+from lptransformer.console import bar
 from lptransformer.errors import RunError
 from lptransformer.evaluation import trained_model
 from lptransformer.evaluation.trained_model import RunModel
 from lptransformer.models import hf_config
-from lptransformer.run_folder import layout
+from lptransformer.models.whole_model import whole_model, whole_weights
+from lptransformer.run_folder import checkpoint, layout
 
 
 def export_run(run: Path, out: Path, step: int | None = None) -> int:
@@ -35,8 +30,14 @@ def export_run(run: Path, out: Path, step: int | None = None) -> int:
     tokenizer = run / layout.TOKENIZER
     if not tokenizer.is_dir():
         raise RunError(f"{run} has no folder {layout.TOKENIZER}: a run keeps its tokenizer there")
-    run_parts = trained_model.load(run, update)
-    model = assemble(run_parts.blueprint.model_config, whole_weights(run_parts))
+    with bar("exporting", 2 * len(checkpoint.stage_folders(run, update))) as advance:  # reading, then writing
+        _write(trained_model.load(run, update, advance=advance), tokenizer, out)
+    return update
+
+
+def _write(run_parts: RunModel, tokenizer: Path, out: Path) -> None:
+    blueprint, of_stages = run_parts.blueprint, [stage.state_dict() for stage in run_parts.stages]
+    model = whole_model(blueprint.model_config, whole_weights(blueprint.parts, of_stages))
     unfinished = out.absolute().parent / f".unfinished-{out.absolute().name}-{uuid.uuid4().hex[:12]}"
     try:
         unfinished.mkdir(parents=True)
@@ -51,32 +52,3 @@ def export_run(run: Path, out: Path, step: int | None = None) -> int:
         raise RunError(f"OUT is {out}: it cannot be written: {error}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return update
-
-
-def whole_weights(model: RunModel) -> dict[str, Tensor]:
-    """The weights of embedding, blocks, final norm and readout under the names of the Hugging Face model."""
-    parts = model.blueprint.parts
-    weights: dict[str, Tensor] = {}
-    for stage in model.stages:
-        weights |= {f"{parts.base}.{name}": parameter.detach() for name, parameter in stage.body.named_parameters()}
-    head = model.stages[-1].head
-    assert head is not None
-    weights |= {f"{parts.norm}.{name}": parameter.detach() for name, parameter in head.norm.named_parameters()}
-    weights[f"{parts.lm_head}.weight"] = head.readout.weight.detach()
-    return weights
-
-
-def assemble(config: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The whole causal LM around `weights` (not copied), which are all its parameters. For saving only: its buffers
-    are not allocated."""
-    config = copy.deepcopy(config)
-    config.tie_word_embeddings = False
-    config.use_cache = True  # generation is slow without, and nothing else depends on it
-    config.dtype = torch.float32
-    model = hf_config.empty_model(hf_config.model_class(config), config)
-    # The sampling settings of a model folder's configuration are no result of this run.
-    tokens = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**tokens)
-    model.load_state_dict(dict(weights), assign=True)
-    return model

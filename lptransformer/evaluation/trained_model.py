@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,8 +76,10 @@ def blueprint_of(run: Path) -> Blueprint:
         raise RunError(f"{run}: its configuration or {layout.MODEL} is damaged: {error}") from None
 
 
-def load(run: Path, update: int, device: torch.device | str = "cpu") -> RunModel:
-    """The model of a run after `update` updates, from a complete checkpoint of it.
+def load(
+    run: Path, update: int, device: torch.device | str = "cpu", advance: Callable[[int], None] = lambda done: None
+) -> RunModel:
+    """The model of a run after `update` updates, from a complete checkpoint of it; `advance` hears of stages.
 
     Raises RunError where the run folder or the checkpoint is damaged.
     """
@@ -90,6 +93,7 @@ def load(run: Path, update: int, device: torch.device | str = "cpu") -> RunModel
         except RunError as error:
             raise RunError(f"{folder}: {error}") from None
         stages.append(stage.to(device))
+        advance(1)
     blocks = [block for stage in stages for block in range(stage.plan.first_block, stage.plan.last_block + 1)]
     if blocks != list(range(num_blocks)):
         raise RunError(

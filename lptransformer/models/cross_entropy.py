@@ -6,6 +6,7 @@ rows by chunk of rows during the forward pass, so the backward pass costs nothin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,11 @@ class LogitRule:
 PLAIN = LogitRule()
 
 
+def chunk_starts(rows: int, chunk_tokens: int) -> Sequence[int]:
+    """The first row of every chunk."""
+    return range(0, rows, chunk_tokens)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -53,7 +59,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         train_hidden: bool,
         train_weight: bool,
     ) -> tuple[Tensor, Tensor]:
-        starts = range(0, hidden.shape[0], chunk_tokens)
+        starts = chunk_starts(hidden.shape[0], chunk_tokens)
         losses: dict[int, Tensor] = {}
         grad_hidden = torch.empty_like(hidden) if train_hidden else None
         grad_weight: Tensor | None = None

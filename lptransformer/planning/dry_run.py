@@ -62,10 +62,10 @@ def print_stages(title: str, config: Config, blueprint: Blueprint) -> None:
     print_table(title, list(rows[0]), [list(row.values()) for row in rows])
 
 
-def predicted(config: Config, blueprint: Blueprint) -> list[RankMemory]:
-    """The memory of a process of every pipeline rank, on this machine."""
+def predicted(config: Config, blueprint: Blueprint, *, alike: bool = False) -> list[RankMemory]:
+    """The memory of a process of every pipeline rank, on this machine; with `alike` blocks count as equal."""
     how = _precision(config, blueprint, fused_step=torch.cuda.is_available())
-    return EmptyStages(blueprint).ranks(blueprint.objective, blueprint.stages, how)
+    return EmptyStages(blueprint, alike=alike).ranks(blueprint.objective, blueprint.stages, how)
 
 
 def _precision(config: Config, blueprint: Blueprint, **how: Any) -> Precision:

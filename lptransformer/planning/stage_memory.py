@@ -28,13 +28,14 @@ from lptransformer.methods.gradient_flow import Duty, copy_lags, duties
 from lptransformer.methods.heads import followed
 from lptransformer.methods.objectives import Objective
 from lptransformer.methods.stages import StagePlan
-from lptransformer.models import hf_parts
+from lptransformer.models import cross_entropy, hf_parts
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.head import LossBatch
 from lptransformer.models.stage import Stage, StageOutput, backward_loss, make_stage
 from lptransformer.planning import rank_memory
 from lptransformer.planning.rank_memory import ActivationBytes, PassBytes, Precision, RankMemory, StageTensors
 
+MOST_CHUNKS = 64  # of the loss that are counted one by one
 COUNTED = 3  # blocks: the first and the last that a pass comes to are not like the others
 
 
@@ -161,7 +162,13 @@ class EmptyStages:
 
     def _count(self, stage: Stage, duty: Duty, micro_batch_size: int) -> _Count:
         shape, fraction = (micro_batch_size, self.blueprint.sequence_length), self.blueprint.head.token_fraction
-        with FakeTensorMode(), hf_parts.whole_windows(), _Alive() as alive, alive.marked(self._blocks(stage)):
+        with (
+            FakeTensorMode(),
+            hf_parts.whole_windows(),
+            _few_chunks(),
+            _Alive() as alive,
+            alive.marked(self._blocks(stage)),
+        ):
             _give_tensors(stage, self.dtype)
             labels = torch.zeros(shape, dtype=torch.int64)
             positions = None
@@ -259,6 +266,22 @@ def _give_tensors(module: nn.Module, dtype: torch.dtype) -> None:
             setattr(owner, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
         for name, buffer in list(owner.named_buffers(recurse=False)):
             setattr(owner, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+@contextmanager
+def _few_chunks() -> Iterator[None]:
+    """Of very many chunks of the loss only the first and the last ones: those between repeat what was."""
+    starts = cross_entropy.chunk_starts
+
+    def few(rows: int, chunk_tokens: int) -> Sequence[int]:
+        found = starts(rows, chunk_tokens)
+        return found if len(found) <= MOST_CHUNKS else [*found[:2], *found[-2:]]
+
+    cross_entropy.chunk_starts = few
+    try:
+        yield
+    finally:
+        cross_entropy.chunk_starts = starts
 
 
 class _Alive(TorchDispatchMode):

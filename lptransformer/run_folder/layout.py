@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,7 @@ COMMAND_VARIABLE = "LPTRANSFORMER_COMMAND"  # what a person typed, for the proce
 # All that a run can leave in its folder: what --overwrite removes, and nothing else.
 CONTENTS = (
     *(CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL),
-    *("metrics.jsonl", "metrics.csv", "loss.png", "checkpoints", "tensorboard"),
+    *("metrics.jsonl", "metrics.csv", "loss.png", "checkpoints", "tensorboard", "wandb"),
     *("diagnosis.json", "diagnosis.png", "diagnosis.svg", "record.json"),
     *("trace.jsonl", "trace.json", "trace.png", "trace.svg"),
 )
@@ -182,3 +183,21 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def command_line() -> list[str]:
     return [Path(sys.executable).name, *sys.argv]
+
+
+def program(started_by: str = "") -> str:
+    """How a person calls this program: as the console script where that was typed."""
+    return "lptransformer" if Path(started_by or sys.argv[0]).name == "lptransformer" else "python -m lptransformer"
+
+
+def command_to_resume() -> str | None:
+    """What a person typed to start this run, with --resume; None where another launcher started it."""
+    _, script, *arguments = json.loads(os.environ.get(COMMAND_VARIABLE) or json.dumps(command_line()))
+    if Path(script).name not in ("__main__.py", "lptransformer"):
+        return None
+    kept = [
+        word
+        for before, word in zip(["", *arguments], arguments, strict=False)
+        if before != "--until" and word not in ("--resume", "--overwrite") and word.partition("=")[0] != "--until"
+    ]
+    return f"{program(script)} {shlex.join([*kept, '--resume'])}"

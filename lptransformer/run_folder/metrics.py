@@ -92,6 +92,15 @@ class StageReport:
     idle_seconds: float
     peak_memory_bytes: int
 
+    @property
+    def loss(self) -> float | None:
+        """Nats per token, of this replica's tokens; None where the stage has no head."""
+        return None if self.loss_sum is None else _divide(self.loss_sum, self.label_tokens)
+
+    @property
+    def perplexity(self) -> float | None:
+        return None if self.loss is None else _exp(self.loss)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -107,6 +116,15 @@ class EvaluationReport:
     data_rank: int
     nll_sum: float | None
     label_tokens: int
+
+    @property
+    def loss(self) -> float | None:
+        """Nats per token, of this replica's windows; None where the stage has no head."""
+        return None if self.nll_sum is None else _divide(self.nll_sum, self.label_tokens)
+
+    @property
+    def perplexity(self) -> float | None:
+        return None if self.loss is None else _exp(self.loss)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,4 +1,4 @@
-"""The metrics of a run on disk: metrics.jsonl, metrics.csv, and TensorBoard where it is installed.
+"""The metrics of a run on disk: metrics.jsonl and metrics.csv; trackers get the same (run_folder/trackers.py).
 
 run_folder/metrics.py says what a row holds.
 """
@@ -6,17 +6,17 @@ run_folder/metrics.py says what a row holds.
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lptransformer import files
 from lptransformer.errors import RunError
 from lptransformer.run_folder.metrics import MetricsRow
+from lptransformer.run_folder.trackers import TRACKERS, scalars
 
 JSONL_NAME = "metrics.jsonl"
 CSV_NAME = "metrics.csv"
@@ -27,15 +27,15 @@ _FLOATS = {word: float(word) for word in _WORDS.values()}
 
 
 class MetricsWriter:
-    """Appends rows to metrics.jsonl and the rows of updates to metrics.csv, and to TensorBoard when the package
-    `tensorboard` is installed. A row is in the files when `write` returns.
+    """Appends rows to metrics.jsonl and the rows of updates to metrics.csv, and gives them to `trackers`. A row is in
+    the files when `write` returns.
 
     metrics.jsonl is strict JSON: numbers that are not finite are the strings "NaN", "Infinity", "-Infinity". With
     `resume_at=u` the rows after update u are cut off first. Raises RunError where the folder holds metrics and
     `resume_at` is not given.
     """
 
-    def __init__(self, folder: str | Path, resume_at: int | None = None) -> None:
+    def __init__(self, folder: str | Path, resume_at: int | None = None, trackers: Sequence[str] = ()) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         jsonl_path = self.folder / JSONL_NAME
@@ -45,7 +45,7 @@ class MetricsWriter:
         files.write_text(jsonl_path, "".join(map(_json_line, kept)))
         self._columns = self._rewrite_csv(kept)
         self._jsonl = jsonl_path.open("a", encoding="utf-8")
-        self._tensorboard = _open_tensorboard(self.folder / "tensorboard", resume_at)
+        self._trackers = [TRACKERS[name].open(self.folder, resume_at) for name in trackers]
 
     def write(self, row: MetricsRow) -> None:
         self._jsonl.write(_json_line(row))
@@ -57,14 +57,13 @@ class MetricsWriter:
                     file.write(_csv_line(cells.get(column) for column in self._columns))
             else:  # the first row, or a resumed run that has more stages than before
                 self._columns = self._rewrite_csv(read_metrics(self.folder))
-        if self._tensorboard is not None:
-            for tag, value in _scalars(row):
-                self._tensorboard.add_scalar(tag, value, row["update"])
+        for tracker in self._trackers:
+            tracker.log(row["update"], scalars(row))
 
     def close(self) -> None:
         self._jsonl.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _rewrite_csv(self, rows: Iterable[MetricsRow]) -> list[str]:
         """Rewrite metrics.csv from the rows of updates and return its columns."""
@@ -134,24 +133,3 @@ def _flat(row: MetricsRow) -> dict[str, Any]:
     for entry in row["stages"]:
         cells |= {f"{key}_stage{entry['stage']}": value for key, value in entry.items() if key != "stage"}
     return cells
-
-
-def _open_tensorboard(folder: Path, resume_at: int | None) -> Any:
-    """A torch SummaryWriter, or None where the package is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(folder, purge_step=None if resume_at is None else resume_at + 1)
-
-
-def _scalars(row: MetricsRow) -> Iterable[tuple[str, float]]:
-    """TensorBoard's tags and values: `loss/stage0`; `books/perplexity/stage0` for the validation set `books`."""
-    prefix = f"{row['evaluation']}/" if "evaluation" in row else ""
-    for key in ("tokens", "seconds", "tokens_per_second", "learning_rate"):
-        if key in row:
-            yield key, row[key]
-    for entry in row.get("stages", []) + row.get("exits", []):
-        for key, value in entry.items():
-            if key not in ("stage", "last_block") and value is not None:
-                yield f"{prefix}{key}/stage{entry['stage']}", float(value)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lptransformer.config.checks import check_world_size, micro_batch_size
+from lptransformer.config.checks import check_world_size
 from lptransformer.config.load import load
 from lptransformer.config.schema import Config
 from lptransformer.data.prepare import Prepared, prepare_all
@@ -20,8 +19,7 @@ from lptransformer.engine.engine import LocalUpdateEngine
 from lptransformer.engine.executor import LocalStage
 from lptransformer.engine.interface import EngineOptions, Stream, TrainingEngine, ValidSet
 from lptransformer.engine.optimizer import build_lr_scheduler, build_optimizer
-from lptransformer.engine.process_groups import World, join
-from lptransformer.errors import UserError
+from lptransformer.engine.process_groups import World, join, translate_lost_processes
 from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models import blueprint as blueprints
@@ -29,6 +27,7 @@ from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.stage import Stage, make_stage
 from lptransformer.processes import check_devices, launched_size, use_fair_share_of_cores
 from lptransformer.run_folder import layout
+from lptransformer.training.memory import agreed
 
 
 def initialize(source: str | Path | dict[str, Any] | Config, overrides: Sequence[str] = ()) -> TrainingEngine:
@@ -41,14 +40,19 @@ def initialize(source: str | Path | dict[str, Any] | Config, overrides: Sequence
     return start(source if isinstance(source, Config) else load(source, overrides))[0]
 
 
-def start(config: Config) -> tuple[TrainingEngine, Prepared]:
-    """Join the world, prepare the data, build this process's stages."""
-    micro_batch_size(config)  # refused before processes wait for each other
+def start(config: Config, resume: bool = False, force: bool = False) -> tuple[TrainingEngine, Prepared, Config]:
+    """Join the world, see that the run fits, prepare the data, build this process's stages.
+
+    The configuration that is returned has a number for `train.micro_batch_size: auto`, when `resume` is given that of
+    the run folder. With `force` nobody asks whether the run fits.
+    """
     check_world_size(config, launched_size())
     check_devices(config.parallel.channel, config.parallel.data, config.engine)
     use_fair_share_of_cores()
     world = join_world(config)
-    data = prepare_once(config, world)
+    with translate_lost_processes():
+        config = agreed(config, world, resume, force)
+        data = prepare_once(config, world)
     blueprint = blueprints.make_blueprint(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
     stream = TrainStream(
         [source.tokens for source in data.train],
@@ -63,7 +67,7 @@ def start(config: Config) -> tuple[TrainingEngine, Prepared]:
         layout.create(folder, config, model, data.tokenizer_folder, data.folders(), overwrite)
 
     engine.describe_run = describe_run
-    return engine, data
+    return engine, data, config
 
 
 def join_world(config: Config) -> World:
@@ -74,23 +78,9 @@ def join_world(config: Config) -> World:
 
 def prepare_once(config: Config, world: World) -> Prepared:
     """Global rank 0 prepares first; the others then find what it made (or make it, where they share no disk)."""
-    first = world.global_rank == 0
-    if not first:
-        world.store.wait(["prepared"], timedelta(days=2))
-        if world.store.get("prepared") == b"failed":
-            world.store.queue_push("leaving", "")
-            raise SystemExit(UserError.exit_code)  # global rank 0 has printed why
-    try:
-        data = prepare_all(**config.data.model_dump(), progress=first)
-    except UserError:
-        if first:
-            world.store.set("prepared", "failed")
-            for _ in range(world.size - 1):  # global rank 0 keeps the store: it goes last
-                world.store.queue_pop("leaving", True)
-        raise
-    if first:
-        world.store.set("prepared", "yes")
-    return data
+    sources = config.data.model_dump()
+    world.decided_by_the_first("prepared", lambda: str(prepare_all(**sources).tokenizer_folder))
+    return prepare_all(**sources, progress=False)
 
 
 def build_engine(

@@ -16,8 +16,8 @@ import psutil
 
 from lptransformer.config.checks import check_world_size
 from lptransformer.config.load import load
-from lptransformer.config.schema import Config
-from lptransformer.errors import RunError, TrainingError, UserError
+from lptransformer.config.schema import PLAIN, SECTIONS, Config
+from lptransformer.errors import ConfigError, RunError, TrainingError, UserError
 from lptransformer.run_folder.layout import COMMAND_VARIABLE, command_line
 
 DEVICES_VARIABLE = "LPTRANSFORMER_VISIBLE_DEVICES"
@@ -29,6 +29,16 @@ def add_training_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--overwrite", action="store_true", help="replace the run in run.dir")
     text = "stop after update N, evaluated and saved; --resume goes on (the learning rate goes by train.steps)"
     sub.add_argument("--until", type=int, metavar="N", help=text)
+    sub.add_argument("--force", action="store_true", help="start even where the memory is predicted not to do")
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """The configuration of a command: of its file, if one is named, and of what was typed; says what gives way."""
+    config = load(args.config or {}, args.overrides)
+    if COMMAND_VARIABLE not in os.environ and os.environ.get("RANK", "0") == "0":
+        for note in config.notes:
+            print(f"lptransformer: {note}", file=sys.stderr, flush=True)
+    return config
 
 
 def check_until(config: Config, until: int | None, resume: bool) -> None:
@@ -48,7 +58,7 @@ def check_until(config: Config, until: int | None, resume: bool) -> None:
 
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> None:
     """Parse, run, and turn errors into one line and an exit code."""
-    args, overrides = parser.parse_known_args(arguments)
+    args, overrides = parser.parse_known_args(with_equals(sys.argv[1:] if arguments is None else arguments))
     args.overrides = overrides
     try:
         args.run(args)
@@ -59,7 +69,19 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
         raise SystemExit(130) from None
 
 
-def launch(config_path: str, arguments: Sequence[str], processes: int) -> int:
+def with_equals(arguments: Sequence[str]) -> list[str]:
+    """Keys of the configuration that are typed with a blank before their value, `--train.steps 4`, with a = there."""
+    joined: list[str] = []
+    for argument in arguments:
+        key = joined[-1].removeprefix("--") if joined and joined[-1].startswith("--") else ""
+        if "=" not in key and key.partition(".")[0] in (*SECTIONS, *PLAIN) and not argument.startswith("--"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def launch(config_path: str | None, arguments: Sequence[str], processes: int) -> int:
     """Train in `processes` processes on this machine, through the deepspeed launcher; returns its exit code.
 
     Ctrl-C and SIGTERM are forwarded to the workers alone, which then save and leave; the launcher itself would kill
@@ -73,7 +95,8 @@ def launch(config_path: str, arguments: Sequence[str], processes: int) -> int:
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=error", f"--num_gpus={processes}"]
-    command += [f"--master_port={_free_port()}", "--module", "lptransformer.training.launcher", "--config", config_path]
+    command += [f"--master_port={_free_port()}", "--module", "lptransformer.training.launcher"]
+    command += [] if config_path is None else ["--config", config_path]
     launcher = subprocess.Popen([*command, *arguments], env=environment, start_new_session=True)
 
     signals = 0
@@ -113,7 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """One training process, as a launcher (deepspeed, torchrun) starts it."""
     text = "One training process; start it with `deepspeed` or `torchrun`."
     parser = argparse.ArgumentParser(description=text, allow_abbrev=False)
-    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("config", nargs="?", help="YAML file of the run")
+    parser.add_argument("--config", dest="config_option", metavar="CONFIG", help="the same")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK says it
     add_training_flags(parser)
     parser.set_defaults(run=worker)
@@ -123,12 +147,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def worker(args: argparse.Namespace) -> None:
     if DEVICES_VARIABLE in os.environ:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[DEVICES_VARIABLE]  # before torch is imported
-    config = load(args.config, args.overrides)
+    if args.config is not None and args.config_option is not None:
+        raise ConfigError(f"{args.config} and --config={args.config_option}: give one file")
+    args.config = args.config or args.config_option
+    config = read_config(args)
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_until(config, args.until, args.resume and os.environ.get("RANK", "0") == "0")
     from lptransformer.training.train import train
 
-    train(config, args.resume, args.overwrite, args.until)
+    train(config, args.resume, args.overwrite, args.until, args.force)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 from lptransformer.config.checks import pretrained_warning
 from lptransformer.config.schema import Config
+from lptransformer.console import bar, standard_console
 from lptransformer.data.prepare import Prepared
 from lptransformer.engine.interface import Report, TrainingEngine, UpdateResult
 from lptransformer.engine.p2p import Control
@@ -22,24 +23,27 @@ from lptransformer.run_folder.loss_plot import plot_losses
 from lptransformer.run_folder.metrics import Aggregator, MetricsRow, TraceReport, text_counts
 from lptransformer.run_folder.metrics_log import MetricsWriter, read_metrics
 from lptransformer.run_folder.trace import TraceWriter
-from lptransformer.training.auto_batch import agreed, size_of_run_folder
+from lptransformer.run_folder.trackers import check_installed
 from lptransformer.training.build import start
+from lptransformer.training.memory import size_of_run_folder
 from lptransformer.training.progress import Progress
 
 
-def train(config: Config, resume: bool = False, overwrite: bool = False, until: int | None = None) -> None:
+def train(
+    config: Config, resume: bool = False, overwrite: bool = False, until: int | None = None, force: bool = False
+) -> None:
     """Train as configured, in the run folder `config.run.dir`; every process of the run calls this.
 
     With `until` the run stops after that update, evaluated and saved, and can be resumed: learning rate and all else
-    go by train.steps.
+    go by train.steps. With `force` it starts even where the memory will not do.
     Raises UserError before anything is written when the run cannot start, TrainingError when it cannot go on.
     """
     assert config.run.dir is not None
     folder = Path(config.run.dir)
     if launched_rank() == 0:
+        check_installed(config.run.trackers)
         layout.check(folder, size_of_run_folder(config) if resume else config, resume, overwrite)
-    with agreed(config, resume) as config:
-        engine, data = start(config)
+    engine, data, config = start(config, resume, force)
     with engine.world.starting():  # a run folder appears only when every process has got this far
         if resume:
             layout.check_data(folder, data.folders())
@@ -61,10 +65,12 @@ def train(config: Config, resume: bool = False, overwrite: bool = False, until: 
                 engine.save_checkpoint(folder)
             if result.control & Control.EVALUATE:
                 for name in engine.valid:
-                    reporter.take(engine.eval_batch(name))
+                    with reporter.evaluating(name) as advance:
+                        reporter.take(engine.eval_batch(name, advance))
             if result.control & Control.STOP:
                 break
         reporter.take(engine.close())
+    reporter.say_what_is_next(engine.update)
 
 
 def due(config: Config, update: int, until: int | None = None) -> Control:
@@ -111,7 +117,7 @@ class Reporter:
         self.open = engine.world.global_rank == 0
         if not self.open:
             return
-        self.folder = folder
+        self.folder, self.steps = folder, config.train.steps
         self.stages = [(plan.index, plan.first_block, plan.last_block) for plan in engine.stages]
         tokens, seconds = 0, 0.0
         if resume:
@@ -122,7 +128,10 @@ class Reporter:
         self.aggregator = Aggregator(
             self.stages, engine.world.data_size, texts, update=engine.update, tokens=tokens, seconds=seconds
         )
-        self.writer = MetricsWriter(folder, resume_at=engine.update if resume else None)
+        windows = {name: len(token_set) for name, token_set in data.valid.items()}
+        at_once = engine.blueprint.micro_batch_size * engine.world.data_size
+        self.micro_batches = {name: -(-many // at_once) for name, many in windows.items()}
+        self.writer = MetricsWriter(folder, engine.update if resume else None, config.run.trackers)
         self.trace = TraceWriter(folder) if config.run.trace else None
         self.progress = Progress(until or config.train.steps, self.stages)
         print_stages(f"run folder: {folder}", config, engine.blueprint)
@@ -142,6 +151,13 @@ class Reporter:
             self.take(error.reports)
             raise
 
+    @contextlib.contextmanager
+    def evaluating(self, name: str) -> Iterator[Callable[[int], None]]:
+        """A bar for the evaluation of a validation set, in micro-batches of this replica."""
+        total = self.micro_batches[name] if self.open else 0
+        with bar(f"evaluating {name}", total, shown=self.open, console=standard_console()) as advance:
+            yield advance
+
     def take(self, reports: Iterable[Report]) -> None:
         if not self.open:
             return
@@ -157,6 +173,19 @@ class Reporter:
                 else:
                     self.progress.update(row)
                     self._report_skips(row)
+
+    def say_what_is_next(self, update: int) -> None:
+        """The commands that one types after a run that has ended, or has stopped before its end."""
+        if not self.open:
+            return
+        if update >= self.steps:
+            call = f"{layout.program()} {{}} {self.folder}".format
+            lines = [f"next: {call('report')}", f"or: {call('export')} OUT"]
+        else:
+            again = layout.command_to_resume() or "the same command with --resume"
+            lines = [f"stopped after update {update} of {self.steps}, saved; go on with: {again}"]
+        for line in lines:
+            self.progress.message(line)
 
     def _report_skips(self, row: MetricsRow) -> None:
         for stage in row["stages"]:

@@ -447,9 +447,10 @@ def test_the_edge_of_what_is_allowed(overrides: str) -> None:
 
 
 def test_a_null_takes_a_key_back(tmp_path: Path) -> None:
-    path = write(tmp_path, "data: {train: a.txt}\noptimizer: {beta1: 0.5}\ntrain: {steps: }\n")
-    says(message(path, "optimizer.name=sgd"), "optimizer.beta1 = 0.5", "(or give null)")
-    assert load(path, ["optimizer.name=sgd", "optimizer.beta1=null"]).train.steps == 1000
+    path = write(tmp_path, "data: {train: a.txt}\noptimizer: {name: sgd, beta1: 0.5}\ntrain: {steps: }\n")
+    says(message(path), "optimizer.beta1 = 0.5", "(or give null)")
+    assert load(path, ["optimizer.beta1=null"]).train.steps == 1000
+    path = write(tmp_path, "data: {train: a.txt}\ntrain: {steps: }\n")
     says(message(path, "train.warmup_steps=2000"), "train.steps = 1000 (by default)")
 
 

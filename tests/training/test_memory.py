@@ -1,8 +1,11 @@
-"""`train.micro_batch_size: auto`: the number that fits, agreed on, written down, and kept."""
+"""What fits into memory: the refusal of what cannot, and the number for `train.micro_batch_size: auto`."""
 
 from __future__ import annotations
 
+import json
 import os
+import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,11 @@ from lptransformer.errors import ConfigError
 from lptransformer.models.blueprint import Blueprint, make_blueprint
 from lptransformer.planning.dry_run import predicted
 from lptransformer.run_folder import layout
-from lptransformer.training import auto_batch
+from lptransformer.training import memory
 from lptransformer.training import train as training
 from lptransformer.training.build import initialize
 from lptransformer.training.launcher import run
+from lptransformer.training.memory import Pool
 
 CONFIG = small_run.CONFIG | {"train": {**small_run.CONFIG["train"], "micro_batch_size": "auto"}}
 BYTES = 259  # entries of the vocabulary
@@ -37,7 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def given(*overrides: str) -> tuple[Config, Blueprint]:
     config = load(CONFIG, overrides)
-    sized = config if config.train.micro_batch_size != "auto" else auto_batch.with_size(config, 1)
+    sized = config if config.train.micro_batch_size != "auto" else memory.with_size(config, 1)
     return config, make_blueprint(sized, BYTES, None)
 
 
@@ -53,38 +57,46 @@ def memory_for(size: int, *overrides: str) -> int:
     return int(peak(size, *overrides) / 0.9) + 2
 
 
+def number(config: Config, plan: Blueprint, free: int, rows: int | None) -> int:
+    """What `auto` comes to where every pipeline rank has a pool of its own."""
+    pools = [Pool(f"host-{rank}", free, (rank,)) for rank in range(config.parallel.pipeline)]
+    size = memory.largest(config, plan, pools, rows).train.micro_batch_size
+    assert isinstance(size, int)
+    return size
+
+
 # ---------------------------------------------------------------------------------------------------- the number
 
 
 @pytest.mark.parametrize("overrides", [(), ("parallel.pipeline=2", "objective.name=backprop")])
 def test_the_number_fits_and_its_double_does_not(overrides: tuple[str, ...]) -> None:
     config, plan = given(*overrides)
-    assert auto_batch.largest(config, plan, memory_for(2, *overrides), None) == 2
-    assert auto_batch.largest(config, plan, memory_for(4, *overrides) - 4, None) == 2
+    assert number(config, plan, memory_for(2, *overrides), None) == 2
+    assert number(config, plan, memory_for(4, *overrides) - 4, None) == 2
     with pytest.raises(ConfigError, match="not even 1 fits.*more pipeline ranks"):
-        auto_batch.largest(config, plan, memory_for(1, *overrides) - 4, None)
+        number(config, plan, memory_for(1, *overrides) - 4, None)
 
 
 def test_zero_3_is_given_a_smaller_share() -> None:
     config, plan = given("deepspeed.zero_optimization.stage=3")
-    memory = int(peak(4, "deepspeed.zero_optimization.stage=3") / 0.85)
-    assert auto_batch.largest(config, plan, memory, None) < 4
+    free = int(peak(4, "deepspeed.zero_optimization.stage=3") / 0.85)
+    assert number(config, plan, free, None) < 4
 
 
 def test_an_update_takes_no_more_than_an_epoch(capsys: pytest.CaptureFixture[str]) -> None:
     config, plan = given()  # 2 micro-batches in an update
-    assert auto_batch.largest(config, plan, 2**40, 16) == 8
-    assert auto_batch.largest(config, plan, 2**40, 15) == 4
+    assert number(config, plan, 2**40, 16) == 8
+    assert number(config, plan, 2**40, 15) == 4
     assert "an update of 16 would be more than an epoch, 15 windows" in capsys.readouterr().out
-    assert auto_batch.largest(config, plan, 2**40, 1) == 1
+    assert number(config, plan, 2**40, 1) == 1
 
 
 def test_it_says_what_it_chose(capsys: pytest.CaptureFixture[str]) -> None:
     config, plan = given()
-    auto_batch.largest(config, plan, memory_for(4), None)
+    number(config, plan, memory_for(4), None)
     said = capsys.readouterr().out
     needed, has, more = (f"{size / 2**30:.3g} GiB" for size in (peak(4), memory_for(4), peak(8)))
-    for part in ("auto is 4.", needed, has, "90%", f"8 would need {more}", "4 x 2 = 8 windows"):
+    for part in ("auto is 4:", needed, has, "90%", f"8 would need {more}", "4 x 2 = 8 windows"):
         assert part in said
 
 
@@ -113,21 +125,19 @@ def test_other_commands_refuse_it(folder: Path, capsys: pytest.CaptureFixture[st
     assert not (folder / "runs").exists()
 
 
-def test_the_engine_by_itself_refuses_it(folder: Path) -> None:
-    try:
-        with pytest.raises(ConfigError, match=r"train\.micro_batch_size is auto"):
-            initialize(CONFIG)
-    finally:
-        leave()
+def test_the_engine_by_itself_finds_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "own_memory", lambda: ("here", memory_for(4)))
+    with initialize(CONFIG) as engine:
+        assert engine.blueprint.micro_batch_size == 4
 
 
 def test_a_dry_run_shows_the_number(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auto_batch, "free_memory", lambda local: memory_for(4))
+    monkeypatch.setattr(memory, "own_memory", lambda: ("here", memory_for(4)))
     run(parser(), ["train", "c.yaml", "--dry-run"])
     said = capsys.readouterr().out
-    assert "auto is 4." in said and f"an update: {4 * 2 * 16} tokens" in said
+    assert "auto is 4:" in said and f"an update: {4 * 2 * 16} tokens" in said
     assert sorted(path.name for path in folder.iterdir()) == ["c.yaml", "text.txt"]
 
 
@@ -144,15 +154,15 @@ def weights(folder: Path, update: int) -> dict[str, bytes]:
 def test_a_run_folder_has_the_number_keeps_it_and_is_the_run_of_that_number(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = memory_for(4)
-    monkeypatch.setattr(auto_batch, "free_memory", lambda local: memory)
+    free = memory_for(4)
+    monkeypatch.setattr(memory, "own_memory", lambda: ("here", free))
     by_hand = ["train", "c.yaml", "--train.micro_batch_size=4", "--run.dir=by-hand"]
     for arguments in (["train", "c.yaml", "--until=1"], by_hand):
         run(parser(), arguments)
         leave()
     written = (Path("run") / layout.CONFIG).read_text()
     assert yaml.safe_load(written)["train"]["micro_batch_size"] == 4
-    memory = memory_for(1)  # would give another number now
+    free = memory_for(1)  # would give another number now
     run(parser(), ["train", "c.yaml", "--resume"])
     leave()
     assert (Path("run") / layout.CONFIG).read_text() == written
@@ -163,7 +173,7 @@ def train_with_memory(folder: str, memories: list[int], resume: bool, until: int
     """A process of a run, with a memory of its own; the run folder's configuration."""
     os.chdir(folder)
     rank = int(os.environ["RANK"])
-    auto_batch.free_memory = lambda local: memories[rank]
+    memory.own_memory = lambda: (f"host-{rank}", memories[rank])  # type: ignore[assignment]
     config = load("c.yaml", ["parallel.pipeline=2"])
     training.train(config, resume=resume, until=until)
     return (Path("run") / layout.CONFIG).read_text()
@@ -181,7 +191,7 @@ def test_processes_agree_on_the_smallest_memory(folder: Path, pool: Any) -> None
 def refused_for_memory(folder: str, memories: list[int]) -> str:
     os.chdir(folder)
     rank = int(os.environ["RANK"])
-    auto_batch.free_memory = lambda local: memories[rank]
+    memory.own_memory = lambda: (f"host-{rank}", memories[rank])  # type: ignore[assignment]
     config = load("c.yaml", ["parallel.pipeline=2"])
     try:
         training.train(config)
@@ -212,7 +222,7 @@ def test_limits_of_control_groups_count(tmp_path: Path) -> None:
     own.write_text("0::/job/step\n")
     group(root / "job" / "step", "max", 700, 0)
     group(root / "job", "1000", 800, 50)
-    assert list(auto_batch.cgroup_rooms(root, own)) == [250]
+    assert list(memory.cgroup_rooms(root, own)) == [250]
 
     old = root / "memory" / "job"
     old.mkdir(parents=True)
@@ -220,23 +230,92 @@ def test_limits_of_control_groups_count(tmp_path: Path) -> None:
         (old / f"memory.{name}").write_text(f"{value}\n")
     (old / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 30\n")
     own.write_text("5:cpu:/job\n4:memory:/job\n0::/gone\n")
-    assert list(auto_batch.cgroup_rooms(root, own)) == [430]
-    assert list(auto_batch.cgroup_rooms(root, tmp_path / "no such file")) == []
+    assert list(memory.cgroup_rooms(root, own)) == [430]
+    assert list(memory.cgroup_rooms(root, tmp_path / "no such file")) == []
 
 
 def test_processes_of_a_host_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto_batch.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(auto_batch, "cgroup_rooms", lambda: [1001])
-    assert auto_batch.free_memory(4) == 250
+    monkeypatch.setattr(memory.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(memory, "cgroup_rooms", lambda: [1001])
+    own = memory.own_memory()
+    assert own[1] == 1001 and memory.pools([own, own]) == [Pool(own[0], 1001, (0, 1))]
+    assert memory.pools([("a", 5), ("b", 7), ("a", 3)]) == [Pool("a", 3, (0, 2)), Pool("b", 7, (1,))]
 
 
 def test_pipeline_ranks_on_one_gpu_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    cuda = auto_batch.torch.cuda
+    cuda = memory.torch.cuda
     monkeypatch.setattr(cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "device_count", lambda: 2)
     monkeypatch.setattr(cuda, "mem_get_info", lambda device: ([10, 90][device], 100))
-    assert auto_batch.free_memory(4) == 45
-    assert auto_batch.free_memory(2) == 90
-    assert auto_batch.free_memory_of_all(4) == 5 and auto_batch.free_memory_of_all(1) == 10
+    assert memory.own_memory()[1] == 90
+    shared = memory.pools([tuple(one) for one in json.loads(memory.of_gpus(4))])
+    assert [(pool.free, pool.ranks) for pool in shared] == [(10, (0, 2)), (90, (1, 3))]
+    assert [pool.name.split(" of ")[0] for pool in shared] == ["GPU 0", "GPU 1"]
+
+
+# ------------------------------------------------------------------------------------------ what cannot fit is refused
+
+FIXED = ("train.micro_batch_size=8", "parallel.pipeline=2")
+
+
+def needed(*overrides: str) -> int:
+    """Bytes of the two processes of a run on one host."""
+    config, plan = given("parallel.pipeline=2", *overrides)
+    return sum(rank.peak for rank in predicted(config, plan))
+
+
+@pytest.fixture
+def refusal(folder: Path) -> Callable[..., str]:
+    return refused
+
+
+def refused(free: int, *overrides: str) -> str:
+    config, plan = given(*FIXED, *overrides)
+    with pytest.raises(ConfigError) as caught:
+        memory.refuse_what_does_not_fit(config, plan, [Pool("here", free, (0, 1))])
+    return str(caught.value)
+
+
+def test_what_fits_is_not_refused() -> None:
+    config, plan = given(*FIXED)
+    memory.refuse_what_does_not_fit(config, plan, [Pool("here", needed(FIXED[0]), (0, 1))])
+
+
+def test_a_refusal_has_both_numbers_and_the_largest_micro_batch_that_fits(refusal: Callable[..., str]) -> None:
+    free = needed("train.micro_batch_size=4")
+    said = refusal(free)
+    assert "train.micro_batch_size = 8 (on the command line) with data.sequence_length = 16" in said
+    assert f"2 processes need {needed(FIXED[0]) / 2**30:.3g} GiB (predicted) of the {free / 2**30:.3g} GiB" in said
+    assert "train.micro_batch_size=4 would; --force starts it anyway" in said
+    assert "train.micro_batch_size=2 would" in refusal(free - 1)
+
+
+def test_or_else_the_longest_window_that_fits(refusal: Callable[..., str]) -> None:
+    long = "data.sequence_length=1000"
+    assert "train.micro_batch_size=1 and data.sequence_length=64 would" in refusal(
+        needed("train.micro_batch_size=1", "data.sequence_length=64"), long
+    )
+    assert "A smaller model, more pipeline ranks or a higher ZeRO stage would" in refusal(1000)
+
+
+def test_very_long_windows_are_refused_in_seconds(refusal: Callable[..., str]) -> None:
+    started = time.process_time()
+    assert "1000000" in refusal(2**34, "data.sequence_length=1000000")
+    assert time.process_time() - started < 20
+
+
+def test_the_command_refuses_before_anything_is_started_and_force_starts_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "own_memory", lambda: ("here", 1000))
+    command = ["train", "c.yaml", "--train.micro_batch_size=2", "--until=1"]
+    with pytest.raises(SystemExit) as end:
+        run(parser(), command)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and "does not fit" in said
+    assert sorted(path.name for path in folder.iterdir()) == ["c.yaml", "text.txt"]
+    run(parser(), [*command, "--force"])
+    leave()
+    assert (folder / "run" / "checkpoints").is_dir()

@@ -1,0 +1,46 @@
+"""The whole Hugging Face model of the weights of all stages: up to the last exit, auxiliary heads stay behind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from lptransformer.models import hf_config
+from lptransformer.models.hf_parts import Anatomy
+
+
+def whole_weights(parts: Anatomy, of_stages: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The weights of embedding, blocks, final norm and readout under the names of the Hugging Face model.
+
+    `of_stages` are the tensors of every stage in order, under their names in a checkpoint.
+    """
+    found: dict[str, Tensor] = {}
+    head: dict[str, Tensor] = {}
+    for weights in of_stages:
+        found |= {f"{parts.base}.{name[5:]}": tensor for name, tensor in weights.items() if name.startswith("body.")}
+        head = {name: tensor for name, tensor in weights.items() if name.startswith("head.")}
+    norm = "head.norm."
+    found |= {f"{parts.norm}.{name[len(norm) :]}": tensor for name, tensor in head.items() if name.startswith(norm)}
+    found[f"{parts.lm_head}.weight"] = head["head.readout.weight"]
+    return found
+
+
+def whole_model(config: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The causal LM around `weights` (fp32, not copied), untied and in evaluation mode."""
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = False
+    config.use_cache = True  # generation is slow without, and nothing else depends on it
+    config.dtype = torch.float32
+    with no_init_weights():
+        model = hf_config.model_class(config)(config)
+    # The sampling settings of a model folder's configuration are no result of this run.
+    tokens = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**tokens)
+    model.load_state_dict(dict(weights), assign=True)
+    return model.eval()

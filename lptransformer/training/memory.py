@@ -1,0 +1,266 @@
+"""What fits into memory, before anything is allocated: a refusal of what cannot, and the number for
+`train.micro_batch_size: auto`, the largest power of two that does.
+
+Memory that processes share, a host's or a GPU's, is a pool: what is predicted for them together is compared with what
+is free in it. `train` asks for its own host before it starts other processes (`for_this_host`). When a run starts,
+every process reports its pool through the run's store, and global rank 0 decides for all (`agreed`). From then on the
+configuration has a number, which config.yaml of the run keeps; a run that is resumed takes that one
+(`size_of_run_folder`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from lptransformer.config.checks import zero_stage
+from lptransformer.config.schema import Config
+from lptransformer.data.prepare import Prepared, prepare_all
+from lptransformer.data.train_stream import TrainStream
+from lptransformer.engine.process_groups import World
+from lptransformer.errors import ConfigError
+from lptransformer.models import blueprint as blueprints
+from lptransformer.models.blueprint import Blueprint
+from lptransformer.planning.dry_run import predicted, unprepared
+from lptransformer.run_folder import layout
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Memory that the processes of these global ranks share; `free` in bytes."""
+
+    name: str
+    free: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What the processes of a pool are predicted to take together, in bytes."""
+
+    pool: Pool
+    needed: int
+
+    @property
+    def share(self) -> float:
+        return self.needed / max(self.pool.free, 1)
+
+    def __str__(self) -> str:
+        many = len(self.pool.ranks)
+        what = "a process needs" if many == 1 else f"{many} processes need"
+        return f"{what} {_gib(self.needed)} (predicted) of the {_gib(self.pool.free)} that {self.pool.name} has free"
+
+
+def size_of_run_folder(config: Config) -> Config:
+    """The configuration with the number that the run folder run.dir has for `auto`; as it is where there is no run.
+
+    Raises RunError where the folder cannot be read.
+    """
+    assert config.run.dir is not None
+    folder = Path(config.run.dir)
+    if config.train.micro_batch_size != "auto" or not (folder / layout.CONFIG).is_file():
+        return config
+    return with_size(config, layout.read_config(folder).train.micro_batch_size)
+
+
+def agreed(config: Config, world: World, resume: bool = False, force: bool = False) -> Config:
+    """The configuration with a number for `auto`, the same in every process; all processes of the run call this.
+
+    Raises ConfigError where the run does not fit (with `force` that is not asked, but for `auto`) and DataError for
+    the training text, in global rank 0; the others leave.
+    """
+    auto = config.train.micro_batch_size == "auto"
+    if force and not auto:
+        return config
+    world.store.set(f"memory/{world.global_rank}", json.dumps(own_memory()))
+
+    def decide() -> str:
+        found = [json.loads(world.store.get(f"memory/{rank}")) for rank in range(world.size)]
+        sized = size_of_run_folder(config) if resume else config
+        if sized.train.micro_batch_size == "auto":
+            blueprint, rows = of_prepared(config, prepare_all(**config.data.model_dump()))
+            sized = largest(config, blueprint, pools(found), rows)
+        elif not force:
+            refuse_what_does_not_fit(sized, unprepared(sized), pools(found))
+        return str(sized.train.micro_batch_size)
+
+    size = world.decided_by_the_first("micro_batch_size", decide)
+    return with_size(config, int(size)) if auto else config
+
+
+def for_this_host(config: Config, blueprint: Blueprint, rows: int | None = None, force: bool = False) -> Config:
+    """The configuration with a number for `auto`, where all processes of the run are on this host.
+
+    Raises ConfigError where the run does not fit; on GPUs a number is not checked here but by the processes: who asks
+    a GPU makes a context there, which takes memory and keeps it.
+    """
+    auto, processes = config.train.micro_batch_size == "auto", config.parallel.pipeline * config.parallel.data
+    if on_gpus():
+        if not auto:
+            return config
+        # In a process of its own, for that reason.
+        ask = f"from lptransformer.training import memory; print(memory.of_gpus({processes}))"
+        answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+        if answer.returncode != 0:
+            why = (answer.stderr.strip() or "no message").splitlines()[-1]
+            raise ConfigError(f"train.micro_batch_size is auto, and the GPUs do not say how much memory is free: {why}")
+        found = json.loads(answer.stdout.splitlines()[-1])  # libraries may have printed before
+    else:
+        found = [own_memory()] * processes
+    if auto:
+        return largest(config, blueprint, pools(found), rows)
+    if not force:
+        refuse_what_does_not_fit(config, blueprint, pools(found))
+    return config
+
+
+def of_prepared(config: Config, data: Prepared) -> tuple[Blueprint, int]:
+    """What is built, and the windows of an epoch."""
+    stream = TrainStream([one.tokens for one in data.train], [one.weight for one in data.train], 0, 1)
+    tokenizer = data.tokenizer
+    blueprint = blueprints.make_blueprint(with_size(config, 1), tokenizer.vocab_size, tokenizer.end_of_text_id)
+    return blueprint, stream.rows_per_epoch
+
+
+def need(config: Config, blueprint: Blueprint, shared: Sequence[Pool], *, alike: bool = False) -> Need:
+    """Of the pool that has least left; with `alike` blocks count as equal, which is faster."""
+    peaks = [rank.peak for rank in predicted(config, blueprint, alike=alike)]
+    data = blueprint.replicas
+    needs = [Need(pool, sum(peaks[rank // data] for rank in pool.ranks)) for pool in shared]
+    return max(needs, key=lambda one: one.share)
+
+
+def refuse_what_does_not_fit(config: Config, blueprint: Blueprint, shared: Sequence[Pool]) -> None:
+    """Raises ConfigError with what is needed, what is there, and the largest micro-batch, else the longest window,
+    that fits."""
+    now = need(config, blueprint, shared, alike=True)
+    if now.share <= 1.0:
+        return
+    size, length = blueprint.micro_batch_size, blueprint.sequence_length
+
+    def fits(size: int, length: int) -> bool:
+        smaller = with_size(config, size)
+        if smaller.model.max_position_embeddings == smaller.data.sequence_length:
+            smaller.model.max_position_embeddings = length
+        smaller.data.sequence_length = length
+        return need(smaller, unprepared(smaller), shared, alike=True).share <= 1.0
+
+    sizes = ((f"train.micro_batch_size={one}", one, length) for one in _halves(size))
+    short = "train.micro_batch_size=1 and data.sequence_length"
+    lengths = ((f"{short}={one}", 1, one) for one in _halves(length) if one > 1)
+    found = next((text for options in (sizes, lengths) for text, *one in options if fits(*one)), None)
+    raise ConfigError(
+        f"{config.at('train.micro_batch_size')} with {config.at('data.sequence_length')} does not fit: {now}. "
+        f"{found or 'A smaller model, more pipeline ranks or a higher ZeRO stage'} would; --force starts it anyway"
+    )
+
+
+def _halves(number: int) -> Iterator[int]:
+    """The powers of two below, from the largest on."""
+    power = 1 << (number - 1).bit_length() >> 1
+    while power >= 1 and number > 1:
+        yield power
+        power //= 2
+
+
+def largest(config: Config, blueprint: Blueprint, shared: Sequence[Pool], rows: int | None) -> Config:
+    """The configuration with the largest power of two that fits into all pools; prints it.
+
+    What is predicted may take 0.9 of what is free; at ZeRO 3, where the prediction is too low, 0.8. An update takes no
+    more than the `rows` of an epoch (None: not known). Raises ConfigError where 1 does not fit.
+    """
+    share, size, many = 0.8 if zero_stage(config) == 3 else 0.9, 1, config.train.micro_batches_per_update
+
+    def of(size: int) -> Need:
+        return need(config, replace(blueprint, micro_batch_size=size), shared)
+
+    now = of(size)
+    if now.share > share:
+        raise ConfigError(
+            f"train.micro_batch_size is auto, and not even 1 fits: {now}; predictions may take {share:.0%} of that. "
+            "Give more pipeline ranks, a higher ZeRO stage (with replicas), or a smaller data.sequence_length or model"
+        )
+    while True:
+        if rows is not None and 2 * size * many > rows:
+            why = f"an update of {2 * size * many} would be more than an epoch, {rows} windows"
+            break
+        if (more := of(2 * size)).share > share:
+            why = f"{2 * size} would need {_gib(more.needed)}"
+            break
+        size, now = 2 * size, more
+    print(
+        f"train.micro_batch_size: auto is {size}: {now}; predictions may take {share:.0%} of that, and {why}. An "
+        f"update is {size} x {many} = {size * many} windows: choose the learning rate for that.",
+        flush=True,
+    )
+    return with_size(config, size)
+
+
+def with_size(config: Config, size: int | str) -> Config:
+    """The configuration with another size of micro-batches, which `auto` has found."""
+    sized = config.model_copy(deep=True)
+    sized.train.micro_batch_size = size  # type: ignore[assignment]
+    sized._origins["train.micro_batch_size"] = "by auto"
+    return sized
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"
+
+
+def on_gpus() -> bool:
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
+def pools(of_ranks: Iterable[tuple[str, int]]) -> list[Pool]:
+    """From the pool of every global rank: its name and what the process found free in it."""
+    found: dict[str, Pool] = {}
+    for rank, (name, free) in enumerate(of_ranks):
+        before = found.get(name, Pool(name, free, ()))
+        found[name] = Pool(name, min(before.free, free), (*before.ranks, rank))
+    return list(found.values())
+
+
+def own_memory(local_rank: int | None = None) -> tuple[str, int]:
+    """The pool of this process (by its launcher's LOCAL_RANK): of its GPU where there are GPUs, else of the host."""
+    host = socket.gethostname()
+    if on_gpus():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0")) if local_rank is None else local_rank
+        gpu = local_rank % torch.cuda.device_count()  # pipeline ranks may share a GPU
+        return f"GPU {gpu} of {host}", torch.cuda.mem_get_info(gpu)[0]
+    return host, max(min([psutil.virtual_memory().available, *cgroup_rooms()]), 0)
+
+
+def of_gpus(local: int) -> str:
+    """The pools of `local` processes on this machine, as JSON."""
+    return json.dumps([own_memory(rank) for rank in range(local)])
+
+
+def cgroup_rooms(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """Bytes that each control group of this process (versions 1 and 2) may still take; caches of files give way."""
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, kinds, path = line.split(":", 2)
+        base, names = root, ("memory.max", "memory.current", "inactive_file")
+        if "memory" in kinds.split(","):
+            base = root / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        elif kinds:
+            continue
+        folder = base / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such group here, or no limit: "max"
+                limit, used = (int((group / name).read_text()) for name in names[:2])
+                stat = dict(one.split() for one in (group / "memory.stat").read_text().splitlines())
+                yield limit - used + int(stat.get(names[2], 0))
+            if group == base:
+                break

@@ -3,6 +3,7 @@
 # with `--full` all there are, every matrix whole. What measures time runs alone afterwards. Other arguments go to pytest.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
+install installed-test requirements-test.txt
 run() { .venv/bin/python -m pytest -q -m "$@" || [ $? = 5 ]; }  # 5: none of those asked for is of this kind
 case "${1:-}" in
   --slow) shift; run "slow and not full and not timing" -n 2 --dist loadfile "$@"; run "slow and not full and timing" "$@" ;;

@@ -8,8 +8,6 @@ import json
 import math
 import os
 import random
-import sys
-import types
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ import pytest
 from lptransformer.errors import RunError
 from lptransformer.evaluation import ngram
 from lptransformer.evaluation.ngram import nll
-from lptransformer.run_folder import metrics_log
 from lptransformer.run_folder.metrics import (
     Aggregator,
     EvaluationReport,
@@ -356,39 +353,15 @@ def test_reading_what_is_missing_or_damaged(tmp_path: Path) -> None:
         read_metrics(tmp_path)
 
 
-def test_tensorboard_gets_scalars_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Any, ...]] = []
-
-    class SummaryWriter:
-        def __init__(self, folder: Path, purge_step: int | None) -> None:
-            calls.append(("open", folder, purge_step))
-
-        def add_scalar(self, tag: str, value: float, step: int) -> None:
-            calls.append((tag, value, step))
-
-        def close(self) -> None:
-            calls.append(("close",))
-
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(metrics_log.importlib.util, "find_spec", lambda name: name == "tensorboard" or None)
-    MetricsWriter(tmp_path).close()
-    calls.clear()
-    writer = MetricsWriter(tmp_path, resume_at=4)
-    writer.write(update_row(5, [None, 2.5]))
-    writer.write(evaluation_row(5))
-    writer.close()
-    assert calls[0] == ("open", tmp_path / "tensorboard", 5) and calls[-1] == ("close",)
-    tags = {call[0] for call in calls}
-    assert ("loss/stage1", 2.5, 5) in calls and ("emma/nll_per_token/stage1", 1.0, 5) in calls
-    assert ("learning_rate", 0.001, 5) in calls and "loss/stage0" not in tags
-
-
-def test_without_tensorboard_there_is_no_folder_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics_log.importlib.util, "find_spec", lambda name: None)
-    MetricsWriter(tmp_path).close()
-    assert not (tmp_path / "tensorboard").exists()
+def test_reports_say_loss_and_perplexity_beside_their_parts() -> None:
+    report = stage_report(1, 0, 0, loss_sum=30.0, label_tokens=10)
+    assert (report.loss, report.perplexity) == (3.0, math.exp(3.0))
+    assert stage_report(1, 0, 0, loss_sum=None).loss is None and stage_report(1, 0, 0, loss_sum=None).perplexity is None
+    evaluation = EvaluationReport(1, "valid", 0, 0, nll_sum=20.0, label_tokens=10)
+    assert (evaluation.loss, evaluation.perplexity) == (2.0, math.exp(2.0))
+    nothing = EvaluationReport(1, "valid", 0, 0, nll_sum=None, label_tokens=0)
+    assert nothing.loss is None and nothing.perplexity is None
+    assert "loss" not in report.to_dict(), "the form on the wire stays"
 
 
 # --- n-gram baselines

@@ -20,6 +20,9 @@ hostfile=$(realpath "$hostfile") config=$(realpath "$config")
 shift 2
 cd "$(dirname "$0")/.."
 first=$(grep -vE '^[[:space:]]*(#|$)' "$hostfile" | head -n 1 | awk '{print $1}')
+# Which other hosts there are: a host whose own name stands for a loopback address finds by them what others reach.
+LPTRANSFORMER_HOSTS=$(grep -vE '^[[:space:]]*(#|$)' "$hostfile" | awk '{print $1}' | paste -sd,)
+export LPTRANSFORMER_HOSTS
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
 exec "$python" -m deepspeed.launcher.runner --hostfile="$hostfile" --no_ssh --node_rank="$NODE_RANK" \

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +15,9 @@ import torch.distributed as dist
 from device import BACKENDS, HEADERS, LOG, replace
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from lptransformer.engine import process_groups
+from lptransformer.store import Meeting
 
 HIDDEN_STATES, GRADIENT = 0, 2  # the first number of a message's header
 
@@ -91,12 +93,12 @@ def pretend(rank: int, size: int, rounds: int, shared_heads: list[int], last_sta
     processes would have said so in the store.
     """
     store = dist.HashStore()
-    store.set("prepared", "yes")
+    store.set("prepared", "decided yes")
+    store.set("micro_batch_size", "decided 0")
+    for other in range(size):
+        store.set(f"memory/{other}", json.dumps([f"GPU {other}", 2**50]))
     for stage in shared_heads:
         store.set(f"copies/{stage}", json.dumps({last_stage: [["head.readout.weight", "head.readout.weight"]]}))
-
-    def rendezvous(*args: Any, **kwargs: Any) -> Iterator[tuple[dist.Store, int, int]]:
-        yield store, rank, size
 
     real = dist.init_process_group
 
@@ -106,5 +108,6 @@ def pretend(rank: int, size: int, rounds: int, shared_heads: list[int], last_sta
 
     Group.rounds = rounds
     os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-    replace(dist, rendezvous=rendezvous, init_process_group=init_process_group)
+    replace(process_groups, meet=lambda timeout: Meeting(store, rank, size))
+    replace(dist, init_process_group=init_process_group)
     replace(dist, PrefixStore=NamedStore, ProcessGroupGloo=Group, ProcessGroupNCCL=NcclGroup)

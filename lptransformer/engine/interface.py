@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from lptransformer.data.token_set import Batch, whole_rounds
 from lptransformer.engine.p2p import Control
@@ -157,7 +156,7 @@ class TrainingEngine(ABC):
         """Updates that were made so far, under DeepSpeed's name for them."""
         return self.update
 
-    def pretrained_model(self) -> PreTrainedModel:
+    def pretrained_model(self) -> nn.Module:
         """The Hugging Face model as it is trained so far: a copy in fp32, untied, on the CPU, in evaluation mode.
 
         For one pipeline rank, whose replicas call it together; raises RunError where a process holds fewer stages.

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from lptransformer.errors import TrainingError, UserError
-from lptransformer.processes import launched_size
+from lptransformer.store import INTERFACE_VARIABLE, meet
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed chooses anyway, with a warning
@@ -147,15 +147,12 @@ def join(pipeline: int, data: int, timeout_seconds: float, *, together: bool = F
     (check_world_size in config/checks.py has the message for the user).
     """
     timeout = timedelta(seconds=timeout_seconds)
-    before = {name: os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_RANK")}
-    size = launched_size()
+    before = {name: os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_RANK", INTERFACE_VARIABLE)}
+    with translate_lost_processes():
+        met = meet(timeout)
+    size, store, global_rank = met.size, met.store, met.rank
     assert size == pipeline * data, f"{size} processes for {pipeline} pipeline ranks x {data} replicas"
-    if size == 1:
-        store, global_rank = dist.HashStore(), 0
-        os.environ.setdefault("LOCAL_RANK", "0")
-    else:
-        store, global_rank, _ = next(dist.rendezvous("env://", timeout=timeout))
-    store.set_timeout(timeout)
+    os.environ.setdefault("LOCAL_RANK", "0")
     pipeline_rank, data_rank = divmod(global_rank, data)
     cuda = deepspeed.accelerator.get_accelerator().device_name() == "cuda"  # not torch's answer: DS_ACCELERATOR decides
     device = torch.device("cpu")

@@ -38,6 +38,7 @@ from lptransformer.evaluation import trained_model
 from lptransformer.processes import launched_rank, launched_size, use_fair_share_of_cores
 from lptransformer.run_folder import checkpoint, layout
 from lptransformer.run_folder.metrics import perplexity, text_counts
+from lptransformer.store import meet
 
 Sums = list[list[float]]
 """For every set: the label tokens, then the summed negative log-likelihood (nats) of every exit."""
@@ -151,9 +152,9 @@ def _sums(run: Path, update: int, folders: Sequence[Path], batch_size: int, rank
 def _share_with_launched(job: Callable[[int, int], Sums], run: Path) -> Sums:
     """With the processes that a launcher has started: an all-reduce over gloo at the end."""
     timeout = timedelta(seconds=layout.read_config(run).parallel.timeout_seconds)
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    group: Any = dist.ProcessGroupGloo(dist.PrefixStore("evaluate", store), rank, size, timeout)
-    sums = torch.tensor(job(rank, size), dtype=torch.float64)
+    met = meet(timeout)
+    group: Any = dist.ProcessGroupGloo(dist.PrefixStore("evaluate", met.store), met.rank, met.size, timeout)
+    sums = torch.tensor(job(met.rank, met.size), dtype=torch.float64)
     group.allreduce([sums]).wait()
     return sums.tolist()
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Train on several nodes. Run the same command on every node, with its own number:
+# Train on several nodes. Where this one reaches the others by ssh, and pdsh is installed, one command starts all:
 #
-#   NODE_RANK=0 bash launch/multinode.sh HOSTFILE CONFIG [--resume] [overrides]
+#   bash launch/multinode.sh HOSTFILE CONFIG [--resume] [overrides]
 #
-# HOSTFILE is as in hostfile.example; the slots of all nodes together must be parallel.pipeline x parallel.data.
-# MASTER_ADDR is the first node of the hostfile unless set, MASTER_PORT is 29500 unless set. The run folder must be on
-# a disk that all nodes share. Where all nodes can be reached over ssh, the launcher of DeepSpeed can also do the round:
-# `deepspeed --hostfile HOSTFILE launch/train.py --config CONFIG`.
+# Else run the same command on every node, with its own number: NODE_RANK=0 bash launch/multinode.sh HOSTFILE CONFIG ...
+# HOSTFILE is as in hostfile.example; the slots of all nodes together must be parallel.pipeline x parallel.data. With
+# NODE_RANK, MASTER_ADDR is the first node of the hostfile unless set, and MASTER_PORT 29500. The run folder must be on a
+# disk that all nodes share. CUDA_VISIBLE_DEVICES counts, on every node its own.
 set -euo pipefail
 hostfile=${1:-} config=${2:-}
 if [ ! -f "$hostfile" ]; then
@@ -15,7 +15,6 @@ if [ ! -f "$hostfile" ]; then
   exit 2
 fi
 if [ ! -f "$config" ]; then echo "multinode: the configuration '$config' does not exist" >&2; exit 2; fi
-if [ -z "${NODE_RANK:-}" ]; then echo "multinode: NODE_RANK is not set: 0 on the first node of $hostfile" >&2; exit 2; fi
 hostfile=$(realpath "$hostfile") config=$(realpath "$config")
 shift 2
 cd "$(dirname "$0")/.."
@@ -25,6 +24,9 @@ LPTRANSFORMER_HOSTS=$(grep -vE '^[[:space:]]*(#|$)' "$hostfile" | awk '{print $1
 export LPTRANSFORMER_HOSTS
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
+if [ -z "${NODE_RANK:-}" ]; then exec "$python" -m lptransformer train "$config" --hostfile "$hostfile" "$@"; fi
+# DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES to its own numbers; a process takes these back.
+if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then export LPTRANSFORMER_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES; fi
 exec "$python" -m deepspeed.launcher.runner --hostfile="$hostfile" --no_ssh --node_rank="$NODE_RANK" \
   --master_addr="${MASTER_ADDR:-$first}" --master_port="${MASTER_PORT:-29500}" \
   launch/train.py --config "$config" "$@"

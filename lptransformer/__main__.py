@@ -11,7 +11,15 @@ from lptransformer import __version__
 from lptransformer.config.load import starter, to_yaml
 from lptransformer.errors import UserError
 from lptransformer.run_folder import layout
-from lptransformer.training.launcher import add_training_flags, check_until, launch, read_config, run
+from lptransformer.training.launcher import (
+    add_training_flags,
+    check_until,
+    end_written,
+    exit_code,
+    launch,
+    read_config,
+    run,
+)
 
 # Flags of `report` that are about several runs.
 COMPARISON = ("baseline", "deep", "shallow", "choose", "markdown", "name")
@@ -31,6 +39,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("config", nargs="?", help="YAML file of the run (configs/); may be missing where keys say all")
     add_training_flags(sub)
     sub.add_argument("--dry-run", action="store_true", help="check, print stages, memory and FLOPs, start nothing")
+    text = "hosts, a line each: name slots=N (processes); starts all of them from here, through pdsh and ssh"
+    sub.add_argument("--hostfile", metavar="FILE", help=text)
 
     sub = command("prepare", prepare, "Turn text, jsonl or parquet files into a tokenizer and token sets.")
     sub.add_argument("config", nargs="?", help="YAML file whose section `data` says what to prepare")
@@ -126,23 +136,30 @@ def train(args: argparse.Namespace) -> None:
             config = for_this_host(config, unprepared(with_size(config, 1)))
         dry_run(config)
         return
-    if not auto:
+    here = args.hostfile is None  # else every host is asked when the run starts
+    if here and not auto:
         for_this_host(config, unprepared(config), force=args.force)
     prepared = prepare_all(**config.data.model_dump())
     if args.resume:
         layout.check_data(folder, prepared.folders())
-    if auto:
+    if here and auto:
         config = for_this_host(config, *of_prepared(config, prepared))
-    processes = config.parallel.pipeline * config.parallel.data
-    if processes > 1:
+    processes, before = config.parallel.pipeline * config.parallel.data, end_written(folder)
+    if processes > 1 or not here:
         flags = [flag for flag in ("--resume", "--overwrite", "--force") if getattr(args, flag[2:])]
         flags += [] if args.until is None else [f"--until={args.until}"]
-        if auto:
+        if here and auto:
             args.overrides.append(f"--train.micro_batch_size={config.train.micro_batch_size}")
-        raise SystemExit(launch(args.config, [*flags, *args.overrides], processes))
+        arguments = [*([args.config] if args.config else []), *flags, *args.overrides]
+        from lptransformer.training.hosts import launch_on_hosts
+
+        code = launch(arguments, processes) if here else launch_on_hosts(config, args.hostfile, arguments)
+        raise SystemExit(exit_code(folder, before, code))
     from lptransformer.training.train import train as train_here
 
     train_here(config, args.resume, args.overwrite, args.until, args.force)
+    if code := exit_code(folder, before):
+        raise SystemExit(code)
 
 
 def prepare(args: argparse.Namespace) -> None:

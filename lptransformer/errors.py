@@ -59,7 +59,15 @@ class TrainingError(Exception):
     """
 
     exit_code = 1
+    how = "failed"
 
     def __init__(self, message: str, reports: Sequence[Any] = ()) -> None:
         super().__init__(message)
         self.reports = list(reports)
+
+
+class LostProcessError(TrainingError):
+    """Another process of the run has gone, or cannot be reached."""
+
+    exit_code = 4
+    how = "lost a process"

@@ -5,13 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import select
 import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import torch
 
 from lptransformer.errors import ConfigError
+
+# Of `train`, for the processes that it has started, perhaps on other hosts.
+COMMAND_PID_VARIABLE, COMMAND_HOST_VARIABLE = "LPTRANSFORMER_COMMAND_PID", "LPTRANSFORMER_COMMAND_HOST"
+LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed")
 
 
 def launched_size() -> int:
@@ -36,10 +44,53 @@ def use_fair_share_of_cores(local_processes: int | None = None) -> None:
     torch.set_flush_denormal(True)
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Ctrl-C, SIGTERM, and a terminal that closes; not under nohup."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hangup]
+
+
+def own_command() -> dict[str, str]:
+    """The variables by which the processes of a run know this one, which starts them."""
+    return {COMMAND_PID_VARIABLE: str(os.getpid()), COMMAND_HOST_VARIABLE: socket.gethostname()}
+
+
+def watch_launchers() -> None:
+    """From now on this process gets a SIGTERM when a process that started it has gone: a launcher, or the command.
+
+    A launcher that is killed leaves its processes behind, and they would train on under nobody. Watched are the
+    processes above this one as long as they are launchers, and the command where it is on this host.
+    """
+    command = os.environ.get(COMMAND_PID_VARIABLE, "")
+    here = os.environ.get(COMMAND_HOST_VARIABLE) == socket.gethostname()
+    pids = {int(command)} if here and command.isdigit() else set()
+    for above in psutil.Process().parents():
+        with contextlib.suppress(psutil.Error):
+            if not any(word in " ".join(above.cmdline()) for word in LAUNCHERS):
+                break
+        pids.add(above.pid)
+    watched = []
+    for pid in pids:
+        try:
+            watched.append(os.pidfd_open(pid))
+        except ProcessLookupError:  # it has gone already
+            os.kill(os.getpid(), signal.SIGTERM)
+    if watched:
+        threading.Thread(target=_stop_when_one_ends, args=(watched,), daemon=True).start()
+
+
+def _stop_when_one_ends(watched: list[int]) -> None:
+    poll = select.poll()
+    for descriptor in watched:
+        poll.register(descriptor, select.POLLIN)
+    poll.poll()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextlib.contextmanager
 def on_stop_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM call `handler` (signal number, frame) instead of what they did before."""
-    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
+    """The stop signals call `handler` (signal number, frame) instead of what they did before."""
+    before = {signum: signal.signal(signum, handler) for signum in stop_signals()}
     try:
         yield
     finally:

@@ -24,11 +24,12 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from lptransformer.errors import TrainingError
+from lptransformer.errors import LostProcessError, TrainingError
 from lptransformer.processes import launched_rank, launched_size
 
 HOSTS_VARIABLE = "LPTRANSFORMER_HOSTS"  # names of all hosts of the run, with commas
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"  # gloo's own
+STOP_KEY = "stop"  # in the store of a world: somebody asks all its processes to save and leave
 ANYWHERE = "0.0.0.0"
 CONNECT_SECONDS = 10.0  # for one connection between hosts
 
@@ -58,7 +59,7 @@ def meet(timeout: timedelta) -> Meeting:
     """Join the store. All processes of a run call this, as often as the others. Between hosts it also sets gloo's
     variable to this host's interface.
 
-    Raises TrainingError where a process cannot be reached, with the variable that would help.
+    Raises LostProcessError where a process cannot be reached, with the variable that would help.
     """
     global _door
     rank, size = launched_rank(), launched_size()
@@ -103,7 +104,7 @@ def _connect(host: str, port: int, timeout: timedelta) -> dist.TCPStore:
     try:
         return dist.TCPStore(host, port, None, False, timeout, wait_for_workers=False)
     except dist.DistError as error:
-        raise TrainingError(
+        raise LostProcessError(
             f"no store of the run at {host}, port {port} (MASTER_ADDR, MASTER_PORT), within "
             f"{timeout.total_seconds():g} s: {str(error).splitlines()[0]}"
         ) from None
@@ -215,7 +216,7 @@ def _check_addresses(store: dist.Store, rank: int, size: int, interface: str | N
         store.set(f"reached/{rank}", problem)
         problems = [said for other in range(size) if (said := store.get(f"reached/{other}").decode())]
     if problems:
-        raise TrainingError(f"{host}: {problems[0]}")
+        raise LostProcessError(f"{host}: {problems[0]}")
     if rank == 0:
         listed = ", ".join(f"{name} {address} ({of})" for name, address, of, _ in first.values())
         where = store_address(size)

@@ -13,6 +13,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +35,17 @@ def possible() -> bool:
 
 @dataclass(frozen=True)
 class Hosts:
+    """`keys` is a folder that stands in for ~/.ssh on both hosts, where they run sshd."""
+
     namespaces: tuple[str, str]
     interfaces: tuple[str, str]
+    keys: Path | None = None
 
     def start(self, host: int, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         """Start a command on a host; `options` are those of Popen."""
-        inside = ["sh", "-c", f'hostname {NAMES[host]}; exec "$@"', "sh", *command]
-        start = ["ip", "netns", "exec", self.namespaces[host], "unshare", "--uts", *inside]
+        own = f'mkdir -p "$HOME"/.ssh; mount --bind {self.keys} "$HOME"/.ssh; ' if self.keys is not None else ""
+        inside = ["sh", "-c", f'{own}hostname {NAMES[host]}; exec "$@"', "sh", *command]
+        start = ["ip", "netns", "exec", self.namespaces[host], "unshare", "--uts", "--mount", *inside]
         return subprocess.Popen(start, text=True, **options)
 
     def cut(self, host: int) -> None:
@@ -49,9 +54,11 @@ class Hosts:
 
 
 @contextlib.contextmanager
-def two_hosts(debian: bool = False) -> Iterator[Hosts]:
+def two_hosts(debian: bool = False, ssh: Path | None = None) -> Iterator[Hosts]:
+    """`ssh` is a folder for keys: then both hosts run sshd, and reach each other without a password."""
     of_run = f"lpt-{os.getpid()}"
-    hosts = Hosts((f"{of_run}-a", f"{of_run}-b"), (f"lpa{os.getpid()}", f"lpb{os.getpid()}"))
+    keys = None if ssh is None else ssh / "keys"
+    hosts = Hosts((f"{of_run}-a", f"{of_run}-b"), (f"lpa{os.getpid()}", f"lpb{os.getpid()}"), keys)
     try:
         for namespace, name in zip(hosts.namespaces, NAMES, strict=True):
             _ip("netns", "add", namespace)
@@ -67,6 +74,8 @@ def two_hosts(debian: bool = False) -> Iterator[Hosts]:
         for namespace, interface, address in zip(hosts.namespaces, hosts.interfaces, ADDRESSES, strict=True):
             _ip("-n", namespace, "addr", "add", f"{address}/24", "dev", interface)
             _ip("-n", namespace, "link", "set", interface, "up")
+        if ssh is not None:
+            _start_sshd(hosts, ssh)
         yield hosts
     finally:
         for namespace in hosts.namespaces:
@@ -76,6 +85,26 @@ def two_hosts(debian: bool = False) -> Iterator[Hosts]:
                     os.kill(int(pid), 9)
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True)
             shutil.rmtree(Path("/etc/netns") / namespace, ignore_errors=True)
+
+
+def _start_sshd(hosts: Hosts, folder: Path) -> None:
+    """An sshd on every host, which ends with its namespace."""
+    assert hosts.keys is not None
+    hosts.keys.mkdir(mode=0o700)
+    for name in (folder / "host_key", hosts.keys / "id_ed25519"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(name)], check=True)
+    shutil.copy(hosts.keys / "id_ed25519.pub", hosts.keys / "authorized_keys")
+    quiet = "StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"
+    (hosts.keys / "config").write_text(quiet)
+    lines = [f"HostKey {folder / 'host_key'}", f"AuthorizedKeysFile {hosts.keys / 'authorized_keys'}", "PidFile none"]
+    lines += ["StrictModes no", "PermitRootLogin yes", "PasswordAuthentication no", "UsePAM no"]
+    (folder / "sshd.conf").write_text("\n".join(lines) + "\n")
+    Path("/run/sshd").mkdir(exist_ok=True)
+    for host in (0, 1):
+        hosts.start(
+            host, ["/usr/sbin/sshd", "-D", "-f", str(folder / "sshd.conf"), "-E", str(folder / f"sshd-{host}.log")]
+        )
+    time.sleep(1)
 
 
 def _ip(*arguments: str) -> None:

@@ -41,12 +41,13 @@ from lptransformer.engine.interface import (
 )
 from lptransformer.engine.p2p import Control
 from lptransformer.engine.process_groups import World
-from lptransformer.errors import RunError, TrainingError
+from lptransformer.errors import LostProcessError, RunError, TrainingError
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.head import CROSS_ENTROPY, LossBatch
 from lptransformer.models.stage import Stage
 from lptransformer.run_folder import checkpoint
+from lptransformer.store import STOP_KEY
 
 EVALUATED_AT_ONCE = 8  # micro-batches: between them a stop is seen
 FLAGS = (Control.EVALUATE, Control.SAVE, Control.STOP)
@@ -153,7 +154,7 @@ class PipelineBaseline(TrainingEngine):
         for first in range(0, micro_batches, EVALUATED_AT_ONCE):
             count = min(EVALUATED_AT_ONCE, micro_batches - first)
             with _translate_gloo_errors():
-                if any(self._on_any_process([self._stop_requested])):
+                if any(self._on_any_process([self._stop_requested or self.world.store.check([STOP_KEY])])):
                     return gather_reports(self.world, [])
                 self.engine.eval_batch(batches, bcast_loss=False, num_micro_batches=count)
             advance(count)
@@ -203,6 +204,8 @@ class PipelineBaseline(TrainingEngine):
     def _decide(self) -> Control:
         """What follows this update: whatever was requested on any process."""
         requested = self._take_requests()
+        if self.world.store.check([STOP_KEY]):
+            requested |= Control.SAVE | Control.STOP
         decided = Control.NOTHING
         for flag, is_set in zip(FLAGS, self._on_any_process([bool(requested & flag) for flag in FLAGS]), strict=True):
             decided |= flag if is_set else Control.NOTHING
@@ -278,4 +281,4 @@ def _translate_gloo_errors() -> Iterator[None]:
     except RuntimeError as error:
         if "gloo" not in str(error):
             raise
-        raise TrainingError(f"another process of this run has gone: {str(error).splitlines()[0]}") from error
+        raise LostProcessError(f"another process of this run has gone: {str(error).splitlines()[0]}") from error

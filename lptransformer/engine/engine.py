@@ -38,8 +38,7 @@ from lptransformer.models.head import LossBatch
 from lptransformer.run_folder import checkpoint
 from lptransformer.run_folder.metrics import StageReport, TraceReport
 from lptransformer.run_folder.trace import COPIES, Tracer
-
-STOP_KEY = "stop"  # in the store: set by any process that received a stop signal
+from lptransformer.store import STOP_KEY
 
 
 class LocalUpdateEngine(TrainingEngine):
@@ -121,7 +120,8 @@ class LocalUpdateEngine(TrainingEngine):
             label_tokens += batch.label_tokens
             if self.neighbours.below is None:
                 inputs = batch.input_ids.to(self.world.device)
-                control = Control.STOP if any_replica(self._stop_requested, self.world) else Control.NOTHING
+                stop = self._stop_requested or self.world.store.check([STOP_KEY])
+                control = Control.STOP if any_replica(stop, self.world) else Control.NOTHING
             else:
                 header, inputs = self.neighbours.below.receive()
                 assert (header.kind, header.update, header.micro_batch) == (Kind.EVALUATE, self.update, index)

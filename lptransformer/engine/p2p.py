@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lptransformer.engine.process_groups import World
-from lptransformer.errors import TrainingError
+from lptransformer.errors import LostProcessError
 from lptransformer.models.border_codec import AsTheyAre, BorderCodec
 
 HEADER_INTS = 8
@@ -156,7 +156,7 @@ def translate_broken_channel(name: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise TrainingError(f"the channel {name} broke: {str(error).splitlines()[0]}") from error
+        raise LostProcessError(f"the channel {name} broke: {str(error).splitlines()[0]}") from error
 
 
 @dataclass

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lptransformer.errors import TrainingError, UserError
+from lptransformer.errors import LostProcessError, UserError
 from lptransformer.store import INTERFACE_VARIABLE, meet
 
 if not torch.accelerator.is_available():
@@ -179,7 +179,7 @@ def translate_lost_processes() -> Iterator[None]:
     try:
         yield
     except dist.DistError as error:
-        raise TrainingError(f"another process of this run has gone: {str(error).splitlines()[0]}") from error
+        raise LostProcessError(f"another process of this run has gone: {str(error).splitlines()[0]}") from error
 
 
 def any_replica(flag: bool, world: World) -> bool:
@@ -203,7 +203,7 @@ def gather(group: dist.ProcessGroup, rows: torch.Tensor, sizes: Sequence[int]) -
     try:
         group.allgather([out], [padded]).wait()
     except RuntimeError as error:
-        raise TrainingError(f"another stage of this clip group has gone: {str(error).splitlines()[0]}") from error
+        raise LostProcessError(f"another stage of this clip group has gone: {str(error).splitlines()[0]}") from error
     return [vector[:size].to(rows.device) for vector, size in zip(out, sizes, strict=True)]
 
 

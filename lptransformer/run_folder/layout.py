@@ -5,7 +5,8 @@ environment.json  versions, commit, command    loss.png                     the 
 tokenizer/        the run's own tokenizer      checkpoints/                 see run_folder/checkpoint.py
 data.json         the token sets, with counts  diagnosis.*                  what `diagnose` found
 model.json        the model's Hugging Face configuration
-tensorboard/      events, where installed      record.json                  a run of a study, in one file
+ended.json        how it ended, written last   record.json                  a run of a study, in one file
+tensorboard/, wandb/  what these trackers keep (run.trackers)
 trace.jsonl       traced updates (run.trace), and trace.json, trace.png, trace.svg that `report --trace` makes of them
 """
 
@@ -30,11 +31,13 @@ from lptransformer.config.schema import Config
 from lptransformer.errors import RunError
 
 CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL = "config.yaml", "environment.json", "tokenizer", "data.json", "model.json"
+ENDED = "ended.json"
 COMMAND_VARIABLE = "LPTRANSFORMER_COMMAND"  # what a person typed, for the processes that a launcher starts
 # All that a run can leave in its folder: what --overwrite removes, and nothing else.
 CONTENTS = (
     *(CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL),
     *("metrics.jsonl", "metrics.csv", "loss.png", "checkpoints", "tensorboard", "wandb"),
+    ENDED,
     *("diagnosis.json", "diagnosis.png", "diagnosis.svg", "record.json"),
     *("trace.jsonl", "trace.json", "trace.png", "trace.svg"),
 )
@@ -110,6 +113,25 @@ def note_resume(folder: Path, config: Config, update: int) -> None:
     starts.append({**environment(), "resumed_after": update})
     files.write_text(folder / ENVIRONMENT, json.dumps(starts, indent=1) + "\n")
     files.write_text(folder / CONFIG, to_yaml(config))
+
+
+def note_end(folder: Path, how: str, update: int) -> None:
+    """How the run ended, written last: finished, stopped (it can be resumed), failed, or lost a process."""
+    files.write_text(folder / ENDED, json.dumps({"how": how, "update": update}) + "\n")
+
+
+def read_end(folder: Path) -> str | None:
+    """How the run in a folder ended; None while it goes on, or where it was killed."""
+    try:
+        how: str = json.loads((folder / ENDED).read_text())["how"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return how
+
+
+def forget_end(folder: Path) -> None:
+    """Before a run goes on."""
+    (folder / ENDED).unlink(missing_ok=True)
 
 
 def remove(folder: Path) -> None:

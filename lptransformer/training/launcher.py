@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,9 +19,11 @@ from lptransformer.config.checks import check_world_size
 from lptransformer.config.load import load
 from lptransformer.config.schema import PLAIN, SECTIONS, Config
 from lptransformer.errors import ConfigError, RunError, TrainingError, UserError
+from lptransformer.run_folder import layout
 from lptransformer.run_folder.layout import COMMAND_VARIABLE, command_line
 
 DEVICES_VARIABLE = "LPTRANSFORMER_VISIBLE_DEVICES"
+WORKER = "lptransformer.training.launcher"  # the module that a launcher starts in every process
 
 
 def add_training_flags(sub: argparse.ArgumentParser) -> None:
@@ -81,22 +84,24 @@ def with_equals(arguments: Sequence[str]) -> list[str]:
     return joined
 
 
-def launch(config_path: str | None, arguments: Sequence[str], processes: int) -> int:
+def launch(arguments: Sequence[str], processes: int) -> int:
     """Train in `processes` processes on this machine, through the deepspeed launcher; returns its exit code.
 
-    Ctrl-C and SIGTERM are forwarded to the workers alone, which then save and leave; the launcher itself would kill
-    what takes longer than 30 seconds.
+    Stop signals are forwarded to the workers alone, which then save and leave; the launcher itself would kill what
+    takes longer than 30 seconds. Where the launcher is killed the workers notice, save and leave too; this returns when
+    the last of them has gone.
     """
+    from lptransformer.processes import COMMAND_PID_VARIABLE, own_command, stop_signals
+
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise RunError("WORLD_SIZE is set: a launcher has started `train`. Let it start launch/train.py instead")
-    environment = {**os.environ, COMMAND_VARIABLE: json.dumps(command_line())}
+    environment = {**os.environ, COMMAND_VARIABLE: json.dumps(command_line()), **own_command()}
     if "CUDA_VISIBLE_DEVICES" in os.environ:  # the launcher sets its own where it is given a number of processes
         environment[DEVICES_VARIABLE] = os.environ["CUDA_VISIBLE_DEVICES"]
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=error", f"--num_gpus={processes}"]
-    command += [f"--master_port={_free_port()}", "--module", "lptransformer.training.launcher"]
-    command += [] if config_path is None else ["--config", config_path]
+    command += [f"--master_port={_free_port()}", "--module", WORKER]
     launcher = subprocess.Popen([*command, *arguments], env=environment, start_new_session=True)
 
     signals = 0
@@ -104,24 +109,52 @@ def launch(config_path: str | None, arguments: Sequence[str], processes: int) ->
     def forward(signum: int, frame: Any) -> None:
         nonlocal signals
         signals += 1
-        workers = _workers(launcher.pid)
-        if not workers or signals >= 3:  # nothing to save yet, or they do not react: end the launcher's whole session
-            os.killpg(launcher.pid, signal.SIGTERM if signals < 3 else signal.SIGKILL)
-        for worker in workers:
+        found = workers(COMMAND_PID_VARIABLE)
+        if not found or signals >= 3:  # nothing to save yet, or they do not react: end the launcher's whole session
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGTERM if signals < 3 else signal.SIGKILL)
+        for worker in found:
             with contextlib.suppress(psutil.Error):
                 worker.send_signal(signal.SIGTERM)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in stop_signals():
         signal.signal(signum, forward)
-    return launcher.wait()
+    code = launcher.wait()
+    while left := workers(COMMAND_PID_VARIABLE):
+        psutil.wait_procs(left, timeout=1)
+    return code
 
 
-def _workers(runner: int) -> list[psutil.Process]:
-    """The training processes: the runner starts one launcher, the launcher starts them."""
-    try:
-        return [worker for one in psutil.Process(runner).children() for worker in one.children()]
-    except psutil.Error:
-        return []
+def workers(variable: str) -> list[psutil.Process]:
+    """The training processes that this command has started, whoever their parent is now."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if (
+                WORKER in words
+                and "deepspeed.launcher.runner" not in words
+                and "deepspeed.launcher.launch" not in words
+            ):
+                found += [process] * (process.environ().get(variable) == str(os.getpid()))
+    return found
+
+
+def exit_code(folder: Path, before: int | None, code: int = 0) -> int:
+    """What a loop around `train` can trust: 0 finished (or came to --until), 1 failed, 2 refused, 3 stopped before its
+    end and saved, 4 lost a process.
+
+    `code` is that of the launcher, which is 0 for much. `before` is what `end_written` gave before the start.
+    """
+    how = layout.read_end(folder) if end_written(folder) != before else None
+    of_ends = {"finished": 0, "failed": 1, "stopped": 3, "lost a process": 4}
+    return of_ends[how] if how is not None else code if code in (1, 2) else 4
+
+
+def end_written(folder: Path) -> int | None:
+    """When the end of a run was written into its folder, for `exit_code`."""
+    path = folder / layout.ENDED
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def _free_port() -> int:
@@ -138,9 +171,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=text, allow_abbrev=False)
     parser.add_argument("config", nargs="?", help="YAML file of the run")
     parser.add_argument("--config", dest="config_option", metavar="CONFIG", help="the same")
+    parser.add_argument("--encoded", help=argparse.SUPPRESS)  # all arguments in one word (training/hosts.py)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK says it
     add_training_flags(parser)
     parser.set_defaults(run=worker)
+    given, _ = parser.parse_known_args(arguments)
+    if given.encoded is not None:
+        from lptransformer.training.hosts import decode
+
+        arguments = decode(given.encoded)
     run(parser, arguments)
 
 
@@ -153,8 +192,10 @@ def worker(args: argparse.Namespace) -> None:
     config = read_config(args)
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_until(config, args.until, args.resume and os.environ.get("RANK", "0") == "0")
+    from lptransformer.processes import watch_launchers
     from lptransformer.training.train import train
 
+    watch_launchers()
     train(config, args.resume, args.overwrite, args.until, args.force)
 
 

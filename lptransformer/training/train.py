@@ -24,7 +24,9 @@ from lptransformer.run_folder.metrics import Aggregator, MetricsRow, TraceReport
 from lptransformer.run_folder.metrics_log import MetricsWriter, read_metrics
 from lptransformer.run_folder.trace import TraceWriter
 from lptransformer.run_folder.trackers import check_installed
+from lptransformer.store import several_hosts
 from lptransformer.training.build import start
+from lptransformer.training.hosts import check_shared
 from lptransformer.training.memory import size_of_run_folder
 from lptransformer.training.progress import Progress
 
@@ -45,6 +47,8 @@ def train(
         layout.check(folder, size_of_run_folder(config) if resume else config, resume, overwrite)
     engine, data, config = start(config, resume, force)
     with engine.world.starting():  # a run folder appears only when every process has got this far
+        if several_hosts(engine.world.size):
+            check_shared(folder, engine.world)
         if resume:
             layout.check_data(folder, data.folders())
             engine.load_checkpoint(folder)
@@ -56,7 +60,8 @@ def train(
             assert engine.describe_run is not None
             engine.describe_run(folder, overwrite)
     reporter = Reporter(engine, config, data, folder, resume, until)
-    with translate_lost_processes(), reporter, stopping_cleanly(engine):
+    target = until or config.train.steps
+    with noting_the_end(engine, folder, target), translate_lost_processes(), reporter, stopping_cleanly(engine):
         while True:
             engine.request(due(config, engine.update + 1, until))
             result = reporter.watch(engine.train_batch)
@@ -87,8 +92,26 @@ def due(config: Config, update: int, until: int | None = None) -> Control:
 
 
 @contextlib.contextmanager
+def noting_the_end(engine: TrainingEngine, folder: Path, target: int) -> Iterator[None]:
+    """How a run of `target` updates has ended stands in its folder, written last."""
+    first, how = engine.world.global_rank == 0, "failed"
+    if first:
+        layout.forget_end(folder)
+    try:
+        yield
+        how = "finished" if engine.update >= target else "stopped"
+    except TrainingError as error:
+        how = error.how
+        raise
+    finally:
+        if first:
+            layout.note_end(folder, how, engine.update)
+
+
+@contextlib.contextmanager
 def stopping_cleanly(engine: TrainingEngine) -> Iterator[None]:
-    """SIGTERM and Ctrl-C save and stop after the update under way; a third Ctrl-C ends the process at once."""
+    """SIGTERM, Ctrl-C and a closed terminal save and stop after the update under way; a third Ctrl-C ends the process
+    at once."""
     interrupts = 0
 
     def stop(signum: int, frame: Any) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 from two_hosts import WHY_NOT, Hosts, possible, two_hosts
 
+from lptransformer.run_folder import checkpoint
 from lptransformer.run_folder.metrics_log import read_metrics
+from lptransformer.training.hosts import decode
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not possible(), reason=WHY_NOT)]
@@ -26,8 +32,10 @@ def hosts(request: pytest.FixtureRequest) -> Iterator[Hosts]:
         yield made
 
 
-def start(hosts: Hosts, folder: Path, *more: str, slots: int = 1, **variables: str) -> list[subprocess.Popen[str]]:
-    """A run on both hosts, by launch/multinode.sh on each."""
+def start(
+    hosts: Hosts, folder: Path, *more: str, slots: int = 1, before: Sequence[list[str]] = ([], []), **variables: str
+) -> list[subprocess.Popen[str]]:
+    """A run on both hosts, by launch/multinode.sh on each, behind what stands `before` it there."""
     (folder / "hostfile").write_text(f"nodea slots={slots}\nnodeb slots={slots}\n")
     kept = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -37,8 +45,26 @@ def start(hosts: Hosts, folder: Path, *more: str, slots: int = 1, **variables: s
     for rank in (1, 0):
         environment = {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "NODE_RANK": str(rank), **variables}
         output = (folder / f"out-{rank}.txt").open("w")
-        started.append(hosts.start(rank, command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT))
+        started.append(
+            hosts.start(
+                rank, [*before[rank], *command], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+        )
     return started[::-1]
+
+
+def by_pdsh(hosts: Hosts, folder: Path, *more: str, name: str = "run", **variables: str) -> subprocess.Popen[str]:
+    """A run on both hosts by one command on the first."""
+    (folder / "hostfile").write_text("nodea slots=1\nnodeb slots=1\n")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    kept = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    environment = {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    command = [sys.executable, "-m", "lptransformer", "train", "configs/quickstart.yaml", *OPTIONS]
+    command += [f"--run.dir={folder / name}", f"--data.cache={folder / 'prepared'}", *more]
+    output = (folder / "out-0.txt").open("a")
+    (folder / "out-1.txt").touch()
+    command += ["--hostfile", str(folder / "hostfile")]
+    return hosts.start(0, command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
 def said(folder: Path) -> str:
@@ -51,6 +77,67 @@ def test_two_hosts_train_together(hosts: Hosts, tmp_path: Path) -> None:
     assert len([row for row in read_metrics(tmp_path / "run") if "stages" in row]) == 5
     for part in ("nodea 10.213.48.1 (lpa", "nodeb 10.213.48.2 (lpb", "the store is on 10.213.48.1"):
         assert part in said(tmp_path)
+
+
+def wait_for_updates(run: Path, process: subprocess.Popen[str], many: int) -> None:
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 150
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < many:
+        assert time.monotonic() < deadline and process.poll() is None, said(run.parent)
+        time.sleep(0.1)
+
+
+@pytest.mark.skipif(not (shutil.which("pdsh") and shutil.which("sshd")), reason="pdsh or sshd is not installed")
+@pytest.mark.parametrize("debian", [False, True])
+def test_one_command_starts_both_hosts_and_stops_both(tmp_path: Path, debian: bool) -> None:
+    """By pdsh: overrides that a shell would split, variables that pdsh does not hand on; Ctrl-C beside a second run."""
+    with two_hosts(debian, ssh=tmp_path) as hosts:
+        zero = "--deepspeed.zero_optimization={stage:1,overlap_comm:false}"
+        long = ["--train.steps=100000", "--checkpoint.every=1000"]
+        first = by_pdsh(hosts, tmp_path, zero, *long, HF_TOKEN="secret", LPTRANSFORMER_TEST="handed on")
+        wait_for_updates(tmp_path / "run", first, 5)
+        variables = [one.environ() for one in psutil.process_iter() if f"--run.dir={tmp_path / 'run'}" in encoded(one)]
+        assert len(variables) == 2 and all(one["LPTRANSFORMER_TEST"] == "handed on" for one in variables)
+        assert all(one["LPTRANSFORMER_HOSTS"] == "nodea,nodeb" for one in variables)
+        assert sum("HF_TOKEN" in one for one in variables) == 0
+        second = by_pdsh(hosts, tmp_path, *long, name="second")
+        wait_for_updates(tmp_path / "second", second, 5)
+        os.kill(pid_of(first), signal.SIGINT)
+        assert first.wait(90) == 3, said(tmp_path)
+        update = checkpoint.latest(tmp_path / "run")
+        before = len((tmp_path / "second" / "metrics.jsonl").read_text().splitlines())
+        time.sleep(2)
+        assert second.poll() is None, "another run goes on"
+        assert len((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()) > before
+        os.kill(pid_of(second), signal.SIGTERM)
+        assert second.wait(90) == 3
+        again = by_pdsh(hosts, tmp_path, zero, *long, "--resume", f"--until={update + 2}")
+        assert again.wait(150) == 0, said(tmp_path)
+    assert "placement: nodea: pipeline rank 0" in said(tmp_path)
+
+
+def encoded(process: psutil.Process) -> list[str]:
+    """What a worker was started with."""
+    with contextlib.suppress(psutil.Error):
+        words = process.cmdline()
+        if "lptransformer.training.launcher" in words and "deepspeed.launcher.launch" not in words:
+            return [one for word in words if word.startswith("--encoded=") for one in decode(word.partition("=")[2])]
+    return []
+
+
+def pid_of(started: subprocess.Popen[str]) -> int:
+    """The command itself: `ip` and `unshare` become it."""
+    return started.pid
+
+
+def test_a_run_folder_that_hosts_do_not_share_is_refused_with_both_names(tmp_path: Path) -> None:
+    own = tmp_path / "not-shared"
+    own.mkdir()
+    with two_hosts() as hosts:
+        mount = ["sh", "-c", f'mount -t tmpfs none {own}; exec "$@"', "sh"]
+        processes = start(hosts, tmp_path, f"--run.dir={own / 'run'}", before=[[], mount])
+        codes = [one.wait(150) for one in processes]
+    assert codes == [2, 2], said(tmp_path)
+    assert "nodeb does not see what nodea writes there" in said(tmp_path) and not (own / "run").exists()
 
 
 def test_a_wrong_interface_ends_everybody_with_the_variable_s_name(tmp_path: Path) -> None:
@@ -67,11 +154,7 @@ def test_a_host_that_disappears_ends_the_other_within_the_timeout(tmp_path: Path
         timeout = 20
         options = ["--train.steps=100000", "--checkpoint.every=5", f"--parallel.timeout_seconds={timeout}"]
         processes = start(hosts, tmp_path, *options)
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not metrics.exists() or len(metrics.read_text().splitlines()) < 8:
-            assert time.monotonic() < deadline and processes[0].poll() is None, said(tmp_path)
-            time.sleep(0.1)
+        wait_for_updates(tmp_path / "run", processes[0], 8)
         hosts.cut(1)
         assert all(one.wait(timeout + 90) != 0 for one in processes), said(tmp_path)
     assert "Traceback" not in said(tmp_path) or "has gone" in said(tmp_path)

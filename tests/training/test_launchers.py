@@ -114,7 +114,7 @@ def test_stopped_by_a_signal_and_resumed_it_is_the_same_run(checkout: Path, pipe
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 0
+    assert process.wait(120) == 3, "stopped before its end, and saved"
     stopped = checkpoint.latest(parts)
     assert 8 <= stopped < 60, "it was not stopped in the middle"
     assert len(losses(parts)) == stopped

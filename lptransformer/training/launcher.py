@@ -122,7 +122,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     code = launcher.wait()
     while left := workers(COMMAND_PID_VARIABLE):
         psutil.wait_procs(left, timeout=1)
-    return code
+    return 130 if signals and code not in (0, 1, 2) else code
 
 
 def workers(variable: str) -> list[psutil.Process]:
@@ -142,13 +142,13 @@ def workers(variable: str) -> list[psutil.Process]:
 
 def exit_code(folder: Path, before: int | None, code: int = 0) -> int:
     """What a loop around `train` can trust: 0 finished (or came to --until), 1 failed, 2 refused, 3 stopped before its
-    end and saved, 4 lost a process.
+    end and saved, 4 lost a process, 130 interrupted before there was anything to save.
 
     `code` is that of the launcher, which is 0 for much. `before` is what `end_written` gave before the start.
     """
     how = layout.read_end(folder) if end_written(folder) != before else None
     of_ends = {"finished": 0, "failed": 1, "stopped": 3, "lost a process": 4}
-    return of_ends[how] if how is not None else code if code in (1, 2) else 4
+    return of_ends[how] if how is not None else code if code in (1, 2, 130) else 4
 
 
 def end_written(folder: Path) -> int | None:

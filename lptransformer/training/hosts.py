@@ -104,7 +104,7 @@ def launch_on_hosts(config: Config, hostfile: str, arguments: Sequence[str]) -> 
     with tempfile.TemporaryDirectory(prefix="lptransformer-") as folder:
         variables = Path(folder) / "variables"
         variables.touch(mode=0o600)
-        variables.write_text("".join(f"{name}={shlex.quote(value)}\n" for name, value in handed_on(hosts).items()))
+        variables.write_text("".join(f"{name}={in_quotes(value)}\n" for name, value in handed_on(hosts).items()))
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=error", f"--hostfile={hostfile}"]
         command += [f"--master_addr={first}", f"--master_port={port}", "--launcher=pdsh", "--force_multi"]
         command += ["--module", WORKER, f"--encoded={encode(arguments)}"]
@@ -135,6 +135,11 @@ def handed_on(hosts: Mapping[str, int]) -> dict[str, str]:
             if equals:
                 found[name.strip()] = value.strip()
     return {name: value for name, value in found.items() if not SECRET.search(name) and "\n" not in value}
+
+
+def in_quotes(value: str) -> str:
+    """A value as it stands between the double quotes that the launcher puts around it for the other host's shell."""
+    return re.sub(r'(["$`\\])', r"\\\1", value)
 
 
 def free_port(host: str) -> int:

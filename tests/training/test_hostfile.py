@@ -133,3 +133,9 @@ def test_one_command_or_this_node_alone(tmp_path: Path) -> None:
         ["bash", "launch/multinode.sh", "no", "c.yaml"], cwd=tmp_path, capture_output=True, text=True
     )
     assert missing.returncode == 2 and "the hostfile 'no' does not exist" in missing.stderr
+
+
+@pytest.mark.parametrize("value", ["plain", '["a b", "$HOME"]', "`x` \\ 'y'", 'back\\"slash'])
+def test_a_value_comes_through_the_shell_of_another_host(value: str) -> None:
+    shell = f'export X="{hosts.in_quotes(value)}"; printf %s "$X"'
+    assert subprocess.run(["sh", "-c", shell], capture_output=True, text=True).stdout == value

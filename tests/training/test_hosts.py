@@ -119,7 +119,7 @@ def encoded(process: psutil.Process) -> list[str]:
     """What a worker was started with."""
     with contextlib.suppress(psutil.Error):
         words = process.cmdline()
-        if "lptransformer.training.launcher" in words and "deepspeed.launcher.launch" not in words:
+        if "lptransformer.training.launcher" in words and not any("deepspeed.launcher" in word for word in words):
             return [one for word in words if word.startswith("--encoded=") for one in decode(word.partition("=")[2])]
     return []
 

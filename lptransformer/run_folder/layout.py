@@ -5,7 +5,7 @@ environment.json  versions, commit, command    loss.png                     the 
 tokenizer/        the run's own tokenizer      checkpoints/                 see run_folder/checkpoint.py
 data.json         the token sets, with counts  diagnosis.*                  what `diagnose` found
 model.json        the model's Hugging Face configuration
-tensorboard/, wandb/  of run.trackers         record.json                  a run of a study, in one file
+tensorboard/, wandb/  of run.trackers          record.json                  a run of a study, in one file
 trace.jsonl       traced updates (run.trace), and trace.json, trace.png, trace.svg that `report --trace` makes of them
 """
 

@@ -123,13 +123,18 @@ def test_stopped_by_a_signal_and_resumed_it_is_the_same_run(checkout: Path, pipe
     assert equal(weights(parts), weights(whole))
 
 
-def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+DOCUMENTS = ("README.md", "docs/launching.md", "docs/runs.md")  # each goes on with what those before it have made
+
+
+def readme_blocks(language: str, document: str = "README.md") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(), re.M | re.S)
 
 
 def test_the_readme_s_commands(checkout: Path) -> None:
-    """Every command of the README's shell blocks runs, in order, as it stands there."""
-    commands = [line for block in readme_blocks("bash") for line in block.splitlines() if line.strip()]
+    """Every command in the shell blocks of the README and of the pages behind it runs, in order, as it stands there."""
+    blocks = [block for document in DOCUMENTS for block in readme_blocks("bash", document)]
+    commands = [line for block in blocks for line in block.splitlines() if line.strip()]
+    assert len(commands) == len(set(commands)), "each is in one document"
     elsewhere = {"bash launch/quickstart.sh", "bash launch/test.sh"}  # the test below; the tests themselves
     assert elsewhere < set(commands)
     for command in commands:
@@ -143,14 +148,30 @@ def test_the_readme_s_commands(checkout: Path) -> None:
             assert [set(one) for one in json.loads(out)["exits"]] == [EXIT_KEYS, EXIT_KEYS]
 
 
+def test_no_other_page_has_commands_that_nobody_runs() -> None:
+    """Blocks of the pages that explain how to use the program; measurements take hours."""
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        name = str(page.relative_to(ROOT))
+        if name not in (*DOCUMENTS, "docs/log.md"):
+            for block in readme_blocks("bash", name):
+                assert not re.search(r"^(python -m lptransformer|lptransformer|deepspeed|torchrun) ", block, re.M), name
+
+
 def test_the_readme_s_python_example(checkout: Path) -> None:
+    """In one process, and the same lines under torchrun in two."""
     (code,) = readme_blocks("python")
     assert len(code.strip().splitlines()) <= 15
-    out = run(checkout, sys.executable, "-c", code)
+    (checkout / "script.py").write_text(code)
+    out = run(checkout, sys.executable, "script.py", "--parallel.pipeline=1", "--train.steps=20")
     assert out.count("exit of stage") == 2
-    assert checkpoint.latest(checkout / "runs" / "python") == 20
+    folder = checkout / "runs" / "python"
+    assert checkpoint.latest(folder) == 20
     out = run(checkout, sys.executable, "-m", "lptransformer", "evaluate", "runs/python", "--json")
     assert len(json.loads(out)["exits"]) == 2
+    shutil.rmtree(folder)
+    out = run(checkout, "torchrun", "--nproc-per-node", "2", "script.py", "--train.steps=20")
+    assert checkpoint.latest(folder) == 20 and len(checkpoint.stage_folders(folder, 20)) == 2
+    assert {f"exit of stage {stage}" for stage in (0, 1)} <= set(re.findall(r"exit of stage \d", out))
 
 
 def test_the_quick_start_keeps_its_promise(checkout: Path) -> None:

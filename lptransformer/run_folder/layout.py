@@ -6,7 +6,8 @@ tokenizer/        the run's own tokenizer      checkpoints/                 see 
 data.json         the token sets, with counts  diagnosis.*                  what `diagnose` found
 model.json        the model's Hugging Face configuration
 tensorboard/      events, where installed      record.json                  a run of a study, in one file
-trace.jsonl       traced updates (run.trace), and trace.json, trace.png, trace.svg that `report --trace` makes of them
+trace.jsonl       traced updates (run.trace), and trace.json and trace.png that `report --trace` makes of them
+Pictures are PNG; `report --svg` adds .svg beside them, and versions before 0.2 wrote both.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ COMMAND_VARIABLE = "LPTRANSFORMER_COMMAND"  # what a person typed, for the proce
 # All that a run can leave in its folder: what --overwrite removes, and nothing else.
 CONTENTS = (
     *(CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL),
-    *("metrics.jsonl", "metrics.csv", "loss.png", "checkpoints", "tensorboard", "wandb"),
+    *("metrics.jsonl", "metrics.csv", "loss.png", "loss.svg", "checkpoints", "tensorboard", "wandb"),
     *("diagnosis.json", "diagnosis.png", "diagnosis.svg", "record.json"),
     *("trace.jsonl", "trace.json", "trace.png", "trace.svg"),
 )

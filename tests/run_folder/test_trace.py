@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -368,6 +369,19 @@ def test_the_report_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str
     before = (made / "trace.svg").read_bytes()
     run(parser(), ["report", str(made), "--trace", "--svg", "--out", str(tmp_path / "drawn")])
     assert (tmp_path / "drawn" / "trace.svg").read_bytes() == before, "the same trace gives the same bytes"
+
+
+def test_the_document_s_picture_is_drawn_from_what_lies_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(__file__).parents[2] / "docs/benchmarks"
+    before = sorted((folder / "trace").iterdir())
+    run(parser(), ["report", "--trace", str(folder / "trace"), "--out", str(tmp_path)])
+    assert (tmp_path / "trace.png").exists() and sorted((folder / "trace").iterdir()) == before
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r" +[01] ", line)]
+    assert [(row[0], *row[-2:]) for row in printed] == [("0", "0.3%", "25.5%"), ("1", "0.0%", "18.4%")]
+    document = (folder / "trace.md").read_text()
+    assert all(f"| {row[0]} | {row[-2]} | {row[-1]} |" in document for row in printed)
 
 
 def test_a_run_by_backprop_is_compared_with_itself(tmp_path: Path) -> None:

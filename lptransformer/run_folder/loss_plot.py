@@ -70,8 +70,8 @@ def plot_losses(rows: Sequence[MetricsRow], path_png: str | Path, stages: Stages
         if named:
             axes.set_xlim(left=0)
         if highest is not None:
-            style: dict[str, Any] = {"color": "0.4", "fontsize": 8, "va": "top", "transform": axes.transAxes}
-            axes.text(0.03, 0.99, f"\N{UPWARDS ARROW} from {highest:.2f}", **style)
+            style: dict[str, Any] = {"color": "0.4", "fontsize": 8, "va": "bottom", "transform": axes.transAxes}
+            axes.text(0.0, 1.01, f"\N{UPWARDS ARROW} the first losses, from {highest:.2f}, are cut off", **style)
     panels[0].set_xlabel("training tokens")
     panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     panels[1].set_xlabel("training time (seconds)")

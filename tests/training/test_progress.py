@@ -291,7 +291,7 @@ def test_the_plot_shows_the_end_of_the_run_and_says_how_high_it_began(monkeypatc
         low, high = axes.get_ylim()
         assert low < 1.5 and 2.1 < high < 4.0
         texts = [text.get_text() for text in axes.texts]
-        assert "\N{UPWARDS ARROW} from 30.00" in texts and axes.get_legend() is None
+        assert "\N{UPWARDS ARROW} the first losses, from 30.00, are cut off" in texts and axes.get_legend() is None
         assert sum(text.startswith("exit after block") for text in texts) == 2
         assert sum("\N{BLACK CIRCLE}" in text for text in texts) == 1, "an evaluation set has one name"
 
@@ -299,7 +299,7 @@ def test_the_plot_shows_the_end_of_the_run_and_says_how_high_it_began(monkeypatc
 def test_the_plot_of_a_run_that_gets_worse_shows_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [update_row(update, losses=(3.0, 3.0 if update < 100 else 7.0)) for update in range(1, 101)]
     axes = drawn(monkeypatch, rows)[0]
-    assert axes.get_ylim()[1] > 7.0 and not any("from" in text.get_text() for text in axes.texts)
+    assert axes.get_ylim()[1] > 7.0 and not any("cut off" in text.get_text() for text in axes.texts)
 
 
 def test_the_plot_as_svg_too(tmp_path: Path) -> None:

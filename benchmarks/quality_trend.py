@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from lptransformer.figures import new_figure, save
+from lptransformer.figures import label_ends, new_figure, save
 from lptransformer.study import collect, markdown_tables
 from lptransformer.study.comparison import Choice, Estimate, choices, depth_gain_kept, difference, find
 from lptransformer.study.markdown_tables import ResultTable
@@ -104,40 +104,42 @@ def tables(found: dict[Regime, list[Choice]], name: str) -> list[ResultTable]:
 
 
 def draw(found: dict[Regime, list[Choice]], name: str, path: Path) -> Path:
-    """Gaps over tokens, a line per method and width; bars are standard errors over seeds."""
-    figure, axes = new_figure(1, 1, (7.5, 4.2))
-    widths = sorted({width for width, _ in found})
+    """Gaps to backprop in two panels, over the tokens at the smallest width and over the width at equal updates.
+
+    A line per method, its name at the end, standard errors over seeds. What is there once only is no trend: left out.
+    """
+    figure, axes = new_figure(1, 2, (10, 4.4), sharey=True)
     methods = [m for m in dict.fromkeys(one.method for all_ in found.values() for one in all_) if m != DEEP]
     look = looks([DEEP, *methods])
-    for width, style in zip(widths, ("-", "--", ":"), strict=False):
+    width = min(width for width, _ in found)
+    updates = [updates for w, updates in found if w != width] or [max(updates for _, updates in found)]
+    panels = (
+        {tokens(all_) / 1e6: all_ for (w, _), all_ in found.items() if w == width},
+        {float(w): all_ for (w, u), all_ in found.items() if u == updates[0]},
+    )
+    ends: list[list[tuple[float, float, str, str]]] = [[], []]
+    for place, panel, named in zip(axes, panels, ends, strict=True):
         for method in methods:
-            points = [
-                (tokens(all_), gap(one, all_, name))
-                for (w, _), all_ in found.items()
-                if w == width
-                for one in all_
-                if one.method == method
-            ]
-            if points:
-                axes[0].errorbar(
-                    [count / 1e6 for count, _ in points],
-                    [one.mean for _, one in points],
-                    [one.error or 0.0 for _, one in points],
-                    color=look[method]["color"],
-                    linestyle=style,
-                    marker="o",
-                    markersize=4,
-                    capsize=3,
-                    label=f"{method}, width {width}",
-                )
-    axes[0].axhline(0, color="black", linewidth=0.8)
-    axes[0].set_xscale("log")
-    axes[0].set_xticks(sorted({tokens(methods) / 1e6 for methods in found.values()}))
+            gaps = [(x, gap(one, all_, name)) for x, all_ in panel.items() for one in all_ if one.method == method]
+            if len(gaps) < 2:
+                continue
+            colour = look[method]["color"]
+            x, y, errors = zip(*((x, one.mean, one.error or 0.0) for x, one in gaps), strict=True)
+            place.errorbar(x, y, errors, color=colour, marker="o", markersize=4, capsize=3)
+            named.append((x[-1], y[-1], method, colour))
+        place.axhline(0, color="black", linewidth=0.8)
+        place.set_xscale("log")
+        place.set_xticks(sorted(panel))
+        place.minorticks_off()
+        place.tick_params(labelleft=True)
     axes[0].xaxis.set_major_formatter("{x:.2g}")
-    axes[0].minorticks_off()
-    axes[0].set_xlabel("training tokens (millions)")
+    axes[1].xaxis.set_major_formatter("{x:g}")
+    axes[0].set_xlabel(f"training tokens (millions), width {width}")
+    axes[1].set_xlabel(f"width, {tokens(next(iter(panels[1].values()))) / 1e6:.2g} million tokens")
     axes[0].set_ylabel(f"bits per byte lost to backprop on {name} (%)")
-    axes[0].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    figure.draw_without_rendering()  # the layout decides how high a line of text is
+    for place, named in zip(axes, ends, strict=True):
+        label_ends(place, [*named, (min(place.get_xlim()[1], max(place.get_xticks())), 0.0, DEEP, "black")])
     return save(figure, path)
 
 

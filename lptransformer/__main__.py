@@ -85,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--baselines", action="store_true", help="one run: add n-gram models of the training text")
     sub.add_argument("--trace", action="store_true", help="one run: the schedule as executed, if run.trace was set")
     sub.add_argument("--out", metavar="DIR", help="folder for plots (default: report; with --trace: the run folder)")
+    sub.add_argument("--svg", action="store_true", help="pictures as SVG too, beside the PNG")
     compared = sub.add_argument_group("comparison of several runs")
     compared.add_argument("--baseline", metavar="METHOD", help="differences are to this one (default: backprop)")
     compared.add_argument("--deep", metavar="METHOD", help="with --shallow: share of the depth gain that is kept")
@@ -252,7 +253,7 @@ def report(args: argparse.Namespace) -> None:
         others = [f"{len(paths)} folders"] * (len(paths) > 1) + ["--baselines"] * args.baselines + compared
         if others:
             raise UserError(f"--trace with {', '.join(others)}: it is a report of its own, about one run")
-        report_trace(paths[0], Path(args.out) if args.out else paths[0])
+        report_trace(paths[0], Path(args.out) if args.out else paths[0], args.svg)
         return
     if len(paths) == 1 and (layout.holds_run(paths[0]) or not paths[0].exists()):
         others = compared + ["--out"] * (args.out is not None)
@@ -261,7 +262,7 @@ def report(args: argparse.Namespace) -> None:
                 f"{paths[0]} with {', '.join(others)}: that is for comparisons (several runs, folders of sweeps, files "
                 "of records); the report of one run is written into its folder"
             )
-        report_run(paths[0], baselines=args.baselines)
+        report_run(paths[0], args.baselines, args.svg)
         return
     if args.baselines:
         raise UserError("--baselines is for the report of one run: name one run folder, or leave it out")
@@ -271,7 +272,7 @@ def report(args: argparse.Namespace) -> None:
         raise UserError(f"--name={args.name} belongs to --markdown: give both, or neither")
     question = Question(args.baseline, args.deep, args.shallow, args.choose)
     document = None if args.markdown is None else Path(args.markdown)
-    compare(paths, Path(args.out or "report"), question, document, args.name or "")
+    compare(paths, Path(args.out or "report"), question, document, args.name or "", args.svg)
 
 
 def diagnose(args: argparse.Namespace) -> None:
@@ -281,7 +282,7 @@ def diagnose(args: argparse.Namespace) -> None:
     run = Path(args.run_folder)
     results = diagnose_run(run, step=args.step, batches=args.batches, batch_size=args.batch_size, set_name=args.set)
     print_diagnosis(results)
-    print(f"numbers: {write_diagnosis(run, results)}   plot: {run / 'diagnosis.png'} (and .svg)")
+    print(f"numbers: {write_diagnosis(run, results)}   plot: {run / 'diagnosis.png'}")
 
 
 def export(args: argparse.Namespace) -> None:

@@ -230,3 +230,14 @@ def test_what_a_document_names_is_there(document: Path) -> None:
             assert not name or name in names_in(f"{folder}.{module}"), f"{folder}/{module}.{name}"
     for path in PATH.findall(text):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_pictures_of_a_document_are_there_as_png(document: Path) -> None:
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", document.read_text())
+    local = [document.parent / picture for picture in pictures if "://" not in picture]
+    assert all(picture.suffix == ".png" and picture.is_file() for picture in local), local
+
+
+def test_no_svg_is_kept() -> None:
+    assert not list((ROOT / "docs").rglob("*.svg"))

@@ -77,7 +77,7 @@ def _spread(name: str, token_set: TokenSet, batches: int, batch_size: int) -> li
 
 
 def write_diagnosis(run: Path, results: dict[str, Any]) -> Path:
-    """diagnosis.json, diagnosis.png and diagnosis.svg in the run folder; returns the path of the first."""
+    """diagnosis.json and diagnosis.png in the run folder; returns the path of the first."""
     path = run / f"{NAME}.json"
     files.write_text(path, json.dumps(json.loads(to_json(results)), indent=1) + "\n")
     draw_diagnosis(results, run / NAME)
@@ -107,7 +107,7 @@ def print_diagnosis(results: dict[str, Any]) -> None:
 
 
 def draw_diagnosis(results: dict[str, Any], stem: Path) -> Path:
-    """STEM.png and STEM.svg: cosine by block, ranks by block, agreement by exit; dotted lines are ends of stages."""
+    """STEM.png: cosine by block, ranks by block, agreement by exit; dotted lines are ends of stages."""
     figure, panels = figures.new_figure(1, 3, (13, 4.2))
     figure.suptitle(_where(results), fontsize=9, x=0.01, ha="left")
     _draw_gradients(panels[0], results)

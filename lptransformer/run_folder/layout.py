@@ -7,7 +7,8 @@ data.json         the token sets, with counts  diagnosis.*                  what
 model.json        the model's Hugging Face configuration
 ended.json        how it ended, written last   record.json                  a run of a study, in one file
 tensorboard/, wandb/  what these trackers keep (run.trackers)
-trace.jsonl       traced updates (run.trace), and trace.json, trace.png, trace.svg that `report --trace` makes of them
+trace.jsonl       traced updates (run.trace), and trace.json and trace.png that `report --trace` makes of them
+Pictures are PNG; `report --svg` adds .svg beside them, and versions before 0.2 wrote both.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ COMMAND_VARIABLE = "LPTRANSFORMER_COMMAND"  # what a person typed, for the proce
 # All that a run can leave in its folder: what --overwrite removes, and nothing else.
 CONTENTS = (
     *(CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL),
-    *("metrics.jsonl", "metrics.csv", "loss.png", "checkpoints", "tensorboard", "wandb"),
+    *("metrics.jsonl", "metrics.csv", "loss.png", "loss.svg", "checkpoints", "tensorboard", "wandb"),
     ENDED,
     *("diagnosis.json", "diagnosis.png", "diagnosis.svg", "record.json"),
     *("trace.jsonl", "trace.json", "trace.png", "trace.svg"),

@@ -19,17 +19,17 @@ from lptransformer.run_folder.loss_plot import plot_losses
 from lptransformer.run_folder.metrics import MetricsRow, perplexity, text_counts
 from lptransformer.run_folder.metrics_log import read_metrics, read_updates
 from lptransformer.study import collect, markdown_tables, plots, records
-from lptransformer.study.comparison import choices
-from lptransformer.study.result_tables import COSTS, Question, points, tables
+from lptransformer.study.comparison import choices, find
+from lptransformer.study.result_tables import Question, tables
 
 EXIT_COLUMNS = ("model", "nats/token", "perplexity", "bits/byte", "word perplexity")
 
 
-def report(run: Path, baselines: bool = False) -> None:
+def report(run: Path, baselines: bool = False, svg: bool = False) -> None:
     """Print the last evaluation of every exit, and speed, idle share and memory of every stage.
 
     Writes loss.png and record.json into the run folder. With `baselines`, also unigram, bigram and trigram models of
-    the training text, on the same validation text.
+    the training text, on the same validation text. With `svg`, also loss.svg.
     Raises RunError where the folder holds no run, or one without an update.
     """
     config = layout.read_config(run)
@@ -53,19 +53,24 @@ def report(run: Path, baselines: bool = False) -> None:
     ]
     speed = median(update["tokens_per_second"] for update in steady)
     print_table(f"{speed:,.0f} tokens/s (median)", ("stage", "idle share", "peak memory of its process"), rows)
-    plot_losses(metrics, run / "loss.png", stages)
+    plot_losses(metrics, run / "loss.png", stages, svg)
     records.write(run / records.RECORD, collect.build(run))
     print(f"run folder: {run}   losses: {run / 'loss.png'}   record: {run / records.RECORD}")
 
 
 def compare(
-    paths: Sequence[Path], out: Path, question: Question, document: Path | None = None, prefix: str = ""
+    paths: Sequence[Path],
+    out: Path,
+    question: Question,
+    document: Path | None = None,
+    prefix: str = "",
+    svg: bool = False,
 ) -> None:
     """Print the tables of a comparison of run folders, sweep folders and files of records; draw its plots into `out`.
 
-    With `document` its tables are rewritten (study/markdown_tables.py), under names that begin with `prefix`.
-    Raises RunError where there is nothing to compare, or the question names what no run has, UserError where `out` or
-    `document` cannot be written.
+    With `svg` every plot also as SVG. With `document` its tables are rewritten (study/markdown_tables.py), under names
+    that begin with `prefix`. Raises RunError where there is nothing to compare, or the question names what no run has,
+    UserError where `out` or `document` cannot be written.
     """
     if document is not None and (out.exists() or document.resolve().parent != out.resolve()):  # else it is made
         files.check_output(document, "--markdown")
@@ -85,12 +90,13 @@ def compare(
         print_table(result.title, result.columns, result.rows)
         print()
     chosen, look = choices(found, question.choose), plots.looks(methods)
+    base = find(chosen, question.baseline, "--baseline") if question.baseline else None
     drawn = []
     for name in dict.fromkeys(name for record in found for name in record["evaluations"]):
-        drawn.append(plots.draw_methods(chosen, name, look, out))
-        drawn += [plots.draw_exits(chosen, name, key, look, out) for key in ("tokens", "seconds")]
-        drawn.append(plots.draw_fronts({cost: points(found, name, cost) for cost in COSTS}, name, look, out))
-    print("plots (and .svg): " + "  ".join(map(str, drawn)))
+        drawn.append(plots.draw_losses(chosen, name, base, out, svg))
+        drawn.append(plots.draw_costs(chosen, name, base, out, svg))
+        drawn.append(plots.draw_curves(chosen, name, look, out, svg))
+    print(f"plots{' (and .svg)' if svg else ''}: " + "  ".join(map(str, drawn)))
     if document is not None:
         print(f"{document}: {', '.join(markdown_tables.update(document, results, prefix))}")
 

@@ -55,8 +55,8 @@ class Panel:
     slices: Sequence[Slice]
 
 
-def draw(panels: Sequence[Panel], stem: Path) -> Path:
-    """STEM.png and STEM.svg: the panels below each other on one axis of time, first replicas only.
+def draw(panels: Sequence[Panel], stem: Path, svg: bool = False) -> Path:
+    """STEM.png, with `svg` also STEM.svg: the panels below each other on one axis of time, first replicas only.
 
     Boxes have the number of their micro-batch where it fits. Every second update is lighter. Returns the PNG's path.
     """
@@ -85,7 +85,7 @@ def draw(panels: Sequence[Panel], stem: Path) -> Path:
     figure.draw_without_rendering()  # the layout decides how wide a second is
     for place, drawn in zip(axes, shown, strict=True):
         _number_boxes(place, drawn, scale, place.get_window_extent().width / figure.dpi / (end * scale))
-    return save(figure, stem)
+    return save(figure, stem, svg)
 
 
 def _colour_of(one: Slice) -> str:
@@ -231,8 +231,8 @@ def idle_share(timeline: Sequence[Slice], pipeline_rank: int) -> float:
     return sum(one.seconds for one in own if one.kind == WAIT) / sum(one.seconds for one in own)
 
 
-def report_trace(run: Path, out: Path) -> None:
-    """Print where the time of the traced updates went; write trace.json, trace.png and trace.svg into `out`.
+def report_trace(run: Path, out: Path, svg: bool = False) -> None:
+    """Print where the time of the traced updates went; write trace.json, trace.png (`svg`: and .svg) into `out`.
 
     The picture is of the newest start of the run that traced something, with 1F1B of the same blocks below it;
     trace.json has all. Raises RunError where the folder holds no run, or the run has no trace.
@@ -260,8 +260,9 @@ def report_trace(run: Path, out: Path) -> None:
     files.make_folder(out, "--out")
     print_table(title, columns, rows)
     files.write_text(out / TIMELINE, json.dumps(chrome(traces, str(run)), separators=(",", ":")) + "\n")
-    picture = draw(_panels(_picture(newest), method, is_backprop, beside), out / "trace")
-    print(f"timeline for ui.perfetto.dev or chrome://tracing: {out / TIMELINE}   picture (and .svg): {picture}")
+    picture = draw(_panels(_picture(newest), method, is_backprop, beside), out / "trace", svg)
+    also = " (and .svg)" if svg else ""
+    print(f"timeline for ui.perfetto.dev or chrome://tracing: {out / TIMELINE}   picture{also}: {picture}")
 
 
 def _picture(whole: Trace) -> Trace:

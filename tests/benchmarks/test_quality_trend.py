@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fake_runs import falling, make_run
+from matplotlib.figure import Figure
 
 from lptransformer.study import collect
 
@@ -58,6 +59,22 @@ def test_token_counts_have_rows_of_their_own_and_runs_that_are_not_complete_have
     gaps, _, kept = quality_trend.tables(quality_trend.regimes(all_), "report")
     assert [row[0] for row in gaps.rows] == [16, 16] and len({row[1] for row in gaps.rows}) == 2
     assert kept.rows[0][-2:] == ("80 %", "0 %")  # (1.5 - 1.1) / (1.5 - 1.0), of the seed that all three have
+
+
+def test_the_picture_has_lines_of_what_is_there_more_than_once_and_names_at_their_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(quality_trend, "save", lambda figure, path: drawn.append(figure))
+    once = make_run(tmp_path / "once", ("--train.steps=40",), falling(1.0))
+    found = [*records(tmp_path), *records(tmp_path, 20), {**collect.build(once), "method": "once"}]
+    quality_trend.draw(quality_trend.regimes(found), "report", tmp_path / "trend")
+    (figure,) = drawn
+    over_tokens, over_width = figure.axes
+    names = {text.get_text() for text in over_tokens.texts}
+    assert names == {"backprop", "chunked", quality_trend.SHALLOW}
+    assert [text.get_text() for text in over_width.texts] == ["backprop"], "there is one width"
+    assert not any(axes.get_legend() for axes in figure.axes)
 
 
 @pytest.mark.slow

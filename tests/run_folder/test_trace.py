@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -340,7 +341,10 @@ def traced_run(folder: Path, *overrides: str, **changes: Any) -> Path:
 def test_the_report_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = traced_run(tmp_path / "run")
     run(parser(), ["report", "--trace", str(made)])
+    assert not list(made.glob("*.svg")) and "svg" not in capsys.readouterr().out, "PNG alone"
+    run(parser(), ["report", "--trace", "--svg", str(made)])
     out = capsys.readouterr().out
+    assert "picture (and .svg): " in out
     assert "chunked-2, updates 3-4, measured" in out and "1F1B of the same blocks, simulated" in out
     rows = [line.split() for line in out.splitlines() if line.strip().startswith(("0 ", "1 "))]
     assert rows == [
@@ -363,14 +367,27 @@ def test_the_report_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(f"<!-- {text}" in svg for text in ["Simulated: ", *texts[:1], *texts[2:]]) and texts[1] in svg
     assert (made / "trace.png").stat().st_size > 10_000
     before = (made / "trace.svg").read_bytes()
-    run(parser(), ["report", str(made), "--trace", "--out", str(tmp_path / "drawn")])
+    run(parser(), ["report", str(made), "--trace", "--svg", "--out", str(tmp_path / "drawn")])
     assert (tmp_path / "drawn" / "trace.svg").read_bytes() == before, "the same trace gives the same bytes"
+
+
+def test_the_document_s_picture_is_drawn_from_what_lies_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(__file__).parents[2] / "docs/benchmarks"
+    before = sorted((folder / "trace").iterdir())
+    run(parser(), ["report", "--trace", str(folder / "trace"), "--out", str(tmp_path)])
+    assert (tmp_path / "trace.png").exists() and sorted((folder / "trace").iterdir()) == before
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r" +[01] ", line)]
+    assert [(row[0], *row[-2:]) for row in printed] == [("0", "0.3%", "25.5%"), ("1", "0.0%", "18.4%")]
+    document = (folder / "trace.md").read_text()
+    assert all(f"| {row[0]} | {row[-2]} | {row[-1]} |" in document for row in printed)
 
 
 def test_a_run_by_backprop_is_compared_with_itself(tmp_path: Path) -> None:
     made = make_run(tmp_path / "run", ["--parallel.pipeline=2", "--objective.name=backprop"])
     write(made, whole().reports)
-    run(parser(), ["report", "--trace", str(made)])
+    run(parser(), ["report", "--trace", "--svg", str(made)])
     svg = (made / "trace.svg").read_text()
     assert "Measured: backprop by 1F1B, " in svg and "Simulated: the same run, " in svg
 
@@ -379,7 +396,7 @@ def test_on_a_gpu_nothing_is_simulated_from_the_times_of_the_host(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = traced_run(tmp_path / "run", device="cuda")
-    run(parser(), ["report", "--trace", str(made)])
+    run(parser(), ["report", "--trace", "--svg", str(made)])
     assert "1F1B is not simulated: on cuda" in capsys.readouterr().out
     svg = (made / "trace.svg").read_text()
     assert "on cuda, times of the host" in svg and "Simulated" not in svg
@@ -388,7 +405,7 @@ def test_on_a_gpu_nothing_is_simulated_from_the_times_of_the_host(
 def test_a_picture_has_the_first_updates_that_fit(tmp_path: Path) -> None:
     made = make_run(tmp_path / "run", ["--parallel.pipeline=2", "--objective.chunks=2"])
     write(made, whole(range(1, 61)).reports)
-    run(parser(), ["report", "--trace", str(made)])
+    run(parser(), ["report", "--trace", "--svg", str(made)])
     assert "updates 1-42:" in (made / "trace.svg").read_text(), "7 actions each, 300 in all"
 
 
@@ -396,7 +413,7 @@ def test_numbers_are_in_the_boxes_that_have_room(tmp_path: Path) -> None:
     def drawn(seconds: float) -> str:
         wide = Slice(0, 0, 1, "forward", 0.0, 10.0, Action(0, "F", 77))
         narrow = Slice(0, 0, 1, "backward", 10.0, 10.0 + seconds, Action(0, "B", 88))
-        trace_report.draw([trace_report.Panel("a", [wide, narrow])], tmp_path / "t")
+        trace_report.draw([trace_report.Panel("a", [wide, narrow])], tmp_path / "t", svg=True)
         return (tmp_path / "t.svg").read_text()
 
     assert "<!-- 77 -->" in drawn(5.0) and "<!-- 88 -->" in drawn(5.0)

@@ -395,19 +395,6 @@ def test_a_document_that_cannot_be_meant(tmp_path: Path, text: str, word: str) -
 # --- plots and the command line
 
 
-def test_labels_at_the_ends_of_lines_do_not_cover_each_other() -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4, 3), dpi=100)
-    axes = figure.subplots()
-    axes.set_ylim(1.0, 2.0)
-    plots._label_ends(axes, [(1.0, y, f"block {i}", "black") for i, y in enumerate((1.501, 1.5, 1.502, 1.01, 1.9))])
-    figure.draw_without_rendering()
-    boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
-    assert len(boxes) == 5 and all(low.y1 <= high.y0 + 1 for low, high in zip(boxes, boxes[1:], strict=False))
-    assert boxes[0].y1 > axes.get_window_extent().y0
-
-
 def test_every_method_has_a_look_of_its_own() -> None:
     found = plots.looks([*(f"m{i}" for i in range(20)), "m0"])
     assert len(found) == 20 and len({tuple(look.values()) for look in found.values()}) == 20
@@ -440,22 +427,16 @@ def test_reports_from_the_command_line(
     assert "<!-- table:here/quality-choose -->" in Path("doc.md").read_text()
     run(parser(), ["report", "r.json", "--out=new/folder", "--markdown=new/folder/tables.md"])
     assert "<!-- table:quality-choose -->" in Path("new/folder/tables.md").read_text()
-    drawn = sorted(path.name for path in Path("report").iterdir())
-    stems = {f"{stem}-{name}" for stem in ("methods", "pareto") for name in ("choose", "report")}
-    stems |= {f"exits-{name}-{key}" for name in ("choose", "report") for key in ("seconds", "tokens")}
-    assert drawn == sorted(f"{stem}.{kind}" for stem in stems for kind in ("png", "svg"))
-    svg = Path("report/pareto-choose.svg").read_text()
-    assert all(f"<!-- {text} -->" in svg for text in ("backprop", "local", "total FLOPs", "serial FLOPs"))
-    before = {path: path.read_bytes() for path in Path("report").glob("pareto-choose.*")}
-    plots.draw_fronts(
-        {
-            cost: points(records.read(Path("r.json")), "choose", cost)
-            for cost in ("total_flops", "serial_flops", "pipeline_flops", "seconds")
-        },
-        "choose",
-        plots.looks(["backprop", "local", "few"]),
-        Path("report"),
-    )
+    stems = {f"{stem}-{name}" for stem in ("losses", "cost", "curves") for name in ("choose", "report")}
+    drawn = {path.name for path in Path("report").iterdir()}
+    assert drawn == {f"{stem}.png" for stem in stems} and "svg" not in out
+    before = {path: path.read_bytes() for path in Path("report").iterdir()}
+    run(parser(), ["report", "r.json", "--svg"])
+    assert "plots (and .svg): report/losses-choose.png" in capsys.readouterr().out
+    assert {path.name for path in Path("report").iterdir()} == drawn | {f"{stem}.svg" for stem in stems}
+    svg = Path("report/losses-choose.svg").read_text()
+    assert all(f"<!-- {text}" in svg for text in ("backprop", "local", "few", "loss on choose minus that of backprop"))
+    assert "<!-- serial FLOPs" in Path("report/cost-choose.svg").read_text()
     assert {path: path.read_bytes() for path in before} == before, "the same records give the same bytes"
 
 
@@ -499,3 +480,6 @@ def test_the_report_of_one_run_writes_its_record(tmp_path: Path, capsys: pytest.
     run(parser(), ["report", str(made)])
     assert "exit after block 3" in capsys.readouterr().out
     assert records.read(made / "record.json")[0]["updates"] == 40 and (made / "loss.png").exists()
+    assert not (made / "loss.svg").exists()
+    run(parser(), ["report", "--svg", str(made)])
+    assert "<svg" in (made / "loss.svg").read_text()

@@ -518,4 +518,4 @@ def test_a_real_sweep_its_stop_and_its_report(folder: Path) -> None:
     assert counts == ["done", "dropped"], done.stdout
     reported = command(folder, "report", "runs/s")
     assert reported.returncode == 0 and "choose: the last exit" in reported.stdout
-    assert (folder / "report" / "pareto-choose.svg").exists()
+    assert (folder / "report" / "losses-choose.png").exists()

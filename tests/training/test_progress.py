@@ -6,6 +6,7 @@ import io
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -270,6 +271,40 @@ def test_the_plot_is_a_whole_picture(tmp_path: Path) -> None:
     colours = picture[..., :3]
     saturated = colours.max(axis=2) - colours.min(axis=2) > 0.3
     assert saturated[:, : width // 2].sum() > 500 and saturated[:, width // 2 :].sum() > 500  # curves on both sides
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, rows: list[MetricsRow]) -> list[Any]:
+    """The axes of the plot of these rows."""
+    kept: list[Any] = []
+    monkeypatch.setattr(loss_plot, "save", lambda figure, *_: kept.append(figure))
+    plot_losses(rows, "loss.png", STAGES)
+    return list(kept[0].axes)
+
+
+def test_the_plot_shows_the_end_of_the_run_and_says_how_high_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[MetricsRow] = [evaluation_row(0, nll=30.0)]
+    for update in range(1, 201):
+        loss = 2.0 + 8.0 * math.exp(-update / 8)
+        rows.append(update_row(update, losses=(loss, loss - 0.5)))
+    rows.append(evaluation_row(200, nll=2.1))
+    for axes in drawn(monkeypatch, rows):
+        low, high = axes.get_ylim()
+        assert low < 1.5 and 2.1 < high < 4.0
+        texts = [text.get_text() for text in axes.texts]
+        assert "\N{UPWARDS ARROW} the first losses, from 30.00, are cut off" in texts and axes.get_legend() is None
+        assert sum(text.startswith("exit after block") for text in texts) == 2
+        assert sum("\N{BLACK CIRCLE}" in text for text in texts) == 1, "an evaluation set has one name"
+
+
+def test_the_plot_of_a_run_that_gets_worse_shows_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [update_row(update, losses=(3.0, 3.0 if update < 100 else 7.0)) for update in range(1, 101)]
+    axes = drawn(monkeypatch, rows)[0]
+    assert axes.get_ylim()[1] > 7.0 and not any("cut off" in text.get_text() for text in axes.texts)
+
+
+def test_the_plot_as_svg_too(tmp_path: Path) -> None:
+    plot_losses([update_row(1)], tmp_path / "loss.png", STAGES, svg=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "loss.svg"]
 
 
 def test_the_plot_of_a_stage_without_a_head_and_of_no_records(tmp_path: Path) -> None:

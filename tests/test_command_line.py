@@ -222,9 +222,6 @@ def test_multinode_without_a_hostfile(standing: Path) -> None:
     script = Path(__file__).parent.parent / "launch" / "multinode.sh"
     done = subprocess.run(["bash", str(script), "no-hosts", "c.yaml"], capture_output=True, text=True, cwd=standing)
     assert done.returncode == 2 and "no-hosts" in done.stderr
-    shutil.copy(script.parent / "hostfile.example", standing / "hosts")
-    done = subprocess.run(["bash", str(script), "hosts", "c.yaml"], capture_output=True, text=True, cwd=standing)
-    assert done.returncode == 2 and "NODE_RANK" in done.stderr
 
 
 def test_resume_of_a_complete_run(standing: Path, capsys: pytest.CaptureFixture[str]) -> None:

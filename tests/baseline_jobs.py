@@ -101,8 +101,8 @@ def train(
         return outcome
     if save is not None:
         engine.save_checkpoint(save)
-    (report,) = own(engine, engine.eval_batch("valid"))
-    outcome.evaluation = (report.nll_sum, report.label_tokens)
+    for report in own(engine, engine.eval_batch("valid")):  # none where a stop was asked for
+        outcome.evaluation = (report.nll_sum, report.label_tokens)
     outcome.weights = {name: weight.detach().clone() for name, weight in engine.stage.named_parameters()}
     engine.close()
     return outcome

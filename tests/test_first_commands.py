@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiers import slow
 
 from lptransformer.__main__ import parser
 from lptransformer.config.load import load
@@ -29,7 +30,7 @@ WORKS = [
     [QUICK, "--train.steps", "4"],
     ["--train.steps", "4", QUICK],
     [QUICK, "--train.lr_scheduler=constant"],
-    [QUICK, "--train.micro_batch_size=auto"],
+    slow([QUICK, "--train.micro_batch_size=auto"]),
     [QUICK, "--train.dtype=bf16"],
     [QUICK, "--model.family=gpt2"],
     [QUICK, "--model.num_layers=8"],

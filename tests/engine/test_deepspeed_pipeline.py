@@ -344,7 +344,7 @@ DATA = {"data": {"train": "books/*.txt"}}
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        ((), ["objective.name = 'chunked'", "backprop"]),
+        (("objective.name=chunked",), ["objective.name = 'chunked'", "backprop"]),
         (("objective.name=greedy",), ["objective.name = 'greedy'", "backprop"]),
         (("objective.name=delayed",), ["objective.name = 'delayed'", "backprop"]),
         ((BASELINE[1], zero(2)), ["deepspeed.zero_optimization.stage = 2", "0 and 1"]),

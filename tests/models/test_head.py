@@ -506,7 +506,7 @@ REFUSED = [
     ("head.rank=8", f"head.rank = 8 {CLI} has no meaning with head.kind = 'private'", "remove it"),
     ("head.kind=low_rank head.rank=256", f"head.rank = 256 {CLI}", "model.hidden_size = 256", "private"),
     ("head.kind=low_rank model.hidden_size=64", "head.rank = 64 (by default)", "model.hidden_size = 64"),
-    ("head.ema_decay=0.9", f"head.ema_decay = 0.9 {CLI} has no meaning with head.blocks = 0", "give head.blocks=1"),
+    ("head.ema_decay=0.9", f"head.ema_decay = 0.9 {CLI} has no meaning with head.blocks = 0", "give 1 or more"),
     (
         "head.ema_decay=0.9 head.blocks=3",
         f"head.ema_decay = 0.9 {CLI} with head.blocks = 3 {CLI}: the head after block 5 would follow blocks 6 to 8",
@@ -520,9 +520,14 @@ REFUSED = [
         "head.ema_decay = None",
         "nothing to refresh",
     ),
-    ("head.kind=shared objective.name=backprop objective.chunks=null", "head.kind = 'shared'", "'backprop'", "own"),
+    (
+        "head.kind=shared objective.name=backprop objective.chunks=null",
+        "head.kind = 'shared'",
+        "'backprop'",
+        "no head but",
+    ),
     ("head.token_fraction=0.5 objective.name=last objective.chunks=null", "head.token_fraction = 0.5", "'last'"),
-    ("head.blocks=1 objective.chunks=1", "head.blocks = 1", "the only head is the model's own"),
+    ("head.blocks=1 objective.chunks=1", "head.blocks = 1", "no head but the model's"),
     ("head.init=model objective.name=delayed objective.chunks=null", "head.init = 'model'", "'delayed'"),
 ]
 WRONG = [

@@ -212,7 +212,7 @@ MISTAKES = [
     (["--gpu", "h100", "--vocab-size", "9999999999999999999"], "--vocab-size=9999999999999999999"),
     (["--gpu", "h100", "--parallel.pipeline=13", "--objective.chunks=12"], "parallel.pipeline = 13"),
     (["--gpu", "h100", "--gpus-per-node", "7"], "no split of 7 processes"),
-    (["--gpu", "h100", "--data.tokenizer=nowhere/at/all"], "nowhere/at/all"),
+    (["--gpu", "h100", "--data.tokenizer=nowhere/at/all", "--data.vocab_size=null"], "nowhere/at/all"),
     (["--gpu", "h100", "--json", "/no/such/folder/x.json"], "--json=/no/such/folder/x.json"),
     (["--gpu", "h100", "--link", "1gbit"], "--nodes is 1"),
     (["--gpu", "h100", "--nodes", "9999999999", "--gpus-per-node", "8", "--link", "1gbit"], "79999999992 processes"),
@@ -271,6 +271,7 @@ def test_deepspeed_s_pipeline_is_planned_as_what_it_is() -> None:
     assert not any("PipelineEngine" in line for line in ours.remarks)
 
 
+@pytest.mark.slow
 def test_fp64_is_offered_no_replicas() -> None:
     """Training refuses them."""
     for dtype, most in (("fp32", 2), ("fp64", 1)):

@@ -172,6 +172,7 @@ def test_smaller_micro_batches_are_the_same_update() -> None:
     assert (1, 8, 1) in found and (1, 8, 2) not in found
 
 
+@pytest.mark.slow
 def test_only_delayed_gradients_are_charged_for_a_second_version_of_the_weights() -> None:
     with_it, without = methods("objective.name=delayed"), methods()
     others = set(with_it) & set(without)

@@ -6,7 +6,7 @@
 # Else run the same command on every node, with its own number: NODE_RANK=0 bash launch/multinode.sh HOSTFILE CONFIG ...
 # HOSTFILE is as in hostfile.example; the slots of all nodes together must be parallel.pipeline x parallel.data. With
 # NODE_RANK, MASTER_ADDR is the first node of the hostfile unless set, and MASTER_PORT 29500. The run folder must be on a
-# disk that all nodes share. CUDA_VISIBLE_DEVICES counts, on every node its own.
+# disk that all nodes share. CUDA_VISIBLE_DEVICES counts: with NODE_RANK every node's own, else this one's everywhere.
 set -euo pipefail
 hostfile=${1:-} config=${2:-}
 if [ ! -f "$hostfile" ]; then

@@ -132,12 +132,17 @@ def train(args: argparse.Namespace) -> None:
     from lptransformer.planning.dry_run import dry_run, unprepared
     from lptransformer.training.memory import for_this_host, of_prepared, with_size
 
+    here = args.hostfile is None  # else every host is asked when the run starts
     if args.dry_run:
         if auto:
-            config = for_this_host(config, unprepared(with_size(config, 1)))
+            config = for_this_host(config, unprepared(with_size(config, 1))) if here else with_size(config, 1)
+        if not here:
+            from lptransformer.training.hosts import placement, read_hostfile
+
+            lines = placement(read_hostfile(args.hostfile), config.parallel.pipeline, config.parallel.data)
+            print("\n".join(f"placement: {line}" for line in lines))
         dry_run(config)
         return
-    here = args.hostfile is None  # else every host is asked when the run starts
     if here and not auto:
         for_this_host(config, unprepared(config), force=args.force)
     prepared = prepare_all(**config.data.model_dump())

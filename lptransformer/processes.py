@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import select
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,7 +20,7 @@ from lptransformer.errors import ConfigError
 
 # Of `train`, for the processes that it has started, perhaps on other hosts.
 COMMAND_PID_VARIABLE, COMMAND_HOST_VARIABLE = "LPTRANSFORMER_COMMAND_PID", "LPTRANSFORMER_COMMAND_HOST"
-LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed")
+WATCH_SECONDS = 0.5  # between two looks at the processes above
 
 
 def launched_size() -> int:
@@ -63,28 +64,39 @@ def watch_launchers() -> None:
     """
     command = os.environ.get(COMMAND_PID_VARIABLE, "")
     here = os.environ.get(COMMAND_HOST_VARIABLE) == socket.gethostname()
-    pids = {int(command)} if here and command.isdigit() else set()
-    for above in psutil.Process().parents():
-        with contextlib.suppress(psutil.Error):
-            if not any(word in " ".join(above.cmdline()) for word in LAUNCHERS):
-                break
-        pids.add(above.pid)
     watched = []
-    for pid in pids:
+    with contextlib.suppress(psutil.Error):
+        for above in psutil.Process().parents():
+            if not is_launcher(above.cmdline()):
+                break
+            watched.append(above)
+    if here and command.isdigit():
         try:
-            watched.append(os.pidfd_open(pid))
-        except ProcessLookupError:  # it has gone already
+            watched.append(psutil.Process(int(command)))
+        except psutil.Error:  # it has gone already
             os.kill(os.getpid(), signal.SIGTERM)
     if watched:
         threading.Thread(target=_stop_when_one_ends, args=(watched,), daemon=True).start()
 
 
-def _stop_when_one_ends(watched: list[int]) -> None:
-    poll = select.poll()
-    for descriptor in watched:
-        poll.register(descriptor, select.POLLIN)
-    poll.poll()
+def is_launcher(words: Sequence[str]) -> bool:
+    """Whether a command line is that of a launcher; not of a shell whose script has such a name."""
+    if len(words) < 2 or not Path(words[0]).name.startswith("python"):
+        return False
+    modules = ("deepspeed.launcher.", "torch.distributed.run", "torch.distributed.launch")
+    return any(Path(word).name in ("deepspeed", "torchrun") or word.startswith(modules) for word in words[1:4])
+
+
+def _stop_when_one_ends(watched: Sequence[psutil.Process]) -> None:
+    while all(_lives(process) for process in watched):
+        time.sleep(WATCH_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @contextlib.contextmanager

@@ -82,19 +82,25 @@ def meet(timeout: timedelta) -> Meeting:
 
 def several_hosts(size: int) -> bool:
     """Whether some processes of the run are on other hosts, as the launcher says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size) < size
+    return (local_size() or size) < size
+
+
+def local_size() -> int | None:
+    """The processes on this host; None where no launcher says it."""
+    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(said) if said else None
 
 
 def _open(rank: int, size: int, timeout: timedelta) -> dist.Store:
     master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return _serve(size, port, timeout) if rank == 0 else _connect(master, port, timeout)
+        return _serve(size, port, timeout) if rank == 0 else _connect(connect_address(size), port, timeout)
     # What a run before a restart of the agent's left there has another number.
     key = f"lptransformer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     agent = _connect(master, port, timeout)
     if rank == 0:
-        store = _serve(size, 0, timeout)
-        agent.set(key, json.dumps([master, store.port]))
+        store, address = _serve(size, 0, timeout), store_address(size)
+        agent.set(key, json.dumps([master if address == ANYWHERE else address, store.port]))
         return store
     host, at = json.loads(agent.get(key))
     return _connect(host, at, timeout)
@@ -134,10 +140,28 @@ def store_address(size: int) -> str:
     """Where the store listens; all addresses of this host where it is not known by which one the others come."""
     master = os.environ["MASTER_ADDR"]
     found = addresses_of(master)
-    if not several_hosts(size):
-        return next((one for one in found if is_loopback(one) and one in own_addresses()), "127.0.0.1")
+    loopback = any(map(is_loopback, found))
+    if not several_hosts(size) and (local_size() is not None or loopback):
+        return "127.0.0.1"
+    if own := next((one for one in found if not is_loopback(one) and one in own_addresses()), None):
+        return own
     address = own_address(master)
-    return address if address in own_addresses() and not is_loopback(address) else ANYWHERE
+    return address if loopback and not is_loopback(address) else ANYWHERE
+
+
+def connect_address(size: int) -> str:
+    """Where this process, which is not global rank 0, finds the store."""
+    address = store_address(size)
+    if address == "127.0.0.1":
+        return address
+    return reach(os.environ["MASTER_ADDR"])
+
+
+def reach(master: str) -> str:
+    """How this host calls the first host of the run: by its name, but on that host itself, where its name stands for a
+    loopback address, by the address that the others use."""
+    way, own = way_to(master), own_address(master)
+    return own if way is not None and is_loopback(way) and not is_loopback(own) else master
 
 
 def own_address(master: str) -> str:
@@ -183,7 +207,7 @@ def own_addresses() -> dict[str, str]:
         one.address.partition("%")[0]: name
         for name, addresses in psutil.net_if_addrs().items()
         for one in addresses
-        if one.family in families
+        if one.family in families and not one.address.startswith("fe80")
     }
 
 
@@ -197,7 +221,8 @@ def _check_addresses(store: dist.Store, rank: int, size: int, interface: str | N
     gloo itself waits far beyond any timeout where it was given an address that nobody reaches.
     """
     host = socket.gethostname()
-    own = next((address for address, name in own_addresses().items() if name == interface), "")
+    first = (interface or "").partition(",")[0]  # gloo takes several
+    own = next((address for address, name in own_addresses().items() if name == first), "")
     with socket.socket(socket.AF_INET6 if ":" in own else socket.AF_INET) as listener:
         port = 0
         if own:
@@ -206,11 +231,11 @@ def _check_addresses(store: dist.Store, rank: int, size: int, interface: str | N
             port = listener.getsockname()[1]
         store.set(f"address/{rank}", json.dumps([host, own, interface, port]))
         rows = [json.loads(store.get(f"address/{other}")) for other in range(size)]
-        first: dict[str, list[Any]] = {}  # of every host
+        of_hosts: dict[str, list[Any]] = {}  # the first process of every host
         for row in rows:
-            first.setdefault(row[0], row)
+            of_hosts.setdefault(row[0], row)
         problem = ""
-        for name, address, of_interface, at in first.values() if rows.index(first[host]) == rank else ():
+        for name, address, of_interface, at in of_hosts.values() if rows.index(of_hosts[host]) == rank else ():
             if name != host and not problem:
                 problem = _unreachable(name, address, of_interface, at)
         store.set(f"reached/{rank}", problem)
@@ -218,7 +243,7 @@ def _check_addresses(store: dist.Store, rank: int, size: int, interface: str | N
     if problems:
         raise LostProcessError(f"{host}: {problems[0]}")
     if rank == 0:
-        listed = ", ".join(f"{name} {address} ({of})" for name, address, of, _ in first.values())
+        listed = ", ".join(f"{name} {address} ({of})" for name, address, of, _ in of_hosts.values())
         where = store_address(size)
         everywhere = "; the store listens on all addresses" if where == ANYWHERE else f"; the store is on {where}"
         print(f"addresses: {listed}{everywhere}", flush=True)

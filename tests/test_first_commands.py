@@ -41,6 +41,7 @@ WORKS = [
     [QUICK, f"--data.train={BOOK}", "--data.valid=null"],
     [f"--data.train={BOOK}"],
     ["--data.train", BOOK, "--train.steps", "20"],
+    ["--data.train", BOOK, "--run.trace", "[1, 3]", "--objective", "{name: chunked, chunks: 2}"],
 ]
 REFUSED = [
     ([], "data.train is missing"),

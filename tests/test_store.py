@@ -54,7 +54,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
         monkeypatch.setattr(store, "way_to", way_to)
         monkeypatch.setenv("MASTER_ADDR", "first")
-        monkeypatch.setenv("LOCAL_SIZE", local)
+        monkeypatch.setenv("LOCAL_SIZE", local) if local else monkeypatch.delenv("LOCAL_SIZE", raising=False)
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         monkeypatch.setenv(HOSTS_VARIABLE, hosts)
 
@@ -62,24 +62,34 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 OWN = {"127.0.0.1": "lo", "10.0.0.1": "eth0"}
+DEBIAN = {**HOSTS, "first": "127.0.1.1"}
 
 
 @pytest.mark.parametrize(
-    ("names", "hosts", "local", "address"),
+    ("names", "hosts", "local", "address", "called"),
     [
-        (HOSTS, "first,second", "1", "10.0.0.1"),
-        ({**HOSTS, "first": "127.0.1.1"}, "first,second", "1", "10.0.0.1"),  # Debian
-        ({**HOSTS, "first": "127.0.1.1"}, "", "1", "0.0.0.0"),  # no other host is known
-        ({"first": "10.9.9.9", "second": "10.0.0.2"}, "first,second", "1", "10.0.0.1"),  # by another name of this host
-        (HOSTS, "first", "2", "127.0.0.1"),
-        ({"first": "127.0.1.1"}, "first", "2", "127.0.0.1"),
+        (HOSTS, "first,second", "1", "10.0.0.1", "first"),
+        (DEBIAN, "first,second", "1", "10.0.0.1", "10.0.0.1"),
+        (DEBIAN, "", "1", "0.0.0.0", "first"),  # no other host is known
+        ({"first": "10.9.9.9", "second": "10.0.0.2"}, "first,second", "1", "0.0.0.0", "first"),  # not this host's
+        (HOSTS, "first", "2", "127.0.0.1", "127.0.0.1"),  # all are here, whatever the name stands for
+        ({"first": "127.0.1.1"}, "first", "2", "127.0.0.1", "127.0.0.1"),
+        (HOSTS, "first", "", "10.0.0.1", "first"),  # plain variables: nobody says how many are here
+        ({"first": "127.0.0.1"}, "", "", "127.0.0.1", "127.0.0.1"),
     ],
 )
 def test_the_store_is_where_the_others_reach_it_and_nowhere_else(
-    network: Callable[..., None], names: dict[str, str], hosts: str, local: str, address: str
+    network: Callable[..., None], names: dict[str, str], hosts: str, local: str, address: str, called: str
 ) -> None:
     network(names, OWN, hosts, local)
-    assert store.store_address(2) == address
+    assert store.store_address(2) == address and store.connect_address(2) == called
+
+
+def test_the_processes_of_one_host_meet_whatever_its_name_stands_for(pool: Pool) -> None:
+    """As under `torchrun --standalone` in a container, or with a hosts file as Debian writes it."""
+    for name in ("127.0.1.1", store.own_address("8.8.8.8")):
+        results = pool.run(2, listening, env={"MASTER_ADDR": name}, timeout=60)
+        assert results[0][0] == ["127.0.0.1"] and results[1][1] == ["here"] * 4
 
 
 def test_a_port_that_is_taken_is_named(network: Callable[..., None]) -> None:

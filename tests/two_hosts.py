@@ -64,7 +64,8 @@ def two_hosts(debian: bool = False, ssh: Path | None = None) -> Iterator[Hosts]:
             _ip("netns", "add", namespace)
             _ip("-n", namespace, "link", "set", "lo", "up")
             own = [f"127.0.1.1 {name}"] if debian else []
-            known = [f"{address} {other}" for address, other in zip(ADDRESSES, NAMES, strict=True)]
+            others = [one for one in zip(ADDRESSES, NAMES, strict=True) if not debian or one[1] != name]
+            known = [f"{address} {other}" for address, other in others]
             folder = Path("/etc/netns") / namespace  # `ip netns exec` lays it over /etc
             folder.mkdir(parents=True)
             (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *own, *known]) + "\n")

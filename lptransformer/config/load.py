@@ -109,7 +109,7 @@ def _give_way(error: NoMeaningError, sections: dict[str, Any], origins: dict[str
 
     given = [key for key in error.keys if origin_of(key, origins) != BY_DEFAULT]
     typed = [cause(key) for key in error.beside if is_typed(cause(key), origins)]
-    if any(is_typed(key, origins) for key in given) or (given and not typed):
+    if any(is_typed(key, origins) for key in given) or (not typed if given else error.instead is None):
         raise error
     lines = []
     for key in error.keys:

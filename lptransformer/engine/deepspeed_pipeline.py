@@ -144,7 +144,9 @@ class PipelineBaseline(TrainingEngine):
             )
         return UpdateResult(self.update, control, reports)
 
-    def eval_batch(self, name: str, advance: Callable[[int], None] = lambda done: None) -> list[Report]:
+    def eval_batch(
+        self, name: str, advance: Callable[[int], None] = lambda done: None, *, stoppable: bool = True
+    ) -> list[Report]:
         if name not in self._rounds:
             own = [batch.label_tokens for _, batch in self._own_batches(name)]
             self._rounds[name] = len(own), sum(own)
@@ -154,7 +156,8 @@ class PipelineBaseline(TrainingEngine):
         for first in range(0, micro_batches, EVALUATED_AT_ONCE):
             count = min(EVALUATED_AT_ONCE, micro_batches - first)
             with _translate_gloo_errors():
-                if any(self._on_any_process([self._stop_requested or self.world.store.check([STOP_KEY])])):
+                asked = self._stop_requested or self.world.store.check([STOP_KEY])
+                if stoppable and any(self._on_any_process([asked])):
                     return gather_reports(self.world, [])
                 self.engine.eval_batch(batches, bcast_loss=False, num_micro_batches=count)
             advance(count)

@@ -101,7 +101,9 @@ class LocalUpdateEngine(TrainingEngine):
         return UpdateResult(self.update, done.control, reports)
 
     @torch.no_grad()
-    def eval_batch(self, name: str, advance: Callable[[int], None] = lambda done: None) -> list[Report]:
+    def eval_batch(
+        self, name: str, advance: Callable[[int], None] = lambda done: None, *, stoppable: bool = True
+    ) -> list[Report]:
         """See TrainingEngine. No pipeline rank waits for the ones after it.
 
         Where gradients are delayed, `request` must have asked for it before the update that it follows. Raises
@@ -120,7 +122,7 @@ class LocalUpdateEngine(TrainingEngine):
             label_tokens += batch.label_tokens
             if self.neighbours.below is None:
                 inputs = batch.input_ids.to(self.world.device)
-                stop = self._stop_requested or self.world.store.check([STOP_KEY])
+                stop = stoppable and (self._stop_requested or self.world.store.check([STOP_KEY]))
                 control = Control.STOP if any_replica(stop, self.world) else Control.NOTHING
             else:
                 header, inputs = self.neighbours.below.receive()

@@ -16,7 +16,7 @@ from typing import Any
 from lptransformer import files
 from lptransformer.errors import RunError
 from lptransformer.run_folder.metrics import MetricsRow
-from lptransformer.run_folder.trackers import TRACKERS, scalars
+from lptransformer.run_folder.trackers import close_trackers, open_trackers, scalars
 
 JSONL_NAME = "metrics.jsonl"
 CSV_NAME = "metrics.csv"
@@ -45,7 +45,7 @@ class MetricsWriter:
         files.write_text(jsonl_path, "".join(map(_json_line, kept)))
         self._columns = self._rewrite_csv(kept)
         self._jsonl = jsonl_path.open("a", encoding="utf-8")
-        self._trackers = [TRACKERS[name].open(self.folder, resume_at) for name in trackers]
+        self._trackers = open_trackers(trackers, self.folder, resume_at)
 
     def write(self, row: MetricsRow) -> None:
         self._jsonl.write(_json_line(row))
@@ -62,8 +62,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._jsonl.close()
-        for tracker in self._trackers:
-            tracker.close()
+        close_trackers(self._trackers)
 
     def _rewrite_csv(self, rows: Iterable[MetricsRow]) -> list[str]:
         """Rewrite metrics.csv from the rows of updates and return its columns."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -71,10 +72,34 @@ def _wandb(folder: Path, resume_at: int | None) -> Tracker:
 TRACKERS = {"tensorboard": TrackerRow("tensorboard", _tensorboard), "wandb": TrackerRow("wandb", _wandb)}
 
 
+def open_trackers(names: Iterable[str], folder: Path, resume_at: int | None) -> list[Tracker]:
+    """Those that open; of the others a line says why not: a service that is down ends no run."""
+    found = []
+    for name in names:
+        try:
+            found.append(TRACKERS[name].open(folder, resume_at))
+        except Exception as error:
+            _warn(f"{name} does not open, and gets nothing: {error}")
+    return found
+
+
+def close_trackers(trackers: Iterable[Tracker]) -> None:
+    for tracker in trackers:
+        try:
+            tracker.close()
+        except Exception as error:
+            _warn(f"one does not close: {error}")
+
+
+def _warn(text: str) -> None:
+    print(f"warning: run.trackers: {text}", file=sys.stderr, flush=True)
+
+
 def check_installed(names: Iterable[str]) -> None:
     """Raises RunError for a tracker whose package is not there."""
     for name in names:
-        if importlib.util.find_spec(TRACKERS[name].package) is None:
+        spec = importlib.util.find_spec(TRACKERS[name].package)
+        if spec is None or spec.origin is None:  # a folder of that name is no package
             raise RunError(
                 f"run.trackers has {name}, whose package is not installed: pip install '{TRACKERS[name].package}' "
                 f"(or lptransformer[{name}])"

@@ -30,14 +30,17 @@ from lptransformer.run_folder import layout
 from lptransformer.training.memory import agreed
 
 
-def initialize(source: str | Path | dict[str, Any] | Config, overrides: Sequence[str] = ()) -> TrainingEngine:
+def initialize(
+    source: str | Path | dict[str, Any] | Config, overrides: Sequence[str] = (), *, force: bool = False
+) -> TrainingEngine:
     """The engine of this process, from a YAML file or a dictionary; training data is prepared where it is missing.
 
     Every process of the run calls this. Then `engine.train_batch()`, `engine.eval_batch(name)`,
     `engine.save_checkpoint(folder)`, `engine.load_checkpoint(folder)`, and `engine.close()` at the end.
-    Raises ConfigError, DataError or ModelError for what the caller can mend.
+    With `force` it starts even where the memory is predicted not to do. Raises ConfigError, DataError or ModelError for
+    what the caller can mend.
     """
-    return start(source if isinstance(source, Config) else load(source, overrides))[0]
+    return start(source if isinstance(source, Config) else load(source, overrides), force=force)[0]
 
 
 def start(config: Config, resume: bool = False, force: bool = False) -> tuple[TrainingEngine, Prepared, Config]:

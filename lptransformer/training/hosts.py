@@ -8,6 +8,7 @@ like a secret. What was typed goes as one encoded word, because the shell of ano
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -30,13 +32,15 @@ from lptransformer.engine.process_groups import World
 from lptransformer.errors import RunError, UserError
 from lptransformer.processes import own_command, stop_signals
 from lptransformer.run_folder.layout import COMMAND_VARIABLE, command_line
-from lptransformer.store import HOSTS_VARIABLE, STOP_KEY
+from lptransformer.store import HOSTS_VARIABLE, STOP_KEY, reach
 
 WORKER = "lptransformer.training.launcher"
+DEVICES_VARIABLE = "LPTRANSFORMER_VISIBLE_DEVICES"  # of training/launcher.py, which imports nothing slow
 # Variables that the processes on other hosts need as they are here; those of the list are left out all the same.
 HANDED_ON = ("GLOO_", "NCCL_", "TORCH_", "PYTORCH_", "OMP_", "MKL_", "HF_", "LPTRANSFORMER_", "DS_ACCELERATOR", "PATH")
 SECRET = re.compile("TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY", re.IGNORECASE)
 STOP_SECONDS = 5.0  # to reach the store
+POLL_SECONDS = 0.5
 
 
 def read_hostfile(path: str) -> dict[str, int]:
@@ -99,6 +103,7 @@ def launch_on_hosts(config: Config, hostfile: str, arguments: Sequence[str]) -> 
                 f"--hostfile={hostfile}: {program} is not installed here; install it, or start every node by itself: "
                 f"NODE_RANK=0 bash launch/multinode.sh {hostfile} CONFIG"
             )
+    os.environ[HOSTS_VARIABLE] = ",".join(hosts)
     first = next(iter(hosts))
     port = free_port(first)
     with tempfile.TemporaryDirectory(prefix="lptransformer-") as folder:
@@ -115,19 +120,26 @@ def launch_on_hosts(config: Config, hostfile: str, arguments: Sequence[str]) -> 
         def stop(signum: int, frame: Any) -> None:
             nonlocal signals
             signals += 1
-            if signals >= 3 or not ask_to_stop(first, port):
-                # The runner's own handler would end every run of DeepSpeed on all hosts: it is never reached.
-                os.killpg(runner.pid, signal.SIGKILL)
+            if signals >= 3:  # the runner's own handler would end every run of DeepSpeed on all hosts
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(runner.pid, signal.SIGKILL)
 
         for signum in stop_signals():
             signal.signal(signum, stop)
-        return runner.wait()
+        asked = False
+        while runner.poll() is None:
+            if signals and not asked:  # until the store is there: the processes may still be starting
+                asked = ask_to_stop(first, port)
+            time.sleep(POLL_SECONDS)
+        return 130 if signals and runner.returncode not in (0, 1, 2) else runner.returncode
 
 
 def handed_on(hosts: Mapping[str, int]) -> dict[str, str]:
     """The variables of the processes on other hosts: ours by name, and over them the user's own .deepspeed_env."""
     found = {name: value for name, value in os.environ.items() if name.startswith(HANDED_ON)}
     found |= {HOSTS_VARIABLE: ",".join(hosts), COMMAND_VARIABLE: json.dumps(command_line()), **own_command()}
+    if "CUDA_VISIBLE_DEVICES" in os.environ:  # the launcher sets its own; the same numbers then count on every host
+        found[DEVICES_VARIABLE] = os.environ["CUDA_VISIBLE_DEVICES"]
     for folder in (Path.home(), Path()):
         own = folder / ".deepspeed_env"
         for line in own.read_text().splitlines() if own.is_file() else ():
@@ -161,7 +173,7 @@ def ask_to_stop(host: str, port: int) -> bool:
     """Set the word to stop in the store of the run, which is what a signal does too; whether the store is there."""
     try:
         seconds = timedelta(seconds=STOP_SECONDS)
-        store = dist.TCPStore(host, port, None, False, seconds, wait_for_workers=False)
+        store = dist.TCPStore(reach(host), port, None, False, seconds, wait_for_workers=False)
         dist.PrefixStore("world/0", store).set(STOP_KEY, "")
     except dist.DistError:
         return False

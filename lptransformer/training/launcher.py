@@ -61,8 +61,10 @@ def check_until(config: Config, until: int | None, resume: bool) -> None:
 
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> None:
     """Parse, run, and turn errors into one line and an exit code."""
-    args, overrides = parser.parse_known_args(with_equals(sys.argv[1:] if arguments is None else arguments))
-    args.overrides = overrides
+    words = with_equals(sys.argv[1:] if arguments is None else arguments)
+    keys = [word for word in words if is_key(word)]  # argparse takes one whose value has a blank for CONFIG
+    args, others = parser.parse_known_args([word for word in words if not is_key(word)])
+    args.overrides = keys + others
     try:
         args.run(args)
     except (UserError, TrainingError) as error:
@@ -70,6 +72,14 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def is_key(word: str) -> bool:
+    """Whether a word is `--section.key=VALUE`; `--data` alone is a flag of some commands."""
+    name, equals, _ = word.partition("=")
+    section, dot, _ = name.removeprefix("--").partition(".")
+    known = section in PLAIN or (section in SECTIONS and (bool(dot) or section != "data"))
+    return word.startswith("--") and bool(equals) and known
 
 
 def with_equals(arguments: Sequence[str]) -> list[str]:

@@ -161,7 +161,8 @@ def refuse_what_does_not_fit(config: Config, blueprint: Blueprint, shared: Seque
     found = next((text for options in (sizes, lengths) for text, *one in options if fits(*one)), None)
     raise ConfigError(
         f"{config.at('train.micro_batch_size')} with {config.at('data.sequence_length')} does not fit: {now}. "
-        f"{found or 'A smaller model, more pipeline ranks or a higher ZeRO stage'} would; --force starts it anyway"
+        f"{found or 'A smaller model, more pipeline ranks or a higher ZeRO stage'} would; "
+        "--force starts it anyway (in Python force=True)"
     )
 
 

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from lptransformer.config.checks import pretrained_warning
 from lptransformer.config.schema import Config
-from lptransformer.console import bar, standard_console
+from lptransformer.console import bar
 from lptransformer.data.prepare import Prepared
 from lptransformer.engine.interface import Report, TrainingEngine, UpdateResult
 from lptransformer.engine.p2p import Control
 from lptransformer.engine.process_groups import translate_lost_processes
-from lptransformer.errors import TrainingError
+from lptransformer.errors import LostProcessError, TrainingError
 from lptransformer.planning.dry_run import print_stages
 from lptransformer.processes import launched_rank, on_stop_signals
 from lptransformer.run_folder import checkpoint, layout
@@ -29,6 +31,8 @@ from lptransformer.training.build import start
 from lptransformer.training.hosts import check_shared
 from lptransformer.training.memory import size_of_run_folder
 from lptransformer.training.progress import Progress
+
+FAILED_KEY = "failed"  # in the store: a process has failed, and was not lost
 
 
 def train(
@@ -71,7 +75,8 @@ def train(
             if result.control & Control.EVALUATE:
                 for name in engine.valid:
                     with reporter.evaluating(name) as advance:
-                        reporter.take(engine.eval_batch(name, advance))
+                        last = bool(result.control & Control.STOP)  # nobody could make that one up
+                        reporter.take(engine.eval_batch(name, advance, stoppable=not last))
             if result.control & Control.STOP:
                 break
         reporter.take(engine.close())
@@ -104,6 +109,11 @@ def noting_the_end(engine: TrainingEngine, folder: Path, target: int) -> Iterato
         how = error.how
         raise
     finally:
+        with contextlib.suppress(dist.DistError):  # the store may have gone
+            if how == "failed" and not first:  # the others only see that this process goes
+                engine.world.store.set(FAILED_KEY, "")
+            if how == LostProcessError.how and first and engine.world.store.check([FAILED_KEY]):
+                how = "failed"
         if first:
             layout.note_end(folder, how, engine.update)
 
@@ -178,7 +188,8 @@ class Reporter:
     def evaluating(self, name: str) -> Iterator[Callable[[int], None]]:
         """A bar for the evaluation of a validation set, in micro-batches of this replica."""
         total = self.micro_batches[name] if self.open else 0
-        with bar(f"evaluating {name}", total, shown=self.open, console=standard_console()) as advance:
+        console = self.progress.console if self.open else None
+        with bar(f"evaluating {name}", total, shown=self.open, console=console) as advance:
             yield advance
 
     def take(self, reports: Iterable[Report]) -> None:

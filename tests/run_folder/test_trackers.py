@@ -120,3 +120,26 @@ def test_scalars_of_rows() -> None:
     }
     exit_row = {"stage": 0, "last_block": 1, "perplexity": 9.0}
     assert scalars({"update": 4, "evaluation": "emma", "exits": [exit_row]}) == {"emma/perplexity/stage0": 9.0}
+
+
+def test_a_tracker_that_does_not_open_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def down(folder: Path, resume_at: int | None) -> trackers.Tracker:
+        raise OSError("the service is down")
+
+    monkeypatch.setitem(TRACKERS, "wandb", trackers.TrackerRow("wandb", down))
+    writer = MetricsWriter(tmp_path, trackers=["wandb"])
+    writer.write({"update": 1, "learning_rate": 0.1, "stages": []})
+    writer.close()
+    said = capsys.readouterr().err
+    assert "warning: run.trackers: wandb does not open, and gets nothing: the service is down" in said
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_one_that_does_not_close_neither(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise OSError("no network")
+
+    trackers.close_trackers([trackers.Tracker(lambda update, scalars: None, fail)])
+    assert "one does not close: no network" in capsys.readouterr().err

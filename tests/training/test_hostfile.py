@@ -59,10 +59,12 @@ def test_variables_are_handed_on_but_no_secret(monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG=WARN\nOMP_NUM_THREADS=7\nMY_TOKEN=abc\n")
     for name in ("GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "HF_HOME", "HF_TOKEN", "PATH", "EDITOR", "HF_API_KEY"):
         monkeypatch.setenv(name, "here")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     found = handed_on({"a": 1, "b": 1})
     assert found["GLOO_SOCKET_IFNAME"] == found["HF_HOME"] == found["PATH"] == "here"
     assert found["OMP_NUM_THREADS"] == "7" and found["NCCL_DEBUG"] == "WARN", "the user's own file wins"
     assert found["LPTRANSFORMER_HOSTS"] == "a,b" and "LPTRANSFORMER_COMMAND" in found
+    assert found["LPTRANSFORMER_VISIBLE_DEVICES"] == "2,3"
     assert not {"HF_TOKEN", "MY_TOKEN", "HF_API_KEY", "EDITOR"} & set(found)
 
 

@@ -72,7 +72,8 @@ def said(folder: Path) -> str:
 
 
 def test_two_hosts_train_together(hosts: Hosts, tmp_path: Path) -> None:
-    processes = start(hosts, tmp_path, "--train.steps=5")
+    """Two replicas of two pipeline ranks, a rank on each host."""
+    processes = start(hosts, tmp_path, "--train.steps=5", "--parallel.data=2", slots=2)
     assert [one.wait(180) for one in processes] == [0, 0], said(tmp_path)
     assert len([row for row in read_metrics(tmp_path / "run") if "stages" in row]) == 5
     for part in ("nodea 10.213.48.1 (lpa", "nodeb 10.213.48.2 (lpb", "the store is on 10.213.48.1"):

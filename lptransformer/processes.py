@@ -51,6 +51,9 @@ def stop_signals() -> list[signal.Signals]:
     return [signal.SIGINT, signal.SIGTERM, *hangup]
 
 
+_watching, _watch_lock = threading.Event(), threading.Lock()
+
+
 def own_command() -> dict[str, str]:
     """The variables by which the processes of a run know this one, which starts them."""
     return {COMMAND_PID_VARIABLE: str(os.getpid()), COMMAND_HOST_VARIABLE: socket.gethostname()}
@@ -76,6 +79,7 @@ def watch_launchers() -> None:
         except psutil.Error:  # it has gone already
             os.kill(os.getpid(), signal.SIGTERM)
     if watched:
+        _watching.set()
         threading.Thread(target=_stop_when_one_ends, args=(watched,), daemon=True).start()
 
 
@@ -90,7 +94,15 @@ def is_launcher(words: Sequence[str]) -> bool:
 def _stop_when_one_ends(watched: Sequence[psutil.Process]) -> None:
     while all(_lives(process) for process in watched):
         time.sleep(WATCH_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
+    with _watch_lock:
+        if _watching.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def forget_launchers() -> None:
+    """From now on this process ends by itself: call it before its stop signals do again what they did before."""
+    with _watch_lock:
+        _watching.clear()
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -59,7 +59,7 @@ def observed(source: str | dict[str, Any], overrides: list[str], rank: int, upda
     broken = None
     with device.fake_gpu():
         try:
-            engine = lptransformer.initialize(config)
+            engine = lptransformer.initialize(config, force=True)
             for update in range(updates):
                 device.LOG.recording = update == updates - 1
                 engine.train_batch()

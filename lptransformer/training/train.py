@@ -19,7 +19,7 @@ from lptransformer.engine.p2p import Control
 from lptransformer.engine.process_groups import translate_lost_processes
 from lptransformer.errors import LostProcessError, TrainingError
 from lptransformer.planning.dry_run import print_stages
-from lptransformer.processes import launched_rank, on_stop_signals
+from lptransformer.processes import forget_launchers, launched_rank, on_stop_signals
 from lptransformer.run_folder import checkpoint, layout
 from lptransformer.run_folder.loss_plot import plot_losses
 from lptransformer.run_folder.metrics import Aggregator, MetricsRow, TraceReport, text_counts
@@ -132,7 +132,10 @@ def stopping_cleanly(engine: TrainingEngine) -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # works inside a wait, where no handler of Python's runs
 
     with on_stop_signals(stop):
-        yield
+        try:
+            yield
+        finally:
+            forget_launchers()
 
 
 class Reporter:

@@ -163,7 +163,7 @@ def test_a_run_folder_has_the_number_keeps_it_and_is_the_run_of_that_number(
     written = (Path("run") / layout.CONFIG).read_text()
     assert yaml.safe_load(written)["train"]["micro_batch_size"] == 4
     free = memory_for(1)  # would give another number now
-    run(parser(), ["train", "c.yaml", "--resume"])
+    run(parser(), ["train", "c.yaml", "--resume", "--force"])
     leave()
     assert (Path("run") / layout.CONFIG).read_text() == written
     assert weights(Path("run"), 2) == weights(Path("by-hand"), 2)

@@ -7,7 +7,6 @@ like a secret. What was typed goes as one encoded word, because the shell of ano
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
@@ -28,14 +27,12 @@ from typing import Any
 import torch.distributed as dist
 
 from lptransformer.config.schema import Config
-from lptransformer.engine.process_groups import World
-from lptransformer.errors import RunError, UserError
+from lptransformer.errors import UserError
 from lptransformer.processes import own_command, stop_signals
 from lptransformer.run_folder.layout import COMMAND_VARIABLE, command_line
 from lptransformer.store import HOSTS_VARIABLE, STOP_KEY, reach
+from lptransformer.training.launcher import DEVICES_VARIABLE, WORKER, encode, own_free_port
 
-WORKER = "lptransformer.training.launcher"
-DEVICES_VARIABLE = "LPTRANSFORMER_VISIBLE_DEVICES"  # of training/launcher.py, which imports nothing slow
 # Variables that the processes on other hosts need as they are here; those of the list are left out all the same.
 HANDED_ON = ("GLOO_", "NCCL_", "TORCH_", "PYTORCH_", "OMP_", "MKL_", "HF_", "LPTRANSFORMER_", "DS_ACCELERATOR", "PATH")
 SECRET = re.compile("TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY", re.IGNORECASE)
@@ -158,9 +155,7 @@ def free_port(host: str) -> int:
     """A port that is free on a host, which may be this one."""
     ask = "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"
     if host in (socket.gethostname(), "localhost", "127.0.0.1"):
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return probe.getsockname()[1]
+        return own_free_port()
     command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", host, f"{sys.executable} -c {shlex.quote(ask)}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -178,30 +173,3 @@ def ask_to_stop(host: str, port: int) -> bool:
     except dist.DistError:
         return False
     return True
-
-
-def encode(arguments: Sequence[str]) -> str:
-    return base64.urlsafe_b64encode(json.dumps(list(arguments)).encode()).decode()
-
-
-def decode(word: str) -> list[str]:
-    found: list[str] = json.loads(base64.urlsafe_b64decode(word))
-    return found
-
-
-def check_shared(folder: Path, world: World) -> None:
-    """Whether all hosts of a run see its folder as one: every process calls this. Raises RunError on global rank 0."""
-    host, store = socket.gethostname(), world.store
-    if world.global_rank != 0:
-        sees = Path(store.get("shared folder").decode()).exists()
-        store.set(f"sees folder/{world.global_rank}", json.dumps([host, sees]))
-        return
-    parent = next(path for path in folder.absolute().parents if path.is_dir())
-    with tempfile.NamedTemporaryFile(prefix=".lptransformer-", dir=parent) as mark:
-        store.set("shared folder", mark.name)
-        answers = [json.loads(store.get(f"sees folder/{other}")) for other in range(1, world.size)]
-    if blind := list(dict.fromkeys(name for name, sees in answers if not sees)):
-        raise RunError(
-            f"run.dir is {folder}: {', '.join(blind)} does not see what {host} writes there; give a folder on a disk "
-            "that all hosts share"
-        )

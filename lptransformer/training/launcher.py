@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -111,7 +113,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=error", f"--num_gpus={processes}"]
-    command += [f"--master_port={_free_port()}", "--module", WORKER]
+    command += [f"--master_port={own_free_port()}", "--module", WORKER]
     launcher = subprocess.Popen([*command, *arguments], env=environment, start_new_session=True)
 
     signals = 0
@@ -167,12 +169,22 @@ def end_written(folder: Path) -> int | None:
     return path.stat().st_mtime_ns if path.is_file() else None
 
 
-def _free_port() -> int:
-    import socket
-
+def own_free_port() -> int:
+    """A port that is free on this host."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return probe.getsockname()[1]
+
+
+def encode(arguments: Sequence[str]) -> str:
+    """Arguments of `main` as one word, which no shell splits or expands."""
+    return base64.urlsafe_b64encode(json.dumps(list(arguments)).encode()).decode()
+
+
+def decode(word: str) -> list[str]:
+    """The inverse of `encode`."""
+    found: list[str] = json.loads(base64.urlsafe_b64decode(word))
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -187,8 +199,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.set_defaults(run=worker)
     given, _ = parser.parse_known_args(arguments)
     if given.encoded is not None:
-        from lptransformer.training.hosts import decode
-
         arguments = decode(given.encoded)
     run(parser, arguments)
 

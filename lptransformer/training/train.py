@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
+import socket
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,8 @@ from lptransformer.console import bar
 from lptransformer.data.prepare import Prepared
 from lptransformer.engine.interface import Report, TrainingEngine, UpdateResult
 from lptransformer.engine.p2p import Control
-from lptransformer.engine.process_groups import translate_lost_processes
-from lptransformer.errors import LostProcessError, TrainingError
+from lptransformer.engine.process_groups import World, translate_lost_processes
+from lptransformer.errors import LostProcessError, RunError, TrainingError
 from lptransformer.planning.dry_run import print_stages
 from lptransformer.processes import forget_launchers, launched_rank, on_stop_signals
 from lptransformer.run_folder import checkpoint, layout
@@ -28,7 +31,6 @@ from lptransformer.run_folder.trace import TraceWriter
 from lptransformer.run_folder.trackers import check_installed
 from lptransformer.store import several_hosts
 from lptransformer.training.build import start
-from lptransformer.training.hosts import check_shared
 from lptransformer.training.memory import size_of_run_folder
 from lptransformer.training.progress import Progress
 
@@ -81,6 +83,24 @@ def train(
                 break
         reporter.take(engine.close())
     reporter.say_what_is_next(engine.update)
+
+
+def check_shared(folder: Path, world: World) -> None:
+    """Whether all hosts of a run see its folder as one: every process calls this. Raises RunError on global rank 0."""
+    host, store = socket.gethostname(), world.store
+    if world.global_rank != 0:
+        sees = Path(store.get("shared folder").decode()).exists()
+        store.set(f"sees folder/{world.global_rank}", json.dumps([host, sees]))
+        return
+    parent = next(path for path in folder.absolute().parents if path.is_dir())
+    with tempfile.NamedTemporaryFile(prefix=".lptransformer-", dir=parent) as mark:
+        store.set("shared folder", mark.name)
+        answers = [json.loads(store.get(f"sees folder/{other}")) for other in range(1, world.size)]
+    if blind := list(dict.fromkeys(name for name, sees in answers if not sees)):
+        raise RunError(
+            f"run.dir is {folder}: {', '.join(blind)} does not see what {host} writes there; give a folder on a disk "
+            "that all hosts share"
+        )
 
 
 def due(config: Config, update: int, until: int | None = None) -> Control:

@@ -11,7 +11,8 @@ import pytest
 from lptransformer.config.load import load
 from lptransformer.errors import UserError
 from lptransformer.training import hosts
-from lptransformer.training.hosts import decode, encode, handed_on, placement, read_hostfile
+from lptransformer.training.hosts import handed_on, placement, read_hostfile
+from lptransformer.training.launcher import decode, encode
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,7 +18,7 @@ from two_hosts import WHY_NOT, Hosts, possible, two_hosts
 
 from lptransformer.run_folder import checkpoint
 from lptransformer.run_folder.metrics_log import read_metrics
-from lptransformer.training.hosts import decode
+from lptransformer.training.launcher import decode
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not possible(), reason=WHY_NOT)]

@@ -173,9 +173,10 @@ def train_with_memory(folder: str, memories: list[int], resume: bool, until: int
     """A process of a run, with a memory of its own; the run folder's configuration."""
     os.chdir(folder)
     rank = int(os.environ["RANK"])
-    memory.own_memory = lambda: (f"host-{rank}", memories[rank])  # type: ignore[assignment]
     config = load("c.yaml", ["parallel.pipeline=2"])
-    training.train(config, resume=resume, until=until)
+    with pytest.MonkeyPatch.context() as patch:  # this process goes on to other tests
+        patch.setattr(memory, "own_memory", lambda: (f"host-{rank}", memories[rank]))
+        training.train(config, resume=resume, until=until)
     return (Path("run") / layout.CONFIG).read_text()
 
 
@@ -191,10 +192,11 @@ def test_processes_agree_on_the_smallest_memory(folder: Path, pool: Any) -> None
 def refused_for_memory(folder: str, memories: list[int]) -> str:
     os.chdir(folder)
     rank = int(os.environ["RANK"])
-    memory.own_memory = lambda: (f"host-{rank}", memories[rank])  # type: ignore[assignment]
     config = load("c.yaml", ["parallel.pipeline=2"])
     try:
-        training.train(config)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory, "own_memory", lambda: (f"host-{rank}", memories[rank]))
+            training.train(config)
     except (ConfigError, SystemExit) as error:
         return f"{type(error).__name__} {error}"
     return "trained"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lptransformer.training.build import initialize as initialize
 
+__all__ = ["__version__", "initialize"]
 __version__ = "0.2.0"
 
 

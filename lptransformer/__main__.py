@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from lptransformer import __version__
 from lptransformer.config.load import starter, to_yaml
-from lptransformer.errors import UserError
+from lptransformer.errors import LostProcessError, TrainingError, UserError
 from lptransformer.run_folder import layout
 from lptransformer.training.launcher import (
     add_training_flags,
@@ -41,6 +42,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dry-run", action="store_true", help="check, print stages, memory and FLOPs, start nothing")
     text = "hosts, a line each: name slots=N (processes); starts all of them from here, through pdsh and ssh"
     sub.add_argument("--hostfile", metavar="FILE", help=text)
+
+    text = "Check this machine, or every host of a run: a table with what to do about each red row."
+    sub = command("doctor", doctor, text)
+    sub.add_argument("config", nargs="?", help="YAML file of the run that is to start (default: what any run needs)")
+    sub.add_argument("--hostfile", metavar="FILE", help="hosts, a line each: name slots=N; asks all of them by ssh")
 
     sub = command("prepare", prepare, "Turn text, jsonl or parquet files into a tokenizer and token sets.")
     sub.add_argument("config", nargs="?", help="YAML file whose section `data` says what to prepare")
@@ -124,15 +130,15 @@ def train(args: argparse.Namespace) -> None:
     import torch
 
     from lptransformer.data.prepare import prepare_all
-    from lptransformer.processes import check_devices
 
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed chooses anyway, with a warning
-    check_devices(config.parallel.channel, config.parallel.data)
     from lptransformer.planning.dry_run import dry_run, unprepared
     from lptransformer.training.memory import for_this_host, of_prepared, with_size
+    from lptransformer.training.this_host import check_host
 
     here = args.hostfile is None  # else every host is asked when the run starts
+    check_host(config, config.parallel.pipeline * config.parallel.data if here else None)
     if args.dry_run:
         if auto:
             config = for_this_host(config, unprepared(with_size(config, 1))) if here else with_size(config, 1)
@@ -160,12 +166,36 @@ def train(args: argparse.Namespace) -> None:
         from lptransformer.training.hosts import launch_on_hosts
 
         code = launch(arguments, processes) if here else launch_on_hosts(config, args.hostfile, arguments)
-        raise SystemExit(exit_code(folder, before, code))
+        code = exit_code(folder, before, code)
+        if code in (TrainingError.exit_code, LostProcessError.exit_code):
+            say_how_to_go_on(folder)
+        raise SystemExit(code)
     from lptransformer.training.train import train as train_here
 
-    train_here(config, args.resume, args.overwrite, args.until, args.force)
+    try:
+        train_here(config, args.resume, args.overwrite, args.until, args.force)
+    except TrainingError:
+        say_how_to_go_on(folder)
+        raise
     if code := exit_code(folder, before):
         raise SystemExit(code)
+
+
+def say_how_to_go_on(folder: Path) -> None:
+    """After a run that failed or lost a process."""
+    from lptransformer.run_folder import checkpoint
+
+    if updates := checkpoint.complete_updates(folder):
+        print(f"saved after update {updates[-1]}; next: `{layout.command_to_resume()}`", file=sys.stderr, flush=True)
+
+
+def doctor(args: argparse.Namespace) -> None:
+    config = read_config(args) if args.config or args.overrides else None
+    from lptransformer.training.doctor import examine, print_rows
+
+    red = print_rows(examine(config, args.hostfile))
+    if red:
+        raise SystemExit(1)
 
 
 def prepare(args: argparse.Namespace) -> None:

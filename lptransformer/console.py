@@ -35,10 +35,14 @@ def _cell(value: Any) -> str:
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], console: Console | None = None
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    console: Console | None = None,
+    styles: Sequence[str] | None = None,
 ) -> None:
     """Print a table: lines of aligned columns where the output is not a terminal. Numbers are set right, floats
-    with three decimals; None is shown as "-"."""
+    with three decimals; None is shown as "-". `styles` are rich's, one for every row."""
     console = console or standard_console()
     cells = [[_cell(value) for value in row] for row in rows]
     right = [all(isinstance(row[i], (int, float, type(None))) for row in rows) for i in range(len(columns))]
@@ -46,8 +50,8 @@ def print_table(
         shown = Table(title=Text(title), title_justify="left")
         for name, is_number in zip(columns, right, strict=True):
             shown.add_column(Text(name), justify="right" if is_number else "left", overflow="fold")
-        for row in cells:
-            shown.add_row(*map(Text, row))
+        for row, style in zip(cells, styles or [""] * len(cells), strict=True):
+            shown.add_row(*map(Text, row), style=style)
         console.print(shown)
         return
     widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 class UserError(Exception):
-    """A mistake in the request. The message names the value, where it came from and what would be right."""
+    """A mistake in the request. The message names the value, where it came from and what would be right.
+
+    What a person can type next is the same command with some words in place of others (`change`; the empty one is what
+    comes at the end), or another one (`command`), where the code that raises knows it.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, *, change: Mapping[str, str] | None = None, command: str = "") -> None:
+        super().__init__(message)
+        self.change, self.command = dict(change or {}), command
 
 
 class ConfigError(UserError):
@@ -36,7 +44,7 @@ class NoMeaningError(ConfigError):
     """
 
     def __init__(self, message: str, keys: Sequence[str], beside: Sequence[str], instead: Any = None) -> None:
-        super().__init__(message)
+        super().__init__(message, change={f"--{key}": "" for key in keys})
         self.keys, self.beside, self.instead = tuple(keys), tuple(beside), instead
 
 

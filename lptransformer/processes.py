@@ -16,8 +16,6 @@ from typing import Any
 import psutil
 import torch
 
-from lptransformer.errors import ConfigError
-
 # Of `train`, for the processes that it has started, perhaps on other hosts.
 COMMAND_PID_VARIABLE, COMMAND_HOST_VARIABLE = "LPTRANSFORMER_COMMAND_PID", "LPTRANSFORMER_COMMAND_HOST"
 WATCH_SECONDS = 0.5  # between two looks at the processes above
@@ -120,24 +118,6 @@ def on_stop_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
     finally:
         for signum, earlier in before.items():
             signal.signal(signum, earlier)
-
-
-def check_devices(channel: str, replicas: int, engine: str = "local") -> None:
-    """Raise ConfigError where the GPUs of this machine cannot run the configuration."""
-    gpus = torch.cuda.device_count()
-    if channel == "nccl" and gpus == 0:
-        raise ConfigError("parallel.channel is nccl: that needs GPUs, and there is none here; gloo works everywhere")
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or launched_size())
-    if engine == "deepspeed_pipeline" and 0 < gpus < local:
-        raise ConfigError(
-            f"engine is deepspeed_pipeline and {local} processes share {gpus} GPUs here: DeepSpeed's own pipelines "
-            "talk over NCCL, which needs a GPU for every process"
-        )
-    if replicas > 1 and 0 < gpus < local:
-        raise ConfigError(
-            f"parallel.data is {replicas} and {local} processes share {gpus} GPUs here: replicas need a GPU each "
-            "(pipeline ranks may share one)"
-        )
 
 
 def peak_memory_bytes(device: torch.device) -> int:

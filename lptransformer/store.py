@@ -29,6 +29,9 @@ from lptransformer.processes import launched_rank, launched_size
 
 HOSTS_VARIABLE = "LPTRANSFORMER_HOSTS"  # names of all hosts of the run, with commas
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"  # gloo's own
+INTERFACE_HELP = (
+    f"set {INTERFACE_VARIABLE} on every host to the interface that reaches the others, or open the ports between them"
+)
 STOP_KEY = "stop"  # in the store of a world: somebody asks all its processes to save and leave
 ANYWHERE = "0.0.0.0"
 CONNECT_SECONDS = 10.0  # for one connection between hosts
@@ -74,9 +77,9 @@ def meet(timeout: timedelta) -> Meeting:
     store = dist.PrefixStore(f"world/{number}", _door.store)
     store.set_timeout(timeout)
     if several_hosts(size):
-        found = os.environ.get(INTERFACE_VARIABLE) or own_addresses().get(own_address(place[0] or ""))
-        _check_addresses(store, rank, size, found)
-        os.environ[INTERFACE_VARIABLE] = found or ""
+        interface, address = address_between_hosts(place[0] or "")
+        _check_addresses(store, rank, size, interface, address)
+        os.environ[INTERFACE_VARIABLE] = interface or ""
     return Meeting(store, rank, size)
 
 
@@ -172,6 +175,13 @@ def own_address(master: str) -> str:
     return next((one for one in ways if one is not None and not is_loopback(one)), ways[0] or "127.0.0.1")
 
 
+def address_between_hosts(master: str) -> tuple[str | None, str]:
+    """The interface that gloo is to use here, and its address ("" where it has none)."""
+    interface = os.environ.get(INTERFACE_VARIABLE) or own_addresses().get(own_address(master))
+    first = (interface or "").partition(",")[0]  # gloo takes several
+    return interface, next((address for address, name in own_addresses().items() if name == first), "")
+
+
 def other_hosts() -> Sequence[str]:
     names = [name for name in os.environ.get(HOSTS_VARIABLE, "").split(",") if name]
     own = {socket.gethostname(), *own_addresses()}
@@ -215,14 +225,12 @@ def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address).is_loopback
 
 
-def _check_addresses(store: dist.Store, rank: int, size: int, interface: str | None) -> None:
+def _check_addresses(store: dist.Store, rank: int, size: int, interface: str | None, own: str) -> None:
     """One process of every host connects to one of each other host, where gloo would; says which addresses they use.
 
     gloo itself waits far beyond any timeout where it was given an address that nobody reaches.
     """
     host = socket.gethostname()
-    first = (interface or "").partition(",")[0]  # gloo takes several
-    own = next((address for address, name in own_addresses().items() if name == first), "")
     with socket.socket(socket.AF_INET6 if ":" in own else socket.AF_INET) as listener:
         port = 0
         if own:
@@ -237,11 +245,11 @@ def _check_addresses(store: dist.Store, rank: int, size: int, interface: str | N
         problem = ""
         for name, address, of_interface, at in of_hosts.values() if rows.index(of_hosts[host]) == rank else ():
             if name != host and not problem:
-                problem = _unreachable(name, address, of_interface, at)
+                problem = unreachable(name, address, of_interface, at)
         store.set(f"reached/{rank}", problem)
         problems = [said for other in range(size) if (said := store.get(f"reached/{other}").decode())]
     if problems:
-        raise LostProcessError(f"{host}: {problems[0]}")
+        raise LostProcessError(f"{host}: {problems[0]}; {INTERFACE_HELP}")
     if rank == 0:
         listed = ", ".join(f"{name} {address} ({of})" for name, address, of, _ in of_hosts.values())
         where = store_address(size)
@@ -249,15 +257,12 @@ def _check_addresses(store: dist.Store, rank: int, size: int, interface: str | N
         print(f"addresses: {listed}{everywhere}", flush=True)
 
 
-def _unreachable(host: str, address: str, interface: str | None, port: int) -> str:
-    help_text = f"set {INTERFACE_VARIABLE} on every host to the interface that reaches the others"
+def unreachable(host: str, address: str, interface: str | None, port: int) -> str:
+    """Why no connection is made to a host that listens there; empty where one is."""
     if not address or is_loopback(address):
-        return f"{host} has no address that other hosts reach ({address or 'none'}, {interface}): {help_text}"
+        return f"{host} has no address that other hosts reach ({address or 'none'}, {interface})"
     try:
         socket.create_connection((address, port), CONNECT_SECONDS).close()
     except OSError as error:
-        return (
-            f"no connection to {host} at {address} ({interface}), port {port}: {error}; {help_text}, or open the ports "
-            "between the hosts"
-        )
+        return f"no connection to {host} at {address} ({interface}), port {port}: {error}"
     return ""

@@ -19,7 +19,7 @@ import yaml
 from small_run import CONFIG, TEXT
 
 from lptransformer.__main__ import parser
-from lptransformer.config import deepspeed_keys
+from lptransformer.training import this_host
 from lptransformer.training.launcher import run
 
 
@@ -104,13 +104,23 @@ def test_a_token_set_of_another_tokenizer(folder: Path, capsys: pytest.CaptureFi
     assert str(prepared.name) in message and "tokenizer" in message
 
 
+@pytest.mark.parametrize(
+    ("missing", "says"), [(("g++", "c++", "clang++"), "a C++ compiler (g++, c++ or clang++)"), (("ninja",), "ninja")]
+)
 def test_a_compiler_that_is_not_there(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    missing: tuple[str, ...],
+    says: str,
 ) -> None:
-    monkeypatch.setattr(deepspeed_keys.shutil, "which", lambda name: None)
-    option = "--deepspeed.zero_optimization.offload_optimizer={device: cpu}"
-    message = refused(capsys, "train", "c.yaml", "--deepspeed.zero_optimization.stage=2", option)
-    assert "offload_optimizer" in message and "compiler" in message
+    found = {name: None if name in missing else f"/bin/{name}" for name in ("g++", "c++", "clang++", "ninja")}
+    monkeypatch.setattr(this_host.shutil, "which", found.get)
+    options = ["--deepspeed.zero_optimization.stage=2"]
+    options.append("--deepspeed.zero_optimization.offload_optimizer={device: cpu}")
+    message = refused(capsys, "train", "c.yaml", *options)
+    assert "offload_optimizer" in message and says in message
+    run(parser(), ["config", "c.yaml", *options])  # asks nobody
 
 
 def test_a_world_of_another_size(folder: Path) -> None:

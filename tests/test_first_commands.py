@@ -85,6 +85,37 @@ def test_or_one_line_says_what_would(typed: list[str], says: str, capsys: pytest
     assert not Path("runs/not-there").exists()
 
 
+@pytest.mark.parametrize(
+    ("typed", "following"),
+    [
+        ([QUICK, "--data.sequence_lenght=64"], f"train {QUICK} --data.sequence_length=64"),
+        ([QUICK, "--data.sequence_lenght", "64"], f"train {QUICK} --data.sequence_length=64"),
+        ([QUICK, "--objective.name=chunk"], f"train {QUICK} --objective.name=chunked"),
+        ([QUICK, "--objective.name=backprop", "--objective.chunks=2"], f"train {QUICK} --objective.name=backprop"),
+        ([QUICK, "--resume"], f"train {QUICK}"),
+        ([QUICK, "--resume", "--overwrite"], f"train {QUICK} --resume"),
+        (
+            [QUICK, "--data.sequence_length=100000000"],
+            f"train {QUICK} --train.micro_batch_size=1 --data.sequence_length=",
+        ),
+        (["first.yaml"], "init --data FILES > first.yaml"),
+        ([QUICK, "--data.vocab_size=100"], f"train {QUICK} --dry-run"),
+        ([QUICK, "--until=0"], "train --help"),
+        (["--data.train=nothing"], "init --data FILES > run.yaml"),
+        ([QUICK, "--hostfile=nowhere"], "train --help"),
+    ],
+    ids=str,
+)
+def test_a_refusal_ends_with_the_next_command(
+    typed: list[str], following: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(parser(), ["train", *typed, *(["--run.dir=runs/not-there"] if "--resume" in typed else [])])
+    _, _, found = capsys.readouterr().err.strip().rpartition("; next: `python -m lptransformer ")
+    without = found.replace(" --run.dir=runs/not-there", "")
+    assert without == f"{following}`" or (following.endswith("=") and found.startswith(following)), found
+
+
 def test_blanks_before_values_of_keys_alone() -> None:
     typed = [
         "train",

@@ -46,6 +46,10 @@ def test_a_wheel_has_all_that_plan_needs(installed: Path, tmp_path: Path) -> Non
     assert done.stdout.startswith(str(installed)) and "- Use " in done.stdout
 
 
+def test_its_types_are_known(installed: Path) -> None:
+    assert (installed / "lptransformer" / "py.typed").is_file()
+
+
 def test_its_console_script_is_the_command_line(installed: Path) -> None:
     (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
     assert "lptransformer = lptransformer.__main__:main" in entry_points.read_text()

@@ -35,15 +35,18 @@ def possible() -> bool:
 
 @dataclass(frozen=True)
 class Hosts:
-    """`keys` is a folder that stands in for ~/.ssh on both hosts, where they run sshd."""
+    """`keys` is a folder that stands in for ~/.ssh on both hosts, where they run sshd; `second` is what a shell does
+    first on the second one, to what that one sees."""
 
     namespaces: tuple[str, str]
     interfaces: tuple[str, str]
     keys: Path | None = None
+    second: str = ":"
 
     def start(self, host: int, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         """Start a command on a host; `options` are those of Popen."""
         own = f'mkdir -p "$HOME"/.ssh; mount --bind {self.keys} "$HOME"/.ssh; ' if self.keys is not None else ""
+        own += f"{self.second}; " * host
         inside = ["sh", "-c", f'{own}hostname {NAMES[host]}; exec "$@"', "sh", *command]
         start = ["ip", "netns", "exec", self.namespaces[host], "unshare", "--uts", "--mount", *inside]
         return subprocess.Popen(start, text=True, **options)
@@ -54,11 +57,12 @@ class Hosts:
 
 
 @contextlib.contextmanager
-def two_hosts(debian: bool = False, ssh: Path | None = None) -> Iterator[Hosts]:
-    """`ssh` is a folder for keys: then both hosts run sshd, and reach each other without a password."""
+def two_hosts(debian: bool = False, ssh: Path | None = None, second: str = ":") -> Iterator[Hosts]:
+    """`ssh` is a folder for keys: then both hosts run sshd, and reach each other without a password. `second` is a
+    command that a shell runs before all others on the second host: a mount, say, that only that one sees."""
     of_run = f"lpt-{os.getpid()}"
     keys = None if ssh is None else ssh / "keys"
-    hosts = Hosts((f"{of_run}-a", f"{of_run}-b"), (f"lpa{os.getpid()}", f"lpb{os.getpid()}"), keys)
+    hosts = Hosts((f"{of_run}-a", f"{of_run}-b"), (f"lpa{os.getpid()}", f"lpb{os.getpid()}"), keys, second)
     try:
         for namespace, name in zip(hosts.namespaces, NAMES, strict=True):
             _ip("netns", "add", namespace)

@@ -6,8 +6,6 @@ answers first. A test compares it with the installed DeepSpeed.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,11 +99,6 @@ _COMPILED = {"aio"} | {
 TABLES: dict[str, dict[str, Types]] = {"": PASSED, "zero_optimization.": ZERO, "data_types.": DATA_TYPES}
 
 
-def has_compiler() -> bool:
-    """Whether a C++ compiler is on the PATH (DeepSpeed builds some of its operators when they are first used)."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name)
-
-
 def entries(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every key of `options` that this module knows about or should know about."""
     for key, value in options.items():
@@ -132,10 +125,16 @@ def complaint(key: str, value: Any) -> str | None:
     auto = value == "auto" and table == "zero_optimization" and name != "stage"  # DeepSpeed takes its default then
     if not auto and (wrong_bool or not isinstance(value, types)):
         return f"must be {_NAMES.get(types, 'a list of names')}"
-    idle = value in (False, "auto") or value == {} or (isinstance(value, dict) and value.get("device") == "none")
-    if key in _COMPILED and not idle and not has_compiler():
-        return "it needs a compiler, and none of g++, c++, clang++ was found: install one, or remove it"
     return None
+
+
+def compiled(options: dict[str, Any]) -> list[str]:
+    """The dotted keys of `options` for which DeepSpeed builds operators when they are first used."""
+
+    def idle(value: Any) -> bool:
+        return value in (False, "auto") or value == {} or (isinstance(value, dict) and value.get("device") == "none")
+
+    return [key for key, value in entries(options) if key in _COMPILED and not idle(value)]
 
 
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default for reduce_bucket_size

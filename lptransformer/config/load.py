@@ -195,8 +195,8 @@ def _options_of_row(section: str, values: dict[str, Any], origin: str, origins: 
 
 def _no_row(key: str, value: Any, rows: Mapping[str, Any], at: str) -> ConfigError:
     near = difflib.get_close_matches(value, rows, n=1) if isinstance(value, str) else []
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return ConfigError(f"{key} = {value!r} ({at}): must be one of {', '.join(rows)}{hint}")
+    hint, change = (f"; did you mean {near[0]}?", {f"--{key}={value}": f"--{key}={near[0]}"}) if near else ("", None)
+    return ConfigError(f"{key} = {value!r} ({at}): must be one of {', '.join(rows)}{hint}", change=change)
 
 
 def _admit(raw: dict[Any, Any], origin: str, origins: dict[str, str]) -> dict[str, Any]:
@@ -258,7 +258,8 @@ def _override(sections: dict[str, Any], text: str, origins: dict[str, str]) -> N
 def _unknown(key: str, origin: str) -> ConfigError:
     """The error for a key that does not exist, with the nearest one that does, in its own section or another."""
     if key in RENAMED:
-        return ConfigError(f"unknown key {key} ({origin}): it is called {RENAMED[key]} now")
+        change = {f"--{key}": f"--{RENAMED[key]}"}
+        return ConfigError(f"unknown key {key} ({origin}): it is called {RENAMED[key]} now", change=change)
     section, _, name = key.rpartition(".")
     keys = known_keys()
     nearest = [known for known in keys if known.rpartition(".")[2] == name]
@@ -274,7 +275,8 @@ def _unknown(key: str, origin: str) -> ConfigError:
         best = max([*SECTIONS, *keys], key=likeness)
         nearest = [best] if likeness(best) else []
     if nearest:
-        return ConfigError(f"unknown key {key} ({origin}): did you mean {' or '.join(nearest)}?")
+        change = {f"--{key}": f"--{nearest[0]}"}
+        return ConfigError(f"unknown key {key} ({origin}): did you mean {' or '.join(nearest)}?", change=change)
     valid = [known.rpartition(".")[2] for known in keys if section and known.rpartition(".")[0] == section]
     return ConfigError(f"unknown key {key} ({origin}): valid are {', '.join(valid or SECTIONS)}")
 

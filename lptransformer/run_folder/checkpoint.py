@@ -130,7 +130,8 @@ def latest(run: str | Path) -> int:
     """The update of the newest complete checkpoint. Raises RunError when there is none."""
     updates = complete_updates(run)
     if not updates:
-        raise RunError(f"{run} holds no complete checkpoint: train first, or name another run folder")
+        message = f"{run} holds no complete checkpoint: train first, or name another run folder"
+        raise RunError(message, command=f"train CONFIG --run.dir={run}")
     return updates[-1]
 
 

@@ -56,16 +56,19 @@ def check(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise RunError(f"run.dir is {folder}: that is a file, not a folder")
     if resume and overwrite:
-        raise RunError("--resume and --overwrite were both given: continue the run, or replace it")
+        message = "--resume and --overwrite were both given: continue the run, or replace it"
+        raise RunError(message, change={"--overwrite": ""})
     if not resume:
         if holds_run(folder) and not overwrite:
             raise RunError(
                 f"run.dir is {folder}: it already holds a run. Continue it with --resume, replace it with --overwrite, "
-                f"or choose another folder with --run.dir=..."
+                f"or choose another folder with --run.dir=...",
+                change={"": "--resume"},
             )
         return
     if not (folder / CONFIG).is_file():
-        raise RunError(f"run.dir is {folder}: there is no run to resume (no {CONFIG}). Start it without --resume")
+        message = f"run.dir is {folder}: there is no run to resume (no {CONFIG}). Start it without --resume"
+        raise RunError(message, change={"--resume": ""})
     differences = resume_differences(to_dict(read_config(folder)), to_dict(config))
     if differences:
         raise RunError(f"{folder} cannot be resumed with another configuration: " + "; ".join(differences))
@@ -73,7 +76,8 @@ def check(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
 
     done = checkpoint.latest(folder)
     if done >= config.train.steps:
-        raise RunError(f"{folder} is complete: {done} updates of train.steps = {config.train.steps}; nothing to resume")
+        message = f"{folder} is complete: {done} updates of train.steps = {config.train.steps}; nothing to resume"
+        raise RunError(message, command=f"report {folder}")
 
 
 def check_data(folder: Path, data: Mapping[str, Mapping[str, str]]) -> None:

@@ -25,9 +25,10 @@ from lptransformer.methods.stages import StagePlan
 from lptransformer.models import blueprint as blueprints
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.stage import Stage, make_stage
-from lptransformer.processes import check_devices, launched_size, use_fair_share_of_cores
+from lptransformer.processes import launched_size, use_fair_share_of_cores
 from lptransformer.run_folder import layout
 from lptransformer.training.memory import agreed
+from lptransformer.training.this_host import check_host
 
 
 def initialize(
@@ -50,7 +51,7 @@ def start(config: Config, resume: bool = False, force: bool = False) -> tuple[Tr
     the run folder. With `force` nobody asks whether the run fits.
     """
     check_world_size(config, launched_size())
-    check_devices(config.parallel.channel, config.parallel.data, config.engine)
+    check_host(config)
     use_fair_share_of_cores()
     world = join_world(config)
     with translate_lost_processes():

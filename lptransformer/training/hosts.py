@@ -36,6 +36,7 @@ from lptransformer.training.launcher import DEVICES_VARIABLE, WORKER, encode, ow
 # Variables that the processes on other hosts need as they are here; those of the list are left out all the same.
 HANDED_ON = ("GLOO_", "NCCL_", "TORCH_", "PYTORCH_", "OMP_", "MKL_", "HF_", "LPTRANSFORMER_", "DS_ACCELERATOR", "PATH")
 SECRET = re.compile("TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY", re.IGNORECASE)
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 STOP_SECONDS = 5.0  # to reach the store
 POLL_SECONDS = 0.5
 
@@ -98,7 +99,8 @@ def launch_on_hosts(config: Config, hostfile: str, arguments: Sequence[str]) -> 
         if shutil.which(program) is None:
             raise UserError(
                 f"--hostfile={hostfile}: {program} is not installed here; install it, or start every node by itself: "
-                f"NODE_RANK=0 bash launch/multinode.sh {hostfile} CONFIG"
+                f"NODE_RANK=0 bash launch/multinode.sh {hostfile} CONFIG",
+                command=f"doctor --hostfile {hostfile}",
             )
     os.environ[HOSTS_VARIABLE] = ",".join(hosts)
     first = next(iter(hosts))
@@ -156,11 +158,11 @@ def free_port(host: str) -> int:
     ask = "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"
     if host in (socket.gethostname(), "localhost", "127.0.0.1"):
         return own_free_port()
-    command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", host, f"{sys.executable} -c {shlex.quote(ask)}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([*SSH, host, f"{sys.executable} -c {shlex.quote(ask)}"], capture_output=True, text=True)
     if done.returncode != 0:
         why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise UserError(f"{host}, the first host, is not reached by ssh, or has no {sys.executable}: {why}")
+        message = f"{host}, the first host, is not reached by ssh, or has no {sys.executable}: {why}"
+        raise UserError(message, change={"train": "doctor"})
     return int(done.stdout.split()[-1])
 
 

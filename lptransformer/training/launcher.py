@@ -7,11 +7,12 @@ import base64
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import psutil
 from lptransformer.config.checks import check_world_size
 from lptransformer.config.load import load
 from lptransformer.config.schema import PLAIN, SECTIONS, Config
-from lptransformer.errors import ConfigError, RunError, TrainingError, UserError
+from lptransformer.errors import ConfigError, DataError, ModelError, RunError, TrainingError, UserError
 from lptransformer.run_folder import layout
 from lptransformer.run_folder.layout import COMMAND_VARIABLE, command_line
 
@@ -69,11 +70,42 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
     args.overrides = keys + others
     try:
         args.run(args)
-    except (UserError, TrainingError) as error:
+    except UserError as error:
+        print(f"lptransformer: {error}; next: `{next_command(error, args, words)}`", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None
+    except TrainingError as error:
         print(f"lptransformer: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def next_command(error: UserError, args: argparse.Namespace, words: Sequence[str]) -> str:
+    """What to type after a refusal: what the error says, else what checks a run without starting it, else the help."""
+    program, name = layout.program(), getattr(args, "command", "train")  # no command: of a launcher's process
+    typed = list(words) if hasattr(args, "command") else [name, *words]
+    added = error.change.get("", "").split()
+    replaced = {word.partition("=")[0] for word in added}
+    kept = [changed_word(word, error.change) for word in typed if word.partition("=")[0] not in replaced]
+    changed = [word for word in kept if word] + added
+    if error.command:
+        return f"{program} {error.command}"
+    if changed != typed:
+        return f"{program} {shlex.join(changed)}"
+    if name == "train" and isinstance(error, ConfigError | DataError | ModelError):
+        there = args.config is not None and Path(args.config).exists()
+        first = f"init --data FILES > {args.config or 'run.yaml'}"
+        return f"{program} {f'train {args.config} --dry-run' if there else first}"
+    return f"{program} {name} --help"
+
+
+def changed_word(word: str, change: Mapping[str, str]) -> str:
+    """A word as `change` has it, where it names the word, or the flag or key before its value; empty: left out."""
+    if word in change:
+        return change[word]
+    name, equals, value = word.partition("=")
+    new = change.get(name, name) if equals else name
+    return f"{new}{equals}{value}" if new else ""
 
 
 def is_key(word: str) -> bool:

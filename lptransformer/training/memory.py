@@ -10,29 +10,30 @@ configuration has a number, which config.yaml of the run keeps; a run that is re
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import psutil
-import torch
+from typing import TYPE_CHECKING
 
 from lptransformer.config.checks import zero_stage
 from lptransformer.config.schema import Config
 from lptransformer.data.prepare import Prepared, prepare_all
 from lptransformer.data.train_stream import TrainStream
-from lptransformer.engine.process_groups import World
 from lptransformer.errors import ConfigError
 from lptransformer.models import blueprint as blueprints
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.planning.dry_run import predicted, unprepared
 from lptransformer.run_folder import layout
+from lptransformer.training.this_host import on_gpus, own_memory
+
+if TYPE_CHECKING:
+    from lptransformer.engine.process_groups import World  # with DeepSpeed, which takes seconds
+
+
+SMALLER = "A smaller model, more pipeline ranks or a higher ZeRO stage"
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def for_this_host(config: Config, blueprint: Blueprint, rows: int | None = None,
         if not auto:
             return config
         # In a process of its own, for that reason.
-        ask = f"from lptransformer.training import memory; print(memory.of_gpus({processes}))"
+        ask = f"from lptransformer.training import this_host; print(this_host.of_gpus({processes}))"
         answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
         if answer.returncode != 0:
             why = (answer.stderr.strip() or "no message").splitlines()[-1]
@@ -141,11 +142,19 @@ def need(config: Config, blueprint: Blueprint, shared: Sequence[Pool], *, alike:
 
 
 def refuse_what_does_not_fit(config: Config, blueprint: Blueprint, shared: Sequence[Pool]) -> None:
-    """Raises ConfigError with what is needed, what is there, and the largest micro-batch, else the longest window,
-    that fits."""
+    """Raises ConfigError with what is needed, what is there, and what would fit."""
     now = need(config, blueprint, shared, alike=True)
-    if now.share <= 1.0:
-        return
+    if now.share > 1.0:
+        keys = what_would_fit(config, blueprint, shared)
+        raise ConfigError(
+            f"{config.at('train.micro_batch_size')} with {config.at('data.sequence_length')} does not fit: {now}. "
+            f"{' and '.join(keys) or SMALLER} would; --force starts it anyway (in Python force=True)",
+            change={"": " ".join(f"--{key}" for key in keys) or "--force"},
+        )
+
+
+def what_would_fit(config: Config, blueprint: Blueprint, shared: Sequence[Pool]) -> list[str]:
+    """Keys with values: the largest micro-batch, else the longest window, that fits; nothing where none does."""
     size, length = blueprint.micro_batch_size, blueprint.sequence_length
 
     def fits(size: int, length: int) -> bool:
@@ -155,15 +164,11 @@ def refuse_what_does_not_fit(config: Config, blueprint: Blueprint, shared: Seque
         smaller.data.sequence_length = length
         return need(smaller, unprepared(smaller), shared, alike=True).share <= 1.0
 
-    sizes = ((f"train.micro_batch_size={one}", one, length) for one in _halves(size))
-    short = "train.micro_batch_size=1 and data.sequence_length"
-    lengths = ((f"{short}={one}", 1, one) for one in _halves(length) if one > 1)
-    found = next((text for options in (sizes, lengths) for text, *one in options if fits(*one)), None)
-    raise ConfigError(
-        f"{config.at('train.micro_batch_size')} with {config.at('data.sequence_length')} does not fit: {now}. "
-        f"{found or 'A smaller model, more pipeline ranks or a higher ZeRO stage'} would; "
-        "--force starts it anyway (in Python force=True)"
-    )
+    if (found := next((one for one in _halves(size) if fits(one, length)), None)) is not None:
+        return [f"train.micro_batch_size={found}"]
+    if (found := next((one for one in _halves(length) if one > 1 and fits(1, one)), None)) is not None:
+        return ["train.micro_batch_size=1", f"data.sequence_length={found}"]
+    return []
 
 
 def _halves(number: int) -> Iterator[int]:
@@ -219,10 +224,6 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.3g} GiB"
 
 
-def on_gpus() -> bool:
-    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-
-
 def pools(of_ranks: Iterable[tuple[str, int]]) -> list[Pool]:
     """From the pool of every global rank: its name and what the process found free in it."""
     found: dict[str, Pool] = {}
@@ -230,38 +231,3 @@ def pools(of_ranks: Iterable[tuple[str, int]]) -> list[Pool]:
         before = found.get(name, Pool(name, free, ()))
         found[name] = Pool(name, min(before.free, free), (*before.ranks, rank))
     return list(found.values())
-
-
-def own_memory(local_rank: int | None = None) -> tuple[str, int]:
-    """The pool of this process (by its launcher's LOCAL_RANK): of its GPU where there are GPUs, else of the host."""
-    host = socket.gethostname()
-    if on_gpus():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0")) if local_rank is None else local_rank
-        gpu = local_rank % torch.cuda.device_count()  # pipeline ranks may share a GPU
-        return f"GPU {gpu} of {host}", torch.cuda.mem_get_info(gpu)[0]
-    return host, max(min([psutil.virtual_memory().available, *cgroup_rooms()]), 0)
-
-
-def of_gpus(local: int) -> str:
-    """The pools of `local` processes on this machine, as JSON."""
-    return json.dumps([own_memory(rank) for rank in range(local)])
-
-
-def cgroup_rooms(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """Bytes that each control group of this process (versions 1 and 2) may still take; caches of files give way."""
-    for line in own.read_text().splitlines() if own.is_file() else ():
-        _, kinds, path = line.split(":", 2)
-        base, names = root, ("memory.max", "memory.current", "inactive_file")
-        if "memory" in kinds.split(","):
-            base = root / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        elif kinds:
-            continue
-        folder = base / path.lstrip("/")
-        for group in (folder, *folder.parents):
-            with contextlib.suppress(OSError, ValueError):  # no such group here, or no limit: "max"
-                limit, used = (int((group / name).read_text()) for name in names[:2])
-                stat = dict(one.split() for one in (group / "memory.stat").read_text().splitlines())
-                yield limit - used + int(stat.get(names[2], 0))
-            if group == base:
-                break

@@ -41,9 +41,9 @@ from torch import Tensor
 from lptransformer.config import load as configuration
 from lptransformer.engine.p2p import Control
 from lptransformer.errors import ConfigError, RunError, TrainingError
-from lptransformer.processes import check_devices
 from lptransformer.run_folder import checkpoint
 from lptransformer.run_folder.metrics_log import read_metrics
+from lptransformer.training.this_host import check_devices
 
 UPDATES = 20
 
@@ -390,10 +390,9 @@ def test_a_wrong_engine(source: dict[str, Any], overrides: tuple[str, ...], part
 
 def test_processes_that_share_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    check_devices("gloo", 1, "local")
+    check_devices("gloo", 1, "local", 2)
     with pytest.raises(ConfigError, match="engine is deepspeed_pipeline and 2 processes share 1 GPUs"):
-        check_devices("gloo", 1, "deepspeed_pipeline")
+        check_devices("gloo", 1, "deepspeed_pipeline", 2)
 
 
 # --------------------------------------------------------------------------------------------- launchers

@@ -24,7 +24,7 @@ from lptransformer.errors import ConfigError
 from lptransformer.models.blueprint import Blueprint, make_blueprint
 from lptransformer.planning.dry_run import predicted
 from lptransformer.run_folder import layout
-from lptransformer.training import memory
+from lptransformer.training import memory, this_host
 from lptransformer.training import train as training
 from lptransformer.training.build import initialize
 from lptransformer.training.launcher import run
@@ -224,7 +224,7 @@ def test_limits_of_control_groups_count(tmp_path: Path) -> None:
     own.write_text("0::/job/step\n")
     group(root / "job" / "step", "max", 700, 0)
     group(root / "job", "1000", 800, 50)
-    assert list(memory.cgroup_rooms(root, own)) == [250]
+    assert list(this_host.cgroup_rooms(root, own)) == [250]
 
     old = root / "memory" / "job"
     old.mkdir(parents=True)
@@ -232,13 +232,13 @@ def test_limits_of_control_groups_count(tmp_path: Path) -> None:
         (old / f"memory.{name}").write_text(f"{value}\n")
     (old / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 30\n")
     own.write_text("5:cpu:/job\n4:memory:/job\n0::/gone\n")
-    assert list(memory.cgroup_rooms(root, own)) == [430]
-    assert list(memory.cgroup_rooms(root, tmp_path / "no such file")) == []
+    assert list(this_host.cgroup_rooms(root, own)) == [430]
+    assert list(this_host.cgroup_rooms(root, tmp_path / "no such file")) == []
 
 
 def test_processes_of_a_host_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(memory, "cgroup_rooms", lambda: [1001])
+    monkeypatch.setattr(this_host.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(this_host, "cgroup_rooms", lambda: [1001])
     own = memory.own_memory()
     assert own[1] == 1001 and memory.pools([own, own]) == [Pool(own[0], 1001, (0, 1))]
     assert memory.pools([("a", 5), ("b", 7), ("a", 3)]) == [Pool("a", 3, (0, 2)), Pool("b", 7, (1,))]
@@ -247,12 +247,12 @@ def test_processes_of_a_host_share_what_is_free(monkeypatch: pytest.MonkeyPatch)
 def test_pipeline_ranks_on_one_gpu_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    cuda = memory.torch.cuda
+    cuda = this_host.torch.cuda
     monkeypatch.setattr(cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "device_count", lambda: 2)
     monkeypatch.setattr(cuda, "mem_get_info", lambda device: ([10, 90][device], 100))
     assert memory.own_memory()[1] == 90
-    shared = memory.pools([tuple(one) for one in json.loads(memory.of_gpus(4))])
+    shared = memory.pools([tuple(one) for one in json.loads(this_host.of_gpus(4))])
     assert [(pool.free, pool.ranks) for pool in shared] == [(10, (0, 2)), (90, (1, 3))]
     assert [pool.name.split(" of ")[0] for pool in shared] == ["GPU 0", "GPU 1"]
 

@@ -1,0 +1,245 @@
+"""What this host has, and whether a run works on it: the checks of every start, and all that `doctor` asks.
+
+`doctor` starts this module as a program on every host, over ssh, and asks it two questions, each a line of JSON with a
+line of JSON as answer (`main`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+import lptransformer
+from lptransformer.config import deepspeed_keys
+from lptransformer.config.schema import Config
+from lptransformer.errors import ConfigError
+from lptransformer.processes import launched_size
+from lptransformer.run_folder import layout
+from lptransformer.store import HOSTS_VARIABLE, address_between_hosts, addresses_of, unreachable
+
+ANSWER = "lptransformer-host: "  # before an answer: libraries may print too
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Question:
+    """`hosts` of the run, the first one first, and what it asks of one of them: `processes` there, free `folders`, the
+    options of devices (`channel`, `replicas`, `engine`), and keys for which DeepSpeed builds operators (`compiled`).
+    `mark` is the folder in which this host leaves a file that the others look for."""
+
+    hosts: list[str]
+    processes: int
+    folders: list[str]
+    channel: str
+    replicas: int
+    engine: str
+    compiled: list[str]
+    mark: str | None = None
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """What a host says. Sizes in bytes; `memory` is the pool of every process (its name and what is free in it),
+    `disks` what is free by folder; `address`, `interface` and `port` are where it listens for the other hosts;
+    `own_name` is the address that its own name stands for; texts of problems are empty where there is none."""
+
+    host: str
+    versions: dict[str, str | None]
+    gpus: list[str]
+    driver: str | None
+    cuda: str | None
+    nccl: str | None
+    devices_problem: str
+    build_problem: str
+    memory: list[tuple[str, int]]
+    shared_memory: int
+    disks: dict[str, int]
+    address: str
+    interface: str | None
+    own_name: str | None
+    port: int = 0
+    mark: str = ""
+
+
+def check_host(config: Config, processes: int | None = None) -> None:
+    """Raises ConfigError where this host cannot run the configuration with so many processes (None: as many as the
+    launcher says)."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or launched_size()
+    check_devices(config.parallel.channel, config.parallel.data, config.engine, processes or int(local))
+    keys = deepspeed_keys.compiled(config.deepspeed)
+    if keys and (missing := missing_build_tools()):
+        raise ConfigError(
+            f"{config.at(f'deepspeed.{keys[0]}')}: DeepSpeed builds an operator for it, and {' and '.join(missing)} "
+            "not found here: install that, or remove the key",
+            change={"train": "doctor"},
+        )
+
+
+def check_devices(channel: str, replicas: int, engine: str, local: int) -> None:
+    """Raises ConfigError where the GPUs of this host cannot run `local` processes with these options."""
+    gpus = torch.cuda.device_count()
+    if channel == "nccl" and gpus == 0:
+        raise ConfigError("parallel.channel is nccl: that needs GPUs, and there is none here; gloo works everywhere")
+    if engine == "deepspeed_pipeline" and 0 < gpus < local:
+        raise ConfigError(
+            f"engine is deepspeed_pipeline and {local} processes share {gpus} GPUs here: DeepSpeed's own pipelines "
+            "talk over NCCL, which needs a GPU for every process"
+        )
+    if replicas > 1 and 0 < gpus < local:
+        raise ConfigError(
+            f"parallel.data is {replicas} and {local} processes share {gpus} GPUs here: replicas need a GPU each "
+            "(pipeline ranks may share one)"
+        )
+
+
+def missing_build_tools() -> list[str]:
+    """What DeepSpeed needs to build its operators and does not find here."""
+    compilers = [name for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name]
+    missing = [] if any(map(shutil.which, compilers)) else ["a C++ compiler (g++, c++ or clang++)"]
+    if not shutil.which("ninja"):
+        missing.append("ninja (with `source .venv/bin/activate` it is on the PATH)")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        missing.append(f"Python.h ({sysconfig.get_path('include')}; python3-dev of the system)")
+    return missing
+
+
+def on_gpus() -> bool:
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
+def own_memory(local_rank: int | None = None) -> tuple[str, int]:
+    """The pool of this process (by its launcher's LOCAL_RANK): of its GPU where there are GPUs, else of the host."""
+    host = socket.gethostname()
+    if on_gpus():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0")) if local_rank is None else local_rank
+        gpu = local_rank % torch.cuda.device_count()  # pipeline ranks may share a GPU
+        return f"GPU {gpu} of {host}", torch.cuda.mem_get_info(gpu)[0]
+    return host, max(min([psutil.virtual_memory().available, *cgroup_rooms()]), 0)
+
+
+def of_gpus(local: int) -> str:
+    """The pools of `local` processes on this machine, as JSON."""
+    return json.dumps([own_memory(rank) for rank in range(local)])
+
+
+def cgroup_rooms(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """Bytes that each control group of this process (versions 1 and 2) may still take; caches of files give way."""
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, kinds, path = line.split(":", 2)
+        base, names = root, ("memory.max", "memory.current", "inactive_file")
+        if "memory" in kinds.split(","):
+            base = root / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        elif kinds:
+            continue
+        folder = base / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such group here, or no limit: "max"
+                limit, used = (int((group / name).read_text()) for name in names[:2])
+                stat = dict(one.split() for one in (group / "memory.stat").read_text().splitlines())
+                yield limit - used + int(stat.get(names[2], 0))
+            if group == base:
+                break
+
+
+def facts(asked: Question) -> HostFacts:
+    """All that this host says at once; what takes other hosts is `meet_others`."""
+    os.environ[HOSTS_VARIABLE] = ",".join(asked.hosts)
+    interface, address = address_between_hosts(asked.hosts[0])
+    problem = ""
+    try:
+        check_devices(asked.channel, asked.replicas, asked.engine, asked.processes)
+    except ConfigError as error:
+        problem = str(error)
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    environment = layout.environment()
+    return HostFacts(
+        host=socket.gethostname(),
+        versions={
+            "python": platform.python_version(),
+            **environment["versions"],
+            "lptransformer": lptransformer.__version__,
+            "commit": (environment["git_commit"] or "")[:10] + "+changes" * environment["git_changes"] or None,
+        },
+        gpus=gpus,
+        driver=driver(),
+        cuda=torch.version.cuda,
+        nccl=".".join(map(str, torch.cuda.nccl.version())) if gpus and dist.is_nccl_available() else None,
+        devices_problem=problem,
+        build_problem=" and ".join(missing_build_tools()) if asked.compiled else "",
+        memory=[own_memory(number) for number in range(asked.processes)],
+        shared_memory=shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0,
+        disks={folder: shutil.disk_usage(existing(folder)).free for folder in asked.folders},
+        address=address,
+        interface=interface,
+        own_name=next(iter(addresses_of(socket.gethostname())), None),
+    )
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's driver; None where there is none."""
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=20)
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.split()[0]
+    return None
+
+
+def existing(folder: str) -> Path:
+    """The folder, or of those above it the nearest that is there."""
+    path = Path(folder).absolute()
+    return next(one for one in (path, *path.parents) if one.is_dir())
+
+
+def meet_others(listening: Sequence[tuple[str, str, str | None, int]], mark: str) -> dict[str, Any]:
+    """The time here; connections to where hosts are listening (host, address, interface, port) and the problem of
+    each; whether the file `mark` is here too."""
+    return {"clock": time.time(), "reached": [unreachable(*one) for one in listening], "sees": Path(mark).exists()}
+
+
+def main() -> None:
+    """Two questions on standard input: a Question, then the arguments of `meet_others`."""
+    asked = Question(**json.loads(sys.stdin.readline()))
+    with contextlib.ExitStack() as stack:
+        said = asdict(facts(asked))
+        if len(asked.hosts) > 1 and said["address"]:
+            listener = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in said["address"] else socket.AF_INET))
+            listener.bind((said["address"], 0))
+            listener.listen(len(asked.hosts))
+            said["port"] = listener.getsockname()[1]
+        if asked.mark is not None:
+            with contextlib.suppress(OSError):  # a disk that is full: another row says so
+                folder = existing(asked.mark)
+                said["mark"] = stack.enter_context(
+                    tempfile.NamedTemporaryFile(prefix=".lptransformer-", dir=folder)
+                ).name
+        say(said)
+        if question := sys.stdin.readline():
+            say(meet_others(**json.loads(question)))
+            sys.stdin.readline()  # listener and mark stay until every host has looked
+
+
+def say(answer: dict[str, Any]) -> None:
+    print(ANSWER + json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -160,13 +160,10 @@ def _link_case(pair: Pair, name: str, one: cases.Section, logs: Path, wanted: Se
     carried: dict[float | None, list[float]] = {limit: [] for limit in outcomes}
 
     def placed(ranks: int, port: int) -> list[Place]:
-        places = groups.launched(ranks, port)
+        host = {"MASTER_ADDR": ADDRESSES[0], "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
         return [
-            Place(
-                {**place.environment, "MASTER_ADDR": ADDRESSES[0], "GLOO_SOCKET_IFNAME": pair.interfaces[rank]},
-                pair.files[rank],
-            )
-            for rank, place in enumerate(places)
+            Place({**place.environment, **host, "GLOO_SOCKET_IFNAME": pair.interfaces[rank]}, pair.files[rank])
+            for rank, place in enumerate(groups.launched(ranks, port))
         ]
 
     with rounds.started(specs, work, logs, placed) as (running, errors):

@@ -97,6 +97,7 @@ def test_no_compiler_where_an_option_needs_one(
     assert "deepspeed.zero_optimization.offload_optimizer" in rows[0]
 
 
+@pytest.mark.slow
 def test_memory_that_will_not_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, rows = examined(capsys, "c.yaml", "--data.sequence_length=100000000")
     assert code == 1 and len(rows) == 1
@@ -104,6 +105,7 @@ def test_memory_that_will_not_do(folder: Path, capsys: pytest.CaptureFixture[str
         assert part in rows[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not possible(), reason=WHY_NOT)
 def test_a_full_disk(folder: Path) -> None:
     (folder / "runs").mkdir()

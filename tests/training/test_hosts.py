@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -24,12 +24,6 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not possible(), reason=WHY_NOT)]
 OPTIONS = ["--data.sequence_length=32", "--model.hidden_size=32", "--train.micro_batch_size=2", "--data.valid=null"]
 OPTIONS += ["--train.warmup_steps=2", "--data.tokenizer=bytes"]
-
-
-@pytest.fixture(params=["good", "debian"])
-def hosts(request: pytest.FixtureRequest) -> Iterator[Hosts]:
-    with two_hosts(debian=request.param == "debian") as made:
-        yield made
 
 
 def start(
@@ -71,10 +65,12 @@ def said(folder: Path) -> str:
     return "\n".join((folder / f"out-{rank}.txt").read_text() for rank in (0, 1))
 
 
-def test_two_hosts_train_together(hosts: Hosts, tmp_path: Path) -> None:
-    """Two replicas of two pipeline ranks, a rank on each host."""
-    processes = start(hosts, tmp_path, "--train.steps=5", "--parallel.data=2", slots=2)
-    assert [one.wait(180) for one in processes] == [0, 0], said(tmp_path)
+@pytest.mark.parametrize(("debian", "replicas"), [(False, 2), (True, 1)])
+def test_two_hosts_train_together(tmp_path: Path, debian: bool, replicas: int) -> None:
+    """A pipeline rank on each host, once with its two replicas."""
+    with two_hosts(debian) as hosts:
+        processes = start(hosts, tmp_path, "--train.steps=5", f"--parallel.data={replicas}", slots=replicas)
+        assert [one.wait(180) for one in processes] == [0, 0], said(tmp_path)
     assert len([row for row in read_metrics(tmp_path / "run") if "stages" in row]) == 5
     for part in ("nodea 10.213.48.1 (lpa", "nodeb 10.213.48.2 (lpb", "the store is on 10.213.48.1"):
         assert part in said(tmp_path)
@@ -87,14 +83,25 @@ def wait_for_updates(run: Path, process: subprocess.Popen[str], many: int) -> No
         time.sleep(0.1)
 
 
-@pytest.mark.skipif(not (shutil.which("pdsh") and shutil.which("sshd")), reason="pdsh or sshd is not installed")
-@pytest.mark.parametrize("debian", [False, True])
-def test_one_command_starts_both_hosts_and_stops_both(tmp_path: Path, debian: bool) -> None:
-    """By pdsh: overrides that a shell would split, variables that pdsh does not hand on; Ctrl-C beside a second run."""
-    with two_hosts(debian, ssh=tmp_path) as hosts:
-        zero = "--deepspeed.zero_optimization={stage:1,overlap_comm:false}"
+BY_PDSH = pytest.mark.skipif(
+    not (shutil.which("pdsh") and shutil.which("sshd")), reason="pdsh or sshd is not installed"
+)
+ZERO = "--deepspeed.zero_optimization={stage:1,overlap_comm:false}"  # which a shell would split
+
+
+@BY_PDSH
+def test_one_command_trains_on_both_hosts(tmp_path: Path) -> None:
+    with two_hosts(ssh=tmp_path) as hosts:
+        assert by_pdsh(hosts, tmp_path, ZERO, "--train.steps=3").wait(150) == 0, said(tmp_path)
+    assert "placement: nodea: pipeline rank 0" in said(tmp_path) and "the store is on 10.213.48.1" in said(tmp_path)
+
+
+@BY_PDSH
+def test_one_command_stops_both_hosts_and_nothing_else(tmp_path: Path) -> None:
+    """With Debian's hosts file: variables that pdsh does not hand on; Ctrl-C beside a second run; the run goes on."""
+    with two_hosts(debian=True, ssh=tmp_path) as hosts:
         long = ["--train.steps=100000", "--checkpoint.every=1000"]
-        first = by_pdsh(hosts, tmp_path, zero, *long, HF_TOKEN="secret", LPTRANSFORMER_TEST="handed on")
+        first = by_pdsh(hosts, tmp_path, ZERO, *long, HF_TOKEN="secret", LPTRANSFORMER_TEST="handed on")
         wait_for_updates(tmp_path / "run", first, 5)
         variables = [one.environ() for one in psutil.process_iter() if f"--run.dir={tmp_path / 'run'}" in encoded(one)]
         assert len(variables) == 2 and all(one["LPTRANSFORMER_TEST"] == "handed on" for one in variables)
@@ -111,9 +118,8 @@ def test_one_command_starts_both_hosts_and_stops_both(tmp_path: Path, debian: bo
         assert len((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()) > before
         os.kill(pid_of(second), signal.SIGTERM)
         assert second.wait(90) == 3
-        again = by_pdsh(hosts, tmp_path, zero, *long, "--resume", f"--until={update + 2}")
+        again = by_pdsh(hosts, tmp_path, ZERO, *long, "--resume", f"--until={update + 2}")
         assert again.wait(150) == 0, said(tmp_path)
-    assert "placement: nodea: pipeline rank 0" in said(tmp_path)
 
 
 def encoded(process: psutil.Process) -> list[str]:

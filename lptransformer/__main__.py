@@ -112,6 +112,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("run_folder", metavar="RUN", help="run folder")
     sub.add_argument("out", metavar="OUT", help="folder to write; it must be empty or not exist")
     sub.add_argument("--step", type=int, help="checkpoint to export (default: the newest complete one)")
+    text = "weights in the files (default: those of the model folder that the run started from, else fp32)"
+    sub.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help=text)
+    text = "embedding and readout as one matrix: auto, where they are equal and were one before; keep; separate"
+    sub.add_argument("--tie", choices=("auto", "keep", "separate"), default="auto", help=text)
+    text = "the model up to the exit after block K, as `evaluate` counts (default: the last one)"
+    sub.add_argument("--exit", type=int, metavar="K", help=text)
+    sub.add_argument("--keep-exits", action="store_true", help="write the auxiliary heads beside it: exits.safetensors")
     return main
 
 
@@ -324,8 +331,11 @@ def export(args: argparse.Namespace) -> None:
     no_overrides(args)
     from lptransformer.evaluation.export import export_run
 
-    update = export_run(Path(args.run_folder), Path(args.out), step=args.step)
-    print(f"{args.out}: the model of {args.run_folder} after {update} updates")
+    options = {"tie": args.tie, "dtype": args.dtype, "exit_block": args.exit, "keep_exits": args.keep_exits}
+    exported = export_run(Path(args.run_folder), Path(args.out), args.step, **options)
+    print(f"{args.out}: the model of {args.run_folder} after {exported.update} updates")
+    for note in exported.notes:
+        print(note)
 
 
 def no_overrides(args: argparse.Namespace) -> None:

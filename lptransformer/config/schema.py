@@ -166,6 +166,9 @@ class RunSection(Section):
         Annotated[list[int], Field(min_length=2, max_length=2)] | None,
         "two numbers of updates, the first and the last, counted from 1, or null",
     ] = Field(default=None, description="[first, last] updates to trace, for `report --trace` (null: none)")
+    export: MaybeText = Field(
+        default=None, description="folder for the finished run's model, as `export` writes it (null: none)"
+    )
     trackers: Annotated[list[Literal["tensorboard", "wandb"]], "a list of tensorboard and wandb"] = Field(
         default=[], description="where the metrics go beside the run folder: tensorboard, wandb"
     )

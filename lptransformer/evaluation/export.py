@@ -1,50 +1,130 @@
-"""From the stages of a run to a Hugging Face model folder: config, safetensors, tokenizer."""
+"""From the stages of a run to a Hugging Face model folder: config, safetensors, tokenizer, a model card.
+
+What the run's model was made from comes back as it was: its dtype, its generation settings, its tokenizer's files. The
+folder is opened once, as anybody will open it, and gives the run's logits, or nothing is left of it.
+"""
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from lptransformer.console import bar
-from lptransformer.errors import RunError
-from lptransformer.evaluation import trained_model
+from lptransformer.errors import ModelError, RunError, UserError
+from lptransformer.evaluation import model_card, trained_model
 from lptransformer.evaluation.trained_model import RunModel
-from lptransformer.models import hf_config
-from lptransformer.models.whole_model import whole_model, whole_weights
+from lptransformer.models import exits, hf_config
+from lptransformer.models.stage import Stage
+from lptransformer.models.whole_model import cut_config, whole_model, whole_weights
 from lptransformer.run_folder import checkpoint, layout
 
+EXPORTED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHARD = "5GB"  # the largest file of weights
+TRIED_TOKENS = 64  # whose logits are compared
+Tie = Literal["auto", "keep", "separate"]
 
-def export_run(run: Path, out: Path, step: int | None = None) -> int:
+
+@dataclass(frozen=True)
+class Exported:
+    """Updates of the checkpoint, and what a person should know: a line each."""
+
+    update: int
+    notes: tuple[str, ...]
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    step: int | None = None,
+    *,
+    tie: Tie = "auto",
+    dtype: str | None = None,
+    exit_block: int | None = None,
+    keep_exits: bool = False,
+) -> Exported:
     """Write the model of the checkpoint after `step` updates (the newest one by default) to the folder `out`.
 
-    `AutoModelForCausalLM.from_pretrained(out)` is the model up to the last exit, in fp32 and untied, with the logits of
-    `RunModel.logits`; auxiliary heads stay behind. Returns the number of updates. The folder appears when it is
-    complete. Raises RunError when `out` is a file or not empty, and where the run is missing or damaged.
+    `AutoModelForCausalLM.from_pretrained(out)` is the model up to the last exit, or the one after `exit_block`, with
+    the logits of `RunModel.logits`. `tie`: embedding and readout are one matrix where they are equal and the model
+    was tied before (auto), or must be (keep), or are two (separate). `dtype` is by default that of the model folder
+    that the run started from, else fp32. Auxiliary heads stay behind, or beside the model (`keep_exits`;
+    models/exits.py). The folder appears when it is complete. Raises RunError when `out` is a file or not empty, and
+    where the run is missing or damaged; ModelError where the exit, or what is to be tied, does not allow it.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         what = "is a folder that is not empty" if out.is_dir() else "is a file"
         raise RunError(f"OUT is {out}: that {what}; give a new folder, or an empty one")
     update = trained_model.find_update(run, step)
-    tokenizer = run / layout.TOKENIZER
-    if not tokenizer.is_dir():
+    if not (run / layout.TOKENIZER).is_dir():
         raise RunError(f"{run} has no folder {layout.TOKENIZER}: a run keeps its tokenizer there")
     with bar("exporting", 2 * len(checkpoint.stage_folders(run, update))) as advance:  # reading, then writing
-        _write(trained_model.load(run, update, advance=advance), tokenizer, out)
-    return update
+        model = trained_model.load(run, update, advance=advance)
+        stages = model.stages[: stage_of_exit(model, exit_block).plan.index + 1]
+        notes = _write(run, model, stages, out, tie, dtype, keep_exits, advance)
+    return Exported(update, tuple(notes))
 
 
-def _write(run_parts: RunModel, tokenizer: Path, out: Path) -> None:
-    blueprint, of_stages = run_parts.blueprint, [stage.state_dict() for stage in run_parts.stages]
-    model = whole_model(blueprint.model_config, whole_weights(blueprint.parts, of_stages))
+def stage_of_exit(model: RunModel, block: int | None) -> Stage:
+    """The stage whose head is the exit after `block`, the last one for None. Raises UserError where there is none."""
+    by_block = {stage.plan.last_block: stage for stage in model.exits}
+    if block is not None and block not in by_block:
+        there = ", ".join(map(str, by_block))
+        raise UserError(
+            f"--exit {block}: the run has exits after the blocks {there} (counted from 0, as evaluate does)"
+        )
+    return by_block[max(by_block) if block is None else block]
+
+
+def _write(
+    run: Path,
+    model: RunModel,
+    stages: list[Stage],
+    out: Path,
+    tie: Tie,
+    dtype: str | None,
+    keep_exits: bool,
+    advance: Callable[[int], None],
+) -> list[str]:
+    parts, config = model.blueprint.parts, model.blueprint.model_config
+    try:
+        weights = whole_weights(parts, (stage.state_dict() for stage in stages))
+    except ModelError as error:
+        raise ModelError(f"--exit {stages[-1].plan.last_block}: it is no ordinary model: {error}") from None
+    ids = torch.randint(0, parts.vocab_size, (1, TRIED_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = ids[:, : model.blueprint.sequence_length]
+    own = _logits_of_exit(stages, ids)
+    whole = whole_model(cut_config(config, stages[-1].plan.last_block + 1), weights)
+    name = dtype or _own_dtype(config)
+    whole.to(EXPORTED[name])
+    whole.config.dtype = whole.dtype
+    notes = [_tie(whole, tie, bool(config.tie_word_embeddings))]
     unfinished = out.absolute().parent / f".unfinished-{out.absolute().name}-{uuid.uuid4().hex[:12]}"
     try:
         unfinished.mkdir(parents=True)
-        for path in tokenizer.iterdir():
+        for path in (run / layout.TOKENIZER).iterdir():
             shutil.copyfile(path, unfinished / path.name)
         with hf_config.quiet_transformers():
-            model.save_pretrained(unfinished)
+            whole.save_pretrained(unfinished, max_shard_size=SHARD)
+        _as_before(run / layout.PRETRAINED, unfinished)
+        _for_older_versions(unfinished)
+        if keep_exits:
+            exits.write(unfinished, model.blueprint, [stage for stage in stages[:-1] if stage.head is not None])
+        del whole, weights
+        gc.collect()
+        advance(len(model.stages))
+        notes += _compare(unfinished, ids, own, name)
+        (unfinished / "README.md").write_text(model_card.text(run, model, stages[-1].plan.last_block, name))
         for path in unfinished.iterdir():
             path.chmod(unfinished.stat().st_mode & 0o666)  # safetensors writes files that nobody else may read
         os.rename(unfinished, out)
@@ -52,3 +132,81 @@ def _write(run_parts: RunModel, tokenizer: Path, out: Path) -> None:
         raise RunError(f"OUT is {out}: it cannot be written: {error}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    return [note for note in notes if note]
+
+
+@torch.no_grad()
+def _logits_of_exit(stages: list[Stage], ids: Tensor) -> Tensor:
+    hidden_states = ids
+    for stage in stages:
+        hidden_states = stage.hidden_states(hidden_states)
+    head = stages[-1].head
+    assert head is not None
+    return head.logits(hidden_states)
+
+
+def _own_dtype(config: Any) -> str:
+    """The name of the dtype that the model's folder said, fp32 of a new model."""
+    said = str(config.dtype).removeprefix("torch.")
+    return next((name for name, of in EXPORTED.items() if str(of) == f"torch.{said}"), "fp32")
+
+
+def _tie(model: Any, tie: Tie, was_tied: bool) -> str:
+    """Make embedding and readout one matrix, or leave them two; says which where that is news."""
+    readout, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    differ = float("inf") if readout.shape != embedding.shape else float((readout - embedding).abs().max())
+    if tie == "keep" and differ > 0:
+        raise ModelError(
+            f"--tie keep: embedding and readout differ by up to {differ:.3g} (they were trained apart): give separate"
+        )
+    if tie == "keep" or (tie == "auto" and was_tied and differ == 0):
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        return ""
+    if not was_tied:
+        return ""
+    return (
+        f"embedding and readout were one matrix before training, and are two now (they differ by up to {differ:.3g}): "
+        f"{readout.numel() * readout.element_size() / 1e6:.0f} MB more"
+    )
+
+
+def _as_before(pretrained: Path, folder: Path) -> None:
+    """What training has no use for, as the model folder had it: dropout, and all of the generation settings."""
+    if (before := pretrained / "config.json").is_file():
+        path = folder / "config.json"
+        dropout = {name: value for name, value in json.loads(before.read_text()).items() if "drop" in name}
+        path.write_text(json.dumps(json.loads(path.read_text()) | dropout))
+    if (before := pretrained / "generation_config.json").is_file():
+        shutil.copyfile(before, folder / "generation_config.json")
+
+
+def _for_older_versions(folder: Path) -> None:
+    """What transformers 4 reads under other names: the rotary embedding's numbers, the tokenizer's class, its extra
+    tokens."""
+    config = folder / "config.json"
+    config.write_text(json.dumps(hf_config.with_older_names(json.loads(config.read_text())), indent=2) + "\n")
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(content.get("extra_special_tokens"), list):
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _compare(folder: Path, ids: Tensor, own: Tensor, dtype: str) -> list[str]:
+    """Open the folder; its logits are those of the run, in fp32 bit for bit (a folded readout: but for rounding)."""
+    with torch.no_grad(), hf_config.quiet_transformers():
+        opened: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        logits = opened.eval()(ids).logits.float()
+    off, size = float((logits - own).abs().max()), float(own.abs().max())
+    if dtype != "fp32":
+        return [
+            f"rounding to {dtype} changes logits by up to {off:.3g} (the largest is {size:.3g}); --dtype fp32 does not"
+        ]
+    if off > 1e-4 * max(size, 1.0):
+        raise ModelError(
+            f"the exported model does not have the run's logits: they differ by up to {off:.3g} of {size:.3g}"
+        )
+    return []

@@ -88,6 +88,26 @@ def for_training(config: Any) -> Any:
     return config
 
 
+def with_older_names(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a config.json with what transformers 4 reads elsewhere: it looks for the rotary embedding's
+    numbers at the top level, and takes its own defaults where there are none."""
+    rotary = content.get("rope_parameters")
+    if not isinstance(rotary, dict):
+        return dict(content)
+    local = rotary.get("sliding_attention")
+    main = dict(rotary.get("full_attention") or ({} if local else rotary))  # some families have one per kind of layer
+    found = {"rope_theta": main.pop("rope_theta", None)}
+    if isinstance(local, dict):
+        found["rope_local_base_freq"] = local.get("rope_theta")
+    if (share := main.pop("partial_rotary_factor", None)) is not None:
+        found |= {"partial_rotary_factor": share, "rotary_pct": share}
+    found["rotary_emb_base"] = found["rope_theta"] if "rotary_pct" in found else None
+    named = {name: value for name, value in found.items() if value is not None and name not in content}
+    if local is None:  # else this version would read it instead of what it has per kind of layer
+        named["rope_scaling"] = main if main.get("rope_type", "default") != "default" else None
+    return {**content, **named}
+
+
 def model_class(config: Any) -> type[PreTrainedModel]:
     """The causal LM that a configuration is of; KeyError where the library has none."""
     return AutoModelForCausalLM._model_mapping[type(config)]

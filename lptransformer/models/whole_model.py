@@ -1,4 +1,7 @@
-"""The whole Hugging Face model of the weights of all stages: up to the last exit, auxiliary heads stay behind."""
+"""The whole Hugging Face model of the weights of stages: up to the last of them, whose head is its norm and readout.
+
+Of an auxiliary head a map before the readout, and a temperature, are folded into the readout.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from lptransformer.errors import ModelError
 from lptransformer.models import hf_config
 from lptransformer.models.hf_parts import Anatomy
 
@@ -18,7 +22,8 @@ from lptransformer.models.hf_parts import Anatomy
 def whole_weights(parts: Anatomy, of_stages: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The weights of embedding, blocks, final norm and readout under the names of the Hugging Face model.
 
-    `of_stages` are the tensors of every stage in order, under their names in a checkpoint.
+    `of_stages` are the tensors of every stage in order, under their names in a checkpoint. Raises ModelError where the
+    head of the last one is more than a norm and a readout.
     """
     found: dict[str, Tensor] = {}
     head: dict[str, Tensor] = {}
@@ -27,8 +32,26 @@ def whole_weights(parts: Anatomy, of_stages: Iterable[Mapping[str, Tensor]]) -> 
         head = {name: tensor for name, tensor in weights.items() if name.startswith("head.")}
     norm = "head.norm."
     found |= {f"{parts.norm}.{name[len(norm) :]}": tensor for name, tensor in head.items() if name.startswith(norm)}
-    found[f"{parts.lm_head}.weight"] = head["head.readout.weight"]
+    readout = head["head.readout.weight"]
+    if (temperature := head.get("head.readout.temperature")) is not None:
+        readout = readout * temperature
+    if (down := head.get("head.down.weight")) is not None:
+        readout = readout @ down
+    found[f"{parts.lm_head}.weight"] = readout
+    folded = {"head.readout.weight", "head.readout.temperature", "head.down.weight"}
+    if more := sorted(name for name in head if not name.startswith(norm) and name not in folded):
+        raise ModelError(f"its head is more than a norm and a readout: it has {more[0]}")
     return found
+
+
+def cut_config(config: Any, depth: int) -> Any:
+    """The configuration of the model's first `depth` blocks; lists with an entry per block are cut with it."""
+    before, cut = config.num_hidden_layers, copy.deepcopy(config)
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == before and before > 1:
+            setattr(cut, name, value[:depth])
+    cut.num_hidden_layers = depth
+    return cut
 
 
 def whole_model(config: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:

@@ -5,6 +5,7 @@ environment.json  versions, commit, command    loss.png                     the 
 tokenizer/        the run's own tokenizer      checkpoints/                 see run_folder/checkpoint.py
 data.json         the token sets, with counts  diagnosis.*                  what `diagnose` found
 model.json        the model's Hugging Face configuration
+pretrained/       config.json and generation_config.json of the model folder that it started from
 ended.json        how it ended, written last   record.json                  a run of a study, in one file
 tensorboard/, wandb/  what these trackers keep (run.trackers)
 trace.jsonl       traced updates (run.trace), and trace.json and trace.png that `report --trace` makes of them
@@ -32,11 +33,11 @@ from lptransformer.config.schema import Config
 from lptransformer.errors import RunError
 
 CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL = "config.yaml", "environment.json", "tokenizer", "data.json", "model.json"
-ENDED = "ended.json"
+ENDED, PRETRAINED = "ended.json", "pretrained"
 COMMAND_VARIABLE = "LPTRANSFORMER_COMMAND"  # what a person typed, for the processes that a launcher starts
 # All that a run can leave in its folder: what --overwrite removes, and nothing else.
 CONTENTS = (
-    *(CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL),
+    *(CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL, PRETRAINED),
     *("metrics.jsonl", "metrics.csv", "loss.png", "loss.svg", "checkpoints", "tensorboard", "wandb"),
     ENDED,
     *("diagnosis.json", "diagnosis.png", "diagnosis.svg", "record.json"),
@@ -55,6 +56,9 @@ def check(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise RunError(f"run.dir is {folder}: that is a file, not a folder")
+    out = Path(config.run.export or "")
+    if config.run.export is not None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise RunError(f"run.export is {out}: something is there already; give a new folder, or an empty one")
     if resume and overwrite:
         message = "--resume and --overwrite were both given: continue the run, or replace it"
         raise RunError(message, change={"--overwrite": ""})
@@ -108,6 +112,11 @@ def create(
     shutil.copytree(tokenizer_folder, folder / TOKENIZER)
     (folder / DATA).write_text(json.dumps(data, indent=1) + "\n")
     (folder / MODEL).write_text(json.dumps(model_config, indent=1) + "\n")
+    if config.model.pretrained is not None:
+        (folder / PRETRAINED).mkdir()
+        for name in ("config.json", "generation_config.json"):
+            if (given := Path(config.model.pretrained) / name).is_file():
+                shutil.copyfile(given, folder / PRETRAINED / name)
     (folder / ENVIRONMENT).write_text(json.dumps([environment()], indent=1) + "\n")
     (folder / CONFIG).write_text(to_yaml(config))
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -82,7 +85,24 @@ def train(
             if result.control & Control.STOP:
                 break
         reporter.take(engine.close())
+        if config.run.export is not None and engine.world.global_rank == 0 and engine.update >= config.train.steps:
+            for line in export(folder, config.run.export):
+                reporter.progress.message(line)
     reporter.say_what_is_next(engine.update)
+
+
+def export(folder: Path, out: str) -> list[str]:
+    """The finished run's model, by the command for that in a process of its own: training imports no evaluation.
+
+    Returns what it says. Raises TrainingError where it fails.
+    """
+    command = [sys.executable, "-m", "lptransformer", "export", str(folder), out]
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(command, env=alone, capture_output=True, text=True)
+    if done.returncode != 0:
+        why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1].removeprefix("lptransformer: ")
+        raise TrainingError(f"the run is finished and saved, but not exported to run.export = {out}: {why}")
+    return done.stdout.splitlines()
 
 
 def check_shared(folder: Path, world: World) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_run
 import torch
 from distributed import Pool
 from saved_runs import FEW, TEXT, make_run, write_text
@@ -19,16 +23,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lptransformer.__main__ import parser
 from lptransformer.config.load import load
 from lptransformer.data.tokenizer import load as load_tokenizer
-from lptransformer.errors import RunError
+from lptransformer.engine.process_groups import leave
+from lptransformer.errors import ModelError, RunError, UserError
 from lptransformer.evaluation import trained_model
 from lptransformer.evaluation.export import export_run
 from lptransformer.evaluation.perplexity import evaluate_run
+from lptransformer.models import exits
+from lptransformer.models.stage import make_stage
 from lptransformer.run_folder import checkpoint
 from lptransformer.run_folder.metrics_log import read_metrics
 from lptransformer.training.launcher import run as run_command
 
 BOOKS = Path(__file__).parents[2] / "data" / "books"
 STRANGE = "Two   spaces,\n\n\ttabs\r\n and e\u0301, ﬁ, ２, 😀, \u00a0\u3000x \u200b <s> </s> <unk> <0x41> [PAD] ...\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return small_run.stand_in(tmp_path, monkeypatch)
+
+
 LLAMA = {"family": "llama", "num_key_value_heads": 2}
 
 
@@ -105,8 +119,8 @@ def test_the_exported_tokenizer_gives_the_ids_of_the_run(model: dict[str, Any], 
 
 def test_the_checkpoint_asked_for_is_exported(tmp_path: Path) -> None:
     run = make_run(tmp_path, updates=(10, 20))
-    assert export_run(run, tmp_path / "newest") == 20
-    assert export_run(run, tmp_path / "older", step=10) == 10
+    assert export_run(run, tmp_path / "newest").update == 20
+    assert export_run(run, tmp_path / "older", step=10).update == 10
     ids = input_ids(259, (1, 16))
     logits = {}
     for name, update in (("newest", 20), ("older", 10)):
@@ -131,6 +145,234 @@ def test_the_exported_folder_is_for_everybody_and_holds_no_more_than_a_model(tmp
         torch.tensor([[70, 71]]), max_new_tokens=3, do_sample=False
     )
     assert ids.shape[1] > 2
+
+
+# ---- nothing is lost
+
+CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
+GENERATION = {"eos_token_id": [0, 5], "do_sample": True, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
+ROTARY = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0}
+ROTARY |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8}
+
+
+def pretrained_folder(folder: Path, dtype: torch.dtype = torch.bfloat16, **config: Any) -> Path:
+    """A tied Llama as people have one: bf16, with generation settings, dropout and a chat template of its own."""
+    export_run(make_run(folder / "first", model=LLAMA), folder / "made")
+    content = json.loads((folder / "made" / "config.json").read_text()) | {"tie_word_embeddings": True, **config}
+    (folder / "made" / "config.json").write_text(json.dumps(content))
+    model = AutoModelForCausalLM.from_pretrained(folder / "made", dtype=dtype)
+    out = folder / "pretrained"
+    model.save_pretrained(out)
+    load_tokenizer(folder / "made").save(out)
+    saved = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(saved | {"attention_dropout": 0.1}))
+    (out / "generation_config.json").write_text(json.dumps(GENERATION))
+    (out / "chat_template.jinja").write_text(CHAT)
+    return out
+
+
+def fine_tuned(folder: Path, pretrained: Path, *, shaken: bool = True, **options: Any) -> Path:
+    """A run from a model folder; without `shaken` its checkpoint has the folder's weights as they are."""
+    model = {"pretrained": str(pretrained), **dict.fromkeys(FEW)}
+    run = make_run(folder / "second", model=model, tokenizer=str(pretrained), **options)
+    if not shaken:
+        blueprint = trained_model.blueprint_of(run)
+        for plan in blueprint.stages:
+            stage = make_stage(plan, blueprint, seed=0, pretrained=pretrained)
+            checkpoint.save_file(
+                {name: tensor.contiguous() for name, tensor in stage.state_dict().items()},
+                checkpoint.stage_folder(run, 10, plan.index) / checkpoint.WEIGHTS,
+            )
+    return run
+
+
+def test_what_the_model_folder_had_comes_back(tmp_path: Path) -> None:
+    pretrained = pretrained_folder(tmp_path)
+    run = fine_tuned(tmp_path, pretrained)
+    pretrained.rename(tmp_path / "gone")
+    exported = export_run(run, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == GENERATION
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["attention_dropout"] == 0.1 and config["dtype"] == "bfloat16" and config["use_cache"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16 and model.generation_config.eos_token_id == [0, 5]
+    opened: Any = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert opened.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "user: a"
+    assert opened.eos_token == AutoTokenizer.from_pretrained(tmp_path / "gone").eos_token  # type: ignore[attr-defined]
+    (rounding,) = [note for note in exported.notes if "rounding to bf16" in note]
+    assert float(rounding.partition(" by up to ")[2].split()[0]) > 0
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
+def test_the_dtype_that_is_asked_for(dtype: str, name: str, tmp_path: Path) -> None:
+    exported = export_run(make_run(tmp_path), tmp_path / "out", dtype=dtype)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == name
+    weights = checkpoint.load_file(tmp_path / "out" / "model.safetensors")
+    assert {str(weight.dtype) for weight in weights.values()} == {f"torch.{name}"}
+    assert bool(exported.notes) == (dtype != "fp32")
+
+
+def test_what_was_tied_and_still_is_equal_is_tied(tmp_path: Path) -> None:
+    run = fine_tuned(tmp_path, pretrained_folder(tmp_path, torch.float32), shaken=False)
+    assert export_run(run, tmp_path / "auto").notes == ()
+    assert export_run(run, tmp_path / "keep", tie="keep").notes == ()
+    export_run(run, tmp_path / "separate", tie="separate")
+    for name, tied in (("auto", True), ("keep", True), ("separate", False)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert model.config.tie_word_embeddings is tied
+        same = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert (
+            same is tied and ("lm_head.weight" in checkpoint.load_file(tmp_path / name / "model.safetensors")) != tied
+        )
+
+
+def test_what_was_trained_apart_is_not_tied_again(tmp_path: Path) -> None:
+    run = fine_tuned(tmp_path, pretrained_folder(tmp_path, torch.float32))
+    (note,) = export_run(run, tmp_path / "auto").notes
+    assert "are two now (they differ by up to" in note and "MB more" in note
+    with pytest.raises(ModelError, match=r"--tie keep: embedding and readout differ by up to 0\.\d+"):
+        export_run(run, tmp_path / "keep", tie="keep")
+    assert not (tmp_path / "keep").exists()
+
+
+def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lptransformer.evaluation.export.SHARD", "40KB")
+    run = make_run(tmp_path)
+    export_run(run, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    ids = input_ids(259, (1, 16))
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+    assert torch.equal(logits, trained_model.load(run, 10).logits(ids))
+
+
+def test_the_card_says_what_was_trained_and_measured(tmp_path: Path) -> None:
+    run = make_run(tmp_path, valid={"held-out": TEXT})
+    row = {"stage": 1, "last_block": 3, "nll_per_token": 2.0, "perplexity": 7.39, "bits_per_byte": 2.885}
+    evaluated = {"update": 10, "evaluation": "held-out", "exits": [{**row, "word_perplexity": 9.0, "tokens": 99}]}
+    (run / "metrics.jsonl").write_text(json.dumps(evaluated) + "\n")
+    export_run(run, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for part in ("| held-out | 7.39 | 2.885 | 99 |", "| updates | 10 |", "chunked, 2 stages", "sequence_length: 16"):
+        assert part in card
+
+
+def test_a_run_ends_with_its_export(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one command; a folder that is taken is refused before anything is trained."""
+    run_command(parser(), ["train", "c.yaml", "--run.export=out"])
+    leave()
+    assert "out: the model of run after 2 updates" in capsys.readouterr().out
+    ids = input_ids(259, (1, 16))
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained("out")(ids).logits
+    assert torch.equal(logits, trained_model.load(Path("run"), 2).logits(ids))
+    with pytest.raises(SystemExit) as end:
+        run_command(parser(), ["train", "c.yaml", "--run.export=out", "--run.dir=again"])
+    assert end.value.code == 2 and "run.export is out" in capsys.readouterr().err and not Path("again").exists()
+
+
+# ---- exits
+
+HEADS = {
+    "private": {},
+    "low_rank": {"kind": "low_rank", "rank": 8},
+    "shared": {"kind": "shared"},
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_an_exit_is_a_shorter_model(head: dict[str, Any], tmp_path: Path) -> None:
+    run = make_run(tmp_path, model=LLAMA, head=head, chunks=4)
+    export_run(run, tmp_path / "out", exit_block=1)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert exported.config.num_hidden_layers == 2
+    own, ids = trained_model.load(run, 10), input_ids(259, (2, 16))
+    with torch.no_grad():
+        hidden = own.stages[1].hidden_states(own.stages[0].hidden_states(ids))
+        expected, found = own.stages[1].head.logits(hidden), exported(ids).logits  # type: ignore[union-attr]
+    assert torch.allclose(found, expected, atol=1e-5) and (torch.equal(found, expected) or head)
+    assert not torch.allclose(found, own.logits(ids), atol=1e-2)
+
+
+def test_an_exit_with_blocks_of_its_own_is_no_ordinary_model(tmp_path: Path) -> None:
+    run = make_run(tmp_path, head={"blocks": 1})
+    with pytest.raises(ModelError, match=r"--exit 1: .*head is more than a norm and a readout: it has head\.blocks"):
+        export_run(run, tmp_path / "out", exit_block=1)
+    with pytest.raises(UserError, match="--exit 2: the run has exits after the blocks 1, 3"):
+        export_run(run, tmp_path / "out", exit_block=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_exits_are_kept_beside_the_model(tmp_path: Path) -> None:
+    run = make_run(tmp_path, head={"blocks": 1}, chunks=4)
+    export_run(run, tmp_path / "out", keep_exits=True)
+    kept, own = checkpoint.load_file(tmp_path / "out" / exits.FILE), trained_model.load(run, 10)
+    for stage in own.stages[:-1]:
+        assert stage.head is not None
+        for name, tensor in stage.head.state_dict().items():
+            assert torch.equal(kept.pop(f"{stage.plan.last_block}.{name}"), tensor)
+    assert not kept
+    ids = input_ids(259, (1, 16))
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits, own.logits(ids))
+
+
+# ---- transformers 4
+
+OLDER = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
+OPEN = """
+import json, sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, text = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+ids = tokenizer(text, add_special_tokens=False).input_ids
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+with torch.no_grad():
+    logits = model(torch.tensor([ids[:16]])).logits
+torch.save(logits, folder + ".logits")
+print(json.dumps([transformers.__version__, ids, tokenizer.decode(ids), tokenizer.all_special_tokens]))
+"""
+
+
+@pytest.fixture(scope="session")
+def older_transformers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for PYTHONPATH with transformers 4, over the torch that is installed."""
+    folder = tmp_path_factory.mktemp("transformers-4")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *OLDER]
+    subprocess.run(install, check=True)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "tokenizer"),
+    [({}, "bytes"), (LLAMA, "sentencepiece"), (LLAMA, "bytes"), ("llama3", "bytes")],
+    ids=["gpt2", "llama", "llama bytes", "llama3 rotary"],
+)
+def test_transformers_4_opens_it_with_the_same_ids_and_logits(
+    model: Any, tokenizer: str, tmp_path: Path, older_transformers: Path
+) -> None:
+    if model == "llama3":
+        pretrained = pretrained_folder(tmp_path, torch.float32, rope_parameters=ROTARY)
+        run = fine_tuned(tmp_path, pretrained)
+    else:
+        run = make_run(tmp_path, model=model, tokenizer=tokenizer)
+    out = tmp_path / "out"
+    export_run(run, out)
+    ask = [sys.executable, "-c", OPEN, str(out), STRANGE]
+    done = subprocess.run(
+        ask, env={**os.environ, "PYTHONPATH": str(older_transformers)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    version, ids, decoded, special = json.loads(done.stdout.splitlines()[-1])
+    own: Any = AutoTokenizer.from_pretrained(out)
+    assert version == "4.57.6" and ids == load_tokenizer(run / "tokenizer").encode(STRANGE).tolist()
+    assert decoded == own.decode(ids) and sorted(special) == sorted(own.all_special_tokens)
+    with torch.no_grad():
+        expected = trained_model.load(run, 10).logits(torch.tensor([ids[:16]]))
+    assert torch.allclose(torch.load(f"{out}.logits"), expected, atol=1e-5)
 
 
 # ---- what is refused

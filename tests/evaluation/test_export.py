@@ -451,7 +451,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path, capsys: pyte
     output = capsys.readouterr()
     assert caught.value.code == 2 and output.out == ""
     message = f"{run} holds no complete checkpoint after 7 updates (--step): there are those after 10 updates"
-    assert output.err == f"lptransformer: {message}\n"
+    assert output.err == f"lptransformer: {message}; next: `python -m lptransformer export --help`\n"
     run_command(parser(), ["export", str(run), str(tmp_path / "out")])
     assert capsys.readouterr().out == f"{tmp_path / 'out'}: the model of {run} after 10 updates\n"
 

@@ -270,7 +270,8 @@ def _command(*arguments: object) -> list[str]:
 
 @pytest.mark.slow
 def test_torchrun(saved: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lptransformer"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--master-port", "29876", "--nproc-per-node", "2", "-m"]
+    torchrun.append("lptransformer")
     command = [*torchrun, "evaluate", str(saved), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -108,7 +108,8 @@ def _write(
     name = dtype or _own_dtype(config)
     whole.to(EXPORTED[name])
     whole.config.dtype = whole.dtype
-    notes = [_tie(whole, tie, bool(config.tie_word_embeddings))]
+    was_tied = bool(config.tie_word_embeddings) and layout.read_config(run).model.pretrained is not None
+    notes = [_tie(whole, tie, was_tied)]
     unfinished = out.absolute().parent / f".unfinished-{out.absolute().name}-{uuid.uuid4().hex[:12]}"
     try:
         unfinished.mkdir(parents=True)
@@ -151,6 +152,7 @@ def _own_dtype(config: Any) -> str:
     return next((name for name, of in EXPORTED.items() if str(of) == f"torch.{said}"), "fp32")
 
 
+@torch.no_grad()
 def _tie(model: Any, tie: Tie, was_tied: bool) -> str:
     """Make embedding and readout one matrix, or leave them two; says which where that is news."""
     readout, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight

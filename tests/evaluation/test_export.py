@@ -160,7 +160,8 @@ def pretrained_folder(folder: Path, dtype: torch.dtype = torch.bfloat16, **confi
     export_run(make_run(folder / "first", model=LLAMA), folder / "made")
     content = json.loads((folder / "made" / "config.json").read_text()) | {"tie_word_embeddings": True, **config}
     (folder / "made" / "config.json").write_text(json.dumps(content))
-    model = AutoModelForCausalLM.from_pretrained(folder / "made", dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "made", dtype=dtype)
+    model.lm_head.weight = model.model.embed_tokens.weight
     out = folder / "pretrained"
     model.save_pretrained(out)
     load_tokenizer(folder / "made").save(out)
@@ -230,7 +231,7 @@ def test_what_was_trained_apart_is_not_tied_again(tmp_path: Path) -> None:
     run = fine_tuned(tmp_path, pretrained_folder(tmp_path, torch.float32))
     (note,) = export_run(run, tmp_path / "auto").notes
     assert "are two now (they differ by up to" in note and "MB more" in note
-    with pytest.raises(ModelError, match=r"--tie keep: embedding and readout differ by up to 0\.\d+"):
+    with pytest.raises(ModelError, match=r"--tie keep: embedding and readout differ by up to \d\.\d+"):
         export_run(run, tmp_path / "keep", tie="keep")
     assert not (tmp_path / "keep").exists()
 

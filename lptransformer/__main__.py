@@ -71,12 +71,22 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--vocab-size", type=int, metavar="N", help="entries of the vocabulary (default: the tokenizer's)")
     sub.add_argument("--json", metavar="FILE", help="write the whole plan as JSON")
 
-    sub = command("evaluate", evaluate, "Perplexity of every exit of a run, by the `blocks` convention.")
-    sub.add_argument("run_folder", metavar="RUN", help="run folder")
+    sub = command("evaluate", evaluate, "Perplexity of the exits of a run or of a Hugging Face model folder.")
+    sub.add_argument("run_folder", metavar="MODEL", help="run folder, or folder of a Hugging Face causal LM")
     sub.add_argument("--data", action="append", metavar="FILES", help="text or jsonl files (a glob), or a prepared set")
     sub.add_argument("--step", type=int, help="checkpoint to evaluate (default: the newest complete one)")
     sub.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
     sub.add_argument("--processes", type=int, default=1, help="processes that share the windows (default: 1)")
+    text = "convention: blocks (default), hf-sliding, lm-eval-wikitext (docs/runs.md)"
+    sub.add_argument("--protocol", choices=("blocks", "hf-sliding", "lm-eval-wikitext"), default="blocks", help=text)
+    text = "tokens of a window (default: as the run was trained, else the model's length)"
+    sub.add_argument("--window", type=int, metavar="N", help=text)
+    sub.add_argument("--stride", type=int, metavar="N", help="hf-sliding: tokens from window to window (default: half)")
+    text = "blocks: the begin-of-text token before each document (auto: as the tokenizer does; never for a run)"
+    sub.add_argument("--bos", choices=("auto", "always", "never"), default="auto", help=text)
+    text = "the exit after block K alone, counted from 0; of a model folder its norm and readout there (logit lens)"
+    sub.add_argument("--exit", type=int, metavar="K", help=text)
+    sub.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and activations")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
     text = "Train a grid of runs, a few at a time; started again, it continues where it stopped."
@@ -259,9 +269,9 @@ def evaluate(args: argparse.Namespace) -> None:
     no_overrides(args)
     from lptransformer.evaluation.perplexity import evaluate_run, print_evaluations, to_json
 
-    results = evaluate_run(
-        Path(args.run_folder), args.data, step=args.step, batch_size=args.batch_size, processes=args.processes
-    )
+    options = ("step", "protocol", "window", "stride", "bos", "dtype", "batch_size", "processes")
+    chosen = {name: getattr(args, name) for name in options}
+    results = evaluate_run(Path(args.run_folder), args.data, exit_block=args.exit, **chosen)
     if results is not None:  # of several processes, the first one has them
         print(to_json(results)) if args.json else print_evaluations(results)
 

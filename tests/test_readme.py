@@ -15,7 +15,8 @@ from own_checkout import ROOT, make_checkout, run
 from lptransformer.run_folder import checkpoint
 
 pytestmark = pytest.mark.slow
-EXIT_KEYS = {"stage", "last_block", "nll_per_token", "perplexity", "bits_per_byte", "word_perplexity", "tokens"}
+EXIT_KEYS = {"stage", "last_block", "head", "nll_per_token", "perplexity", "bits_per_byte", "byte_perplexity"}
+EXIT_KEYS |= {"word_perplexity", "tokens"}
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,11 @@ import torch
 from lptransformer import figures, files
 from lptransformer.console import bar, print_table
 from lptransformer.data.token_set import Batch, TokenSet, make_batch
+from lptransformer.data.tokenizer import load as load_tokenizer
 from lptransformer.errors import DataError, UserError
 from lptransformer.evaluation import trained_model
 from lptransformer.evaluation.local_gradients import diagnose
-from lptransformer.evaluation.perplexity import open_sets, to_json
+from lptransformer.evaluation.perplexity import to_json, tokenizer_folder, valid_sets
 from lptransformer.processes import use_fair_share_of_cores
 from lptransformer.run_folder import layout
 
@@ -47,7 +48,8 @@ def diagnose_run(
     method = layout.read_config(run).objective.name
     use_fair_share_of_cores(1)
     with tempfile.TemporaryDirectory(prefix="lptransformer-") as scratch:
-        sets = open_sets(run, None, Path(scratch))
+        tokenizer = load_tokenizer(tokenizer_folder(trained_model.find(run, step)))
+        sets = valid_sets(run, tokenizer, Path(scratch))
         if set_name is not None and set_name not in sets:
             raise UserError(f"--set {set_name}: {run} has no such validation set; there are: {', '.join(sets)}")
         name = set_name or next(iter(sets))

@@ -1,22 +1,80 @@
-"""A run's model in one process: the stages of a checkpoint, one after another. Without DeepSpeed, without training."""
+"""A trained model in one process: the stages of a run's checkpoint, or of a Hugging Face folder, one after another.
+Without DeepSpeed, without training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lptransformer.config.load import load as load_config
 from lptransformer.data.token_set import Batch
-from lptransformer.errors import ConfigError, ModelError, RunError
+from lptransformer.errors import ConfigError, ModelError, RunError, UserError
+from lptransformer.methods.heads import label
+from lptransformer.methods.stages import StagePlan
 from lptransformer.models import blueprint as blueprints
+from lptransformer.models import exits, hf_config
 from lptransformer.models.blueprint import Blueprint
-from lptransformer.models.head import LossBatch
+from lptransformer.models.head import Head, LossBatch, Readout
 from lptransformer.models.hf_config import saved_config
+from lptransformer.models.split import load_piece
 from lptransformer.models.stage import Stage, load_stage
 from lptransformer.run_folder import checkpoint, layout
+
+OWN, KEPT, LENS = "the model's own", "kept", "logit lens"
+WITHOUT_LENGTH = 2048  # the window of models that have no greatest length
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is evaluated: a run after some updates, or a model folder (`update` None), at these exits: the block that
+    each stands after, what its head is, and the number of its stage, in order. `longest` is the model's length."""
+
+    folder: Path
+    update: int | None
+    exits: tuple[tuple[int, str, int], ...]
+    window: int
+    longest: int | None
+    dtype: str = "fp32"
+
+
+def find(folder: Path, step: int | None = None, exit_block: int | None = None, dtype: str = "fp32") -> Target:
+    """What there is to evaluate in a folder; `window` is that of the run, else the model's length.
+
+    Of a model folder without exits kept beside it an exit is its own norm and readout behind a block ("logit lens").
+    Raises UserError: it is neither a run's folder nor a model's, or has no such checkpoint or exit.
+    """
+    if (folder / layout.CONFIG).is_file():
+        return _find_in_run(folder, find_update(folder, step), exit_block, dtype)
+    if not (folder / "config.json").is_file():
+        nor = "nor a model folder: it has no config.json"
+        raise RunError(f"{folder} is no run folder: it has no {layout.CONFIG}; {nor}")
+    if step is not None:
+        raise UserError(f"--step {step}: {folder} is a model folder, which has no checkpoints")
+    config = hf_config.read_config(folder)
+    depth, longest = config.num_hidden_layers, getattr(config, "max_position_embeddings", None)
+    there = {block: KEPT for block in exits.kept(folder)} | {depth - 1: OWN}
+    if exit_block is not None and not 0 <= exit_block < depth:
+        raise UserError(f"--exit {exit_block}: {folder} has {depth} blocks: give 0 to {depth - 1}")
+    blocks = sorted(there) if exit_block is None else [exit_block]
+    found = tuple((block, there.get(block, LENS), number) for number, block in enumerate(blocks))
+    return Target(folder, None, found, longest or WITHOUT_LENGTH, longest, dtype)
+
+
+def _find_in_run(folder: Path, update: int, exit_block: int | None, dtype: str) -> Target:
+    config = layout.read_config(folder)
+    plans = [checkpoint.plan_of(one) for one in checkpoint.stage_folders(folder, update)]
+    of_heads = label(config.head)
+    found = [(plan.last_block, OWN if plan.is_last else of_heads, plan.index) for plan in plans if plan.has_head]
+    chosen = tuple(one for one in found if exit_block in (None, one[0]))
+    if not chosen:
+        blocks = ", ".join(str(block) for block, _, _ in found)
+        raise UserError(f"--exit {exit_block}: {folder} has exits after the blocks {blocks} (counted from 0)")
+    return Target(folder, update, chosen, config.data.sequence_length, config.model.max_position_embeddings, dtype)
 
 
 @dataclass(frozen=True)
@@ -74,6 +132,42 @@ def blueprint_of(run: Path) -> Blueprint:
         return blueprints.of_model(layout.read_config(run), saved_config(layout.read_model_config(run)))
     except (ModelError, ConfigError) as error:
         raise RunError(f"{run}: its configuration or {layout.MODEL} is damaged: {error}") from None
+
+
+def load_target(target: Target, device: torch.device) -> RunModel:
+    """The model up to the last of its exits, with heads there alone."""
+    wanted = [block for block, _, _ in target.exits]
+    if target.update is not None:
+        model = load(target.folder, target.update, device)
+        stages = [stage for stage in model.stages if stage.plan.last_block <= wanted[-1]]
+    else:
+        model = RunModel(0, _blueprint_of_folder(target), [], device)
+        firsts = [0, *(block + 1 for block in wanted[:-1])]
+        stages = [_stage_of_folder(target, model.blueprint, *place) for place in zip(firsts, wanted, strict=True)]
+    for stage in stages:
+        stage.head = stage.head if stage.plan.last_block in wanted else None
+        stage.to(device, DTYPES[target.dtype]).eval()
+    return replace(model, stages=stages)
+
+
+def _blueprint_of_folder(target: Target) -> Blueprint:
+    raw = {"model": {"pretrained": str(target.folder)}, "data": {"train": "none", "sequence_length": target.window}}
+    config = load_config({**raw, "objective": {"name": "backprop"}})
+    return blueprints.of_model(config, hf_config.read_config(target.folder))
+
+
+def _stage_of_folder(target: Target, blueprint: Blueprint, first: int, last: int) -> Stage:
+    """Blocks `first` to `last` of a model folder, with the exit behind them."""
+    config, parts = blueprint.model_config, blueprint.parts
+    kind = next(head for block, head, _ in target.exits if block == last)
+    piece = load_piece(target.folder, config, parts, range(first, last + 1), first == 0, kind in (OWN, LENS))
+    if kind == KEPT:
+        head = exits.read(target.folder, blueprint, last)
+    else:
+        assert piece.norm is not None and piece.readout is not None
+        head = Head(piece.norm, Readout(piece.readout.weight, blueprint.chunk_tokens, parts.logit_rule))
+    plan = StagePlan(0, first, last, 0, True, is_first=first == 0, is_last=kind == OWN, trained=True)
+    return Stage(plan, piece.base, head)
 
 
 def load(

@@ -134,13 +134,7 @@ def make_stage(
     An auxiliary head is what the blueprint says; the last stage's head is the model's own. With `seed` None the weights
     of a new stage are for the caller to fill in.
     """
-
-    def piece(blocks: range, embedding: bool, final: bool) -> Piece:
-        config, parts = blueprint.model_config, blueprint.parts
-        if pretrained is None:
-            return new_piece(config, parts, blocks, embedding, final, seed)
-        return load_piece(pretrained, config, parts, blocks, embedding, final)
-
+    piece = _pieces(blueprint, seed, pretrained)
     own = piece(range(plan.first_block, plan.last_block + 1), plan.is_first, plan.is_last)
     if not plan.has_head:
         return Stage(plan, own.base, None)
@@ -151,6 +145,25 @@ def make_stage(
     assert own.norm is not None and own.readout is not None
     readout = Readout(own.readout.weight, blueprint.chunk_tokens, blueprint.parts.logit_rule)
     return Stage(plan, own.base, Head(own.norm, readout))
+
+
+def empty_head(block: int, blueprint: Blueprint) -> Head:
+    """The auxiliary head after `block`, whose weights are for the caller to fill in."""
+    return _auxiliary_head(block, blueprint, None, False, _pieces(blueprint, None, None))
+
+
+def _pieces(
+    blueprint: Blueprint, seed: int | None, pretrained: str | Path | None
+) -> Callable[[range, bool, bool], Piece]:
+    """What gives parts of the model by blocks, embedding and final norm and readout: new ones, or those of a folder."""
+    config, parts = blueprint.model_config, blueprint.parts
+
+    def piece(blocks: range, embedding: bool, final: bool) -> Piece:
+        if pretrained is None:
+            return new_piece(config, parts, blocks, embedding, final, seed)
+        return load_piece(pretrained, config, parts, blocks, embedding, final)
+
+    return piece
 
 
 def _auxiliary_head(

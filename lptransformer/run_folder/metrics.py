@@ -37,11 +37,12 @@ def text_counts(manifest: Mapping[str, Any]) -> TextCounts:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The four numbers of the `blocks` convention (docs/design.md); `tokens` are those that had a label."""
+    """The numbers of a convention (docs/design.md); `tokens` are those that were scored."""
 
     nll_per_token: float
     perplexity: float
     bits_per_byte: float
+    byte_perplexity: float
     word_perplexity: float
     tokens: int
 
@@ -58,6 +59,7 @@ def perplexity(nll_sum: float, label_tokens: int, text: TextCounts) -> Perplexit
         nll_per_token=nll_per_token,
         perplexity=_exp(nll_per_token),
         bits_per_byte=_divide(text_nll / math.log(2), text.bytes),
+        byte_perplexity=_exp(_divide(text_nll, text.bytes)),
         word_perplexity=_exp(_divide(text_nll, text.words)),
         tokens=label_tokens,
     )

@@ -16,6 +16,7 @@ import pytest
 import small_run
 import torch
 from distributed import Pool
+from overlays import overlay
 from saved_runs import FEW, TEXT, make_run, write_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -322,7 +323,6 @@ def test_exits_are_kept_beside_the_model(tmp_path: Path) -> None:
 
 # ---- transformers 4
 
-OLDER = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
 OPEN = """
 import json, sys, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -339,11 +339,7 @@ print(json.dumps([transformers.__version__, ids, tokenizer.decode(ids), tokenize
 
 @pytest.fixture(scope="session")
 def older_transformers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for PYTHONPATH with transformers 4, over the torch that is installed."""
-    folder = tmp_path_factory.mktemp("transformers-4")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *OLDER]
-    subprocess.run(install, check=True)
-    return folder
+    return overlay("transformers-4", tmp_path_factory.mktemp("transformers-4"))
 
 
 @pytest.mark.slow

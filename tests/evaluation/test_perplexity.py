@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,8 @@ from lptransformer.run_folder import checkpoint
 from lptransformer.training.launcher import run as run_command
 
 ROOT = Path(__file__).parents[2]
-EXIT_KEYS = ["stage", "last_block", "nll_per_token", "perplexity", "bits_per_byte", "word_perplexity", "tokens"]
+EXIT_KEYS = ["stage", "last_block", "head", "nll_per_token", "perplexity", "bits_per_byte", "byte_perplexity"]
+EXIT_KEYS += ["word_perplexity", "tokens"]
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +58,10 @@ def evaluated(run: Path, *args: Any, **options: Any) -> dict[str, Any]:
     results = evaluate_run(run, *args, **options)
     assert results is not None
     return results
+
+
+def numbers_of(exit: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in exit.items() if name != "head"}
 
 
 # ---- the numbers
@@ -104,16 +110,18 @@ def test_the_four_numbers_and_what_they_were_taken_on(tmp_path: Path) -> None:
     results = evaluated(run)
     assert {key: value for key, value in results.items() if key != "exits"} == {
         **{"run": str(run), "step": 10, "convention": "blocks", "window": WINDOW, "stride": WINDOW},
-        **{"prefix": None, "set": "umlauts"},
+        **{"prefix": None, "dtype": "fp32", "set": "umlauts"},
     }
     tokens = len(load_tokenizer(run / "tokenizer").encode(text))
     assert tokens != len(text) != len(text.encode())
-    assert [(one["stage"], one["last_block"]) for one in results["exits"]] == [(0, 1), (1, 3)]
+    places = [(one["stage"], one["last_block"], one["head"]) for one in results["exits"]]
+    assert places == [(0, 1, "private"), (1, 3, "the model's own")]
     for one in results["exits"]:
         assert list(one) == EXIT_KEYS
         nll = one["nll_per_token"]
         assert one["perplexity"] == pytest.approx(math.exp(nll))
         assert one["bits_per_byte"] == pytest.approx(nll * tokens / len(text.encode()) / math.log(2))
+        assert one["byte_perplexity"] == pytest.approx(2 ** one["bits_per_byte"])
         assert one["word_perplexity"] == pytest.approx(math.exp(nll * tokens / len(text.split())))
 
 
@@ -227,7 +235,7 @@ def test_two_processes_agree_with_one(saved: Path, capfd: pytest.CaptureFixture[
     one = evaluated(saved, batch_size=3)
     two = evaluated(saved, batch_size=3, processes=2)
     for first, second in zip(one["exits"], two["exits"], strict=True):
-        assert second == pytest.approx(first, rel=1e-6)
+        assert numbers_of(second) == pytest.approx(numbers_of(first), rel=1e-6)
     assert capfd.readouterr() == ("", "") and not list(scratch.iterdir())
 
 
@@ -240,7 +248,7 @@ def test_under_a_launcher_the_first_process_has_the_result(saved: Path, pool: Po
     first, second = pool.run(2, _evaluate_here, str(saved), None, 2)
     assert second is None
     for one, same in zip(expected, first["exits"], strict=True):
-        assert same == pytest.approx(one, rel=1e-6)
+        assert numbers_of(same) == pytest.approx(numbers_of(one), rel=1e-6)
     given = [str(write_text(tmp_path / "moor.txt", TEXT))]
     first, second = pool.run(2, _evaluate_here, str(saved), given, 1000)  # one batch for two processes
     assert second is None and first["set"] == "moor"
@@ -277,7 +285,7 @@ def test_torchrun(saved: Path) -> None:
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     for one, same in zip(evaluated(saved)["exits"], json.loads(line)["exits"], strict=True):
-        assert same == pytest.approx(one, rel=1e-6)
+        assert numbers_of(same) == pytest.approx(numbers_of(one), rel=1e-6)
 
 
 @pytest.mark.slow
@@ -335,10 +343,10 @@ def test_the_table_says_all_that_the_numbers_depend_on(saved: Path, capsys: pyte
     title, header, _, *rows = capsys.readouterr().out.splitlines()
     for word in ("moor", "after 10 updates", "blocks", "window 16", "stride 16", "prefix none"):
         assert word in title
-    assert header.split("  ")[0] == "stage" and len(rows) == 2
+    assert header.split("  ")[0] == "exit after block" and len(rows) == 2
     for row, one in zip(rows, results["exits"], strict=True):
-        stage, block, tokens, nll, perplexity, bits, words = row.split()
-        assert (int(stage), int(block), int(tokens)) == (one["stage"], one["last_block"], one["tokens"])
+        block, head, tokens, nll, perplexity, bits, _, words = re.split(r"  +", row.strip())
+        assert (int(block), head, int(tokens)) == (one["last_block"], one["head"], one["tokens"])
         assert nll == f"{one['nll_per_token']:.3f}" and perplexity == f"{one['perplexity']:,.3f}"
         assert bits == f"{one['bits_per_byte']:.3f}" and words == f"{one['word_perplexity']:,.3f}"
     print_evaluations({**results, "sets": {"a": results, "b": results}})

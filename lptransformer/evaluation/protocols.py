@@ -1,0 +1,192 @@
+"""Conventions of measuring perplexity: from texts to windows over their tokens, and which tokens each window scores.
+
+A perplexity means something with its convention alone, so a result carries name, window, stride and prefix. A further
+convention is one row in PROTOCOLS.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lptransformer.data.readers import documents
+from lptransformer.data.token_set import IGNORE_INDEX, Batch, TokenSet
+from lptransformer.data.tokenizer import Tokenizer
+from lptransformer.errors import UserError
+from lptransformer.run_folder.metrics import TextCounts, text_counts
+
+
+class Window(NamedTuple):
+    """The inputs are ids[start:stop]; scored are ids[first:last], each predicted from the inputs before it."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is scored of a text: its ids, int32 [n], windows, int64 [w, 4] (Window), and the text's own counts."""
+
+    ids: np.ndarray
+    windows: np.ndarray
+    counts: TextCounts
+    prefix: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many are scored."""
+        return int((self.windows[:, 3] - self.windows[:, 2]).sum())
+
+    def num_batches(self, batch_size: int) -> int:
+        return -(-len(self.windows) // batch_size)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All windows in order, [batch_size, longest window]; what is short or missing is filled with 0, unscored."""
+        import torch
+
+        length = int((self.windows[:, 1] - self.windows[:, 0]).max())
+        for begin in range(0, len(self.windows), batch_size):
+            input_ids = torch.zeros((batch_size, length), dtype=torch.int64)
+            labels = torch.full_like(input_ids, IGNORE_INDEX)
+            for row, (start, stop, first, last) in enumerate(self.windows[begin : begin + batch_size].tolist()):
+                input_ids[row, : stop - start] = torch.from_numpy(self.ids[start:stop].astype(np.int64))
+                scored = torch.from_numpy(self.ids[first:last].astype(np.int64))
+                labels[row, first - 1 - start : last - 1 - start] = scored
+            yield Batch(input_ids, labels)
+
+
+class Options(NamedTuple):
+    """Window and stride in tokens; `bos` is whether every document begins with the tokenizer's token for that."""
+
+    window: int
+    stride: int
+    bos: bool
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """`score` makes the scoring of files; `strides` and `bos` are whether these options have a meaning."""
+
+    score: Callable[[Sequence[Path], Tokenizer, Options], Scoring]
+    about: str
+    strides: bool = False
+    bos: bool = False
+
+
+def of_token_set(token_set: TokenSet) -> Scoring:
+    """`blocks` of a prepared set: disjoint windows, whose first tokens are not scored."""
+    ids = np.concatenate([np.asarray(chunk, np.int32) for chunk in token_set.chunks])
+    return Scoring(ids, disjoint(len(ids), token_set.sequence_length), text_counts(token_set.manifest))
+
+
+def disjoint(tokens: int, window: int) -> np.ndarray:
+    starts = range(0, tokens, window)
+    ends = [min(start + window, tokens) for start in starts]
+    return _array([Window(start, end, start + 1, end) for start, end in zip(starts, ends, strict=True)])
+
+
+def _blocks(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Scoring:
+    """One stream: documents with the end-of-text token between them, each after the prefix where one is wanted."""
+    bos = tokenizer.backend.bos_token_id
+    prefix = [] if not options.bos else [bos]
+    parts: list[np.ndarray] = []
+    size = words = 0
+    for number, text in enumerate(_texts(files)):
+        between = [] if number == 0 or tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]
+        parts += [np.array([*between, *prefix], np.int32), tokenizer.encode(text)]
+        size, words = size + len(text.encode()), words + len(text.split())
+    ids = np.concatenate(parts)
+    name = tokenizer.backend.bos_token if options.bos else None
+    return Scoring(ids, disjoint(len(ids), options.window), TextCounts(len(ids), size, words), name)
+
+
+def _hf_sliding(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Scoring:
+    """As in transformers' page on perplexity: one text of all documents, joined by two newlines; windows that overlap;
+    a token is scored in the first window that holds it, the very first one never."""
+    text = "\n\n".join(_texts(files))
+    ids, windows, scored = tokenizer.encode(text), [], 1
+    for start in range(0, len(ids), options.stride):
+        stop = min(start + options.window, len(ids))
+        if stop > scored:
+            windows.append(Window(start, stop, scored, stop))
+            scored = stop
+        if stop == len(ids):
+            break
+    return Scoring(ids, _array(windows), TextCounts(len(ids), len(text.encode()), len(text.split())))
+
+
+def _lm_eval_wikitext(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Scoring:
+    """As task wikitext of lm-evaluation-harness: every document by itself, detokenised, behind the token for the begin
+    of a text (else the end of one), which every first token is predicted from; all tokens are scored, the last window
+    of a document is filled up with tokens before it; words and bytes are those before detokenising."""
+    backend = tokenizer.backend
+    bos = backend.bos_token_id if backend.bos_token_id is not None else backend.eos_token_id
+    if bos is None:
+        raise UserError(
+            "--protocol lm-eval-wikitext: the tokenizer has neither a begin-of-text nor an end-of-text token"
+        )
+    parts: list[np.ndarray] = []
+    windows: list[Window] = []
+    begin = size = words = 0
+    for text in _texts(files):
+        ids = tokenizer.encode(detokenised(text))
+        parts += [np.array([bos], np.int32), ids]
+        size, words = size + len(text.encode()), words + len(re.split(r"\s+", text))
+        for done in range(0, len(ids), options.window):
+            last = min(done + options.window, len(ids))
+            start = max(0, last - options.window)
+            windows.append(Window(begin + start, begin + last, begin + done + 1, begin + last + 1))
+        begin += len(ids) + 1
+    ids = np.concatenate(parts)
+    name = str(backend.convert_ids_to_tokens(bos))
+    return Scoring(ids, _array(windows), TextCounts(len(ids) - len(parts) // 2, size, words), name)
+
+
+PROTOCOLS = {
+    "blocks": Protocol(_blocks, "disjoint windows of one stream of documents", bos=True),
+    "hf-sliding": Protocol(_hf_sliding, "overlapping windows, as in transformers' documentation", strides=True),
+    "lm-eval-wikitext": Protocol(_lm_eval_wikitext, "as the task wikitext of lm-evaluation-harness"),
+}
+
+# WikiText's own tokenisation, undone as lm-evaluation-harness 0.4 does it, pattern after pattern (the second one, with
+# slashes and brackets that mean themselves, included).
+_SPACED = [(f" {sign} ", f"{sign} ") for sign in ":;.!?,"]
+_UNDONE = [
+    ("s '", "s'"),
+    ("/' [0-9]/", "/'[0-9]/"),
+    *((f" @{re.escape(sign)}@ ", sign) for sign in "-,."),
+    *((re.escape(before), after) for before, after in _SPACED),
+    (r"\(\s*([^\)]*?)\s*\)", r"(\1)"),
+    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+    (r"{\s*([^}]*?)\s*}", r"{\1}"),
+    (r"\"\s*([^\"]*?)\s*\"", r'"\1"'),
+    (r"'\s*([^']*?)\s*'", r"'\1'"),
+    *(("= " * (many - 1) + "=", "=" * many) for many in (4, 3, 2)),
+    *((" \N{DEGREE SIGN} ", "\N{DEGREE SIGN}"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")),
+]
+
+
+def detokenised(text: str) -> str:
+    """A WikiText document as it was before it was tokenised, as far as lm-evaluation-harness undoes it."""
+    for pattern, after in _UNDONE:
+        text = re.sub(pattern, after, text)
+    return text
+
+
+def _texts(files: Sequence[Path]) -> Iterator[str]:
+    """The documents; those without text are none."""
+    for path in files:
+        for blocks in documents(path, lambda read: None):
+            if text := "".join(blocks):
+                yield text
+
+
+def _array(windows: Sequence[Window]) -> np.ndarray:
+    return np.array(windows, np.int64).reshape(-1, 4)

@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
     sub.add_argument("--processes", type=int, default=1, help="processes that share the windows (default: 1)")
     text = "convention: blocks (default), hf-sliding, lm-eval-wikitext (docs/runs.md)"
-    sub.add_argument("--protocol", choices=("blocks", "hf-sliding", "lm-eval-wikitext"), default="blocks", help=text)
+    sub.add_argument("--protocol", default="blocks", metavar="NAME", help=text)
     text = "tokens of a window (default: as the run was trained, else the model's length)"
     sub.add_argument("--window", type=int, metavar="N", help=text)
     sub.add_argument("--stride", type=int, metavar="N", help="hf-sliding: tokens from window to window (default: half)")

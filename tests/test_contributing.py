@@ -20,6 +20,8 @@ from lptransformer import initialize
 from lptransformer.config.load import load
 from lptransformer.engine.engine import LocalUpdateEngine
 from lptransformer.evaluation.export import export_run
+from lptransformer.evaluation.perplexity import evaluate_run
+from lptransformer.evaluation.protocols import PROTOCOLS
 from lptransformer.methods import objectives
 from lptransformer.methods.heads import HEADS
 from lptransformer.methods.objectives import METHODS
@@ -100,29 +102,28 @@ def test_the_family_is_cut_and_keeps_its_logits(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "tiny-qwen2" / "config.json").is_file()
 
 
-@as_module("Add an evaluation protocol", "sliding")
-def test_the_protocol_is_that_of_the_library(module: Any, tmp_path: Path) -> None:
-    """The loop that the documentation of transformers has for models of fixed length, on the exported model."""
-    run = make_run(tmp_path)
+@as_module("Add an evaluation protocol", "apart")
+def test_the_protocol_scores_documents_by_themselves(module: Any, tmp_path: Path) -> None:
+    run, documents = make_run(tmp_path), [TEXT[:70], TEXT[100:133]]
     export_run(run, tmp_path / "exported")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
-    ids = tokenizer(TEXT[:100], return_tensors="pt", add_special_tokens=False).input_ids[0]
-    for window, stride in ((WINDOW, 5), (WINDOW, WINDOW - 1), (7, 1), (WINDOW, 13)):
-        nll, count, before = 0.0, 0, 0
-        for start in range(0, len(ids), stride):
-            end = min(start + window, len(ids))
-            with torch.no_grad():
-                log_p = F.log_softmax(model(ids[None, start:end]).logits[0].double(), dim=-1)
-            wanted = [place for place in range(max(before, start + 1), end)]  # the first token of all has no context
-            nll -= sum(log_p[place - start - 1, ids[place]].item() for place in wanted)
-            count, before = count + len(wanted), end
-            if end == len(ids):
-                break
-        perplexity = torch.tensor(nll / count).exp().item()
-        found = module.sliding(run, TEXT[:100], window, stride)
-        assert count == len(ids) - 1 and len(found) == 2
-        assert found[-1] == pytest.approx(perplexity, rel=1e-5)
+    nll, count = 0.0, 0
+    for document in documents:
+        ids = tokenizer(document, return_tensors="pt", add_special_tokens=False).input_ids
+        for start in range(0, ids.shape[1], WINDOW):
+            window = ids[:, start : start + WINDOW]
+            if window.shape[1] > 1:
+                with torch.no_grad():
+                    nll += F.cross_entropy(model(window).logits[0, :-1], window[0, 1:], reduction="sum").item()
+                count += window.shape[1] - 1
+    files = [tmp_path / f"{number}.txt" for number in range(len(documents))]
+    for file, document in zip(files, documents, strict=True):
+        file.write_text(document)
+    found = evaluate_run(run, [str(tmp_path / "?.txt")], protocol="apart")
+    PROTOCOLS.pop("apart")
+    assert found is not None and found["exits"][-1]["tokens"] == count
+    assert found["exits"][-1]["nll_per_token"] == pytest.approx(nll / count, rel=1e-6)
 
 
 def test_the_tests_that_it_names_are_there() -> None:

@@ -2,71 +2,101 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import re
 import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import transformers
+from typing import Any
 
 from lptransformer import __version__
-from lptransformer.config.load import to_yaml
 from lptransformer.evaluation.trained_model import RunModel
 from lptransformer.run_folder import layout
-from lptransformer.run_folder.metrics_log import read_metrics
+from lptransformer.run_folder.metrics_log import JSONL_NAME, read_metrics
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- local-updates
+---
+
+# {name}
+
+Trained with local updates by lptransformer {version}. It is an ordinary model of transformers:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+Written by transformers {transformers}; 4.57 opens it too, where it knows the architecture.
+
+{facts}
+{measured}
+The command and the configuration:
+
+```text
+{commands}
+```
+
+```yaml
+{configuration}
+```
+"""
 
 
 def text(run: Path, model: RunModel, block: int, dtype: str) -> str:
     """The card of the model up to the exit after `block`."""
     config, blueprint = layout.read_config(run), model.blueprint
-    started = json.loads((run / layout.ENVIRONMENT).read_text())
-    rows = (
-        [row for row in read_metrics(run) if row["update"] == model.update] if (run / "metrics.jsonl").exists() else []
-    )
-    exits = [(row["evaluation"], exit) for row in rows if "evaluation" in row for exit in row["exits"]]
+    depth = blueprint.objective.num_blocks
+    facts = {
+        "architecture": ", ".join(blueprint.model_config.architectures or [blueprint.model_config.model_type]),
+        "blocks": f"{depth}" if block + 1 == depth else f"{block + 1} of {depth}, with the exit behind them",
+        "started from": "new weights" if config.model.pretrained is None else Path(config.model.pretrained).name,
+        "trained by": f"{config.objective.name}, {len(blueprint.stages)} stages",
+        "updates": model.update,
+        "tokens": f"{model.update * blueprint.label_tokens:,}",
+        "weights": dtype,
+    }
+    rows = read_metrics(run) if (run / JSONL_NAME).is_file() else []
     measured = [
-        f"| {name} | {one['perplexity']:.4g} | {one['bits_per_byte']:.4g} | {one['tokens']} |"
-        for name, one in exits
+        (row["evaluation"], f"{one['perplexity']:.4g}", f"{one['bits_per_byte']:.4g}", one["tokens"])
+        for row in rows
+        if "evaluation" in row and row["update"] == model.update
+        for one in row["exits"]
         if one["last_block"] == block
     ]
-    depth = blueprint.objective.num_blocks
-    part = f"blocks 0 to {block} of {depth}, with the exit behind them" if block + 1 < depth else f"{depth} blocks"
-    base = config.model.pretrained
-    facts = [
-        ("architecture", f"{blueprint.model_config.architectures or [blueprint.model_config.model_type]}".strip("[]'")),
-        ("model", part),
-        ("started from", "new weights" if base is None else Path(base).name),
-        ("trained by", f"{config.objective.name}, {len(blueprint.stages)} stages"),
-        ("updates", str(model.update)),
-        ("tokens", f"{model.update * blueprint.label_tokens:,}"),
-        ("weights here", dtype),
-    ]
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags:",
-        "- local-updates",
-        "---",
-        "",
-    ]
-    lines += [f"# {run.absolute().name}", ""]
-    lines += [f"Trained with local updates by lptransformer {__version__}. It is an ordinary transformers model:", ""]
-    lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines += ['model = AutoModelForCausalLM.from_pretrained("FOLDER")']
-    lines += ['tokenizer = AutoTokenizer.from_pretrained("FOLDER")', "```", ""]
-    lines += [
-        f"Written by transformers {transformers.__version__}; 4.57 opens it too, where it knows the architecture.",
-        "",
-    ]
-    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts), ""]
-    if measured:
-        lines += ["Perplexity on validation sets, disjoint windows of "]
-        lines[-1] += f"{blueprint.sequence_length} tokens, no prefix:"
-        lines += ["", "| set | perplexity | bits per byte | tokens |", "|---|---:|---:|---:|", *measured, ""]
-    commands = [
-        shlex.join(one["command"]) for one in started if isinstance(one, dict) and isinstance(one.get("command"), list)
-    ]
-    if commands:
-        lines += ["Started by", "", "```text", *commands, "```", ""]
-    lines += ["with the configuration", "", "```yaml", to_yaml(config).rstrip(), "```", ""]
-    return "\n".join(lines)
+    starts = json.loads((run / layout.ENVIRONMENT).read_text())
+    return _CARD.format(
+        name=run.absolute().name,
+        version=__version__,
+        transformers=importlib.metadata.version("transformers"),
+        facts="\n".join(_table(("", ""), list(facts.items()))),
+        measured="\n".join(_measured(measured, blueprint.sequence_length)),
+        commands="\n".join(_typed(start["command"]) for start in starts),
+        configuration=re.sub(r"^ *#.*\n| +# .*", "", (run / layout.CONFIG).read_text(), flags=re.M).rstrip(),
+    )
+
+
+def _measured(rows: Sequence[Sequence[Any]], window: int) -> Iterator[str]:
+    if rows:
+        yield f"\nPerplexity on validation sets, disjoint windows of {window} tokens, no prefix:\n"
+        yield from _table(("set", "perplexity", "bits per byte", "tokens"), rows)
+        yield ""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
+    for row in (header, ["---"] * len(header), *rows):
+        yield f"| {' | '.join(map(str, row))} |"
+
+
+def _typed(words: Sequence[str]) -> str:
+    """A command as a person types it."""
+    program, script, *arguments = words
+    own = Path(script).name in ("__main__.py", "lptransformer")
+    return f"{layout.program(script) if own else f'{program} {script}'} {shlex.join(arguments)}"

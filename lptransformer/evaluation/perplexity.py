@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lptransformer.config.schema import ParallelSection
 from lptransformer.console import bar, print_table
 from lptransformer.data.prepare import prepare
 from lptransformer.data.readers import MANIFEST, Source, parse_sources
@@ -43,6 +42,7 @@ from lptransformer.run_folder import layout
 from lptransformer.run_folder.metrics import TextCounts, perplexity
 from lptransformer.store import meet
 
+TIMEOUT_SECONDS = 1800.0  # processes of a launcher wait so long for each other
 Bos = Literal["auto", "always", "never"]
 Sums = list[list[float]]
 """For every set: the label tokens, then the summed negative log-likelihood (nats) of every exit."""
@@ -110,6 +110,8 @@ def _options(
     target: Target, tokenizer: Tokenizer, protocol: str, window: int | None, stride: int | None, bos: Bos
 ) -> Options:
     """Raises UserError for what has no meaning with this protocol, or does not fit the model."""
+    if protocol not in PROTOCOLS:
+        raise UserError(f"--protocol {protocol}: known are {', '.join(PROTOCOLS)}")
     row = PROTOCOLS[protocol]
     if stride is not None and not row.strides:
         raise UserError(f"--stride {stride} has no meaning with --protocol {protocol}: its windows do not overlap")
@@ -241,7 +243,7 @@ def _sums(target: Target, paths: Sequence[Path], batch_size: int, rank: int, siz
 
 def _share_with_launched(job: Callable[[int, int], Sums]) -> Sums:
     """With the processes that a launcher has started: an all-reduce over gloo at the end."""
-    timeout = timedelta(seconds=ParallelSection().timeout_seconds)
+    timeout = timedelta(seconds=TIMEOUT_SECONDS)
     met = meet(timeout)
     group: Any = dist.ProcessGroupGloo(dist.PrefixStore("evaluate", met.store), met.rank, met.size, timeout)
     sums = torch.tensor(job(met.rank, met.size), dtype=torch.float64)

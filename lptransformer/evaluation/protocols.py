@@ -98,7 +98,7 @@ def _blocks(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Sc
     prefix = [] if not options.bos else [bos]
     parts: list[np.ndarray] = []
     size = words = 0
-    for number, text in enumerate(_texts(files)):
+    for number, text in enumerate(texts(files)):
         between = [] if number == 0 or tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]
         parts += [np.array([*between, *prefix], np.int32), tokenizer.encode(text)]
         size, words = size + len(text.encode()), words + len(text.split())
@@ -110,7 +110,7 @@ def _blocks(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Sc
 def _hf_sliding(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Scoring:
     """As in transformers' page on perplexity: one text of all documents, joined by two newlines; windows that overlap;
     a token is scored in the first window that holds it, the very first one never."""
-    text = "\n\n".join(_texts(files))
+    text = "\n\n".join(texts(files))
     ids, windows, scored = tokenizer.encode(text), [], 1
     for start in range(0, len(ids), options.stride):
         stop = min(start + options.window, len(ids))
@@ -135,7 +135,7 @@ def _lm_eval_wikitext(files: Sequence[Path], tokenizer: Tokenizer, options: Opti
     parts: list[np.ndarray] = []
     windows: list[Window] = []
     begin = size = words = 0
-    for text in _texts(files):
+    for text in texts(files):
         ids = tokenizer.encode(detokenised(text))
         parts += [np.array([bos], np.int32), ids]
         size, words = size + len(text.encode()), words + len(re.split(r"\s+", text))
@@ -180,7 +180,7 @@ def detokenised(text: str) -> str:
     return text
 
 
-def _texts(files: Sequence[Path]) -> Iterator[str]:
+def texts(files: Sequence[Path]) -> Iterator[str]:
     """The documents; those without text are none."""
     for path in files:
         for blocks in documents(path, lambda read: None):

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lptransformer.config.load import load as load_config
 from lptransformer.data.token_set import Batch
 from lptransformer.errors import ConfigError, ModelError, RunError, UserError
 from lptransformer.methods.heads import label
@@ -141,19 +140,13 @@ def load_target(target: Target, device: torch.device) -> RunModel:
         model = load(target.folder, target.update, device)
         stages = [stage for stage in model.stages if stage.plan.last_block <= wanted[-1]]
     else:
-        model = RunModel(0, _blueprint_of_folder(target), [], device)
+        model = RunModel(0, blueprints.of_folder(target.folder, target.window), [], device)
         firsts = [0, *(block + 1 for block in wanted[:-1])]
         stages = [_stage_of_folder(target, model.blueprint, *place) for place in zip(firsts, wanted, strict=True)]
     for stage in stages:
         stage.head = stage.head if stage.plan.last_block in wanted else None
         stage.to(device, DTYPES[target.dtype]).eval()
     return replace(model, stages=stages)
-
-
-def _blueprint_of_folder(target: Target) -> Blueprint:
-    raw = {"model": {"pretrained": str(target.folder)}, "data": {"train": "none", "sequence_length": target.window}}
-    config = load_config({**raw, "objective": {"name": "backprop"}})
-    return blueprints.of_model(config, hf_config.read_config(target.folder))
 
 
 def _stage_of_folder(target: Target, blueprint: Blueprint, first: int, last: int) -> Stage:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lptransformer.config.checks import micro_batch_size, zero_stage
+from lptransformer.config.load import load
 from lptransformer.config.schema import Config
 from lptransformer.errors import ConfigError
 from lptransformer.methods import objectives
@@ -123,6 +125,13 @@ def make_blueprint(config: Config, vocab_size: int | None, end_of_text_id: int |
             end_of_text_id=end_of_text_id,
         )
     return of_model(config, model_config)
+
+
+def of_folder(folder: Path, sequence_length: int) -> Blueprint:
+    """The blueprint of a model folder that nobody trains: one stage. Raises ModelError, as `of_model`."""
+    data = {"train": "none", "sequence_length": sequence_length}
+    config = load({"model": {"pretrained": str(folder)}, "data": data, "objective": {"name": "backprop"}})
+    return of_model(config, hf_config.read_config(folder))
 
 
 def of_model(config: Config, model_config: Any) -> Blueprint:

@@ -228,6 +228,7 @@ def test_any_number_of_processes_has_the_same_sum(model: Path, text: Path) -> No
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        ({"protocol": "sliding"}, "--protocol sliding: known are blocks, hf-sliding, lm-eval-wikitext"),
         ({"stride": 4}, "--stride 4 has no meaning with --protocol blocks"),
         ({"bos": "always", "protocol": "hf-sliding"}, "--bos always has no meaning with --protocol hf-sliding"),
         ({"window": 4096}, f"--window 4096: the model takes {WINDOW} tokens at most"),

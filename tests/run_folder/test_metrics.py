@@ -210,6 +210,7 @@ def test_evaluations_are_summed_and_follow_their_update() -> None:
         "nll_per_token": 0.4,
         "perplexity": pytest.approx(math.exp(0.4)),
         "bits_per_byte": pytest.approx(0.1 / math.log(2)),
+        "byte_perplexity": pytest.approx(math.exp(0.1)),
         "word_perplexity": pytest.approx(math.exp(0.5)),
         "tokens": 100,
     }

@@ -106,10 +106,10 @@ def _write(
     own = _logits_of_exit(stages, ids)
     whole = whole_model(cut_config(config, stages[-1].plan.last_block + 1), weights)
     name = dtype or _own_dtype(config)
+    was_tied = bool(config.tie_word_embeddings) and layout.read_config(run).model.pretrained is not None
+    notes = [_tie(whole, tie, was_tied, EXPORTED[name].itemsize)]
     whole.to(EXPORTED[name])
     whole.config.dtype = whole.dtype
-    was_tied = bool(config.tie_word_embeddings) and layout.read_config(run).model.pretrained is not None
-    notes = [_tie(whole, tie, was_tied)]
     unfinished = out.absolute().parent / f".unfinished-{out.absolute().name}-{uuid.uuid4().hex[:12]}"
     try:
         unfinished.mkdir(parents=True)
@@ -153,7 +153,7 @@ def _own_dtype(config: Any) -> str:
 
 
 @torch.no_grad()
-def _tie(model: Any, tie: Tie, was_tied: bool) -> str:
+def _tie(model: Any, tie: Tie, was_tied: bool, bytes_per_weight: int) -> str:
     """Make embedding and readout one matrix, or leave them two; says which where that is news."""
     readout, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     differ = float("inf") if readout.shape != embedding.shape else float((readout - embedding).abs().max())
@@ -169,7 +169,7 @@ def _tie(model: Any, tie: Tie, was_tied: bool) -> str:
         return ""
     return (
         f"embedding and readout were one matrix before training, and are two now (they differ by up to {differ:.3g}): "
-        f"{readout.numel() * readout.element_size() / 1e6:.0f} MB more"
+        f"{readout.numel() * bytes_per_weight / 1e6:.0f} MB more"
     )
 
 

@@ -261,6 +261,7 @@ def test_the_card_says_what_was_trained_and_measured(tmp_path: Path) -> None:
         assert part in card
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_export(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In one command; a folder that is taken is refused before anything is trained."""
     run_command(parser(), ["train", "c.yaml", "--run.export=out"])

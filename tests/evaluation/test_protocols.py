@@ -214,6 +214,7 @@ def test_bf16_is_near(model: Path, text: Path) -> None:
     assert rounded["nll_per_token"] == pytest.approx(exact["nll_per_token"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_has_the_same_sum(model: Path, text: Path) -> None:
     one, two = (
         evaluated(model, text, protocol="hf-sliding", window=8, stride=3, batch_size=3, processes=many)["exits"][-1]

@@ -14,6 +14,10 @@ if [ ! -f "$hostfile" ]; then
   echo "multinode: the hostfile '$hostfile' does not exist; usage: NODE_RANK=0 $0 HOSTFILE CONFIG [overrides]" >&2
   exit 2
 fi
+case $hostfile in *.yaml | *.yml)
+  echo "multinode: '$hostfile' looks like a configuration: HOSTFILE comes first, then CONFIG" >&2
+  exit 2 ;;
+esac
 if [ ! -f "$config" ]; then echo "multinode: the configuration '$config' does not exist" >&2; exit 2; fi
 hostfile=$(realpath "$hostfile") config=$(realpath "$config")
 shift 2
@@ -25,6 +29,11 @@ export LPTRANSFORMER_HOSTS
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
 if [ -z "${NODE_RANK:-}" ]; then exec "$python" -m lptransformer train "$config" --hostfile "$hostfile" "$@"; fi
+nodes=$(grep -cvE '^[[:space:]]*(#|$)' "$hostfile")
+if ! [ "$NODE_RANK" -ge 0 ] 2>/dev/null || [ "$NODE_RANK" -ge "$nodes" ]; then
+  echo "multinode: NODE_RANK=$NODE_RANK, but $hostfile has $nodes nodes: give 0 to $((nodes - 1))" >&2
+  exit 2
+fi
 # DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES to its own numbers; a process takes these back.
 if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then export LPTRANSFORMER_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES; fi
 exec "$python" -m deepspeed.launcher.runner --hostfile="$hostfile" --no_ssh --node_rank="$NODE_RANK" \

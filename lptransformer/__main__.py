@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from glob import glob
 from pathlib import Path
 
 from lptransformer import __version__
@@ -58,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--pretrained", metavar="FOLDER", help="start from this Hugging Face model")
     text = "training text: a file or a glob; may be given several times"
     sub.add_argument("--data", action="append", default=[], metavar="FILES", help=text)
+    sub.add_argument("--valid", action="append", default=[], metavar="FILES", help="text to measure perplexity on")
 
     text = "What a run would take on given machines, before anything is started, and which method to use there."
     sub = command("plan", plan, text)
@@ -237,7 +239,10 @@ def show_config(args: argparse.Namespace) -> None:
 
 def init(args: argparse.Namespace) -> None:
     no_overrides(args)
-    text = starter(args.pretrained, args.data)
+    for pattern in (*args.data, *args.valid):
+        if not glob(pattern, recursive=True):
+            print(f"lptransformer: no file matches {pattern} here yet", file=sys.stderr)
+    text = starter(args.pretrained, args.data, args.valid)
     print("# Train: `lptransformer train FILE`. Check first: `--dry-run`. Every key: `lptransformer config FILE`.")
     print(text, end="")
 
@@ -350,7 +355,9 @@ def export(args: argparse.Namespace) -> None:
 
 def no_overrides(args: argparse.Namespace) -> None:
     if args.overrides:
-        raise UserError(f"{args.overrides[0]!r} on the command line: `{args.command}` takes no such argument")
+        word = args.overrides[0]
+        change = {word: f"--data={word}"} if args.command == "evaluate" and not word.startswith("-") else None
+        raise UserError(f"{word!r} on the command line: `{args.command}` takes no such argument", change=change)
 
 
 def main() -> None:

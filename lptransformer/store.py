@@ -16,6 +16,7 @@ import ipaddress
 import json
 import os
 import socket
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +34,8 @@ INTERFACE_HELP = (
     f"set {INTERFACE_VARIABLE} on every host to the interface that reaches the others, or open the ports between them"
 )
 STOP_KEY = "stop"  # in the store of a world: somebody asks all its processes to save and leave
+ALL_STARTED_KEY = "all started"  # there: every process of a world has passed the checks before a run
+WAITING_SECONDS = 10.0  # before it is said that others have not come
 ANYWHERE = "0.0.0.0"
 CONNECT_SECONDS = 10.0  # for one connection between hosts
 
@@ -78,9 +81,21 @@ def meet(timeout: timedelta) -> Meeting:
     store.set_timeout(timeout)
     if several_hosts(size):
         interface, address = address_between_hosts(place[0] or "")
-        _check_addresses(store, rank, size, interface, address)
+        waiting = threading.Timer(WAITING_SECONDS, _say_who_waits, [rank, size])
+        waiting.daemon = True
+        waiting.start()
+        try:
+            _check_addresses(store, rank, size, interface, address)
+        finally:
+            waiting.cancel()
         os.environ[INTERFACE_VARIABLE] = interface or ""
     return Meeting(store, rank, size)
+
+
+def _say_who_waits(rank: int, size: int) -> None:
+    if rank == 0:
+        here, names = local_size() or 1, ", ".join(other_hosts()) or "other hosts"
+        print(f"waiting for {size - here} processes on {names}", flush=True)
 
 
 def several_hosts(size: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import small_run
 from tiers import slow
 
 from lptransformer.__main__ import parser
@@ -99,7 +100,11 @@ def test_or_one_line_says_what_would(typed: list[str], says: str, capsys: pytest
             f"train {QUICK} --train.micro_batch_size=1 --data.sequence_length=",
         ),
         (["first.yaml"], "init --data FILES > first.yaml"),
-        ([QUICK, "--data.vocab_size=100"], f"train {QUICK} --dry-run"),
+        ([QUICK, "--data.vocab_size=100"], f"config {QUICK}"),
+        ([QUICK, "--lr=0.01"], f"train {QUICK} --train.learning_rate=0.01"),
+        ([QUICK, "--train.lr", "0.01"], f"train {QUICK} --train.learning_rate=0.01"),
+        ([QUICK, "--steps", "5"], f"train {QUICK} --train.steps 5"),
+        ([QUICK, "--batch_size=4"], f"train {QUICK} --train.micro_batch_size=4"),
         ([QUICK, "--until=0"], "train --help"),
         (["--data.train=nothing"], "init --data FILES > run.yaml"),
         ([QUICK, "--hostfile=nowhere"], "train --help"),
@@ -114,6 +119,36 @@ def test_a_refusal_ends_with_the_next_command(
     _, _, found = capsys.readouterr().err.strip().rpartition("; next: `python -m lptransformer ")
     without = found.replace(" --run.dir=runs/not-there", "")
     assert without == f"{following}`" or (following.endswith("=") and found.startswith(following)), found
+
+
+def test_a_run_folder_instead_of_its_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Named as CONFIG; and started again when it is complete."""
+    small_run.stand_in(tmp_path, monkeypatch)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text((tmp_path / "c.yaml").read_text())
+    (tmp_path / "run" / "ended.json").write_text('{"how": "finished", "update": 2}')
+    for typed, following in (
+        (["train", "run", "--resume"], "train run/config.yaml --resume"),
+        (["train", "c.yaml"], "report run"),
+        (["train", "c.yaml", "--train.steps=3"], "train c.yaml --train.steps=3 --resume"),
+        (["evaluate", "run", "text.txt"], "evaluate run --data=text.txt"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run(parser(), typed)
+        assert end.value.code == 2
+        assert capsys.readouterr().err.strip().endswith(f"; next: `python -m lptransformer {following}`")
+
+
+def test_a_text_too_small_for_the_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_run.stand_in(tmp_path, monkeypatch)
+    with pytest.raises(SystemExit):
+        run(parser(), ["train", "c.yaml", "--data.tokenizer=sentencepiece"])
+    said = capsys.readouterr().err
+    assert "at most" in said and "c.yaml --data.tokenizer=sentencepiece --data.vocab_size=" in said
 
 
 def test_blanks_before_values_of_keys_alone() -> None:
@@ -133,6 +168,8 @@ def test_blanks_before_values_of_keys_alone() -> None:
     assert with_equals(typed) == [
         *("train", "c.yaml", "--resume", "--train.steps=4", "--until", "3", "--engine=local", "--data.train=*")
     ]
+    for words in (["--train.steps", "=", "4"], ["--train.steps=", "4"], ["--train.steps", "=4"]):
+        assert with_equals(words) == ["--train.steps=4"]
     assert with_equals(["--train.learning_rate", "-1", "--train.steps", "--resume"]) == [
         *("--train.learning_rate=-1", "--train.steps", "--resume")
     ]

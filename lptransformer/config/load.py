@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 from lptransformer.config import deepspeed_keys
 from lptransformer.config.checks import check
 from lptransformer.config.schema import (
+    ALSO_CALLED,
     BY_DEFAULT,
     COMMAND_LINE,
     ONLY_WITH,
@@ -227,6 +228,8 @@ def _override(sections: dict[str, Any], text: str, origins: dict[str, str]) -> N
     """Puts one "--section.key=VALUE" of the command line in its place."""
     key, equals, value_text = text.strip().removeprefix("--").partition("=")
     if not equals and "." not in key and key not in (*SECTIONS, *PLAIN):
+        if text.startswith("--") and (key in ALSO_CALLED or any(one.endswith(f".{key}") for one in known_keys())):
+            raise _unknown(key, COMMAND_LINE)
         raise ConfigError(f"unknown argument {text!r} {COMMAND_LINE}: neither a flag of this command nor --KEY=VALUE")
     if not equals:
         raise ConfigError(f"{text!r} {COMMAND_LINE} has no value: write --{key}=VALUE")
@@ -263,6 +266,8 @@ def _unknown(key: str, origin: str) -> ConfigError:
     section, _, name = key.rpartition(".")
     keys = known_keys()
     nearest = [known for known in keys if known.rpartition(".")[2] == name]
+    if name in ALSO_CALLED and not nearest:
+        nearest = [ALSO_CALLED[name]]
     if section in keys and not section.startswith("deepspeed."):  # a key below a plain value
         nearest = [section]
 
@@ -381,10 +386,11 @@ STARTER = (
 )
 
 
-def starter(pretrained: str | None, data: Sequence[str]) -> str:
+def starter(pretrained: str | None, data: Sequence[str], valid: Sequence[str] = ()) -> str:
     """A first configuration as YAML, with a comment on every key: of a new small model, or to fine-tune `pretrained`.
 
-    `data` are files of training text, or globs. Raises ConfigError and ModelError like `load`.
+    `data` are files of training text, or globs, `valid` those of validation text. Raises ConfigError and ModelError
+    like `load`.
     """
     train: dict[str, Any] = {"steps": 500, "micro_batches_per_update": 2, "warmup_steps": 20}
     given: dict[str, Any] = {"data": {"train": list(data) or ["text/*.txt"]}, "train": train}
@@ -399,7 +405,7 @@ def starter(pretrained: str | None, data: Sequence[str]) -> str:
         value = known[section].get(key)
         if value is not None and (pretrained is None or section != "model" or key == "pretrained"):
             values.setdefault(section, {})[key] = value
-    values["data"] |= given["data"] | {"valid": {}}
+    values["data"] |= given["data"] | {"valid": list(valid) or {}}
     return _commented(values)
 
 

@@ -253,6 +253,18 @@ RENAMED = {
     "head.chunk_tokens": "loss.chunk_tokens",
 }
 
+# Names that other programs have for keys.
+ALSO_CALLED = {
+    **dict.fromkeys(("lr", "max_lr", "learning_rate"), "train.learning_rate"),
+    **dict.fromkeys(("max_steps", "num_steps", "updates", "iterations", "train_iters"), "train.steps"),
+    **dict.fromkeys(("batch_size", "per_device_train_batch_size", "bs"), "train.micro_batch_size"),
+    **dict.fromkeys(("gradient_accumulation_steps", "grad_accum"), "train.micro_batches_per_update"),
+    **dict.fromkeys(("seq_len", "seq_length", "block_size", "context_length", "max_length"), "data.sequence_length"),
+    **dict.fromkeys(("model_name_or_path", "checkpoint_path"), "model.pretrained"),
+    **dict.fromkeys(("output_dir", "out_dir"), "run.dir"),
+    **dict.fromkeys(("bf16", "fp16", "precision"), "train.dtype"),
+}
+
 
 def section_type(section: str, row: str | None = None) -> type[Section]:
     """The class of a section's options; of those that take the options of a row, with the default one unless `row`."""

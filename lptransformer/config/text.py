@@ -67,6 +67,9 @@ def read_text(path: str | Path, what: str, error_type: type[UserError] = ConfigE
     except UnicodeDecodeError as error:
         raise error_type(f"{what}: {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except OSError as error:
+        if (inside := Path(path) / "config.yaml").is_file():
+            message = f"{what}: {path} is a run folder, with its configuration in {inside}"
+            raise error_type(message, change={str(path): str(inside)}) from None
         raise error_type(f"{what}: cannot read {path}: {error.strerror}") from None
 
 

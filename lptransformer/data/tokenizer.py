@@ -207,13 +207,15 @@ def _sample(texts: Iterable[str]) -> list[str]:
 
 def _explain(message: str, vocab_size: int) -> ConfigError:
     """SentencePiece's error as one that names the key and what would be right."""
+    right_size = None
     if found := re.search(r"too high.*<= *(\d+)", message, re.DOTALL):
-        right = f"the text is too short for that; at most {found[1]} are possible"
+        right, right_size = f"the text is too short for that; at most {found[1]} are possible", found[1]
     elif found := re.search(r"smaller than required_chars\. *\d+ vs (\d+)", message):
-        right = f"the characters of the text and the 256 bytes alone need {found[1]}"
+        right, right_size = f"the characters of the text and the 256 bytes alone need {found[1]}", found[1]
     else:
         right = f"SentencePiece says: {message.strip().splitlines()[-1]}"
-    return ConfigError(f"data.vocab_size: a tokenizer of {vocab_size} entries cannot be trained on this text: {right}")
+    message = f"data.vocab_size: a tokenizer of {vocab_size} entries cannot be trained on this text: {right}"
+    return ConfigError(message, change={} if right_size is None else {"": f"--data.vocab_size={right_size}"})
 
 
 def _open_sentencepiece(model: bytes, origin: str) -> Tokenizer:

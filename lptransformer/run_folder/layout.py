@@ -67,7 +67,7 @@ def check(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
             raise RunError(
                 f"run.dir is {folder}: it already holds a run. Continue it with --resume, replace it with --overwrite, "
                 f"or choose another folder with --run.dir=...",
-                change={"": "--resume"},
+                **({"command": f"report {folder}"} if _is_complete(folder, config) else {"change": {"": "--resume"}}),
             )
         return
     if not (folder / CONFIG).is_file():
@@ -75,13 +75,23 @@ def check(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
         raise RunError(message, change={"--resume": ""})
     differences = resume_differences(to_dict(read_config(folder)), to_dict(config))
     if differences:
-        raise RunError(f"{folder} cannot be resumed with another configuration: " + "; ".join(differences))
+        message = f"{folder} cannot be resumed with another configuration: {'; '.join(differences)}"
+        raise RunError(message, command=f"train {folder / CONFIG} --resume")
     from lptransformer.run_folder import checkpoint
 
     done = checkpoint.latest(folder)
     if done >= config.train.steps:
         message = f"{folder} is complete: {done} updates of train.steps = {config.train.steps}; nothing to resume"
         raise RunError(message, command=f"report {folder}")
+
+
+def _is_complete(folder: Path, config: Config) -> bool:
+    """Whether the run there has all of its updates, as far as its folder says so."""
+    try:
+        ended = json.loads((folder / ENDED).read_text())
+        return ended["how"] == "finished" and ended["update"] >= config.train.steps
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def check_data(folder: Path, data: Mapping[str, Mapping[str, str]]) -> None:

@@ -77,6 +77,8 @@ def examine(config: Config | None, hostfile: str | None) -> list[Row]:
     rows += memories(config, known) if len(known) == len(hosts) else []
     if len(hosts) == 1:
         return [*rows, Row("address", next(iter(hosts)), "127.0.0.1: all processes are on this host")]
+    if len(known) == 1:
+        return rows  # nobody to meet
     rows += addresses(known)
     return rows + [row for name, one in asked.items() if not one.problem for row in between(name, one, list(known))]
 
@@ -209,7 +211,12 @@ def answered(name: str, asked: Asked) -> Iterator[Row]:
     if not asked.problem:
         yield Row(check, name, "answers")
     elif asked.process.returncode == 255 and asked.by_ssh:
-        yield Row(check, name, asked.problem, f"`ssh {name} true` must work without a password")
+        remedy = f"`ssh {name} true` must work without a password"
+        if "resolve" in asked.problem:
+            remedy = "mend the name in the hosts file, or add it to /etc/hosts"
+        elif "refused" in asked.problem:
+            remedy = "start sshd there"
+        yield Row(check, name, asked.problem, remedy)
     else:
         yield Row(
             check, name, asked.problem, f"`{SETUP}` in the same folder there; then `{sys.executable} -m pip check`"

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from lptransformer.config.schema import Config
 from lptransformer.errors import UserError
 from lptransformer.processes import own_command, stop_signals
 from lptransformer.run_folder.layout import COMMAND_VARIABLE, command_line
-from lptransformer.store import HOSTS_VARIABLE, STOP_KEY, reach
+from lptransformer.store import ALL_STARTED_KEY, HOSTS_VARIABLE, STOP_KEY, reach
 from lptransformer.training.launcher import DEVICES_VARIABLE, WORKER, encode, own_free_port
 
 # Variables that the processes on other hosts need as they are here; those of the list are left out all the same.
@@ -54,7 +54,8 @@ def read_hostfile(path: str) -> dict[str, int]:
             continue
         found = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)", text)
         if found is None:
-            raise UserError(f"--hostfile={path}, line {number}: {text!r} must be a host and `slots=N`")
+            yaml = "; that looks like a configuration" if path.endswith((".yaml", ".yml")) else ""
+            raise UserError(f"--hostfile={path}, line {number}: {text!r} must be a host and `slots=N`{yaml}")
         if found[1] in hosts:
             raise UserError(f"--hostfile={path}, line {number}: {found[1]} is there twice; add up its slots")
         hosts[found[1]] = int(found[2])
@@ -71,7 +72,8 @@ def placement(hosts: Mapping[str, int], pipeline: int, data: int) -> list[str]:
     if sum(hosts.values()) != pipeline * data:
         raise UserError(
             f"the hosts have {sum(hosts.values())} slots ({', '.join(f'{h} {n}' for h, n in hosts.items())}), but "
-            f"parallel.pipeline = {pipeline} x parallel.data = {data} needs {pipeline * data}"
+            f"parallel.pipeline = {pipeline} x parallel.data = {data} needs {pipeline * data}",
+            change={"train": "doctor"},
         )
     lines, first = [], 0
     for host, slots in hosts.items():
@@ -102,6 +104,7 @@ def launch_on_hosts(config: Config, hostfile: str, arguments: Sequence[str]) -> 
                 f"NODE_RANK=0 bash launch/multinode.sh {hostfile} CONFIG",
                 command=f"doctor --hostfile {hostfile}",
             )
+    check_reached(hosts)
     os.environ[HOSTS_VARIABLE] = ",".join(hosts)
     first = next(iter(hosts))
     port = free_port(first)
@@ -116,21 +119,38 @@ def launch_on_hosts(config: Config, hostfile: str, arguments: Sequence[str]) -> 
         runner = subprocess.Popen(command, env=environment, start_new_session=True)
         signals = 0
 
+        def end() -> None:
+            """Its own handler would end every run of DeepSpeed on all hosts; processes notice that this one goes."""
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(runner.pid, signal.SIGKILL)
+
         def stop(signum: int, frame: Any) -> None:
             nonlocal signals
             signals += 1
-            if signals >= 3:  # the runner's own handler would end every run of DeepSpeed on all hosts
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(runner.pid, signal.SIGKILL)
+            if signals >= 3:
+                end()
 
         for signum in stop_signals():
             signal.signal(signum, stop)
         asked = False
         while runner.poll() is None:
-            if signals and not asked:  # until the store is there: the processes may still be starting
+            if signals and not asked:
                 asked = ask_to_stop(first, port)
+                if not asked:
+                    print("stopped before all processes had started: nothing to save", file=sys.stderr, flush=True)
+                    end()
             time.sleep(POLL_SECONDS)
         return 130 if signals and runner.returncode not in (0, 1, 2) else runner.returncode
+
+
+def check_reached(hosts: Iterable[str]) -> None:
+    """Raises UserError where ssh does not reach a host: the launcher would start the others, which then wait for it."""
+    asked = {host: subprocess.Popen([*SSH, host, "true"], stderr=subprocess.PIPE, text=True) for host in hosts}
+    said = {host: (process.communicate()[1], process.returncode) for host, process in asked.items()}
+    for host, (error, code) in said.items():
+        if code != 0:
+            why = (error.strip() or f"exit code {code}").splitlines()[-1]
+            raise UserError(f"{host} is not reached by ssh: {why}", change={"train": "doctor"})
 
 
 def handed_on(hosts: Mapping[str, int]) -> dict[str, str]:
@@ -167,11 +187,15 @@ def free_port(host: str) -> int:
 
 
 def ask_to_stop(host: str, port: int) -> bool:
-    """Set the word to stop in the store of the run, which is what a signal does too; whether the store is there."""
+    """Set the word to stop in the store of the run, which is what a signal does too; whether all processes are there
+    to read it."""
     try:
         seconds = timedelta(seconds=STOP_SECONDS)
         store = dist.TCPStore(reach(host), port, None, False, seconds, wait_for_workers=False)
-        dist.PrefixStore("world/0", store).set(STOP_KEY, "")
+        world = dist.PrefixStore("world/0", store)
+        if not world.check([ALL_STARTED_KEY]):
+            return False
+        world.set(STOP_KEY, "")
     except dist.DistError:
         return False
     return True

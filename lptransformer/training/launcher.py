@@ -93,9 +93,10 @@ def next_command(error: UserError, args: argparse.Namespace, words: Sequence[str
     if changed != typed:
         return f"{program} {shlex.join(changed)}"
     if name == "train" and isinstance(error, ConfigError | DataError | ModelError):
-        there = args.config is not None and Path(args.config).exists()
-        first = f"init --data FILES > {args.config or 'run.yaml'}"
-        return f"{program} {f'train {args.config} --dry-run' if there else first}"
+        if args.config is None or not Path(args.config).exists():
+            return f"{program} init --data FILES > {args.config or 'run.yaml'}"
+        # What was typed is wrong, or the file is: every key with its meaning, or the check of a file that is mended.
+        return f"{program} " + (f"config {args.config}" if args.overrides else f"train {args.config} --dry-run")
     return f"{program} {name} --help"
 
 
@@ -121,8 +122,9 @@ def with_equals(arguments: Sequence[str]) -> list[str]:
     joined: list[str] = []
     for argument in arguments:
         key = joined[-1].removeprefix("--") if joined and joined[-1].startswith("--") else ""
-        if "=" not in key and key.partition(".")[0] in (*SECTIONS, *PLAIN) and not argument.startswith("--"):
-            joined[-1] += f"={argument}"
+        known = key.partition("=")[0].partition(".")[0] in (*SECTIONS, *PLAIN)
+        if known and ("=" not in key or key.endswith("=")) and not argument.startswith("--"):
+            joined[-1] = f"{joined[-1].removesuffix('=')}={argument.removeprefix('=')}"
         else:
             joined.append(argument)
     return joined

@@ -47,7 +47,9 @@ def start(
     return started[::-1]
 
 
-def by_pdsh(hosts: Hosts, folder: Path, *more: str, name: str = "run", **variables: str) -> subprocess.Popen[str]:
+def by_pdsh(
+    hosts: Hosts, folder: Path, *more: str, name: str = "run", hostfile: str = "hostfile", **variables: str
+) -> subprocess.Popen[str]:
     """A run on both hosts by one command on the first."""
     (folder / "hostfile").write_text("nodea slots=1\nnodeb slots=1\n")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -57,7 +59,7 @@ def by_pdsh(hosts: Hosts, folder: Path, *more: str, name: str = "run", **variabl
     command += [f"--run.dir={folder / name}", f"--data.cache={folder / 'prepared'}", *more]
     output = (folder / "out-0.txt").open("a")
     (folder / "out-1.txt").touch()
-    command += ["--hostfile", str(folder / "hostfile")]
+    command += ["--hostfile", str(folder / hostfile)]
     return hosts.start(0, command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
@@ -97,17 +99,40 @@ def test_one_command_trains_on_both_hosts(tmp_path: Path) -> None:
 
 
 @BY_PDSH
+def test_a_host_that_is_not_reached_or_does_not_come(tmp_path: Path) -> None:
+    """Refused where ssh does not reach it; where its processes never come, the others say whom they wait for, and
+    Ctrl-C ends the start."""
+    asleep, python = tmp_path / "python", Path(sys.executable).resolve()
+    asleep.write_text("#!/bin/sh\nexec sleep 600\n")
+    asleep.chmod(0o755)
+    with two_hosts(ssh=tmp_path, second=f"mount --bind {asleep} {python}") as hosts:
+        (tmp_path / "bad").write_text("nodea slots=1\nnodec slots=1\n")
+        refused = by_pdsh(hosts, tmp_path, "--train.steps=3", hostfile="bad")
+        assert refused.wait(60) == 2, said(tmp_path)
+        for part in ("nodec is not reached by ssh: ", "; next: `python -m lptransformer doctor"):
+            assert part in said(tmp_path)
+        started = by_pdsh(hosts, tmp_path, "--train.steps=3")
+        deadline = time.monotonic() + 90
+        while "waiting for 1 processes on nodeb" not in said(tmp_path):
+            assert time.monotonic() < deadline and started.poll() is None, said(tmp_path)
+            time.sleep(0.1)
+        os.kill(pid_of(started), signal.SIGINT)
+        assert started.wait(30) == 130, said(tmp_path)
+    assert "nothing to save" in said(tmp_path) and not (tmp_path / "run").exists()
+
+
+@BY_PDSH
 def test_one_command_stops_both_hosts_and_nothing_else(tmp_path: Path) -> None:
     """With Debian's hosts file: variables that pdsh does not hand on; Ctrl-C beside a second run; the run goes on."""
     with two_hosts(debian=True, ssh=tmp_path) as hosts:
         long = ["--train.steps=100000", "--checkpoint.every=1000"]
         first = by_pdsh(hosts, tmp_path, ZERO, *long, HF_TOKEN="secret", LPTRANSFORMER_TEST="handed on")
+        second = by_pdsh(hosts, tmp_path, *long, name="second")
         wait_for_updates(tmp_path / "run", first, 5)
         variables = [one.environ() for one in psutil.process_iter() if f"--run.dir={tmp_path / 'run'}" in encoded(one)]
         assert len(variables) == 2 and all(one["LPTRANSFORMER_TEST"] == "handed on" for one in variables)
         assert all(one["LPTRANSFORMER_HOSTS"] == "nodea,nodeb" for one in variables)
         assert sum("HF_TOKEN" in one for one in variables) == 0
-        second = by_pdsh(hosts, tmp_path, *long, name="second")
         wait_for_updates(tmp_path / "second", second, 5)
         os.kill(pid_of(first), signal.SIGINT)
         assert first.wait(90) == 3, said(tmp_path)
@@ -158,7 +183,7 @@ def test_a_wrong_interface_ends_everybody_with_the_variable_s_name(tmp_path: Pat
 
 def test_a_host_that_disappears_ends_the_other_within_the_timeout(tmp_path: Path) -> None:
     with two_hosts() as hosts:
-        timeout = 20
+        timeout = 10
         options = ["--train.steps=100000", "--checkpoint.every=5", f"--parallel.timeout_seconds={timeout}"]
         processes = start(hosts, tmp_path, *options)
         wait_for_updates(tmp_path / "run", processes[0], 8)

@@ -24,7 +24,7 @@ from lptransformer.methods.heads import HeadOptions, followed
 from lptransformer.methods.objectives import Objective
 from lptransformer.methods.spans import Phase
 from lptransformer.methods.stages import StagePlan, cut
-from lptransformer.models import hf_config, hf_parts
+from lptransformer.models import family_check, hf_config, hf_parts
 from lptransformer.models.hf_parts import Anatomy
 
 
@@ -109,6 +109,7 @@ def make_blueprint(config: Config, vocab_size: int | None, end_of_text_id: int |
     model = config.model
     if model.pretrained is not None:
         model_config = hf_config.read_config(model.pretrained)
+        family_check.check(model_config)
         if vocab_size is not None and vocab_size > model_config.vocab_size:
             raise ConfigError(
                 f"data.tokenizer has {vocab_size} ids and the model in {model.pretrained} (model.pretrained) embeds "
@@ -131,7 +132,9 @@ def of_folder(folder: Path, sequence_length: int) -> Blueprint:
     """The blueprint of a model folder that nobody trains: one stage. Raises ModelError, as `of_model`."""
     data = {"train": "none", "sequence_length": sequence_length}
     config = load({"model": {"pretrained": str(folder)}, "data": data, "objective": {"name": "backprop"}})
-    return of_model(config, hf_config.read_config(folder))
+    model_config = hf_config.read_config(folder)
+    family_check.check(model_config)
+    return of_model(config, model_config)
 
 
 def of_model(config: Config, model_config: Any) -> Blueprint:

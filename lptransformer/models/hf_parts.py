@@ -29,7 +29,8 @@ class Anatomy:
     `before` are the modules that only the first stage needs: token embedding, additive position embeddings, and norms
     and dropouts that stand before the blocks. What else is beside the blocks has no weights (rotary embeddings) and
     stays with every stage. `base` is the base model, `norm` the final norm. `logit_rule` is what the family does to
-    what the readout gives. The numbers of parameters are those of `before`, of one block, and of the final norm.
+    what the readout gives. With `tuples` the blocks give tuples, hidden states first. The numbers of parameters are
+    those of `before`, of one block, and of the final norm.
     """
 
     base: str
@@ -44,6 +45,7 @@ class Anatomy:
     block_parameters: int
     norm_parameters: int
     logit_rule: LogitRule = PLAIN
+    tuples: bool = False
 
     @property
     def blocks_in_base(self) -> str:
@@ -97,7 +99,15 @@ def anatomy(config: Any) -> Anatomy:
         block_parameters=_count(blocks[0]),
         norm_parameters=_count(norms[0]),
     )
-    return replace(parts, logit_rule=_check_cut(model, parts))
+    try:
+        return replace(parts, logit_rule=_check_cut(model, parts))
+    except ModelError:
+        parts = replace(parts, tuples=True)
+        try:
+            return replace(parts, logit_rule=_check_cut(empty_model(whole, config), parts))
+        except ModelError:
+            pass
+        raise
 
 
 def _count(*modules: nn.Module) -> int:
@@ -177,7 +187,7 @@ def strip(model: PreTrainedModel, parts: Anatomy, blocks: range, embedding: bool
     assert isinstance(block_list, nn.ModuleList)
     for index in range(len(block_list)):
         if index not in blocks:
-            block_list[index] = _Passing()
+            block_list[index] = _Passing(parts.tuples)
     if not embedding:
         drop_embedding(model, parts)
     if not final:
@@ -204,8 +214,12 @@ class _Zero(nn.Module):
 class _Passing(nn.Module):
     """Stands for a block of another stage: hands the hidden states on, whatever else blocks are called with."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
+    def __init__(self, tuples: bool) -> None:
+        super().__init__()
+        self.tuples = tuples
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+        return (hidden_states, None) if self.tuples else hidden_states
 
 
 def fill(model: PreTrainedModel) -> None:

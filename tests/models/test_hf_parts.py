@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
-    BloomConfig,
     Cohere2Config,
     CohereConfig,
     Gemma2Config,
@@ -365,7 +364,6 @@ class Unfilled(torch.nn.Module):
 
 ZAMBA = {**LIKE_LLAMA, "attention_head_dim": 16, "num_key_value_heads": 4, "tie_word_embeddings": False}
 UNCUTTABLE = {
-    "blocks return tuples": (BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=4, n_head=4), "blocks are left out"),
     "final norm before the blocks too": (NanoChatConfig(**GROUPED), "it uses its final norm 2 times"),
     "scaled inputs": (RecurrentGemmaConfig(**GROUPED), "it does more than run"),
     "head with a bias": (PhiConfig(**LIKE_LLAMA), "a head that is one matrix"),

@@ -23,6 +23,7 @@ from lptransformer.models.hf_parts import Anatomy
 
 VOCABULARY, LEAST_IDS, TOKENS, OF_A_KIND = 256, 50, 12, 2
 MOST_PARAMETERS = 20_000_000
+LARGEST = 500_000_000  # weights of what is tried where a smaller one cannot be built: every process builds it
 TOLERANCE = 1e-5  # of the largest number compared: loss and gradients are summed in another order
 WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 COUNTS = ("num_attention_heads", "num_key_value_heads", "num_experts", "num_local_experts", "n_routed_experts")
@@ -43,15 +44,21 @@ def check(config: Any) -> None:
 
 def _small_model(config: Any) -> tuple[Any, Any, Anatomy]:
     """The smallest of it that can be built and cut: the library's model, its configuration, its parts."""
+    problem: Exception | None = None
     for small in (shrunk(config), shrunk(config, narrow=False), config):
         try:
             parts = hf_parts.anatomy(small)
+            if _parameters(small) > LARGEST:
+                raise ModelError(
+                    f"a small model of it cannot be built, and {_parameters(small):,} weights are too many"
+                )
             whole = hf_config.model_class(small)(small).eval()
             with torch.no_grad():
                 whole(input_ids=_tokens(), use_cache=False)
             return whole, small, parts
         except Exception as error:  # whatever the library raises for sizes that do not go together
-            problem = error
+            problem = problem or error  # of the smallest
+    assert problem is not None
     if isinstance(problem, ModelError):
         raise problem
     name = hf_config.model_class(config).__name__

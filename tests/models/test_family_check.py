@@ -61,6 +61,15 @@ def test_large_models_are_tried_small() -> None:
     assert small.num_attention_heads // small.num_key_value_heads == 8
 
 
+def test_a_large_model_is_not_built_where_a_small_one_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixtures that route to more experts than the small model has; every process would build the whole."""
+    config = copy.deepcopy(TRAINED["Qwen3-MoE"])
+    config.num_experts_per_tok = 8
+    monkeypatch.setattr(family_check, "LARGEST", 10)
+    with pytest.raises(ModelError, match="too many"):
+        family_check.check(prepared(config))
+
+
 def test_two_blocks_of_every_kind_are_kept() -> None:
     kinds = ["full_attention", *["sliding_attention"] * 3] * 2
     config = copy.deepcopy(TRAINED["Gemma 3"])

@@ -5,6 +5,7 @@ Those that the command line names as outputs are checked before the work whose r
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,3 +81,23 @@ def make_folder(path: Path, flag: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{flag}={path}: no folder can be made there ({error.strerror}); give another") from None
+
+
+@contextmanager
+def noted_once(name: str) -> Iterator[bool]:
+    """Whether `name` is noted in the user's cache on this host; it is when the block ends. Others wait meanwhile.
+
+    Where the cache cannot be written nothing is noted, and nobody waits.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lptransformer"
+        note = folder / name
+        note.parent.mkdir(parents=True, exist_ok=True)
+        lock = note.with_suffix(".lock").open("a")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except (OSError, RuntimeError):  # no home, no room, no locks on that disk
+        yield False
+        return
+    with lock:
+        yield note.exists()
+        note.touch()

@@ -207,7 +207,7 @@ class Executor:
                 block, (rows, length, _) = self.local[index].plan.last_block, self.blueprint.hidden_shape
                 drawn = token_positions(self.blueprint.seed, block, number, rows, length, how.token_fraction)
                 positions = drawn.to(self.world.device)
-        return LossBatch(labels, scale, positions)
+        return LossBatch(labels, scale, positions, share=1.0 / self.rounds)
 
     def handed_over(self, index: int, hidden_states: Tensor) -> Tensor:
         """A stage's output as the next stage receives it, detached."""

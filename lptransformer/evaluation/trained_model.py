@@ -17,7 +17,7 @@ from lptransformer.methods.stages import StagePlan
 from lptransformer.models import blueprint as blueprints
 from lptransformer.models import exits, hf_config
 from lptransformer.models.blueprint import Blueprint
-from lptransformer.models.head import Head, LossBatch, Readout
+from lptransformer.models.head import LossBatch
 from lptransformer.models.hf_config import saved_config
 from lptransformer.models.split import load_piece
 from lptransformer.models.stage import Stage, load_stage
@@ -157,8 +157,7 @@ def _stage_of_folder(target: Target, blueprint: Blueprint, first: int, last: int
     if kind == KEPT:
         head = exits.read(target.folder, blueprint, last)
     else:
-        assert piece.norm is not None and piece.readout is not None
-        head = Head(piece.norm, Readout(piece.readout.weight, blueprint.chunk_tokens, parts.logit_rule))
+        head = piece.head(blueprint.chunk_tokens, parts.logit_rule)
     plan = StagePlan(0, first, last, 0, True, is_first=first == 0, is_last=kind == OWN, trained=True)
     return Stage(plan, piece.base, head)
 

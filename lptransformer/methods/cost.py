@@ -50,14 +50,20 @@ def model_costs(
     sequence_length: int,
     head: HeadOptions,
     *,
+    readout_width: int | None = None,
     embedding_parameters: int = 0,
     norm_parameters: int = 0,
 ) -> ModelCosts:
-    """The costs of a model whose auxiliary heads are as `head` says. Norms cost weights, but no FLOPs that count."""
+    """The costs of a model whose auxiliary heads are as `head` says.
+
+    The readout takes rows of `readout_width` (None: of the hidden size). What stands beside it (norm, and where a
+    family has them a projection and a bias) costs weights, but no FLOPs that count.
+    """
+    width = readout_width or hidden_size
     attention = 2 * sequence_length * hidden_size
     block_flops = 2.0 * block_parameters + attention
-    full = hidden_size * vocab_size
-    readout = HEADS[head.kind].cost(head, hidden_size, vocab_size)
+    full = width * vocab_size
+    readout = HEADS[head.kind].cost(head, width, vocab_size)
     averaged, blocks = head.ema_decay is not None, head.blocks
     # Without a fraction the last position of a window is computed too, and has no label.
     fraction = head.token_fraction

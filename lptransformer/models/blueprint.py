@@ -24,7 +24,7 @@ from lptransformer.methods.heads import HeadOptions, followed
 from lptransformer.methods.objectives import Objective
 from lptransformer.methods.spans import Phase
 from lptransformer.methods.stages import StagePlan, cut
-from lptransformer.models import family_check, hf_config, hf_parts
+from lptransformer.models import family_check, hf_config, hf_parts, router_loss
 from lptransformer.models.hf_parts import Anatomy
 
 
@@ -141,6 +141,11 @@ def of_model(config: Config, model_config: Any) -> Blueprint:
     """The blueprint of a run with this model. Raises ModelError where it cannot be cut, ConfigError where not so."""
     train, windows = config.train, micro_batch_size(config)
     length, head = config.data.sequence_length, config.head
+    if config.engine == "deepspeed_pipeline" and router_loss.wanted(model_config):
+        raise ConfigError(
+            f"engine=deepspeed_pipeline trains no router losses, and the model's config.json has {router_loss.WANTED}: "
+            "true: use engine=local, or set it to false"
+        )
     parts = hf_parts.anatomy(model_config)
     costs = model_costs(
         parts.block_parameters,
@@ -148,6 +153,7 @@ def of_model(config: Config, model_config: Any) -> Blueprint:
         parts.vocab_size,
         length,
         head,
+        readout_width=parts.readout_width,
         embedding_parameters=parts.embedding_parameters,
         norm_parameters=parts.norm_parameters,
     )

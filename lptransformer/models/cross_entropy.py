@@ -56,17 +56,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale: float,
         chunk_tokens: int,
         rule: LogitRule,
+        bias: Tensor | None,
         train_hidden: bool,
         train_weight: bool,
+        train_bias: bool,
     ) -> tuple[Tensor, Tensor]:
         starts = chunk_starts(hidden.shape[0], chunk_tokens)
         losses: dict[int, Tensor] = {}
         grad_hidden = torch.empty_like(hidden) if train_hidden else None
         grad_weight: Tensor | None = None
+        grad_bias: Tensor | None = None
         # Last chunk first: the order in which autograd would add up the gradients of the weight.
         for start in reversed(starts):
             rows = slice(start, start + chunk_tokens)
-            logits = F.linear(hidden[rows], weight).detach().requires_grad_(train_hidden or train_weight)
+            logits = F.linear(hidden[rows], weight, bias).detach().requires_grad_(train_hidden or train_weight)
             with torch.enable_grad():
                 exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 loss = F.cross_entropy(rule(exact), labels[rows], ignore_index=IGNORE_INDEX, reduction="sum")
@@ -79,38 +82,45 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     product = grad_logits.T @ hidden[rows]
                     grad_weight = product if grad_weight is None else grad_weight.add_(product)
                     del product
+                if train_bias:
+                    summed = grad_logits.sum(0)
+                    grad_bias = summed if grad_bias is None else grad_bias.add_(summed)
                 del grad_logits  # or it would be there beside the next chunk's
             del logits, exact, loss
         total = losses[0]
         for start in starts[1:]:
             total = total + losses[start]
-        ctx.save_for_backward(grad_hidden, grad_weight, total)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, total)
         ctx.mark_non_differentiable(total)
         return total * scale, total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, total = ctx.saved_tensors
+        *gradients, total = ctx.saved_tensors
         # x - x is 0 for every finite x and NaN otherwise: a loss that is not finite poisons its gradients, so that the
         # gradient norm alone decides whether an update is skipped, on every replica alike and without a host sync.
         factor = grads[0] + (total - total)
-        scaled = [None if grad is None else grad * factor.to(grad.dtype) for grad in (grad_hidden, grad_weight)]
-        return (*scaled, None, None, None, None, None, None)
+        hidden, weight, bias = (None if grad is None else grad * factor.to(grad.dtype) for grad in gradients)
+        return hidden, weight, None, None, None, None, bias, None, None, None
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, scale: float, chunk_tokens: int, rule: LogitRule = PLAIN
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float,
+    chunk_tokens: int,
+    rule: LogitRule = PLAIN,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of `rule(hidden @ weight.T)` against `labels`, summed over rows, without the whole logits.
+    """Cross-entropy of `rule(hidden @ weight.T + bias)` against `labels`, summed over rows, without the whole logits.
 
-    hidden [tokens, hidden_size], weight [vocab_size, hidden_size], labels [tokens] int64 with IGNORE_INDEX where there
-    is no loss. Returns (sum times `scale`, to be called backward on; sum, for logs), both scalars in nats, in fp32 or
-    the higher precision of `hidden`. Logits are cast to that before rule and loss. With equal `chunk_tokens`, loss and
-    gradients are bit for bit those of the plain loop over chunks of rows. A gradient that is not required (of a weight
-    that is a read-only copy) is not computed.
+    hidden [tokens, hidden_size], weight [vocab_size, hidden_size], bias [vocab_size], labels [tokens] int64 with
+    IGNORE_INDEX where there is no loss. Returns (sum times `scale`, to be called backward on; sum, for logs), both
+    scalars in nats, in fp32 or the higher precision of `hidden`. Logits are cast to that before rule and loss. With
+    equal `chunk_tokens`, loss and gradients are bit for bit those of the plain loop over chunks of rows. A gradient
+    that is not required (of a weight that is a read-only copy) is not computed.
     """
-    train_hidden, train_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
-    loss, total = _ChunkedCrossEntropy.apply(
-        hidden, weight, labels, scale, chunk_tokens, rule, train_hidden, train_weight
-    )
+    trained = (x is not None and torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias))
+    loss, total = _ChunkedCrossEntropy.apply(hidden, weight, labels, scale, chunk_tokens, rule, bias, *trained)
     return loss, total

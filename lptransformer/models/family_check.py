@@ -9,17 +9,24 @@ and what is taken for the final norm must take what the last block gives.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import transformers
 from torch import Tensor, nn
 
+from lptransformer import files
 from lptransformer.errors import ModelError
-from lptransformer.models import hf_config, hf_parts, split
+from lptransformer.models import hf_config, hf_parts, router_loss, split
 from lptransformer.models.cross_entropy import IGNORE_INDEX
-from lptransformer.models.head import Head, LossBatch, Readout
+from lptransformer.models.head import CROSS_ENTROPY, LossBatch
 from lptransformer.models.hf_parts import Anatomy
+from lptransformer.models.split import Piece
 
 VOCABULARY, LEAST_IDS, TOKENS, OF_A_KIND = 256, 50, 12, 2
 MOST_PARAMETERS = 20_000_000
@@ -29,30 +36,53 @@ WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_e
 COUNTS = ("num_attention_heads", "num_key_value_heads", "num_experts", "num_local_experts", "n_routed_experts")
 
 
-_passed: set[str] = set()  # configurations, as text
+_passed: set[str] = set()  # configurations, as keys
 
 
 def check(config: Any) -> None:
-    """Raises ModelError where the model that a configuration describes would not be trained as it is."""
-    text = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    if text not in _passed:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            _compare(hf_config.model_class(config).__name__, *_small_model(config))
-        _passed.add(text)
+    """Raises ModelError where the model that a configuration describes would not be trained as it is.
+
+    Of the processes of a host one tries it and the others wait for it; what passes is noted in the user's cache, by the
+    configuration, the code of this package and the versions of torch and transformers.
+    """
+    key = _key(config)
+    if key in _passed:
+        return
+    with files.noted_once(f"families/{key}") as known:
+        if not known:
+            _try(config)
+    _passed.add(key)
+
+
+def _key(config: Any) -> str:
+    content = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    versions = f"{torch.__version__} {transformers.__version__}"
+    return hashlib.sha256(b"\0".join([content.encode(), versions.encode(), *code])).hexdigest()[:32]
+
+
+def _try(config: Any) -> None:
+    config = copy.deepcopy(config)
+    setattr(config, router_loss.WANTED, False)  # every stage has a router loss of its own, the library's model one
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        whole, small, parts = _small_model(config)
+        middle = max(1, small.num_hidden_layers // 2)
+        compare(whole, small, parts, [range(middle), range(middle, small.num_hidden_layers)])
 
 
 def _small_model(config: Any) -> tuple[Any, Any, Anatomy]:
     """The smallest of it that can be built and cut: the library's model, its configuration, its parts."""
     problem: Exception | None = None
-    for small in (shrunk(config), shrunk(config, narrow=False), config):
+    for smaller in (shrunk, partial(shrunk, narrow=False), copy.deepcopy):
         try:
+            small = smaller(config)
             parts = hf_parts.anatomy(small)
             if _parameters(small) > LARGEST:
                 raise ModelError(
                     f"a small model of it cannot be built, and {_parameters(small):,} weights are too many"
                 )
-            whole = hf_config.model_class(small)(small).eval()
+            whole = hf_config.model_class(small)(small)
             with torch.no_grad():
                 whole(input_ids=_tokens(), use_cache=False)
             return whole, small, parts
@@ -69,94 +99,106 @@ def _tokens() -> Tensor:
     return torch.randint(0, LEAST_IDS, (2, TOKENS), generator=torch.Generator().manual_seed(0))
 
 
-def _compare(name: str, whole: Any, small: Any, parts: Anatomy) -> None:
+def compare(whole: Any, config: Any, parts: Anatomy, cut: Sequence[range]) -> None:
+    """Raises ModelError unless the library's model `whole`, which gets other weights, is these pieces."""
+
     def refuse(why: str) -> NoReturn:
-        raise ModelError(f"{name} cannot be trained in pieces: {why}")
+        raise ModelError(f"{type(whole).__name__} cannot be trained in pieces: {why}")
 
     ids = _tokens()
     with torch.no_grad():
         for weight in whole.parameters():
             weight.add_(torch.randn_like(weight), alpha=0.05)  # no bias of 0 and no norm of 1 hides a mistake
-    normed: list[Tensor] = []
-    given: list[Tensor] = []
-    blocks = whole.get_submodule(parts.blocks)
-    hooks = [
-        whole.get_submodule(parts.norm).register_forward_pre_hook(lambda _, args: normed.append(args[0])),
-        blocks[-1].register_forward_hook(lambda _, args, out: given.append(out if isinstance(out, Tensor) else out[0])),
-    ]
-    with torch.no_grad():
-        logits = whole(input_ids=ids, use_cache=False).logits
-        for hook in hooks:
-            hook.remove()
-        later = ids.clone()
-        later[:, -1] = (later[:, -1] + 1) % LEAST_IDS
-        changed = whole(input_ids=later, use_cache=False).logits
-    off = _off(changed[:, :-1], logits[:, :-1])
+    whole.eval()
+    logits, ended, normed = _watched(whole, parts, ids)
+    later = ids.clone()
+    later[:, -1] = (later[:, -1] + 1) % LEAST_IDS
+    off = _off(_watched(whole, parts, later)[0][:, :-1], logits[:, :-1])
     if off > TOLERANCE:
         refuse(f"it is not causal: the last token changes the logits before it (by {off:.2g} of the largest)")
-    if len(normed) != 1 or not torch.equal(normed[0], given[-1]):
+    if len(normed) != 1 or not torch.equal(normed[0], ended[-1]):
         refuse("what is taken for its final norm does not take what its last block gives")
-    middle = max(1, small.num_hidden_layers // 2)
-    pieces = [_piece(whole, small, parts, *place) for place in _places(middle, small.num_hidden_layers)]
-    hidden: Tensor = ids
-    for number, piece in enumerate(pieces):
-        hidden = piece.base(**{"inputs_embeds" if number else "input_ids": hidden}, use_cache=False).last_hidden_state
-    norm, readout = pieces[-1].norm, pieces[-1].readout
-    assert norm is not None and readout is not None
-    head = Head(norm, Readout(readout.weight, TOKENS, parts.logit_rule))
-    if not torch.equal(head.logits(hidden), logits):
-        refuse(f"its pieces give other logits (off by {_off(head.logits(hidden), logits):.2g} of the largest)")
+    joined = pieces(whole, config, parts, cut)
+    head = joined[-1].head(TOKENS, parts.logit_rule)
+    with torch.no_grad():
+        ours = head.logits(hidden_states(joined, ids))
+    if not torch.equal(ours, logits):
+        refuse(f"its pieces give other logits (off by {_off(ours, logits):.2g} of the largest)")
+    whole.train()
+    for piece in joined:
+        piece.base.train()
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:, :-1] = ids[:, 1:]
-    loss = next(iter(head(hidden, LossBatch(labels, scale=1.0 / (2 * (TOKENS - 1)))).values())).loss
+    batch = LossBatch(labels, scale=1.0 / (2 * (TOKENS - 1)))
+    loss = head(hidden_states(joined, ids), batch)[CROSS_ENTROPY].loss
     own_loss = whole(input_ids=ids, labels=ids, use_cache=False).loss
     if (off := _off(loss.detach(), own_loss.detach())) > TOLERANCE:
         refuse(f"its pieces have another loss (off by {off:.2g})")
     own_loss.backward()
     loss.backward()
-    _compare_gradients(whole, parts, pieces, readout, small.tie_word_embeddings, refuse)
-
-
-def _places(middle: int, depth: int) -> list[tuple[range, bool, bool]]:
-    return [(range(middle), True, False), (range(middle, depth), False, True)]
-
-
-def _piece(whole: nn.Module, config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool) -> split.Piece:
-    """A piece with the weights of the whole model."""
-    piece = split.new_piece(config, parts, blocks, embedding, final, None)
-    weights = {name.removeprefix(f"{parts.base}."): one for name, one in whole.state_dict().items()}
-    held = piece.base.state_dict()
-    piece.base.load_state_dict({name: weights[name] for name in held})
-    if final:
-        assert piece.norm is not None and piece.readout is not None
-        piece.norm.load_state_dict(whole.get_submodule(parts.norm).state_dict())
-        piece.readout.load_state_dict(whole.get_submodule(parts.lm_head).state_dict())
-    piece.base.eval()
-    return piece
-
-
-def _compare_gradients(
-    whole: Any, parts: Anatomy, pieces: list[split.Piece], readout: nn.Linear, tied: bool, refuse: Any
-) -> None:
-    """Of all weights; where embedding and readout are one matrix there, its gradient is the sum of both here."""
-    found: dict[str, Tensor] = {}
-    for piece in pieces:
-        for name, weight in piece.base.named_parameters():
-            found[f"{parts.base}.{name}"] = weight.grad if weight.grad is not None else torch.zeros_like(weight)
-    norm = pieces[-1].norm
-    assert norm is not None
-    for name, weight in norm.named_parameters():
-        assert weight.grad is not None
-        found[f"{parts.norm}.{name}"] = weight.grad
-    assert readout.weight.grad is not None
-    found[f"{parts.lm_head}.weight"] = readout.weight.grad
+    found = _gradients(parts, joined)
+    if config.tie_word_embeddings:  # there embedding and readout are one matrix
+        found[f"{parts.token_embedding}.weight"] += found[f"{parts.lm_head}.weight"]
     for name, weight in whole.named_parameters():
         own = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        ours = found[name]
-        if tied and name == f"{parts.token_embedding}.weight":
-            ours = ours + readout.weight.grad
-        if (off := _off(ours, own)) > 10 * TOLERANCE:
+        if (off := _off(found[name], own)) > 10 * TOLERANCE:
             refuse(f"its pieces have another gradient of {name} (off by {off:.2g} of the largest)")
+
+
+@torch.no_grad()
+def _watched(whole: Any, parts: Anatomy, ids: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The logits, what the last block gives, and what stands behind the blocks takes."""
+    ended: list[Tensor] = []
+    normed: list[Tensor] = []
+    last = whole.get_submodule(parts.blocks)[-1]
+    hooks = [
+        last.register_forward_hook(lambda _, args, out: ended.append(out if isinstance(out, Tensor) else out[0])),
+        whole.get_submodule(parts.final[0]).register_forward_pre_hook(lambda _, args: normed.append(args[0])),
+    ]
+    logits = whole(input_ids=ids, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    return logits, ended, normed
+
+
+def pieces(whole: Any, config: Any, parts: Anatomy, cut: Sequence[range]) -> list[Piece]:
+    """The pieces of a model with these blocks, with its weights, in evaluation mode."""
+    state = whole.state_dict()
+    made = []
+    for blocks in cut:
+        final = blocks.stop == config.num_hidden_layers
+        piece = split.new_piece(config, parts, blocks, blocks.start == 0, final, None)
+        for below, module in _named(parts, piece).items():
+            module.load_state_dict({name: state[f"{below}.{name}"] for name in module.state_dict()})
+        piece.base.eval()
+        made.append(piece)
+    return made
+
+
+def _named(parts: Anatomy, piece: Piece) -> dict[str, nn.Module]:
+    """The modules of a piece by their names in the whole model."""
+    named = {parts.base: piece.base, parts.norm: piece.norm, parts.projection: piece.projection}
+    named[parts.lm_head] = piece.readout
+    return {name: module for name, module in named.items() if name is not None and module is not None}
+
+
+def hidden_states(joined: Sequence[Piece], ids: Tensor, **named: Any) -> Tensor:
+    """ids [b, T] through the pieces to hidden states [b, T, H]; `named` is handed to each."""
+    hidden = ids
+    for number, piece in enumerate(joined):
+        given = {"inputs_embeds" if number else "input_ids": hidden}
+        hidden = piece.base(**given, use_cache=False, **named).last_hidden_state
+    return hidden
+
+
+def _gradients(parts: Anatomy, joined: Sequence[Piece]) -> dict[str, Tensor]:
+    """Of all weights, under their names in the whole model."""
+    return {
+        f"{below}.{name}": torch.zeros_like(weight) if weight.grad is None else weight.grad
+        for piece in joined
+        for below, module in _named(parts, piece).items()
+        for name, weight in module.named_parameters()
+    }
 
 
 def _off(one: Tensor, other: Tensor) -> float:

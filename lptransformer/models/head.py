@@ -27,12 +27,14 @@ class LossBatch(NamedTuple):
     """What a loss sees of a micro-batch beside hidden states.
 
     `labels` int64 [b, T], IGNORE_INDEX where there is none; `scale` is what the sum over the labels is multiplied by;
-    of every row only the `positions` int64 [b, k] count (None: all).
+    of every row only the `positions` int64 [b, k] count (None: all). `share` is what a loss of the whole micro-batch is
+    multiplied by.
     """
 
     labels: Tensor
     scale: float
     positions: Tensor | None = None
+    share: float = 1.0
 
 
 class LossTerm(NamedTuple):
@@ -49,6 +51,7 @@ class StageLoss(Protocol):
 
 
 CROSS_ENTROPY = "cross_entropy"  # the term of an LM head, a negative log-likelihood
+ROUTER = "router"  # the term of a stage's mixtures of experts, a loss of the micro-batch
 
 
 @dataclass(frozen=True)
@@ -72,20 +75,27 @@ class Readout(nn.Module):
     must not be used from outside.
     """
 
-    def __init__(self, weight: Tensor, chunk_tokens: int, rule: LogitRule = PLAIN) -> None:
+    def __init__(self, weight: Tensor, chunk_tokens: int, rule: LogitRule = PLAIN, bias: Tensor | None = None) -> None:
         super().__init__()
         assert isinstance(weight, nn.Parameter)
         self.weight = weight  # [vocab_size, width of the rows]
+        self.register_parameter("bias", bias)  # type: ignore[arg-type]  # [vocab_size]
+        self.bias: Tensor | None
         self.chunk_tokens = chunk_tokens
         self.rule = rule
 
+    @classmethod
+    def of(cls, linear: nn.Linear, chunk_tokens: int, rule: LogitRule) -> Readout:
+        """With the weights of this map."""
+        return cls(linear.weight, chunk_tokens, rule, linear.bias)
+
     def forward(self, rows: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """rows [tokens, H] and labels [tokens] to (scaled loss, sum of the losses in nats)."""
-        return chunked_cross_entropy(rows, self.weight, labels, scale, self.chunk_tokens, self.rule)
+        return chunked_cross_entropy(rows, self.weight, labels, scale, self.chunk_tokens, self.rule, self.bias)
 
     def logits(self, rows: Tensor) -> Tensor:
         """rows [..., H] to logits [..., V]; for evaluation, outside DeepSpeed."""
-        return self.rule(F.linear(rows, self.weight))
+        return self.rule(F.linear(rows, self.weight, self.bias))
 
 
 class SharedReadout(nn.Module):
@@ -95,10 +105,12 @@ class SharedReadout(nn.Module):
     rows, which is the same before rounding and takes no pass over logits; the family's scale and soft cap come after.
     """
 
-    def __init__(self, weight: Tensor, chunk_tokens: int, rule: LogitRule = PLAIN) -> None:
+    def __init__(self, readout: nn.Linear, chunk_tokens: int, rule: LogitRule = PLAIN) -> None:
         super().__init__()
         self.weight: Tensor
-        self.register_buffer("weight", weight.detach())  # [vocab_size, H]
+        self.bias: Tensor | None
+        self.register_buffer("weight", readout.weight.detach())  # [vocab_size, H]
+        self.register_buffer("bias", None if readout.bias is None else readout.bias.detach())  # [vocab_size]
         self.temperature = nn.Parameter(torch.ones(1))  # DeepSpeed cannot broadcast a scalar
         self.chunk_tokens = chunk_tokens
         self.rule = rule
@@ -106,11 +118,11 @@ class SharedReadout(nn.Module):
     def forward(self, rows: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See Readout.forward."""
         rows = rows * self.temperature
-        return chunked_cross_entropy(rows, self.weight, labels, scale, self.chunk_tokens, self.rule)
+        return chunked_cross_entropy(rows, self.weight, labels, scale, self.chunk_tokens, self.rule, self.bias)
 
     def logits(self, rows: Tensor) -> Tensor:
         """See Readout.logits."""
-        return self.rule(F.linear(rows * self.temperature, self.weight))
+        return self.rule(F.linear(rows * self.temperature, self.weight, self.bias))
 
 
 class Head(nn.Module):
@@ -245,19 +257,32 @@ def make_read_only(module: nn.Module) -> list[str]:
 class Material:
     """What a builder of a readout works with.
 
-    `new` takes shapes (in, out) and gives new linear maps (HeadMaker.linear in models/split.py). `model_readout` is the
-    model's own, with the weights that training starts from; with `as_model` the head starts from those instead of new
-    ones. `depth` is the number of the model's blocks.
+    `new` takes shapes (in, out) and gives new linear maps (HeadMaker.linear in models/split.py). `model_maps` are the
+    model's own behind its final norm, with the weights that training starts from: the readout, and before it the
+    projection of a family whose readout is narrower (`readout_width`) than its hidden states. With `as_model` the head
+    starts from those instead of new ones. `depth` is the number of the model's blocks.
     """
 
     hidden_size: int
+    readout_width: int
     vocab_size: int
     depth: int
     chunk_tokens: int
     rule: LogitRule
     as_model: bool
     new: Callable[..., list[nn.Linear]]
-    model_readout: Callable[[], nn.Linear]
+    model_maps: Callable[[], list[nn.Linear]]
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Of the model's own maps, (in, out)."""
+        projected = [(self.hidden_size, self.readout_width)] if self.readout_width != self.hidden_size else []
+        return [*projected, (self.readout_width, self.vocab_size)]
+
+    def whole_readout(self) -> Tensor:
+        """The product of the model's own maps, [V, H]."""
+        *projection, readout = self.model_maps()
+        return readout.weight @ projection[0].weight if projection else readout.weight
 
 
 class BuiltReadout(NamedTuple):
@@ -283,18 +308,19 @@ def build_readout(options: HeadOptions, material: Material) -> BuiltReadout:
 
 def private(options: HeadOptions, material: Material) -> BuiltReadout:
     """A readout of the head's own."""
-    if material.as_model:
-        linear = material.model_readout()
-    else:
-        (linear,) = material.new((material.hidden_size, material.vocab_size))
-    return BuiltReadout(Readout(linear.weight, material.chunk_tokens, material.rule))
+    *down, readout = material.model_maps() if material.as_model else material.new(*material.shapes)
+    return BuiltReadout(Readout.of(readout, material.chunk_tokens, material.rule), down[0] if down else None)
 
 
 def shared(options: HeadOptions, material: Material) -> BuiltReadout:
     """A copy of the last readout (2609.35440)."""
-    readout = SharedReadout(material.model_readout().weight, material.chunk_tokens, material.rule)
-    name = "head.readout.weight"
-    return BuiltReadout(readout, copies=(Copy(name, name, material.depth - 1),))
+    *down, own = material.model_maps()
+    if down and not material.as_model:
+        down = material.new(*material.shapes[:-1])
+    readout = SharedReadout(own, material.chunk_tokens, material.rule)
+    names = [f"head.readout.{name}" for name, _ in readout.named_buffers()]
+    copies = tuple(Copy(name, name, material.depth - 1) for name in names)
+    return BuiltReadout(readout, down[0] if down else None, copies)
 
 
 def low_rank(options: LowRankOptions, material: Material) -> BuiltReadout:
@@ -305,9 +331,10 @@ def low_rank(options: LowRankOptions, material: Material) -> BuiltReadout:
         raise OptionError("head.rank", rank, problem)
     down, readout = material.new((material.hidden_size, rank), (rank, material.vocab_size))
     if material.as_model:
-        factors = factorised(material.model_readout().weight, rank)
+        factors = factorised(material.whole_readout(), rank)
         down.weight, readout.weight = (nn.Parameter(factor) for factor in factors)
-    return BuiltReadout(Readout(readout.weight, material.chunk_tokens, material.rule), down)
+        readout.bias = material.model_maps()[-1].bias
+    return BuiltReadout(Readout.of(readout, material.chunk_tokens, material.rule), down)
 
 
 def factorised(readout: Tensor, rank: int) -> tuple[Tensor, Tensor]:

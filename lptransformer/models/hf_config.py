@@ -61,12 +61,26 @@ def read_config(folder: str | Path) -> Any:
 
     A model that needs code from the folder is refused too: the library would ask on the terminal whether to run it.
     """
+    where = f"model.pretrained is {folder}: no causal LM can be read there"
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model_class(config)
     except Exception as error:  # whatever a file written by anyone can make the library raise
-        raise ModelError(f"model.pretrained is {folder}: no causal LM can be read there: {one_line(error)}") from None
+        raise ModelError(f"{where}: {one_line(error)}") from None
+    if why := _no_causal_lm(config):
+        raise ModelError(f"{where}: {why}")
     return for_training(config)
+
+
+def _no_causal_lm(config: Any) -> str | None:
+    """Why a configuration is not one of a decoder of text that is trained by itself."""
+    name = type(config).__name__
+    if config.is_encoder_decoder:
+        return f"{name} is of an encoder and a decoder"
+    if "text_config" in config.sub_configs:
+        return f"{name} is of several models, not of text alone; a folder of its text model can be trained"
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        return f"the library has no causal LM of {name}"
+    return None
 
 
 def saved_config(content: Mapping[str, Any]) -> Any:
@@ -80,9 +94,9 @@ def saved_config(content: Mapping[str, Any]) -> Any:
 
 
 def for_training(config: Any) -> Any:
-    """Without dropout, without skipped blocks, without a cache of keys and values."""
+    """Without dropout, without skipped blocks or noise for routers, without a cache of keys and values."""
     for name, value in config.to_dict().items():
-        if isinstance(value, float) and "drop" in name:
+        if isinstance(value, float) and ("drop" in name or "jitter" in name):
             setattr(config, name, 0.0)
     config.use_cache = False
     return config

@@ -8,6 +8,7 @@ library's own forward, are then the whole model. Blocks keep their global indice
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 
 from lptransformer.errors import ModelError
+from lptransformer.models import router_loss
 from lptransformer.models.cross_entropy import PLAIN, LogitRule
 from lptransformer.models.hf_config import empty_model, model_class, one_line
 
@@ -27,23 +29,27 @@ class Anatomy:
     """Where the parts of a causal LM are, as module names below the causal LM's class.
 
     `before` are the modules that only the first stage needs: token embedding, additive position embeddings, and norms
-    and dropouts that stand before the blocks. What else is beside the blocks has no weights (rotary embeddings) and
-    stays with every stage. `base` is the base model, `norm` the final norm. `logit_rule` is what the family does to
-    what the readout gives. With `tuples` the blocks give tuples, hidden states first. The numbers of parameters are
-    those of `before`, of one block, and of the final norm.
+    and dropouts that stand before the blocks, and a map to the width of the blocks. What else is beside the blocks has
+    no weights (rotary embeddings) and stays with every stage. `base` is the base model, `norm` the final norm (None:
+    the family has none), `projection` a map behind it to the width of the readout. `logit_rule` is what the family
+    does to what the readout gives. With `tuples` the blocks give tuples, hidden states first. The numbers of parameters
+    are those of `before`, of one block, and of what stands beside the readout's matrix (norm, projection, bias).
     """
 
     base: str
     blocks: str
     token_embedding: str
     before: tuple[str, ...]
-    norm: str
+    norm: str | None
+    projection: str | None
     lm_head: str
     hidden_size: int
+    readout_width: int
     vocab_size: int
     embedding_parameters: int
     block_parameters: int
     norm_parameters: int
+    head_bias: bool = False
     logit_rule: LogitRule = PLAIN
     tuples: bool = False
 
@@ -52,14 +58,20 @@ class Anatomy:
         """The name of the blocks below the base model."""
         return self.blocks.removeprefix(f"{self.base}.")
 
+    @property
+    def final(self) -> list[str]:
+        """What stands behind the blocks: the norm and the projection where there are some, and the readout."""
+        return [name for name in (self.norm, self.projection, self.lm_head) if name is not None]
+
 
 def anatomy(config: Any) -> Anatomy:
     """Find the parts of the model that `config` describes, from an empty model (no weights are allocated).
 
-    Raises ModelError when the model cannot be cut: it needs one list of blocks, a norm after it, a plain head, and
+    Raises ModelError when the model cannot be cut: it needs one list of blocks, a head that is one linear map, and
     nothing that would be missing, or done twice, when its blocks run in several pieces.
     """
-    whole = model_class(config)
+    whole, config = model_class(config), copy.copy(config)
+    setattr(config, router_loss.WANTED, False)  # a model without blocks has none
     try:
         model = empty_model(whole, config)
         depth, hidden_size, vocab_size = config.num_hidden_layers, config.hidden_size, config.vocab_size
@@ -73,31 +85,37 @@ def anatomy(config: Any) -> Anatomy:
     parent = model.get_submodule(names[blocks].rpartition(".")[0])
     children = list(parent.children())
     is_norm = [("norm" in type(child).__name__.lower()) for child in children]
-    norms = [child for child, norm in zip(children, is_norm, strict=True) if norm][-1:]
+    norm = next((child for child, norm in reversed([*zip(children, is_norm, strict=True)]) if norm), None)
     token_embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
-    plain_head = isinstance(lm_head, nn.Linear) and lm_head.bias is None
-    if len(norms) != 1 or not plain_head or token_embedding not in names or model.base_model is model:
+    if not isinstance(lm_head, nn.Linear) or token_embedding not in names or model.base_model is model:
         raise ModelError(
-            f"{whole.__name__} cannot be cut: it needs a token embedding, a norm beside its blocks, and a head "
-            "that is one matrix"
+            f"{whole.__name__} cannot be cut: it needs a token embedding and a head that is one linear map"
         )
+    maps = [child for child in children if isinstance(child, nn.Linear)]
+    projection = next((one for one in maps if one.in_features == hidden_size != one.out_features), None)
     before = [
         child
-        for child, norm in zip(children, is_norm, strict=True)
-        if isinstance(child, nn.Embedding | nn.Dropout) or (norm and child is not norms[0])
+        for child, norm_like in zip(children, is_norm, strict=True)
+        if isinstance(child, nn.Embedding | nn.Dropout)
+        or (norm_like and child is not norm)
+        or (child in maps and child is not projection)
     ]
     parts = Anatomy(
         base=names[model.base_model],
         blocks=names[blocks],
         token_embedding=names[token_embedding],
         before=tuple(names[child] for child in before),
-        norm=names[norms[0]],
+        norm=None if norm is None else names[norm],
+        projection=None if projection is None else names[projection],
         lm_head=names[lm_head],
         hidden_size=hidden_size,
+        readout_width=lm_head.in_features,
         vocab_size=vocab_size,
         embedding_parameters=_count(*before),
         block_parameters=_count(blocks[0]),
-        norm_parameters=_count(norms[0]),
+        norm_parameters=_count(*(one for one in (norm, projection) if one is not None))
+        + (0 if lm_head.bias is None else vocab_size),
+        head_bias=lm_head.bias is not None,
     )
     try:
         return replace(parts, logit_rule=_check_cut(model, parts))
@@ -144,7 +162,8 @@ def _check_cut(model: PreTrainedModel, parts: Anatomy) -> LogitRule:
             lambda _, args, named: handed.extend((*args, *named.values())), with_kwargs=True
         )
     normed: list[Any] = []
-    model.get_submodule(parts.norm).register_forward_pre_hook(lambda _, args: normed.append(args))
+    if parts.norm is not None:
+        model.get_submodule(parts.norm).register_forward_pre_hook(lambda _, args: normed.append(args))
     readout = nn.Linear(parts.hidden_size, 5, bias=False)
     with torch.no_grad():
         # Logits of up to 100: below and above every cap.
@@ -162,7 +181,7 @@ def _check_cut(model: PreTrainedModel, parts: Anatomy) -> LogitRule:
     alike = [one for one in handed if isinstance(one, Tensor) and one.shape == hidden_states.shape]
     if sum(torch.equal(one, hidden_states) for one in alike) != len(model.get_submodule(parts.blocks)):
         refuse("its blocks take more hidden states than those of the block before")
-    if len(normed) != 1:
+    if parts.norm is not None and len(normed) != 1:
         refuse(f"it uses its final norm {len(normed)} times")
     return rule
 
@@ -191,8 +210,8 @@ def strip(model: PreTrainedModel, parts: Anatomy, blocks: range, embedding: bool
     if not embedding:
         drop_embedding(model, parts)
     if not final:
-        model.set_submodule(parts.norm, nn.Identity())
-        model.set_submodule(parts.lm_head, nn.Identity())
+        for name in parts.final:
+            model.set_submodule(name, nn.Identity())
 
 
 def drop_embedding(model: PreTrainedModel, parts: Anatomy) -> None:

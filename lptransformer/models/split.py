@@ -19,8 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lptransformer.errors import ModelError
-from lptransformer.models import hf_config, hf_parts
+from lptransformer.models import hf_config, hf_parts, router_loss
+from lptransformer.models.cross_entropy import LogitRule
+from lptransformer.models.head import Head, Readout
 from lptransformer.models.hf_parts import Anatomy
+from lptransformer.models.router_loss import RouterLoss
 from lptransformer.models.seeds import unit_seed
 
 if TYPE_CHECKING:
@@ -32,11 +35,21 @@ FINAL = "final"
 
 @dataclass
 class Piece:
-    """The owned parts of a model. `base` runs the embedding and blocks; its own final norm is an identity."""
+    """The owned parts of a model. `base` runs the embedding and blocks; what stands behind those is an identity there.
+
+    With the final norm and readout: `norm` (an identity where the family has none), `projection` where it has one.
+    """
 
     base: nn.Module
     norm: nn.Module | None
     readout: nn.Linear | None
+    projection: nn.Linear | None = None
+    router_loss: RouterLoss | None = None
+
+    def head(self, chunk_tokens: int, rule: LogitRule) -> Head:
+        """The model's own head, of a piece that has it."""
+        assert self.norm is not None and self.readout is not None
+        return Head(self.norm, Readout.of(self.readout, chunk_tokens, rule), down=self.projection)
 
 
 def _piece_class(config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool) -> type[PreTrainedModel]:
@@ -51,11 +64,15 @@ def _piece_class(config: Any, parts: Anatomy, blocks: range, embedding: bool, fi
 
 
 def _finish(model: PreTrainedModel, parts: Anatomy, final: bool) -> Piece:
-    norm = model.get_submodule(parts.norm) if final else None
-    readout = model.get_submodule(parts.lm_head) if final else None
-    model.set_submodule(parts.norm, nn.Identity())
-    assert readout is None or isinstance(readout, nn.Linear)
-    return Piece(model.base_model, norm, readout)
+    norm, projection = (None if name is None else model.get_submodule(name) for name in (parts.norm, parts.projection))
+    readout = model.get_submodule(parts.lm_head)
+    for name in parts.final[:-1]:
+        model.set_submodule(name, nn.Identity())
+    router = router_loss.of(model)
+    if not final:
+        return Piece(model.base_model, None, None, router_loss=router)
+    assert isinstance(readout, nn.Linear) and (projection is None or isinstance(projection, nn.Linear))
+    return Piece(model.base_model, nn.Identity() if norm is None else norm, readout, projection, router)
 
 
 @contextlib.contextmanager
@@ -88,7 +105,7 @@ def new_piece(config: Any, parts: Anatomy, blocks: range, embedding: bool, final
     if embedding:
         units[EMBEDDING] = list(parts.before)
     if final:
-        units[FINAL] = [parts.norm, parts.lm_head]
+        units[FINAL] = parts.final
     for unit, names in units.items():
         with _seeded(seed, unit):
             for name in names:
@@ -107,9 +124,10 @@ class HeadMaker:
     _seed: int | None
 
     def linear(self, *shapes: tuple[int, int]) -> list[nn.Linear]:
-        """New maps [in, out] without bias, initialised as the family does, one after another from the head's seed.
+        """New maps [in, out], initialised as the family does, one after another from the head's seed.
 
-        A whole readout is of the class of the model's own. Called once. Without a seed the caller fills them in.
+        A whole readout is of the class of the model's own; those to the vocabulary have a bias where that has one.
+        Called once. Without a seed the caller fills them in.
         """
         made = [self._empty(*shape) for shape in shapes]
         assert len({id(linear) for linear in made}) == len(made), "two whole readouts of one head would be one"
@@ -120,17 +138,18 @@ class HeadMaker:
         return made
 
     def _empty(self, width: int, out: int) -> nn.Linear:
-        if (width, out) == (self._parts.hidden_size, self._parts.vocab_size):
+        if (width, out) == (self._parts.readout_width, self._parts.vocab_size):
             readout = self._model.get_submodule(self._parts.lm_head)
             assert isinstance(readout, nn.Linear)
             return readout
-        return nn.utils.skip_init(nn.Linear, width, out, bias=False, device=torch.get_default_device())
+        bias = self._parts.head_bias and out == self._parts.vocab_size
+        return nn.utils.skip_init(nn.Linear, width, out, bias=bias, device=torch.get_default_device())
 
 
 def new_head(config: Any, parts: Anatomy, block: int, seed: int | None) -> HeadMaker:
     """The parts of an auxiliary head after `block`; with `seed` None the caller fills in the weights."""
     model = _allocate(config, parts, range(0), False, True)
-    norm = model.get_submodule(parts.norm)
+    norm = nn.Identity() if parts.norm is None else model.get_submodule(parts.norm)
     if seed is not None:
         with _seeded(seed, f"head {block}"):
             norm.apply(model._init_weights)
@@ -176,7 +195,7 @@ def load_piece(folder: str | Path, config: Any, parts: Anatomy, blocks: range, e
     _check_loaded(loading, len(model.get_submodule(parts.blocks)), parts, f"model.pretrained is {folder}")
     piece = _finish(model.train(), parts, final)
     if piece.readout is not None:
-        piece.readout.weight = nn.Parameter(piece.readout.weight.detach().clone())
+        piece.readout.weight = nn.Parameter(piece.readout.weight.detach().clone())  # no other tensor than the embedding
     if tied and not embedding:
         hf_parts.drop_embedding(model, parts)
     return piece

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,17 @@ from lptransformer.methods.stages import StagePlan
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.head import (
     CROSS_ENTROPY,
+    ROUTER,
     Copy,
     Head,
     LossBatch,
     LossTerm,
     Material,
-    Readout,
     StageLoss,
     build_readout,
     make_read_only,
 )
+from lptransformer.models.router_loss import RouterLoss
 from lptransformer.models.split import Piece, load_piece, new_head, new_head_blocks, new_piece
 
 Pull = Callable[[Tensor], Tensor]
@@ -37,10 +38,10 @@ Pull = Callable[[Tensor], Tensor]
 class StageOutput(NamedTuple):
     """What a stage gives. A tuple, because DeepSpeed finds tensors in tuples, lists and dictionaries only.
 
-    Hidden states [b, T, H]; the loss terms of its head by name, empty without one. Where the head was split off,
-    `loss_gradient` [b, T, H] is the gradient of its loss at the hidden states, for the caller to weigh. Where the
-    inputs carry a gradient, `pull` takes a gradient at the hidden states and gives the one at the inputs, without
-    gradients of weights; it can be called several times before the backward pass.
+    Hidden states [b, T, H]; the loss terms of its head and of its routers by name, empty without any. Where the head
+    was split off, `loss_gradient` [b, T, H] is the gradient of its loss at the hidden states, for the caller to weigh.
+    Where the inputs carry a gradient, `pull` takes a gradient at the hidden states and gives the one at the inputs,
+    without gradients of weights; it can be called several times before the backward pass.
     """
 
     hidden_states: Tensor
@@ -50,13 +51,13 @@ class StageOutput(NamedTuple):
 
     @property
     def loss(self) -> Tensor | None:
-        """The sum of the scaled loss terms; None without a head."""
+        """The sum of the scaled loss terms; None where there are none."""
         return add(term.loss for term in self.losses.values())
 
     @property
     def nll_sum(self) -> Tensor | None:
         """The sum of the negative log-likelihoods of the labels, in nats; None without a head."""
-        return self.losses[CROSS_ENTROPY].total if self.losses else None
+        return self.losses[CROSS_ENTROPY].total if CROSS_ENTROPY in self.losses else None
 
 
 def backward_loss(output: StageOutput, duty: Duty, above: Sequence[tuple[Tensor, float]]) -> Tensor:
@@ -87,25 +88,31 @@ class Stage(nn.Module):
     """Consecutive blocks and the head that trains them.
 
     The body is a piece of the Hugging Face model (models/split.py); the head is None where the stage's gradient comes
-    from the stage above.
+    from the stage above. With a `router_loss` its mixtures of experts have a loss of their own in training.
     """
 
-    def __init__(self, plan: StagePlan, body: nn.Module, head: Head | None) -> None:
+    def __init__(
+        self, plan: StagePlan, body: nn.Module, head: Head | None, router_loss: RouterLoss | None = None
+    ) -> None:
         super().__init__()
         self.plan = plan
         self.body = body
         self.head = head
+        self.router_loss = router_loss
 
     def hidden_states(self, inputs: Tensor) -> Tensor:
         """input_ids [b, T] in the first stage, hidden states [b, T, H] in later ones, to hidden states [b, T, H]."""
+        return self._run(inputs).last_hidden_state
+
+    def _run(self, inputs: Tensor) -> Any:
         name = "input_ids" if self.plan.is_first else "inputs_embeds"
-        return self.body(**{name: inputs}, use_cache=False).last_hidden_state
+        return self.body(**{name: inputs}, use_cache=False)
 
     def forward(self, inputs: Tensor, batch: LossBatch, split: bool = False) -> StageOutput:
         """Inputs as of `hidden_states`. With `split` the loss is taken at a copy of the hidden states and reaches the
         head's weights alone."""
-        hidden_states = self.hidden_states(inputs)
-        pull, gradient, losses = None, None, {}
+        ran = self._run(inputs)
+        hidden_states, pull, gradient, losses = ran.last_hidden_state, None, None, {}
         if inputs.requires_grad:
             pull = partial(_pull, hidden_states, inputs)
             # DeepSpeed puts hooks on what a module gives out: pulls must not run through those.
@@ -118,6 +125,9 @@ class Stage(nn.Module):
                 loss = add(term.loss for term in losses.values())
                 assert loss is not None
                 (gradient,) = torch.autograd.grad(loss, at, retain_graph=True)
+        if self.router_loss is not None and torch.is_grad_enabled() and ran.router_logits:
+            balance = self.router_loss(ran.router_logits)
+            losses = losses | {ROUTER: LossTerm(balance * batch.share, balance.detach())}
         return StageOutput(hidden_states, losses, gradient, pull)
 
 
@@ -137,14 +147,14 @@ def make_stage(
     piece = _pieces(blueprint, seed, pretrained)
     own = piece(range(plan.first_block, plan.last_block + 1), plan.is_first, plan.is_last)
     if not plan.has_head:
-        return Stage(plan, own.base, None)
+        return Stage(plan, own.base, None, own.router_loss)
     if not plan.is_last:
         init = blueprint.head.init or ("scratch" if pretrained is None else "model")
         as_model = init == "model" and seed is not None  # without a seed the shapes are all that counts
-        return Stage(plan, own.base, _auxiliary_head(plan.last_block, blueprint, seed, as_model, piece))
-    assert own.norm is not None and own.readout is not None
-    readout = Readout(own.readout.weight, blueprint.chunk_tokens, blueprint.parts.logit_rule)
-    return Stage(plan, own.base, Head(own.norm, readout))
+        head = _auxiliary_head(plan.last_block, blueprint, seed, as_model, piece)
+    else:
+        head = own.head(blueprint.chunk_tokens, blueprint.parts.logit_rule)
+    return Stage(plan, own.base, head, own.router_loss)
 
 
 def empty_head(block: int, blueprint: Blueprint) -> Head:
@@ -182,23 +192,22 @@ def _auxiliary_head(
     depth, decay = config.num_hidden_layers, options.ema_decay
     final = cache(lambda: piece(range(0), False, True))
 
-    def model_readout() -> nn.Linear:
-        readout = final().readout
-        assert readout is not None
-        return readout
+    def model_maps() -> list[nn.Linear]:
+        return [one for one in (final().projection, final().readout) if one is not None]
 
     made = new_head(config, parts, block, seed)
     norm = final().norm if as_model else made.norm
     assert norm is not None
     material = Material(
         hidden_size=parts.hidden_size,
+        readout_width=parts.readout_width,
         vocab_size=parts.vocab_size,
         depth=depth,
         chunk_tokens=blueprint.chunk_tokens,
         rule=parts.logit_rule,
         as_model=as_model,
         new=made.linear,
-        model_readout=model_readout,
+        model_maps=model_maps,
     )
     read, down, copies = build_readout(options, material)
     if options.blocks == 0:

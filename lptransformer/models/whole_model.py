@@ -32,13 +32,19 @@ def whole_weights(parts: Anatomy, of_stages: Iterable[Mapping[str, Tensor]]) -> 
         head = {name: tensor for name, tensor in weights.items() if name.startswith("head.")}
     norm = "head.norm."
     found |= {f"{parts.norm}.{name[len(norm) :]}": tensor for name, tensor in head.items() if name.startswith(norm)}
-    readout = head["head.readout.weight"]
+    readout, down = head["head.readout.weight"], head.get("head.down.weight")
     if (temperature := head.get("head.readout.temperature")) is not None:
         readout = readout * temperature
-    if (down := head.get("head.down.weight")) is not None:
+    if parts.projection is not None and down is not None and down.shape[0] == parts.readout_width:
+        found[f"{parts.projection}.weight"] = down
+    elif parts.projection is not None:
+        raise ModelError(f"its head has no map to the width {parts.readout_width}, as {parts.projection} is")
+    elif down is not None:
         readout = readout @ down
     found[f"{parts.lm_head}.weight"] = readout
-    folded = {"head.readout.weight", "head.readout.temperature", "head.down.weight"}
+    if (bias := head.get("head.readout.bias")) is not None:
+        found[f"{parts.lm_head}.bias"] = bias
+    folded = {f"head.{name}" for name in ("readout.weight", "readout.bias", "readout.temperature", "down.weight")}
     if more := sorted(name for name in head if not name.startswith(norm) and name not in folded):
         raise ModelError(f"its head is more than a norm and a readout: it has {more[0]}")
     return found

@@ -85,6 +85,24 @@ def test_gradients_are_those_of_finite_differences_in_float64(
     torch.autograd.gradcheck(lambda h, w: chunked_cross_entropy(h, w, labels, 0.3, 3, rule)[0], leaves)
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_bias_is_added_before_the_rule_and_has_its_gradient(
+    problem: tuple[Tensor, Tensor, Tensor], trained: bool
+) -> None:
+    hidden, weight, labels = problem
+    bias = torch.linspace(-1, 1, VOCABULARY).requires_grad_(trained)
+    rule = LogitRule(0.3, 1.0, 2.0)
+    leaves = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+    exact = bias.detach().double().requires_grad_()
+    logits = rule(F.linear(leaves[0], leaves[1], exact))
+    (F.cross_entropy(logits, labels, reduction="sum") / 7).backward()
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    chunked_cross_entropy(hidden, weight, labels, 1 / 7, 10, rule, bias)[0].backward()
+    for found, right in zip((hidden, weight, bias)[: 2 + trained], (*leaves, exact), strict=False):
+        torch.testing.assert_close(found.grad, right.grad.float(), rtol=1e-5, atol=1e-6)
+    assert (bias.grad is not None) == trained
+
+
 @pytest.mark.parametrize("frozen", ["weight", "hidden"])
 def test_a_gradient_that_nobody_asks_for_is_not_computed(problem: tuple[Tensor, Tensor, Tensor], frozen: str) -> None:
     hidden, weight, labels = problem
@@ -103,7 +121,7 @@ def test_logits_never_exist_at_once(problem: tuple[Tensor, Tensor, Tensor], monk
     hidden, weight, labels = problem
     seen = []
     linear = F.linear
-    monkeypatch.setattr(F, "linear", lambda rows, weight: seen.append(len(rows)) or linear(rows, weight))
+    monkeypatch.setattr(F, "linear", lambda rows, *others: seen.append(len(rows)) or linear(rows, *others))
     loss, _ = chunked_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels, 1.0, 10)
     loss.backward()
     assert sorted(seen) == [7, 10, 10, 10]

@@ -4,42 +4,98 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import REFUSED, TRAINED, page
-from transformers import AutoModelForCausalLM, LlamaConfig
+from families import BLOCKS, LEAKING, REFUSED, TRAINED, page
+from transformers import AutoModelForCausalLM, BartConfig, BltConfig, Gemma3Config, LlamaConfig, T5Config, ViTConfig
 
 from lptransformer.config.load import load
 from lptransformer.errors import ModelError
-from lptransformer.models import family_check, hf_config
+from lptransformer.models import family_check, hf_config, hf_parts
 from lptransformer.models.blueprint import make_blueprint
+from lptransformer.models.hf_parts import Anatomy
 
 ROOT = Path(__file__).parents[2]
+CUTS = {2: [range(0, 2), range(2, 4)], 4: [range(one, one + 1) for one in range(BLOCKS)]}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(family_check, "_passed", set())
 
 
 def prepared(config: Any) -> Any:
     return hf_config.for_training(copy.deepcopy(config))
 
 
+def tiny(config: Any) -> tuple[Any, Any, Anatomy]:
+    """The library's model, its configuration, its parts."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config), config, hf_parts.anatomy(config)
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_pieces_train_as_the_library_s_model_does(name: str) -> None:
-    family_check.check(prepared(TRAINED[name]))
+    """Documents in a window, too: four pieces are then the library's model, whether it keeps them apart or not."""
+    whole, config, parts = tiny(prepared(TRAINED[name]))
+    family_check.compare(whole, config, parts, CUTS[4])
+    whole.eval()
+    joined, ids = family_check.pieces(whole, config, parts, CUTS[4]), family_check._tokens()
+    half = ids.shape[1] // 2
+    packed = (torch.arange(ids.shape[1]) % half).expand_as(ids)
+    with torch.no_grad():
+        logits = whole(input_ids=ids, position_ids=packed, use_cache=False).logits
+        alone = whole(input_ids=ids[:, half:], use_cache=False).logits
+        ours = (
+            joined[-1].head(16, parts.logit_rule).logits(family_check.hidden_states(joined, ids, position_ids=packed))
+        )
+    assert torch.equal(ours, logits)
+    assert (family_check._off(logits[:, half:], alone) > 1e-5) == (name in LEAKING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_tied_or_not_in_two_pieces(name: str) -> None:
+    config = prepared(TRAINED[name])
+    for tied in (True, False):
+        config.tie_word_embeddings = tied
+        family_check.compare(*tiny(config), CUTS[2])
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_train_wrongly_is_refused(name: str) -> None:
-    config, _ = REFUSED[name]
+    config, why = REFUSED[name]
     with pytest.raises(ModelError) as caught:
         family_check.check(prepared(config))
     message = str(caught.value)
-    assert "cannot be" in message and "\n" not in message
-    if name == "BART's decoder":
-        assert "final norm does not take what its last block gives" in message
-    if "is_causal" in name:
-        assert "it is not causal: the last token changes the logits before it" in message
+    assert "cannot be" in message and why in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (T5Config(), "T5Config is of an encoder and a decoder"),
+        (BartConfig(), "BartConfig is of an encoder and a decoder"),
+        (Gemma3Config(), "Gemma3Config is of several models, not of text alone"),
+        (ViTConfig(), "the library has no causal LM of ViTConfig"),
+    ],
+)
+def test_what_is_no_decoder_of_text_is_refused_by_name(config: Any, why: str, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=f"model: no causal LM can be read there: {why}"):
+        hf_config.read_config(tmp_path / "model")
+
+
+def test_a_configuration_that_the_library_cannot_build_is_refused_in_one_line() -> None:
+    with pytest.raises(ModelError, match="cannot be cut: it cannot be run: AttributeError") as caught:
+        family_check.check(prepared(BltConfig()))
+    assert "\n" not in str(caught.value)
 
 
 def test_the_page_is_that_of_the_list() -> None:
@@ -92,6 +148,34 @@ def test_a_check_leaves_random_numbers_as_they_were() -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    family_check._passed.clear()
     family_check.check(prepared(TRAINED["Llama"]))
     assert torch.equal(torch.rand(3), expected)
+
+
+def _tries(config: Any) -> int:
+    """How often a process tries a model that it is asked for twice; run in a process of its own."""
+    tried: list[Any] = []
+    compare = family_check.compare
+    family_check.compare = lambda *of: tried.append(of) or compare(*of)
+    family_check.check(config)
+    family_check.check(config)
+    return len(tried)
+
+
+def test_one_process_of_a_host_tries_it_for_all() -> None:
+    config, other = prepared(TRAINED["Llama"]), prepared(TRAINED["Llama"])
+    other.rms_norm_eps = 1e-3
+    for asked, expected in (([config] * 3, 1), ([config], 0), ([other], 1)):
+        with ProcessPoolExecutor(len(asked), multiprocessing.get_context("fork")) as pool:
+            assert sum(pool.map(_tries, asked)) == expected
+
+
+def test_what_was_refused_is_refused_again_and_a_cache_is_not_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        with pytest.raises(ModelError, match="not causal"):
+            family_check.check(prepared(REFUSED["Llama with is_causal: false"][0]))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    family_check.check(prepared(TRAINED["Llama"]))

@@ -15,7 +15,7 @@ from saved_runs import FEW, make_run
 from small_blueprint import small_blueprint
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, OPTConfig, PhiConfig
 
 from lptransformer.config.checks import check_depth
 from lptransformer.config.load import load, to_dict
@@ -434,6 +434,48 @@ def test_a_low_rank_head_starts_as_the_nearest_matrix_to_the_models_readout(
 def test_a_rank_that_no_readout_has_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"head.rank is 17: a readout of 41 x 16 has at most rank 16"):
         head(kind="low_rank", rank=17)
+
+
+# ---- families whose readout has a bias, or rows that are narrower than the hidden states
+
+
+UNUSUAL: dict[str, Any] = {
+    "a bias": PhiConfig(**SIZES, pad_token_id=None),
+    "a projection": OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=8, pad_token_id=None),
+    "no final norm": OPTConfig(
+        **SIZES, ffn_dim=24, word_embed_proj_dim=8, do_layer_norm_before=False, pad_token_id=None
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_every_kind_of_head_starts_as_the_models_own(name: str, tmp_path: Path) -> None:
+    config = hf_config.for_training(copy.deepcopy(UNUSUAL[name]))
+    model = AutoModelForCausalLM.from_config(config)
+    shake(model)
+    model.save_pretrained(tmp_path / "model")
+    hidden_states, labels = problem(torch.float32)
+    kinds: list[tuple[dict[str, Any], float]] = [({}, 0), ({"kind": "shared"}, 0)]
+    kinds.append(({"kind": "low_rank", "rank": 8}, 1e-4))  # no more than the rank of a readout behind the projection
+    if name == "a bias":
+        kinds[-1][0]["rank"] = HIDDEN
+    for options, tolerance in kinds:
+        plan = small_blueprint(config, chunks=[BLOCK + 1, DEPTH - BLOCK - 1], head=options, length=LENGTH)
+        first, last = (make_stage(one, plan, seed=0, pretrained=tmp_path / "model") for one in plan.stages)
+        own, made = head_of(last), head_of(first)
+        expected = own.logits(hidden_states)
+        torch.testing.assert_close(made.logits(hidden_states), expected, rtol=tolerance, atol=tolerance)
+        loss_of(made, hidden_states, labels).loss.backward()
+        assert all(parameter.grad is not None for parameter in made.parameters())
+        fresh = head_of(make_stage(plan.stages[0], plan, seed=None))  # as a checkpoint is loaded
+        assert {key: one.shape for key, one in fresh.state_dict().items()} == {
+            key: one.shape for key, one in made.state_dict().items()
+        }
+        if options.get("kind") == "shared":
+            weights = {f"head.{key}": one for key, one in own.state_dict().items()}
+            made.refresh({copied.target: weights[copied.source] + 1 for copied in made.copies})
+            assert torch.equal(made.readout.weight, own.readout.weight + 1)
+            assert name != "a bias" or torch.equal(made.readout.bias, own.readout.bias + 1)
 
 
 # ---- checkpoints

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     Cohere2Config,
     CohereConfig,
     Gemma2Config,
@@ -27,7 +28,6 @@ from transformers import (
     MistralConfig,
     NanoChatConfig,
     OPTConfig,
-    PhiConfig,
     Qwen3Config,
     RecurrentGemmaConfig,
     T5Config,
@@ -366,8 +366,7 @@ ZAMBA = {**LIKE_LLAMA, "attention_head_dim": 16, "num_key_value_heads": 4, "tie_
 UNCUTTABLE = {
     "final norm before the blocks too": (NanoChatConfig(**GROUPED), "it uses its final norm 2 times"),
     "scaled inputs": (RecurrentGemmaConfig(**GROUPED), "it does more than run"),
-    "head with a bias": (PhiConfig(**LIKE_LLAMA), "a head that is one matrix"),
-    "projected embedding": (OPTConfig(**LIKE_LLAMA, word_embed_proj_dim=16), "project_in|project_out"),
+    "a head of several maps": (BertConfig(**LIKE_LLAMA, is_decoder=True), "is no part of its embedding"),
     "blocks that see the embedding": (ZambaConfig(**ZAMBA), "its blocks take more hidden states"),
     "blocks that share weights": (
         ZambaConfig(

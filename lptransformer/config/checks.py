@@ -132,6 +132,7 @@ def _model(config: Config) -> Iterator[str | ConfigError]:
     if model.family not in FAMILIES:
         yield f"{at('model.family')}: must be one of {', '.join(FAMILIES)}, or give a folder as model.pretrained"
     heads, groups = model.num_heads, model.num_key_value_heads
+    assert heads is not None
     if model.hidden_size % heads:
         yield f"{at('model.hidden_size')} is not a multiple of {at('model.num_heads')}"
     if model.family == "llama" and model.hidden_size // heads % 2:

@@ -47,13 +47,13 @@ Validated = TypeVar("Validated", bound=Section)
 SIZES = {
     "family": ("model_type",),
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
-    "num_layers": ("num_hidden_layers", "n_layer", "n_layers"),
-    "num_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "num_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim"),
     "num_key_value_heads": ("num_key_value_heads",),
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
 }
-NEEDED_SIZES = ("family", "hidden_size", "num_layers", "num_heads")
+NEEDED_SIZES = ("family", "hidden_size", "num_layers")
 # What may be another on resume without changing what is computed.
 FREE_ON_RESUME = (
     "run.",
@@ -323,6 +323,7 @@ def _resolve(config: Config, source: str | Path | dict[str, Any], saved: bool) -
         config.run.dir = f"runs/{'run' if isinstance(source, dict) else Path(source).stem}"
     if model.pretrained is None:
         model.max_position_embeddings = model.max_position_embeddings or config.data.sequence_length
+        model.num_heads = model.num_heads or 4
         return
     if "tokenizer" not in config.data.model_fields_set:
         config.data.tokenizer = model.pretrained

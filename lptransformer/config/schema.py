@@ -70,7 +70,7 @@ class ModelSection(Section):
     )
     hidden_size: Count = Field(default=256, description="width of the hidden states")
     num_layers: Count = Field(default=4, description="number of blocks")
-    num_heads: Count = Field(default=4, description="attention heads")
+    num_heads: MaybeCount = Field(default=None, description="attention heads (null: 4)")
     intermediate_size: MaybeCount = Field(default=None, description="width of the MLP (null: the family's usual one)")
     num_key_value_heads: MaybeCount = Field(
         default=None, description="key and value heads, llama only (null: num_heads)"

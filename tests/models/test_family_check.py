@@ -179,3 +179,12 @@ def test_what_was_refused_is_refused_again_and_a_cache_is_not_needed(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     family_check.check(prepared(TRAINED["Llama"]))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_configuration_says_how_large_the_model_is(name: str, tmp_path: Path) -> None:
+    """Families have other words for it, and some have no attention heads."""
+    prepared(TRAINED[name]).save_pretrained(tmp_path / "model")
+    raw = {"model": {"pretrained": str(tmp_path / "model")}, "data": {"train": "x", "sequence_length": 16}}
+    model = load(raw).model
+    assert (model.hidden_size, model.num_layers) == (32, BLOCKS)

@@ -194,10 +194,10 @@ def load_piece(folder: str | Path, config: Any, parts: Anatomy, blocks: range, e
         raise ModelError(f"model.pretrained is {folder}: the weights cannot be read: {what}") from None
     _check_loaded(loading, len(model.get_submodule(parts.blocks)), parts, f"model.pretrained is {folder}")
     piece = _finish(model.train(), parts, final)
-    if piece.readout is not None:
-        piece.readout.weight = nn.Parameter(piece.readout.weight.detach().clone())  # no other tensor than the embedding
     if tied and not embedding:
         hf_parts.drop_embedding(model, parts)
+    elif tied and piece.readout is not None:
+        piece.readout.weight = nn.Parameter(piece.readout.weight.detach().clone())
     return piece
 
 

@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GPT2C
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
+from lptransformer import hub
 from lptransformer.errors import ModelError
 
 
@@ -65,7 +66,9 @@ def read_config(folder: str | Path) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model_class(config)
     except Exception as error:  # whatever a file written by anyone can make the library raise
-        raise ModelError(f"model.pretrained is {folder}: no causal LM can be read there: {one_line(error)}") from None
+        code = hub.names_code(Path(folder) / "config.json")
+        why = "it needs code of its own (auto_map in config.json), which is never run" if code else one_line(error)
+        raise ModelError(f"model.pretrained is {folder}: no causal LM can be read there: {why}") from None
     return for_training(config)
 
 

@@ -409,7 +409,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         ([path, f"{tmp_path}/b.txt"], None, "bytes", r"data\.train: no file matches .*b\.txt"),
         (path, {"held": "nothing/*"}, "bytes", r"data\.valid\.held: no file matches nothing/\*"),
         (str(tmp_path), None, "bytes", r"data\.train: .* is a folder without a complete token set; .*\*\.txt"),
-        (path, None, "tokenisers/none", r"data\.tokenizer: tokenisers/none does not exist"),
+        (path, None, "./tokenisers/none", r"data\.tokenizer: \./tokenisers/none does not exist"),
     ]:
         with pytest.raises(DataError, match=says):
             prepare_all(train, valid, kind, 300, 4, tmp_path / "cache")

@@ -199,6 +199,8 @@ def test_a_run_keeps_the_name_and_the_commit(cached: str, tmp_path: Path, monkey
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert kept["model"]["pretrained"] == kept["data"]["tokenizer"] == "own/model"
     assert layout.hub_commits(tmp_path / "run") == {"own/model": cached}
+    names = [layout.public_name(tmp_path / "run", name) for name in ("own/model", "a/folder")]
+    assert names == ["own/model", "folder"]
     # The hub has gone on since.
     repository = tmp_path / "cache" / "models--own--model"
     (repository / "refs" / "main").write_text("0" * 40)

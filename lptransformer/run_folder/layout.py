@@ -141,6 +141,11 @@ def hub_commits(folder: Path) -> dict[str, str]:
     return found
 
 
+def public_name(folder: Path, model: str) -> str:
+    """What a model that a run read is called on other machines: OWNER/NAME, or the name of its folder."""
+    return model if model in hub_commits(folder) else Path(model).name
+
+
 def note_resume(folder: Path, config: Config, update: int) -> None:
     """Add to a resumed run what it goes on with: environment.json has one entry per start."""
     starts = json.loads((folder / ENVIRONMENT).read_text())

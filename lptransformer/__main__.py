@@ -9,7 +9,7 @@ from collections.abc import Callable
 from glob import glob
 from pathlib import Path
 
-from lptransformer import __version__
+from lptransformer import __version__, hub
 from lptransformer.config.load import starter, to_yaml
 from lptransformer.errors import LostProcessError, TrainingError, UserError
 from lptransformer.run_folder import layout
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("config", nargs="?", help="YAML file of the run")
 
     sub = command("init", init, "Print a first configuration: `lptransformer init > run.yaml`.")
-    sub.add_argument("--pretrained", metavar="FOLDER", help="start from this Hugging Face model")
+    sub.add_argument("--pretrained", metavar="MODEL", help="start from this Hugging Face model: folder or OWNER/NAME")
     text = "training text: a file or a glob; may be given several times"
     sub.add_argument("--data", action="append", default=[], metavar="FILES", help=text)
     sub.add_argument("--valid", action="append", default=[], metavar="FILES", help="text to measure perplexity on")
@@ -73,8 +73,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--vocab-size", type=int, metavar="N", help="entries of the vocabulary (default: the tokenizer's)")
     sub.add_argument("--json", metavar="FILE", help="write the whole plan as JSON")
 
-    sub = command("evaluate", evaluate, "Perplexity of the exits of a run or of a Hugging Face model folder.")
-    sub.add_argument("run_folder", metavar="MODEL", help="run folder, or folder of a Hugging Face causal LM")
+    sub = command("evaluate", evaluate, "Perplexity of the exits of a run or of a Hugging Face model.")
+    sub.add_argument("run_folder", metavar="MODEL", help="run folder, or Hugging Face causal LM: folder or OWNER/NAME")
     sub.add_argument("--data", action="append", metavar="FILES", help="text or jsonl files (a glob), or a prepared set")
     sub.add_argument("--step", type=int, help="checkpoint to evaluate (default: the newest complete one)")
     sub.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
@@ -145,6 +145,8 @@ def train(args: argparse.Namespace) -> None:
     folder = Path(config.run.dir)
     # Everything that one process can check and prepare is done before others are started.
     layout.check(folder, config, args.resume, args.overwrite)
+    if args.resume:
+        hub.keep_to(layout.hub_commits(folder))
     check_until(config, args.until, args.resume)
     import torch
 
@@ -152,6 +154,7 @@ def train(args: argparse.Namespace) -> None:
 
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed chooses anyway, with a warning
+    from lptransformer.models.blueprint import embedded
     from lptransformer.planning.dry_run import dry_run, unprepared
     from lptransformer.training.memory import for_this_host, of_prepared, with_size
     from lptransformer.training.this_host import check_host
@@ -170,7 +173,9 @@ def train(args: argparse.Namespace) -> None:
         return
     if here and not auto:
         for_this_host(config, unprepared(config), force=args.force)
-    prepared = prepare_all(**config.data.model_dump())
+    if config.model.pretrained is not None:
+        hub.folder(config.model.pretrained, config.at("model.pretrained"), weights=True)
+    prepared = prepare_all(**config.data.model_dump(), embedded=embedded(config))
     if args.resume:
         layout.check_data(folder, prepared.folders())
     if here and auto:
@@ -276,7 +281,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     options = ("step", "protocol", "window", "stride", "bos", "dtype", "batch_size", "processes")
     chosen = {name: getattr(args, name) for name in options}
-    results = evaluate_run(Path(args.run_folder), args.data, exit_block=args.exit, **chosen)
+    results = evaluate_run(args.run_folder, args.data, exit_block=args.exit, **chosen)
     if results is not None:  # of several processes, the first one has them
         print(to_json(results)) if args.json else print_evaluations(results)
 

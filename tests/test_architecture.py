@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "study": ALL - {"study", "engine", "training"},
 }
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "safetensors", "sentencepiece", "matplotlib", "numpy"}
+HEAVY |= {"huggingface_hub"}
 # Packages and modules that are imported before a configuration is accepted, or by those who only compare runs.
 LIGHT = {"methods", "config", "root"} - {"processes"}
 LIGHT_MODULES = {"run_folder.layout", "training.launcher", "__main__", "planning.simulate", "planning.devices"}
@@ -42,6 +43,7 @@ WHERE = {
     "deepspeed": {"engine"},
     "transformers": {"models", "data.tokenizer", "engine.optimizer", "evaluation.export"},
     "datasets": {"data"},
+    "huggingface_hub": {"hub"},
     "sentencepiece": {"data.tokenizer"},
     "matplotlib": {"figures", "run_folder.loss_plot", "study", "evaluation.diagnosis"},
 }
@@ -128,7 +130,7 @@ def test_no_imports_in_a_circle() -> None:
 LIGHT_ONES = [name for name in MODULES if package(name) in ("methods", "config") or name in LIGHT_MODULES]
 
 
-@pytest.mark.parametrize("module", [*LIGHT_ONES, "errors", "section", "files", "console", "figures"])
+@pytest.mark.parametrize("module", [*LIGHT_ONES, "errors", "section", "files", "console", "figures", "hub"])
 def test_modules_that_reject_bad_configuration_import_nothing_slow(module: str) -> None:
     heavy = {name.split(".")[0] for name in imports(module, top_level_only=True)} & HEAVY
     assert not heavy

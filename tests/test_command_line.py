@@ -7,6 +7,7 @@ of bad input once through the command line, with its exit code, and what must no
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,13 @@ import pytest
 import small_run
 import yaml
 from small_run import CONFIG, TEXT
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from lptransformer import initialize
 from lptransformer.__main__ import parser
+from lptransformer.data import tokenizer
+from lptransformer.engine.process_groups import leave
+from lptransformer.errors import DataError
 from lptransformer.training import this_host
 from lptransformer.training.launcher import run
 
@@ -102,6 +108,51 @@ def test_a_token_set_of_another_tokenizer(folder: Path, capsys: pytest.CaptureFi
     arguments = ["--data.train=text.txt", f"--data.valid={prepared}", "--data.tokenizer=sentencepiece"]
     message = refused(capsys, "train", "c.yaml", *arguments, "--data.vocab_size=300")
     assert str(prepared.name) in message and "tokenizer" in message
+
+
+@pytest.fixture
+def small_vocabulary(folder: Path) -> Path:
+    """A model that embeds ASCII alone, with a tokenizer that has more ids; accented.txt uses one of those."""
+    (folder / "accented.txt").write_text(TEXT + "A caf\u00e9.")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "max_position_embeddings": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=130, **sizes, **heads)).save_pretrained(folder / "model")
+    tokenizer.load("bytes").save(folder / "model")
+    return folder / "model"
+
+
+TOO_LARGE = (
+    f"accented.txt: its text uses the id {0xC3 + 3} (\u00c3) of the tokenizer, and the model has a vocabulary of 130"
+)
+
+
+def test_evaluating_with_ids_that_the_model_does_not_embed(
+    small_vocabulary: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(parser(), ["evaluate", "model", "--data", "text.txt"])
+    assert "perplexity" in capsys.readouterr().out, "a tokenizer may have ids that no text uses"
+    for protocol in ("blocks", "hf-sliding"):
+        message = refused(capsys, "evaluate", "model", "--data", "*.txt", "--protocol", protocol)
+        assert message.startswith(f"lptransformer: {TOO_LARGE}")
+
+
+@pytest.mark.slow
+def test_training_with_ids_that_the_model_does_not_embed(
+    small_vocabulary: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["--model.pretrained=model", *(f"--model.{key}=null" for key in CONFIG["model"])]
+    start += ["--data.tokenizer=null", "--train.learning_rate=1e-4"]
+    run(parser(), ["train", "c.yaml", *start])
+    leave()
+    capsys.readouterr()
+    for kind in ("train", "valid"):
+        message = refused(capsys, "train", "c.yaml", *start, f"--data.{kind}=accented.txt", "--run.dir=other")
+        assert message.startswith(f"lptransformer: {TOO_LARGE}")
+    assert TOO_LARGE in refused(capsys, "evaluate", "run", "--data", "accented.txt")
+    with pytest.raises(DataError, match=re.escape(TOO_LARGE)):
+        initialize("c.yaml", [*start, "--data.train=accented.txt"])
+    leave()
+    assert not Path("other").exists()
 
 
 @pytest.mark.parametrize(
@@ -214,7 +265,7 @@ def test_a_damaged_model_folder(standing: Path, tmp_path: Path, how: str) -> Non
     arguments = [f"--model.pretrained={model}", *sizes, f"--run.dir={tmp_path / 'run'}"]
     done = command("-m", "lptransformer", "train", "c.yaml", *arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "model.pretrained" in done.stderr and str(model) in done.stderr
+    assert f"the model in {model}" in done.stderr
     assert how == "truncated" or "h.1.mlp.c_fc.weight" in done.stderr
     assert not (tmp_path / "run").exists()
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from lptransformer import hub
 from lptransformer.config import deepspeed_keys
 from lptransformer.config.checks import check
 from lptransformer.config.schema import (
@@ -76,7 +77,8 @@ def load(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, 
     What an override leaves without meaning gives way, where it was not typed too: `notes` of the configuration has a
     line for each (`--objective.name=backprop` over a file that sets objective.chunks).
 
-    Raises ConfigError, and ModelError when the folder model.pretrained is missing or its config.json is broken.
+    Raises ConfigError, and ModelError when the folder model.pretrained is missing or its config.json is broken, or the
+    hub does not give it.
     """
     if isinstance(source, dict):
         origin, raw = "in the given mapping" if source else "no file is given", copy.deepcopy(source)
@@ -317,7 +319,7 @@ def _wrong_value(
 
 
 def _resolve(config: Config, source: str | Path | dict[str, Any], saved: bool) -> None:
-    """Fills in what follows from other keys or from the folder model.pretrained."""
+    """Fills in what follows from other keys or from model.pretrained."""
     model = config.model
     if config.run.dir is None:
         config.run.dir = f"runs/{'run' if isinstance(source, dict) else Path(source).stem}"
@@ -334,8 +336,8 @@ def _resolve(config: Config, source: str | Path | dict[str, Any], saved: bool) -
         raise NoMeaningError(message, ["data.tokenizer"], ["model.pretrained"])
     if saved:
         return
-    path = Path(model.pretrained) / "config.json"
-    sizes = _pretrained_sizes(path, config.at("model.pretrained"))
+    path, at = Path(model.pretrained) / "config.json", config.at("model.pretrained")
+    sizes = _pretrained_sizes(hub.folder(model.pretrained, at) / "config.json", at)
     others = [f"model.{key}" for key, size in sizes.items() if config.value(f"model.{key}") != size]
     if others := [key for key in others if key.partition(".")[2] in model.model_fields_set]:
         first = next((key for key in others if config.is_typed(key)), others[0])
@@ -350,7 +352,11 @@ def _resolve(config: Config, source: str | Path | dict[str, Any], saved: bool) -
 def _pretrained_sizes(path: Path, at: str) -> dict[str, Any]:
     """The keys of the model section that config.json of a Hugging Face model folder decides. Raises ModelError."""
     if not path.parent.is_dir():
-        raise ModelError(f"{at}: no such folder; give the folder of a Hugging Face model, with its config.json")
+        raise ModelError(
+            f"{at}: no such folder; give the folder of a Hugging Face model, with its config.json, or OWNER/NAME of "
+            "one on the Hugging Face Hub"
+        )
+    hub.refuse_adapter(path.parent, at)
     content = read_json(path, at, ModelError)
     sizes: dict[str, Any] = {}
     for key, names in SIZES.items():

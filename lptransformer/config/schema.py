@@ -66,7 +66,7 @@ Sources = Annotated[dict[str, Source], BeforeValidator(_sources), _SOURCES]
 class ModelSection(Section):
     family: Text = Field(default="gpt2", description="architecture of a new model: gpt2 or llama")
     pretrained: MaybeText = Field(
-        default=None, description="folder of a Hugging Face model to start from (it has the sizes)"
+        default=None, description="Hugging Face model to start from, folder or OWNER/NAME on the hub (it has the sizes)"
     )
     hidden_size: Count = Field(default=256, description="width of the hidden states")
     num_layers: Count = Field(default=4, description="number of blocks")
@@ -84,7 +84,7 @@ class DataSection(Section):
     train: Sources = Field(description=f"training text: {_SOURCES}")
     valid: Sources = Field(default={}, description="validation text, in the same form; every name is a set of its own")
     tokenizer: Text = Field(
-        default="sentencepiece", description="sentencepiece (trained), bytes, folder or tokenizer.model"
+        default="sentencepiece", description="sentencepiece (trained), bytes, folder, OWNER/NAME or tokenizer.model"
     )
     vocab_size: Annotated[int, Field(ge=260), "a whole number, 260 or more (256 bytes, specials and pieces)"] = Field(
         default=4096, description="entries of a tokenizer that is trained here"

@@ -214,6 +214,33 @@ class Prepared:
         }
 
 
+def check_ids(
+    ids: Iterable[np.ndarray], files: Sequence[Path], where: str, tokenizer: Tokenizer, embedded: int
+) -> None:
+    """Raise DataError where a text, whose `ids` come from these files, uses one that the model does not embed.
+
+    A tokenizer may have ids above the model's as long as nothing uses them: some have tokens that no text holds.
+    """
+    if tokenizer.vocab_size <= embedded:
+        return
+
+    def largest(arrays: Iterable[np.ndarray]) -> int:
+        return max((int(one.max()) for one in arrays if len(one)), default=-1)
+
+    found = largest(ids)
+    if found < embedded:
+        return
+    for path in files:
+        if (of_file := largest(_tokens([path], tokenizer, _Counts(), lambda read: None))) >= embedded:
+            where, found = str(path), of_file
+            break
+    token = tokenizer.backend.convert_ids_to_tokens(found)
+    raise DataError(
+        f"{where}: its text uses the id {found} ({token}) of the tokenizer, and the model has a vocabulary of "
+        f"{embedded} (ids from 0): use the model's own tokenizer, or a text without it"
+    )
+
+
 def prepare_all(
     train: Any,
     valid: Any,
@@ -222,11 +249,13 @@ def prepare_all(
     sequence_length: int,
     cache: str | Path,
     progress: bool = True,
+    embedded: int | None = None,
 ) -> Prepared:
     """Make what is missing below `cache`, and open all of it; the arguments are the keys of the section `data`.
 
     train, valid: see `parse_sources`. vocab_size counts for the tokenizer "sentencepiece" alone, which is trained on
-    the text of `train` (or is the one that made the prepared sets in `train`).
+    the text of `train` (or is the one that made the prepared sets in `train`). Ids of a text must be below `embedded`;
+    None: the model embeds all.
     Raises DataError or ConfigError for all that can be wrong with the sources, also a training set without one full
     window.
     """
@@ -248,7 +277,10 @@ def prepare_all(
         opened = tokenizers.load(folder)
 
     def made(source: Source) -> TokenSet:
-        return prepare(source, opened, sequence_length, cache, progress)
+        tokens = prepare(source, opened, sequence_length, cache, progress)
+        if embedded is not None:
+            check_ids(tokens.chunks, source.files, str(tokens.folder), opened, embedded)
+        return tokens
 
     prepared = Prepared(
         tokenizer=opened,

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from lptransformer import hub
 from lptransformer.errors import ConfigError, DataError
 
 SENTENCEPIECE = "sentencepiece"
@@ -125,21 +126,24 @@ class Tokenizer:
 
 
 def check_name(name: str) -> None:
-    """Raise DataError unless `name` is "sentencepiece", "bytes", a folder or a .model file. Imports nothing heavy."""
+    """Raise DataError unless `name` is "sentencepiece", "bytes", a folder, a .model file or OWNER/NAME, which may be on
+    the hub. Imports nothing heavy."""
     path = Path(name)
-    if name in (SENTENCEPIECE, BYTES) or path.is_dir() or (path.is_file() and path.suffix == ".model"):
+    folder = path.is_dir() or hub.is_name(name)
+    if name in (SENTENCEPIECE, BYTES) or folder or (path.is_file() and path.suffix == ".model"):
         return
     what = "is not a SentencePiece .model file" if path.is_file() else "does not exist"
     raise DataError(
         f"data.tokenizer: {name} {what}; give '{SENTENCEPIECE}' (trained on the training text), '{BYTES}', "
-        "a folder of a Hugging Face tokenizer, or a tokenizer.model file"
+        "a folder of a Hugging Face tokenizer, OWNER/NAME of one on the hub, or a tokenizer.model file"
     )
 
 
 def load(name: str | Path) -> Tokenizer:
-    """Open "bytes", a Hugging Face tokenizer folder, or a SentencePiece `tokenizer.model`.
+    """Open "bytes", a Hugging Face tokenizer folder, that of a model on the hub, or a SentencePiece `tokenizer.model`.
 
-    Raises DataError when it does not exist, cannot be opened, or would give other ids than SentencePiece.
+    Raises DataError when it does not exist, cannot be opened, or would give other ids than SentencePiece, and
+    ModelError when the hub does not give it.
     """
     check_name(str(name))
     if str(name) == SENTENCEPIECE:
@@ -148,7 +152,7 @@ def load(name: str | Path) -> Tokenizer:
         )
     if str(name) == BYTES:
         return _bytes_tokenizer()
-    path = Path(name)
+    path = hub.folder(name, f"data.tokenizer is {name}")
     if path.is_file():
         return _open_sentencepiece(path.read_bytes(), str(path))
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").exists():
@@ -274,6 +278,11 @@ def _open_folder(folder: Path, origin: str) -> Tokenizer:
         # Code in the folder is never run: the library would ask on the terminal.
         backend: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
+        if hub.names_code(folder / "tokenizer_config.json"):
+            raise DataError(
+                f"{origin}: its tokenizer needs code of its own (auto_map in tokenizer_config.json), which is never "
+                "run: give another one as data.tokenizer, for example its tokenizer.json in a folder of its own"
+            ) from None
         raise DataError(f"{origin}: not the folder of a Hugging Face tokenizer: {_first_line(error)}") from error
     patterns = (*_FILES, *getattr(backend, "vocab_files_names", {}).values())
     names = sorted({path.name for pattern in patterns for path in folder.glob(pattern) if path.is_file()})

@@ -177,7 +177,9 @@ def _as_before(pretrained: Path, folder: Path) -> None:
     """What training has no use for, as the model folder had it: dropout, noise, and all of the generation settings."""
     if (before := pretrained / "config.json").is_file():
         path = folder / "config.json"
-        dropout = {name: value for name, value in json.loads(before.read_text()).items() if "drop" in name or "jitter" in name}
+        dropout = {
+            name: value for name, value in json.loads(before.read_text()).items() if "drop" in name or "jitter" in name
+        }
         path.write_text(json.dumps(json.loads(path.read_text()) | dropout))
     if (before := pretrained / "generation_config.json").is_file():
         shutil.copyfile(before, folder / "generation_config.json")

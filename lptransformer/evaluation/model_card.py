@@ -53,11 +53,11 @@ The command and the configuration:
 def text(run: Path, model: RunModel, block: int, dtype: str) -> str:
     """The card of the model up to the exit after `block`."""
     config, blueprint = layout.read_config(run), model.blueprint
-    depth = blueprint.objective.num_blocks
+    depth, pretrained = blueprint.objective.num_blocks, config.model.pretrained
     facts = {
         "architecture": ", ".join(blueprint.model_config.architectures or [blueprint.model_config.model_type]),
         "blocks": f"{depth}" if block + 1 == depth else f"{block + 1} of {depth}, with the exit behind them",
-        "started from": "new weights" if config.model.pretrained is None else Path(config.model.pretrained).name,
+        "started from": "new weights" if pretrained is None else layout.public_name(run, pretrained),
         "trained by": f"{config.objective.name}, {len(blueprint.stages)} stages",
         "updates": model.update,
         "tokens": f"{model.update * blueprint.label_tokens:,}",

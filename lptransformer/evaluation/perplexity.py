@@ -27,8 +27,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lptransformer import hub
 from lptransformer.console import bar, print_table
-from lptransformer.data.prepare import prepare
+from lptransformer.data.prepare import check_ids, prepare
 from lptransformer.data.readers import MANIFEST, Source, parse_sources
 from lptransformer.data.token_set import TokenSet
 from lptransformer.data.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ Sums = list[list[float]]
 
 
 def evaluate_run(
-    folder: Path,
+    model: str | Path,
     data: Sequence[str] | None = None,
     *,
     step: int | None = None,
@@ -62,7 +63,8 @@ def evaluate_run(
     batch_size: int = 8,
     processes: int = 1,
 ) -> dict[str, Any] | None:
-    """Evaluate a run's checkpoint after `step` updates (the newest one by default), or a Hugging Face model folder.
+    """Evaluate a run's checkpoint after `step` updates (the newest one by default), or a Hugging Face model, by its
+    folder or OWNER/NAME.
 
     On the run's validation sets, or on `data`: every item is a glob of text, jsonl or parquet files, or the folder of a
     prepared set, and a set by itself. `protocol` is a row of PROTOCOLS. `window` is by default that of the run, else
@@ -85,6 +87,7 @@ def evaluate_run(
         raise UserError(
             f"--processes {processes}, but a launcher has started {launched_size()} processes: leave it out"
         )
+    folder = hub.folder(model, f"MODEL is {model}", weights=True)
     target = trained_model.find(folder, step, exit_block, dtype)
     with tempfile.TemporaryDirectory(prefix="lptransformer-") as scratch:
         tokenizer = load_tokenizer(tokenizer_folder(target))
@@ -100,7 +103,7 @@ def evaluate_run(
             sums = _share_with_launched(job)
         else:
             sums = _share_with_children(job, processes) if processes > 1 else job(0, 1)
-    return _results(target, protocol, options, sets, sums) if launched_rank() == 0 else None
+    return {"run": str(model), **_results(target, protocol, options, sets, sums)} if launched_rank() == 0 else None
 
 
 # ---- which text
@@ -148,6 +151,7 @@ def scorings(
     if not data and trained and protocol == "blocks":
         return {name: of_token_set(one) for name, one in valid_sets(target.folder, tokenizer, scratch).items()}
     sets: dict[str, Scoring] = {}
+    embedded = trained_model.vocabulary(target)
     for name, source in _sources(target, data):
         if source.prepared is not None:
             if protocol != "blocks" or options.bos:
@@ -155,6 +159,7 @@ def scorings(
             one = of_token_set(prepare(source, tokenizer, options.window, scratch, launched_rank() == 0))
         else:
             one = PROTOCOLS[protocol].score(source.files, tokenizer, options)
+        check_ids([one.ids], source.files, name, tokenizer, embedded)
         names = [name, *(f"{name}-{number}" for number in range(2, 2 + len(sets)))]
         sets[next(name for name in names if name not in sets)] = one
     return sets
@@ -295,7 +300,7 @@ def _results(target: Target, protocol: str, options: Options, sets: dict[str, Sc
         numbers = [asdict(perplexity(nll_sum, int(label_tokens), scoring.counts)) for nll_sum in nll_sums]
         exits[name] = [place | number for place, number in zip(places, numbers, strict=True)]
     first = next(iter(sets))
-    results: dict[str, Any] = {"run": str(target.folder), "step": target.update, "convention": protocol}
+    results: dict[str, Any] = {"step": target.update, "convention": protocol}
     results |= {
         "window": options.window,
         "stride": options.stride,

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lptransformer import hub
 from lptransformer.data.token_set import Batch
 from lptransformer.errors import ConfigError, ModelError, RunError, UserError
 from lptransformer.methods.heads import label
@@ -49,6 +50,7 @@ def find(folder: Path, step: int | None = None, exit_block: int | None = None, d
     """
     if (folder / layout.CONFIG).is_file():
         return _find_in_run(folder, find_update(folder, step), exit_block, dtype)
+    hub.refuse_adapter(folder, f"MODEL is {folder}")
     if not (folder / "config.json").is_file():
         nor = "nor a model folder: it has no config.json"
         raise RunError(f"{folder} is no run folder: it has no {layout.CONFIG}; {nor}")
@@ -131,6 +133,14 @@ def blueprint_of(run: Path) -> Blueprint:
         return blueprints.of_model(layout.read_config(run), saved_config(layout.read_model_config(run)))
     except (ModelError, ConfigError) as error:
         raise RunError(f"{run}: its configuration or {layout.MODEL} is damaged: {error}") from None
+
+
+def vocabulary(target: Target) -> int:
+    """The ids that the model embeds. Raises UserError where its configuration is damaged."""
+    if target.update is not None:
+        return blueprint_of(target.folder).parts.vocab_size
+    size: int = hf_config.read_config(target.folder).vocab_size
+    return size
 
 
 def load_target(target: Target, device: torch.device) -> RunModel:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lptransformer import hub
 from lptransformer.config.checks import micro_batch_size, zero_stage
 from lptransformer.config.load import load
 from lptransformer.config.schema import Config
@@ -102,19 +103,14 @@ class Blueprint:
 
 
 def make_blueprint(config: Config, vocab_size: int | None, end_of_text_id: int | None) -> Blueprint:
-    """The blueprint of a run to be started; a pretrained model has its own vocabulary where `vocab_size` is None.
+    """The blueprint of a run to be started; a pretrained model has its own vocabulary, whatever the tokenizer's size.
 
-    Raises ConfigError where tokenizer, model and cuts do not fit.
+    Raises ConfigError where model and cuts do not fit.
     """
     model = config.model
     if model.pretrained is not None:
-        model_config = hf_config.read_config(model.pretrained)
+        model_config = hf_config.read_config(hub.folder(model.pretrained, config.at("model.pretrained")))
         family_check.check(model_config)
-        if vocab_size is not None and vocab_size > model_config.vocab_size:
-            raise ConfigError(
-                f"data.tokenizer has {vocab_size} ids and the model in {model.pretrained} (model.pretrained) embeds "
-                f"{model_config.vocab_size}: use that model's own tokenizer"
-            )
     else:
         assert vocab_size is not None
         sizes = model.model_dump(exclude={"family", "pretrained", "max_position_embeddings"})
@@ -126,6 +122,14 @@ def make_blueprint(config: Config, vocab_size: int | None, end_of_text_id: int |
             end_of_text_id=end_of_text_id,
         )
     return of_model(config, model_config)
+
+
+def embedded(config: Config) -> int | None:
+    """The ids that a pretrained model embeds; None for a new one, which embeds what the tokenizer has."""
+    if config.model.pretrained is None:
+        return None
+    size: int = hf_config.read_config(hub.folder(config.model.pretrained, config.at("model.pretrained"))).vocab_size
+    return size
 
 
 def of_folder(folder: Path, sequence_length: int) -> Blueprint:

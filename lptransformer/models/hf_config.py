@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GPT2C
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
+from lptransformer import hub
 from lptransformer.errors import ModelError
 
 
@@ -61,18 +62,20 @@ def read_config(folder: str | Path) -> Any:
 
     A model that needs code from the folder is refused too: the library would ask on the terminal whether to run it.
     """
-    where = f"model.pretrained is {folder}: no causal LM can be read there"
+    where = f"the model in {folder}: no causal LM can be read there"
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a file written by anyone can make the library raise
-        raise ModelError(f"{where}: {one_line(error)}") from None
+        code = hub.names_code(Path(folder) / "config.json")
+        why = "it needs code of its own (auto_map in config.json), which is never run" if code else one_line(error)
+        raise ModelError(f"{where}: {why}") from None
     if why := _no_causal_lm(config):
         raise ModelError(f"{where}: {why}")
     return for_training(config)
 
 
-def _no_causal_lm(config: Any) -> str | None:
-    """Why a configuration is not one of a decoder of text that is trained by itself."""
+def _no_causal_lm(config: Any) -> str:
+    """Why a configuration is not one of a decoder of text that is trained by itself; empty where it is."""
     name = type(config).__name__
     if config.is_encoder_decoder:
         return f"{name} is of an encoder and a decoder"
@@ -80,7 +83,7 @@ def _no_causal_lm(config: Any) -> str | None:
         return f"{name} is of several models, not of text alone; a folder of its text model can be trained"
     if type(config) not in AutoModelForCausalLM._model_mapping:
         return f"the library has no causal LM of {name}"
-    return None
+    return ""
 
 
 def saved_config(content: Mapping[str, Any]) -> Any:

@@ -9,15 +9,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from lptransformer import hub
 from lptransformer.errors import ModelError
 from lptransformer.models import hf_config, hf_parts, router_loss
 from lptransformer.models.cross_entropy import LogitRule
@@ -172,15 +175,19 @@ def new_head_blocks(config: Any, parts: Anatomy, block: int, like: range, seed: 
 def load_piece(folder: str | Path, config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool) -> Piece:
     """The owned parts of a model folder, fp32 on the CPU. Only the owned tensors are read.
 
-    A tied readout is read as a copy of the embedding. Raises ModelError when a tensor is missing, truncated or of
-    another shape, and when the folder has blocks that its configuration does not count.
+    A tied readout is read as a copy of the embedding, or the embedding from the readout, whichever the folder holds.
+    Weights that are pickled are read with `weights_only`, which executes nothing. Raises ModelError when a file or a
+    tensor is missing, truncated or of another shape, and when the folder has blocks that its configuration does not
+    count.
     """
-    tied = final and config.tie_word_embeddings
+    where = f"the model in {folder}"
+    hub.check_weights(Path(folder), where)
+    tied = (embedding or final) and config.tie_word_embeddings
     as_stored = copy.deepcopy(config)
     as_stored.tie_word_embeddings = tied
-    piece_class = _piece_class(config, parts, blocks, embedding or tied, final)
+    piece_class = _piece_class(config, parts, blocks, embedding or tied, final or tied)
     try:
-        with hf_config.quiet_transformers():
+        with hf_config.quiet_transformers(), warnings.catch_warnings(action="ignore"):
             model, loading = piece_class.from_pretrained(
                 folder,
                 config=as_stored,
@@ -189,10 +196,15 @@ def load_piece(folder: str | Path, config: Any, parts: Anatomy, blocks: range, e
                 output_loading_info=True,
                 local_files_only=True,
             )
+    except UnpicklingError:
+        raise ModelError(
+            f"{where}: its weights are pickled and hold more than tensors, or are damaged: nothing in them is "
+            "executed, so they are not read; where you trust them, save them as safetensors"
+        ) from None
     except Exception as error:  # safetensors and the library raise many types for a damaged file
         what = _damaged_file(Path(folder)) or hf_config.one_line(error)
-        raise ModelError(f"model.pretrained is {folder}: the weights cannot be read: {what}") from None
-    _check_loaded(loading, len(model.get_submodule(parts.blocks)), parts, f"model.pretrained is {folder}")
+        raise ModelError(f"{where}: the weights cannot be read: {what}") from None
+    _check_loaded(loading, len(model.get_submodule(parts.blocks)), parts, where)
     piece = _finish(model.train(), parts, final)
     if tied and not embedding:
         hf_parts.drop_embedding(model, parts)

@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lptransformer import files
+from lptransformer import files, hub
 from lptransformer.config.load import load, resume_differences, to_dict, to_yaml
 from lptransformer.config.schema import Config
 from lptransformer.errors import RunError
@@ -124,11 +124,26 @@ def create(
     (folder / MODEL).write_text(json.dumps(model_config, indent=1) + "\n")
     if config.model.pretrained is not None:
         (folder / PRETRAINED).mkdir()
+        pretrained = hub.folder(config.model.pretrained, config.at("model.pretrained"))
         for name in ("config.json", "generation_config.json"):
-            if (given := Path(config.model.pretrained) / name).is_file():
+            if (given := pretrained / name).is_file():
                 shutil.copyfile(given, folder / PRETRAINED / name)
     (folder / ENVIRONMENT).write_text(json.dumps([environment()], indent=1) + "\n")
     (folder / CONFIG).write_text(to_yaml(config))
+
+
+def hub_commits(folder: Path) -> dict[str, str]:
+    """The commits of models of the hub that the newest start of a run took; none where nothing says so."""
+    try:
+        found: dict[str, str] = json.loads((folder / ENVIRONMENT).read_text())[-1].get("hub_commits", {})
+    except (OSError, ValueError, LookupError):
+        return {}
+    return found
+
+
+def public_name(folder: Path, model: str) -> str:
+    """What a model that a run read is called on other machines: OWNER/NAME, or the name of its folder."""
+    return model if model in hub_commits(folder) else Path(model).name
 
 
 def note_resume(folder: Path, config: Config, update: int) -> None:
@@ -180,6 +195,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "versions": {name: _version(name) for name in packages},
+        "hub_commits": hub.commits(),
     }
 
 

@@ -101,8 +101,8 @@ def check_installed(names: Iterable[str]) -> None:
         spec = importlib.util.find_spec(TRACKERS[name].package)
         if spec is None or spec.origin is None:  # a folder of that name is no package
             raise RunError(
-                f"run.trackers has {name}, whose package is not installed: pip install '{TRACKERS[name].package}' "
-                f"(or lptransformer[{name}])"
+                f'run.trackers has {name}, whose package is not installed: pip install "lptransformer[{name}]" '
+                f"(or {TRACKERS[name].package} alone)"
             )
 
 

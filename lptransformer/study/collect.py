@@ -52,7 +52,7 @@ def build(run: Path, identity: Mapping[str, Any] | None = None) -> Record:
         "tokens_per_update": positions,
         "seconds": _short(updates[-1]["seconds"]),
         "tokens_per_second": _short(median(row["tokens_per_second"] for row in steady)),
-        "config": _without_paths(to_dict(config)),
+        "config": _without_paths(to_dict(config), run),
         "environment": _environment(run),
         "model": {
             "blocks": blueprint.objective.num_blocks,
@@ -180,13 +180,13 @@ def _environment(run: Path) -> dict[str, Any]:
     return {key: starts[-1].get(key) for key in keys} | {"starts": len(starts)}
 
 
-def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
+def _without_paths(values: dict[str, Any], run: Path) -> dict[str, Any]:
     """A configuration without what holds on one machine only: records are kept and read elsewhere."""
     for section, key in (("data", "train"), ("data", "valid"), ("data", "cache"), ("run", "dir")):
         del values[section][key]
     for section, key in (("data", "tokenizer"), ("model", "pretrained")):
         if values[section][key]:
-            values[section][key] = Path(values[section][key]).name
+            values[section][key] = layout.public_name(run, values[section][key])
     return {section: keys for section, keys in values.items() if keys != {}}
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lptransformer import hub
 from lptransformer.config.checks import check_world_size
 from lptransformer.config.load import load
 from lptransformer.config.schema import Config
@@ -56,6 +58,7 @@ def start(config: Config, resume: bool = False, force: bool = False) -> tuple[Tr
     world = join_world(config)
     with translate_lost_processes():
         config = agreed(config, world, resume, force)
+        fetch_once(config, world)
         data = prepare_once(config, world)
     blueprint = blueprints.make_blueprint(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
     stream = TrainStream(
@@ -80,10 +83,28 @@ def join_world(config: Config) -> World:
     return join(parallel.pipeline, parallel.data, parallel.timeout_seconds, together=together)
 
 
+def fetch_once(config: Config, world: World) -> None:
+    """Global rank 0 fetches a model of the hub first; the others take what it took, which their host may have yet to
+    fetch. Raises ModelError."""
+
+    def fetched() -> str:
+        pretrained_folder(config)
+        return json.dumps(hub.commits())
+
+    hub.keep_to(json.loads(world.decided_by_the_first("hub commits", fetched)))
+
+
+def pretrained_folder(config: Config) -> Path | None:
+    """The folder of model.pretrained with its weights, fetched where it is missing. Raises ModelError."""
+    pretrained = config.model.pretrained
+    return None if pretrained is None else hub.folder(pretrained, config.at("model.pretrained"), weights=True)
+
+
 def prepare_once(config: Config, world: World) -> Prepared:
     """Global rank 0 prepares first; the others then find what it made (or make it, where they share no disk)."""
     sources = config.data.model_dump()
-    world.decided_by_the_first("prepared", lambda: str(prepare_all(**sources).tokenizer_folder))
+    embedded = blueprints.embedded(config)
+    world.decided_by_the_first("prepared", lambda: str(prepare_all(**sources, embedded=embedded).tokenizer_folder))
     return prepare_all(**sources, progress=False)
 
 
@@ -101,8 +122,10 @@ def build_engine(
         grad_clip=train.grad_clip,
     )
 
+    pretrained = pretrained_folder(config)
+
     def make(plan: StagePlan) -> Stage:
-        stage = make_stage(plan, blueprint, seed=train.seed, pretrained=config.model.pretrained)
+        stage = make_stage(plan, blueprint, seed=train.seed, pretrained=pretrained)
         return stage.to(world.device, torch_dtype if train.dtype == "fp64" else None)
 
     def with_optimizer(stage: Stage) -> Built:

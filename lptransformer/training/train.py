@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lptransformer import hub
 from lptransformer.config.checks import pretrained_warning
 from lptransformer.config.schema import Config
 from lptransformer.console import bar
@@ -54,6 +55,8 @@ def train(
     if launched_rank() == 0:
         check_installed(config.run.trackers)
         layout.check(folder, size_of_run_folder(config) if resume else config, resume, overwrite)
+        if resume:
+            hub.keep_to(layout.hub_commits(folder))
     engine, data, config = start(config, resume, force)
     with engine.world.starting():  # a run folder appears only when every process has got this far
         if several_hosts(engine.world.size):

@@ -402,6 +402,31 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path, table: dict[str, Any], s
         prepare(one(str(tmp_path / "a.parquet")), BYTES, 4, tmp_path / "cache")
 
 
+def test_ids_above_the_models_are_refused_where_a_text_uses_them(tmp_path: Path) -> None:
+    """A tokenizer may have more of them than the model."""
+    plain, accented = (
+        write(tmp_path / "plain.txt", "plain words " * 9),
+        write(tmp_path / "accented.txt", "words caf\u00e9 " * 9),
+    )
+    embedded = ord("z") + 4  # the bytes of ASCII, and 3 before them
+
+    def made(train: Any, valid: Any = None) -> preparing.Prepared:
+        return prepare_all(train, valid, "bytes", 300, 4, tmp_path / "cache", embedded=embedded)
+
+    assert made([plain]).tokenizer.vocab_size > embedded
+    top = max("\u00e9".encode()) + 3
+    for sources in (([plain, accented],), (plain, {"held": accented}), (made_set(tmp_path, accented),)):
+        with pytest.raises(DataError, match=rf"uses the id {top} \(.*\).* vocabulary of {embedded} \(ids") as caught:
+            made(*sources)
+        place = tmp_path / "set" if len(sources) == 1 and isinstance(sources[0], str) else accented
+        assert str(caught.value).startswith(f"{place}"), caught.value
+
+
+def made_set(folder: Path, text: str) -> str:
+    """The same text prepared: of a set the folder is named."""
+    return str(prepare(one(text), BYTES, 4, folder / "set").folder)
+
+
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", TEXT)
     for train, valid, kind, says in [
@@ -409,7 +434,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         ([path, f"{tmp_path}/b.txt"], None, "bytes", r"data\.train: no file matches .*b\.txt"),
         (path, {"held": "nothing/*"}, "bytes", r"data\.valid\.held: no file matches nothing/\*"),
         (str(tmp_path), None, "bytes", r"data\.train: .* is a folder without a complete token set; .*\*\.txt"),
-        (path, None, "tokenisers/none", r"data\.tokenizer: tokenisers/none does not exist"),
+        (path, None, "./tokenisers/none", r"data\.tokenizer: \./tokenisers/none does not exist"),
     ]:
         with pytest.raises(DataError, match=says):
             prepare_all(train, valid, kind, 300, 4, tmp_path / "cache")

@@ -301,6 +301,20 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
         tokenizer.load("sentencepiece")
 
 
+def test_code_of_a_tokenizer_is_never_run(tmp_path: Path) -> None:
+    """Where the library knows the class it needs none; else it would ask on the terminal."""
+    tokenizer.load("bytes").save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    content = {**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Own: pass\n")
+    path.write_text(json.dumps(content))
+    assert tokenizer.load(tmp_path).is_bytes
+    path.write_text(json.dumps({**content, "tokenizer_class": "Own"}))
+    with pytest.raises(DataError, match=r"needs code of its own \(auto_map in tokenizer_config\.json\)") as caught:
+        tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value) and not (tmp_path / "executed").exists()
+
+
 def test_importing_is_light() -> None:
     code = (
         "import sys; from lptransformer.data.tokenizer import check_name; check_name('bytes')\n"

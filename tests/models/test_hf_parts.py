@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
+from lptransformer.config.load import load
 from lptransformer.errors import ModelError
+from lptransformer.evaluation import trained_model
 from lptransformer.models import hf_config, hf_parts, split
 from lptransformer.models.cross_entropy import LogitRule
 from lptransformer.models.head import CROSS_ENTROPY, Head, LossBatch, Readout
@@ -416,12 +419,74 @@ def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+class Planted:
+    """In a pickle it writes a file beside it when it is read without restriction."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.folder / "executed",)
+
+
+def _pickle(folder: Path, **more: Any) -> None:
+    torch.save({**load_file(folder / "model.safetensors"), **more}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def _planted_alone(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Planted(folder)))
+
+
+def _shard(folder: Path, **elsewhere: str) -> None:
+    """Two shards with their index, which may name other files for some tensors."""
+    weights = load_file(folder / "model.safetensors")
+    names = {name: f"model-0000{1 + (name > UP)}-of-00002.safetensors" for name in weights}
+    for shard in set(names.values()):
+        save_file({name: weights[name] for name in weights if names[name] == shard}, folder / shard, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {**names, **elsewhere}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+
+
+def _shard_missing(folder: Path) -> None:
+    _shard(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def _shard_elsewhere(folder: Path) -> None:
+    """The tensors are there, and would be read."""
+    (folder.parent / "elsewhere.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    _shard(folder, **{UP: "../elsewhere.safetensors"})
+
+
 UP = "model.layers.2.mlp.up_proj.weight"
 BROKEN = {
     "missing tensor": (lambda folder: _edit_weights(folder, UP, None), UP),
     "wrong shape": (lambda folder: _edit_weights(folder, UP, torch.zeros(7, 32)), rf"{UP} \(7, 32\), not \(48, 32\)"),
     "truncated": (lambda folder: _truncate(folder / "model.safetensors"), "model.safetensors is damaged or truncated"),
     "empty file": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors is damaged"),
+    "a pickle with code": (lambda folder: _pickle(folder, more=Planted(folder)), "pickled and hold more than tensors"),
+    "a pickle of code": (_planted_alone, "pickled and hold more than tensors"),
+    "truncated pickle": (
+        lambda folder: (_pickle(folder), _truncate(folder / "pytorch_model.bin")),
+        "the weights cannot be read",
+    ),
+    "missing shard": (_shard_missing, r"index\.json names model-00002-of-00002\.safetensors, which is not there"),
+    "shard of elsewhere": (_shard_elsewhere, r"names \.\./elsewhere\.safetensors, which is outside of the folder"),
+    "shard by its path": (
+        lambda folder: _shard(folder, **{UP: "/x.safetensors"}),
+        "names /x.safetensors, which is out",
+    ),
+    "index that is none": (
+        lambda folder: (_shard(folder), (folder / "model.safetensors.index.json").write_text("[]")),
+        "is no index of weights",
+    ),
+    "code of its own": (
+        lambda folder: _edit_config(folder, model_type="own", auto_map={"AutoConfig": "own.Config"}),
+        "needs code of its own",
+    ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
     "fewer blocks in the config": (lambda folder: _edit_config(folder, num_hidden_layers=3), r"model\.layers\.3\."),
     "more blocks in the config": (lambda folder: _edit_config(folder, num_hidden_layers=5), r"model\.layers\.4\."),
@@ -444,7 +509,47 @@ def test_a_broken_model_folder_is_refused_by_name(what: str, folders: dict[str, 
         parts = hf_parts.anatomy(config)
         last = config.num_hidden_layers - 1
         split.load_piece(folder, config, parts, range(2, last + 1), False, True)
-    assert f"model.pretrained is {folder}" in str(caught.value) and "\n" not in str(caught.value)
+    assert f"the model in {folder}" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (folder / "executed").exists()
+
+
+def test_an_adapter_alone_is_to_be_merged_first(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["llama"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
+    with pytest.raises(ModelError, match="an adapter .* merge it into that one first"):
+        load({"model": {"pretrained": str(tmp_path)}, "data": {"train": "x"}})
+    with pytest.raises(ModelError, match="an adapter .* merge it into that one first"):
+        trained_model.find(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [_pickle, _shard])
+def test_weights_in_other_files_are_the_same(kept: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["llama"], tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept(tmp_path)
+    config = hf_config.read_config(tmp_path)
+    piece = split.load_piece(tmp_path, config, hf_parts.anatomy(config), range(0, 4), True, True)
+    assert all(torch.equal(weights[f"model.{name}"], one) for name, one in piece.base.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama grouped heads, tied"])
+@pytest.mark.parametrize("cut", CUTS, ids=len)
+def test_a_tied_model_may_be_stored_as_its_readout_alone(
+    name: str, cut: list[range], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders[name], tmp_path, dirs_exist_ok=True)
+    config = hf_config.read_config(tmp_path)
+    parts = hf_parts.anatomy(config)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop(f"{parts.token_embedding}.weight")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    whole = AutoModelForCausalLM.from_pretrained(folders[name]).eval()
+    places = [(blocks, blocks.start == 0, blocks.stop == BLOCKS) for blocks in cut]
+    pieces = [split.load_piece(tmp_path, config, parts, *place) for place in places]
+    assert all(piece.norm is None and piece.readout is None for piece in pieces[:-1])
+    head = last_head(config, pieces[-1])
+    with torch.no_grad():
+        assert torch.equal(head.logits(joined_hidden_states(pieces)), whole(input_ids()).logits)
 
 
 def test_tensors_of_other_stages_may_be_missing(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import struct
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +20,8 @@ from lptransformer.run_folder import trackers
 from lptransformer.run_folder.metrics_log import MetricsWriter, read_metrics
 from lptransformer.run_folder.trackers import TRACKERS, check_installed, scalars
 from lptransformer.training.launcher import run
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -103,12 +107,21 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RunError, match=r"wandb.*pip install 'wandb' \(or lptransformer\[wandb\]\)"):
+    with pytest.raises(RunError, match=r'wandb.*pip install "lptransformer\[wandb\]" \(or wandb'):
         check_installed(["wandb"])
     with pytest.raises(SystemExit) as end:
         train()
     assert end.value.code == 2 and "run.trackers has tensorboard" in capsys.readouterr().err
     assert not Path("run").exists()
+
+
+def test_every_tracker_has_its_extra_and_the_quick_start_installs_none() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert all([row.package] == extras[name] for name, row in TRACKERS.items())
+    assert {*TRACKERS, "eval", "test"} == extras.keys()
+    installed = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.M)
+    optional = {re.split(r"[>=\[]", one)[0] for packages in extras.values() for one in packages} - {"lptransformer"}
+    assert len(installed) > 20 and not optional & set(installed)
 
 
 def test_scalars_of_rows() -> None:

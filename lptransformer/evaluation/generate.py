@@ -30,7 +30,7 @@ from lptransformer.errors import ModelError, UserError
 from lptransformer.evaluation import trained_model
 from lptransformer.evaluation.perplexity import tokenizer_folder
 from lptransformer.evaluation.trained_model import DTYPES, KEPT, LENS, RunModel, Target
-from lptransformer.models.hf_config import quiet_transformers
+from lptransformer.models.hf_config import one_line, quiet_transformers
 from lptransformer.models.whole_model import check_logits, exit_model, tried_ids
 from lptransformer.processes import use_fair_share_of_cores
 from lptransformer.run_folder import layout
@@ -152,9 +152,11 @@ def _built(loaded: RunModel, block: int, flag: str) -> Any:
     ids = tried_ids(loaded.blueprint).to(loaded.device)
     try:
         model: Any = exit_model(loaded.blueprint, stages).to(loaded.device)
-    except ModelError as error:
-        raise ModelError(f"{flag} {block}: it cannot generate: {error}") from None
-    check_logits(model(ids).logits, replace(loaded, stages=stages).logits(ids), f"{flag} {block}: what generates")
+        logits = model(ids).logits
+    except Exception as error:  # whatever the library raises for blocks that it never put together like this
+        why = str(error) if isinstance(error, ModelError) else one_line(error)
+        raise ModelError(f"{flag} {block}: it cannot generate: {why}") from None
+    check_logits(logits, replace(loaded, stages=stages).logits(ids), f"{flag} {block}: what generates")
     return model
 
 

@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--chat", action="store_true", help=text)
     sub.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of an answer, at most (default: 128)")
     sub.add_argument("--step", type=int, help="checkpoint to generate from (default: the newest complete one)")
-    text = "from the exit after block K, as `evaluate` counts (default: the last one)"
+    text = "from the exit after block K, as `evaluate` counts; of a folder without one: logit lens (default: the last)"
     sub.add_argument("--exit", type=int, metavar="K", help=text)
     sub.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and activations")
     sub.add_argument("--json", action="store_true", help="print a JSON object for each answer, when it is complete")

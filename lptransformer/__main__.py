@@ -91,6 +91,29 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and activations")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
+    text = "Text from an exit of a run or of a Hugging Face model folder, as it comes; an earlier exit can draft."
+    sub = command("generate", generate, text)
+    sub.add_argument("run_folder", metavar="MODEL", help="run folder, or folder of a Hugging Face causal LM")
+    sub.add_argument("--prompt", metavar="TEXT", help="text to go on from (-: standard input)")
+    text = "reply by the tokenizer's chat template: to --prompt, else to every line of standard input in turn"
+    sub.add_argument("--chat", action="store_true", help=text)
+    sub.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of an answer, at most (default: 128)")
+    sub.add_argument("--step", type=int, help="checkpoint to generate from (default: the newest complete one)")
+    text = "from the exit after block K, as `evaluate` counts; of a folder without one: logit lens (default: the last)"
+    sub.add_argument("--exit", type=int, metavar="K", help=text)
+    sub.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and activations")
+    sub.add_argument("--json", action="store_true", help="print a JSON object for each answer, when it is complete")
+    drawn = sub.add_argument_group("sampling (default: the likeliest token each time)")
+    drawn.add_argument("--temperature", type=float, metavar="T", help="what logits are divided by (default: 1)")
+    drawn.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest with this share together")
+    drawn.add_argument("--top-k", type=int, metavar="N", help="draw among the N likeliest tokens")
+    drawn.add_argument("--seed", type=int, metavar="N", help="of the draws (default: another one each time, told)")
+    drafting = sub.add_argument_group("self-speculative decoding")
+    text = "the exit after block K drafts tokens, which the model then verifies together"
+    drafting.add_argument("--draft", type=int, metavar="K", help=text)
+    text = "tokens that are drafted for a pass of the model (default: 4)"
+    drafting.add_argument("--draft-tokens", type=int, metavar="N", help=text)
+
     text = "Train a grid of runs, a few at a time; started again, it continues where it stopped."
     sub = command("sweep", sweep, text)
     sub.add_argument("sweep_file", metavar="SWEEP", help="YAML file of the sweep (configs/sweeps/)")
@@ -284,6 +307,16 @@ def evaluate(args: argparse.Namespace) -> None:
     results = evaluate_run(args.run_folder, args.data, exit_block=args.exit, **chosen)
     if results is not None:  # of several processes, the first one has them
         print(to_json(results)) if args.json else print_evaluations(results)
+
+
+def generate(args: argparse.Namespace) -> None:
+    no_overrides(args)
+    from lptransformer.evaluation.generate import generate_run
+
+    names = ("chat", "max_tokens", "step", "dtype", "temperature", "top_p", "top_k", "seed", "draft_tokens")
+    chosen = {name: getattr(args, name) for name in names}
+    blocks = {"exit_block": args.exit, "draft_block": args.draft}
+    generate_run(Path(args.run_folder), args.prompt, as_json=args.json, **blocks, **chosen)
 
 
 def sweep(args: argparse.Namespace) -> None:

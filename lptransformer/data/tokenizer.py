@@ -118,6 +118,12 @@ class Tokenizer:
         """Whether ids are UTF-8 bytes + 3, which needs no tokenizer to compute."""
         return self.fingerprint == _bytes_fingerprint()
 
+    @property
+    def adds_begin(self) -> bool:
+        """Whether it puts its begin-of-text token before a text by itself."""
+        begin = self.backend.bos_token_id
+        return begin is not None and self.backend("a").input_ids[:1] == [begin]
+
     def save(self, folder: str | Path) -> None:
         """Write a folder that `AutoTokenizer.from_pretrained` and `load` open, with the same ids and fingerprint."""
         Path(folder).mkdir(parents=True, exist_ok=True)

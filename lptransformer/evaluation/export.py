@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,12 +26,11 @@ from lptransformer.evaluation import model_card, trained_model
 from lptransformer.evaluation.trained_model import RunModel
 from lptransformer.models import exits, hf_config
 from lptransformer.models.stage import Stage
-from lptransformer.models.whole_model import cut_config, whole_model, whole_weights
+from lptransformer.models.whole_model import check_logits, exit_model, tried_ids
 from lptransformer.run_folder import checkpoint, layout
 
 EXPORTED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD = "5GB"  # the largest file of weights
-TRIED_TOKENS = 64  # whose logits are compared
 Tie = Literal["auto", "keep", "separate"]
 
 
@@ -96,15 +95,12 @@ def _write(
     keep_exits: bool,
     advance: Callable[[int], None],
 ) -> list[str]:
-    parts, config = model.blueprint.parts, model.blueprint.model_config
+    config, ids = model.blueprint.model_config, tried_ids(model.blueprint)
     try:
-        weights = whole_weights(parts, (stage.state_dict() for stage in stages))
+        whole: Any = exit_model(model.blueprint, stages)
     except ModelError as error:
         raise ModelError(f"--exit {stages[-1].plan.last_block}: it is no ordinary model: {error}") from None
-    ids = torch.randint(0, parts.vocab_size, (1, TRIED_TOKENS), generator=torch.Generator().manual_seed(0))
-    ids = ids[:, : model.blueprint.sequence_length]
-    own = _logits_of_exit(stages, ids)
-    whole = whole_model(cut_config(config, stages[-1].plan.last_block + 1), weights)
+    own = replace(model, stages=stages).logits(ids)
     name = dtype or _own_dtype(config)
     was_tied = bool(config.tie_word_embeddings) and layout.read_config(run).model.pretrained is not None
     notes = [_tie(whole, tie, was_tied, EXPORTED[name].itemsize)]
@@ -121,7 +117,7 @@ def _write(
         _for_older_versions(unfinished)
         if keep_exits:
             exits.write(unfinished, model.blueprint, [stage for stage in stages[:-1] if stage.head is not None])
-        del whole, weights
+        del whole
         gc.collect()
         advance(len(model.stages))
         notes += _compare(unfinished, ids, own, name)
@@ -134,16 +130,6 @@ def _write(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return [note for note in notes if note]
-
-
-@torch.no_grad()
-def _logits_of_exit(stages: list[Stage], ids: Tensor) -> Tensor:
-    hidden_states = ids
-    for stage in stages:
-        hidden_states = stage.hidden_states(hidden_states)
-    head = stages[-1].head
-    assert head is not None
-    return head.logits(hidden_states)
 
 
 def _own_dtype(config: Any) -> str:
@@ -204,13 +190,10 @@ def _compare(folder: Path, ids: Tensor, own: Tensor, dtype: str) -> list[str]:
     with torch.no_grad(), hf_config.quiet_transformers():
         opened: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
         logits = opened.eval()(ids).logits.float()
-    off, size = float((logits - own).abs().max()), float(own.abs().max())
     if dtype != "fp32":
+        off, size = float((logits - own).abs().max()), float(own.abs().max())
         return [
             f"rounding to {dtype} changes logits by up to {off:.3g} (the largest is {size:.3g}); --dtype fp32 does not"
         ]
-    if off > 1e-4 * max(size, 1.0):
-        raise ModelError(
-            f"the exported model does not have the run's logits: they differ by up to {off:.3g} of {size:.3g}"
-        )
+    check_logits(logits, own, "the exported model")
     return []

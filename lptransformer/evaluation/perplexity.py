@@ -127,8 +127,7 @@ def _options(
     if row.strides and stride >= window:
         raise UserError(f"--stride {stride}: with a window of {window} some tokens would have none before them")
     backend = tokenizer.backend
-    habit = backend.bos_token_id is not None and backend("a").input_ids[:1] == [backend.bos_token_id]
-    begins = row.bos and (bos == "always" or (bos == "auto" and target.update is None and habit))
+    begins = row.bos and (bos == "always" or (bos == "auto" and target.update is None and tokenizer.adds_begin))
     if begins and backend.bos_token_id is None:
         raise UserError("--bos always: the tokenizer has no token for the begin of a text")
     return Options(window, stride, begins)

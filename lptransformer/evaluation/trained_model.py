@@ -42,14 +42,21 @@ class Target:
     dtype: str = "fp32"
 
 
-def find(folder: Path, step: int | None = None, exit_block: int | None = None, dtype: str = "fp32") -> Target:
+def find(
+    folder: Path,
+    step: int | None = None,
+    exit_block: int | None = None,
+    dtype: str = "fp32",
+    flag: str = "--exit",
+) -> Target:
     """What there is to evaluate in a folder; `window` is that of the run, else the model's length.
 
     Of a model folder without exits kept beside it an exit is its own norm and readout behind a block ("logit lens").
-    Raises UserError: it is neither a run's folder nor a model's, or has no such checkpoint or exit.
+    `flag` is what asked for the exit. Raises UserError: it is neither a run's folder nor a model's, or has no such
+    checkpoint or exit.
     """
     if (folder / layout.CONFIG).is_file():
-        return _find_in_run(folder, find_update(folder, step), exit_block, dtype)
+        return _find_in_run(folder, find_update(folder, step), exit_block, dtype, flag)
     hub.refuse_adapter(folder, f"MODEL is {folder}")
     if not (folder / "config.json").is_file():
         nor = "nor a model folder: it has no config.json"
@@ -60,13 +67,13 @@ def find(folder: Path, step: int | None = None, exit_block: int | None = None, d
     depth, longest = config.num_hidden_layers, getattr(config, "max_position_embeddings", None)
     there = {block: KEPT for block in exits.kept(folder)} | {depth - 1: OWN}
     if exit_block is not None and not 0 <= exit_block < depth:
-        raise UserError(f"--exit {exit_block}: {folder} has {depth} blocks: give 0 to {depth - 1}")
+        raise UserError(f"{flag} {exit_block}: {folder} has {depth} blocks: give 0 to {depth - 1}")
     blocks = sorted(there) if exit_block is None else [exit_block]
     found = tuple((block, there.get(block, LENS), number) for number, block in enumerate(blocks))
     return Target(folder, None, found, longest or WITHOUT_LENGTH, longest, dtype)
 
 
-def _find_in_run(folder: Path, update: int, exit_block: int | None, dtype: str) -> Target:
+def _find_in_run(folder: Path, update: int, exit_block: int | None, dtype: str, flag: str) -> Target:
     config = layout.read_config(folder)
     plans = [checkpoint.plan_of(one) for one in checkpoint.stage_folders(folder, update)]
     of_heads = label(config.head)
@@ -74,7 +81,7 @@ def _find_in_run(folder: Path, update: int, exit_block: int | None, dtype: str) 
     chosen = tuple(one for one in found if exit_block in (None, one[0]))
     if not chosen:
         blocks = ", ".join(str(block) for block, _, _ in found)
-        raise UserError(f"--exit {exit_block}: {folder} has exits after the blocks {blocks} (counted from 0)")
+        raise UserError(f"{flag} {exit_block}: {folder} has exits after the blocks {blocks} (counted from 0)")
     return Target(folder, update, chosen, config.data.sequence_length, config.model.max_position_embeddings, dtype)
 
 

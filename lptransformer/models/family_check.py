@@ -210,9 +210,7 @@ def shrunk(config: Any, *, narrow: bool = True) -> Any:
     """The configuration of a small model: two blocks of every kind, a small vocabulary, and where it takes more than
     MOST_PARAMETERS so, `narrow` ones: widths, heads and experts divided alike, as far as they can be."""
     depth, small = config.num_hidden_layers, copy.deepcopy(config)
-    per_block = {
-        name: value for name, value in config.to_dict().items() if isinstance(value, list) and len(value) == depth
-    }
+    per_block = hf_config.per_block(config)
     kinds: dict[str, list[int]] = {}
     for index in range(depth):
         kinds.setdefault(repr([value[index] for value in per_block.values()]), []).append(index)

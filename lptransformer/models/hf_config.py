@@ -105,6 +105,13 @@ def for_training(config: Any) -> Any:
     return config
 
 
+def per_block(config: Any) -> dict[str, list[Any]]:
+    """What a configuration has in a list with an entry per block. Ids of tokens may be as many, and are none."""
+    depth = config.num_hidden_layers
+    lists = {name: one for name, one in config.to_dict().items() if isinstance(one, list) and "token" not in name}
+    return {name: one for name, one in lists.items() if len(one) == depth > 1}
+
+
 def with_older_names(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a config.json with what transformers 4 reads elsewhere: it looks for the rotary embedding's
     numbers at the top level, and takes its own defaults where there are none."""

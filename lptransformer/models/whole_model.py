@@ -1,12 +1,13 @@
 """The whole Hugging Face model of the weights of stages: up to the last of them, whose head is its norm and readout.
 
-Of an auxiliary head a map before the readout, and a temperature, are folded into the readout.
+Of an auxiliary head extra blocks stand behind those of the stages, and a map before the readout, and a temperature, are
+folded into the readout.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,21 +17,44 @@ from transformers.initialization import no_init_weights
 
 from lptransformer.errors import ModelError
 from lptransformer.models import hf_config
+from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.hf_parts import Anatomy
+from lptransformer.models.stage import Stage
+
+TRIED_TOKENS = 64  # whose logits are compared
+FOLDED = ("readout.weight", "readout.bias", "readout.temperature", "down.weight")  # of a head, into one readout
+
+
+def exit_model(blueprint: Blueprint, stages: Sequence[Stage]) -> PreTrainedModel:
+    """The causal LM up to the exit of the last of these stages (fp32), on their weights: what is not folded is shared.
+
+    Raises ModelError where that is no ordinary model of its family.
+    """
+    parts, last = blueprint.parts, stages[-1]
+    weights = whole_weights(parts, (stage.state_dict() for stage in stages))
+    blocks = [*range(last.plan.last_block + 1), *_blocks_of_head(parts, last.state_dict())]
+    return whole_model(cut_config(blueprint.model_config, blocks), weights)
 
 
 def whole_weights(parts: Anatomy, of_stages: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The weights of embedding, blocks, final norm and readout under the names of the Hugging Face model.
 
-    `of_stages` are the tensors of every stage in order, under their names in a checkpoint. Raises ModelError where the
-    head of the last one is more than a norm and a readout.
+    `of_stages` are the tensors of every stage in order, under their names in a checkpoint; blocks of the head of the
+    last one follow those of the stages. Raises ModelError where that head is more than blocks, a norm and a readout.
     """
-    found: dict[str, Tensor] = {}
+    body: dict[str, Tensor] = {}
     head: dict[str, Tensor] = {}
     for weights in of_stages:
-        found |= {f"{parts.base}.{name[5:]}": tensor for name, tensor in weights.items() if name.startswith("body.")}
+        body |= {name[5:]: tensor for name, tensor in weights.items() if name.startswith("body.")}
         head = {name: tensor for name, tensor in weights.items() if name.startswith("head.")}
-    norm = "head.norm."
+    found = {f"{parts.base}.{name}": tensor for name, tensor in body.items()}
+    in_base, norm = f"{parts.blocks_in_base}.", "head.norm."
+    depth = len({name.removeprefix(in_base).partition(".")[0] for name in body if name.startswith(in_base)})
+    for place, block in enumerate(_blocks_of_head(parts, head), depth):
+        own = f"head.blocks.{in_base}{block}."
+        found |= {
+            f"{parts.blocks}.{place}.{name[len(own) :]}": one for name, one in head.items() if name.startswith(own)
+        }
     found |= {f"{parts.norm}.{name[len(norm) :]}": tensor for name, tensor in head.items() if name.startswith(norm)}
     readout, down = head["head.readout.weight"], head.get("head.down.weight")
     if (temperature := head.get("head.readout.temperature")) is not None:
@@ -44,24 +68,33 @@ def whole_weights(parts: Anatomy, of_stages: Iterable[Mapping[str, Tensor]]) -> 
     found[f"{parts.lm_head}.weight"] = readout
     if (bias := head.get("head.readout.bias")) is not None:
         found[f"{parts.lm_head}.bias"] = bias
-    folded = {f"head.{name}" for name in ("readout.weight", "readout.bias", "readout.temperature", "down.weight")}
-    if more := sorted(name for name in head if not name.startswith(norm) and name not in folded):
-        raise ModelError(f"its head is more than a norm and a readout: it has {more[0]}")
+    averages = "head.average."  # of the blocks, which hold them too
+    placed = (norm, "head.blocks.", averages, *(f"head.{name}" for name in FOLDED))
+    if more := sorted(name for name in head if not name.startswith(placed)):
+        raise ModelError(f"its head is more than blocks, a norm and a readout: it has {more[0]}")
     return found
 
 
-def cut_config(config: Any, depth: int) -> Any:
-    """The configuration of the model's first `depth` blocks; lists with an entry per block are cut with it."""
-    before, cut = config.num_hidden_layers, copy.deepcopy(config)
-    for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == before and before > 1:
-            setattr(cut, name, value[:depth])
-    cut.num_hidden_layers = depth
+def _blocks_of_head(parts: Anatomy, weights: Mapping[str, Tensor]) -> list[int]:
+    """The blocks of the model that those of a stage's head are like, by which they are named in it."""
+    prefix = f"head.blocks.{parts.blocks_in_base}."
+    return sorted({int(name[len(prefix) :].partition(".")[0]) for name in weights if name.startswith(prefix)})
+
+
+def cut_config(config: Any, blocks: Sequence[int]) -> Any:
+    """The configuration of a model of these blocks of the model; of lists with an entry per block it has theirs."""
+    cut = copy.deepcopy(config)
+    for name, value in hf_config.per_block(config).items():
+        setattr(cut, name, [value[block] for block in blocks])
+    cut.num_hidden_layers = len(blocks)
     return cut
 
 
 def whole_model(config: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The causal LM around `weights` (fp32, not copied), untied and in evaluation mode."""
+    """The causal LM around `weights` (fp32, not copied), untied and in evaluation mode.
+
+    Raises ModelError where they do not fit the configuration.
+    """
     config = copy.deepcopy(config)
     config.tie_word_embeddings = False
     config.use_cache = True  # generation is slow without, and nothing else depends on it
@@ -71,5 +104,21 @@ def whole_model(config: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     # The sampling settings of a model folder's configuration are no result of this run.
     tokens = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**tokens)
-    model.load_state_dict(dict(weights), assign=True)
+    try:
+        model.load_state_dict(dict(weights), assign=True)
+    except RuntimeError as error:  # a family whose blocks differ by their place, and a head's block at another one
+        raise ModelError(f"its weights are of no {type(model).__name__}: {hf_config.one_line(error)}") from None
     return model.eval()
+
+
+def tried_ids(blueprint: Blueprint) -> Tensor:
+    """The tokens, int64 [1, T], at which the logits of a model are compared with those of its stages."""
+    ids = torch.randint(0, blueprint.parts.vocab_size, (1, TRIED_TOKENS), generator=torch.Generator().manual_seed(0))
+    return ids[:, : blueprint.sequence_length]
+
+
+def check_logits(logits: Tensor, own: Tensor, what: str) -> None:
+    """Raise ModelError unless a model has the logits of the stages, but for the rounding of a folded readout."""
+    off, size = float((logits - own).abs().max()), float(own.abs().max())
+    if not off <= 1e-4 * max(size, 1.0):
+        raise ModelError(f"{what} does not have the logits of its stages: they differ by up to {off:.3g} of {size:.3g}")

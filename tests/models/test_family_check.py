@@ -19,6 +19,7 @@ from lptransformer.errors import ModelError
 from lptransformer.models import family_check, hf_config, hf_parts
 from lptransformer.models.blueprint import make_blueprint
 from lptransformer.models.hf_parts import Anatomy
+from lptransformer.models.whole_model import cut_config
 
 ROOT = Path(__file__).parents[2]
 CUTS = {2: [range(0, 2), range(2, 4)], 4: [range(one, one + 1) for one in range(BLOCKS)]}
@@ -124,6 +125,14 @@ def test_a_large_model_is_not_built_where_a_small_one_cannot_be(monkeypatch: pyt
     monkeypatch.setattr(family_check, "LARGEST", 10)
     with pytest.raises(ModelError, match="too many"):
         family_check.check(prepared(config))
+
+
+def test_ids_of_tokens_are_no_list_per_block() -> None:
+    config = copy.deepcopy(TRAINED["Gemma 3"])
+    config.eos_token_id = [3, 4, 5, 6]
+    assert cut_config(config, [0, 2]).eos_token_id == [3, 4, 5, 6]
+    assert cut_config(config, [0, 2]).layer_types == [config.layer_types[0], config.layer_types[2]]
+    assert family_check.shrunk(config).num_hidden_layers == 2
 
 
 def test_two_blocks_of_every_kind_are_kept() -> None:

@@ -114,3 +114,20 @@ def chunked_cross_entropy(
         hidden, weight, labels, scale, chunk_tokens, rule, train_hidden, train_weight
     )
     return loss, total
+
+
+def token_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, rule: LogitRule = PLAIN
+) -> Tensor:
+    """The cross-entropy of every row by itself, [tokens], 0 without a label; arguments as of `chunked_cross_entropy`.
+
+    For evaluation: no gradients.
+    """
+    losses = []
+    for start in chunk_starts(hidden.shape[0], chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        logits = F.linear(hidden[rows], weight)
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses.append(F.cross_entropy(rule(exact), labels[rows], ignore_index=IGNORE_INDEX, reduction="none"))
+        del logits, exact
+    return torch.cat(losses)

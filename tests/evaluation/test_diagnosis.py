@@ -63,7 +63,8 @@ def make_batches(number: int, rows: int = 3) -> list[Batch]:
 
 
 def diagnosed(model: RunModel, name: str, batches: Sequence[Batch], **options: Any) -> Diagnosis:
-    return diagnose(model, objectives.build(BLOCKS, name, **options).usual, batches)
+    phase = objectives.build(BLOCKS, name, **options).usual
+    return diagnose(model.groups, model.blueprint, phase, batches, model.device)
 
 
 # ---- gradients
@@ -366,9 +367,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_is_diagnosed_on_windows_from_all_over_the_set(saved: Path) -> None:
     results = diagnose_run(saved, batches=3, batch_size=2)
-    about = {key: results[key] for key in list(results)[:9]}
+    about = {key: results[key] for key in list(results)[:10]}
     assert about == {
-        **{"run": str(saved), "step": 20, "set": "moor", "objective": "chunked", "delayed": False},
+        **{"run": str(saved), "step": 20, "set": "moor", "objective": "chunked", "delayed": False, "exit": None},
         **{"window": 16, "windows": 6, "batches": 3, "batch_size": 2},
     }
     # The same by hand: windows 0, 1/6, 2/6 ... of the way through the set.
@@ -376,8 +377,9 @@ def test_a_run_is_diagnosed_on_windows_from_all_over_the_set(saved: Path) -> Non
     rows = torch.tensor([ids[16 * w : 16 * w + 16] for w in (i * (len(ids) // 16) // 6 for i in range(6))])
     labels = torch.cat([rows[:, 1:], torch.full((6, 1), IGNORE_INDEX)], dim=1)
     batches = [Batch(rows[i : i + 2], labels[i : i + 2]) for i in (0, 2, 4)]
-    wanted = diagnose(trained_model.load(saved, 20), Phase((Span(0, 1), Span(2, 3))), batches)
-    assert {key: results[key] for key in list(results)[9:]} == asdict(wanted)
+    model = trained_model.load(saved, 20)
+    wanted = diagnose(model.groups, model.blueprint, Phase((Span(0, 1), Span(2, 3))), batches, model.device)
+    assert {key: results[key] for key in list(results)[10:]} == asdict(wanted)
 
 
 def test_the_checkpoint_and_the_set_are_chosen(saved: Path) -> None:

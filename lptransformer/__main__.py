@@ -88,7 +88,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--bos", choices=("auto", "always", "never"), default="auto", help=text)
     text = "the exit after block K alone, counted from 0; of a model folder its norm and readout there (logit lens)"
     sub.add_argument("--exit", type=int, metavar="K", help=text)
+    text = "run or model folder: its last exit on the same text, and the difference in bits per byte with an interval"
+    sub.add_argument("--compare", metavar="BASE", help=text)
     sub.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and activations")
+    add_by_stage(sub)
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
     text = "Text from an exit of a run or of a Hugging Face model folder, as it comes; an earlier exit can draft."
@@ -142,6 +145,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--batches", type=int, default=8, help="batches of windows (default: 8)")
     sub.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
     sub.add_argument("--set", metavar="NAME", help="validation set of the run (default: its first one)")
+    text = "the model up to the exit after block K, as `evaluate` counts; the true gradient is that of its loss"
+    sub.add_argument("--exit", type=int, metavar="K", help=text)
+    add_by_stage(sub)
 
     sub = command("export", export, "Write a Hugging Face model folder from a run.")
     sub.add_argument("run_folder", metavar="RUN", help="run folder")
@@ -155,6 +161,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--exit", type=int, metavar="K", help=text)
     sub.add_argument("--keep-exits", action="store_true", help="write the auxiliary heads beside it: exits.safetensors")
     return main
+
+
+def add_by_stage(sub: argparse.ArgumentParser) -> None:
+    text = "hold one group of blocks in memory at a time (auto: where the whole model does not fit); the same numbers"
+    sub.add_argument("--by-stage", choices=("auto", "always", "never"), default="auto", help=text)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -302,9 +313,10 @@ def evaluate(args: argparse.Namespace) -> None:
     no_overrides(args)
     from lptransformer.evaluation.perplexity import evaluate_run, print_evaluations, to_json
 
-    options = ("step", "protocol", "window", "stride", "bos", "dtype", "batch_size", "processes")
+    options = ("step", "protocol", "window", "stride", "bos", "dtype", "batch_size", "processes", "by_stage")
     chosen = {name: getattr(args, name) for name in options}
-    results = evaluate_run(args.run_folder, args.data, exit_block=args.exit, **chosen)
+    chosen |= {"exit_block": args.exit, "compare": args.compare}
+    results = evaluate_run(args.run_folder, args.data, **chosen)
     if results is not None:  # of several processes, the first one has them
         print(to_json(results)) if args.json else print_evaluations(results)
 
@@ -375,7 +387,8 @@ def diagnose(args: argparse.Namespace) -> None:
     from lptransformer.evaluation.diagnosis import diagnose_run, print_diagnosis, write_diagnosis
 
     run = Path(args.run_folder)
-    results = diagnose_run(run, step=args.step, batches=args.batches, batch_size=args.batch_size, set_name=args.set)
+    options = {name: getattr(args, name) for name in ("step", "batches", "batch_size", "by_stage")}
+    results = diagnose_run(run, set_name=args.set, exit_block=args.exit, **options)
     print_diagnosis(results)
     print(f"numbers: {write_diagnosis(run, results)}   plot: {run / 'diagnosis.png'}")
 

@@ -1,4 +1,4 @@
-"""What a launcher (deepspeed, torchrun) says about this process, and its share of the machine."""
+"""What a launcher (deepspeed, torchrun) says about this process, and its share of the machine: cores, memory."""
 
 from __future__ import annotations
 
@@ -30,16 +30,20 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def use_fair_share_of_cores(local_processes: int | None = None) -> None:
+def local_processes() -> int:
+    """The number of processes that a launcher started on this machine, as far as it says; 1 without one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or launched_size())
+
+
+def use_fair_share_of_cores(processes: int | None = None) -> None:
     """One thread per core and process on this machine, where nobody has decided otherwise.
 
-    `local_processes` is how many processes share the machine; None = as many as the launcher says. Denormal numbers
+    `processes` is how many processes share the machine; None = as many as the launcher says. Denormal numbers
     are flushed to zero: a peaked softmax makes denormal gradients, and products with those run many times slower on
     CPUs.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        launched = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or launched_size()
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (local_processes or int(launched))))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (processes or local_processes())))
     torch.set_flush_denormal(True)
 
 
@@ -125,3 +129,41 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def on_gpus() -> bool:
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
+def own_memory(local_rank: int | None = None) -> tuple[str, int]:
+    """The pool of this process (by its launcher's LOCAL_RANK): of its GPU where there are GPUs, else of the host."""
+    if on_gpus():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0")) if local_rank is None else local_rank
+        gpu = local_rank % torch.cuda.device_count()  # pipeline ranks may share a GPU
+        return f"GPU {gpu} of {socket.gethostname()}", torch.cuda.mem_get_info(gpu)[0]
+    return socket.gethostname(), host_memory()
+
+
+def host_memory() -> int:
+    """Bytes that are free on this host, within the limits of this process's control groups."""
+    return max(min([psutil.virtual_memory().available, *cgroup_rooms()]), 0)
+
+
+def cgroup_rooms(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """Bytes that each control group of this process (versions 1 and 2) may still take; caches of files give way."""
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, kinds, path = line.split(":", 2)
+        base, names = root, ("memory.max", "memory.current", "inactive_file")
+        if "memory" in kinds.split(","):
+            base = root / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        elif kinds:
+            continue
+        folder = base / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such group here, or no limit: "max"
+                limit, used = (int((group / name).read_text()) for name in names[:2])
+                stat = dict(one.split() for one in (group / "memory.stat").read_text().splitlines())
+                yield limit - used + int(stat.get(names[2], 0))
+            if group == base:
+                break

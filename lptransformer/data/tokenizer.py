@@ -71,6 +71,29 @@ class Tokenizer:
             return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
         return [np.asarray(self.backend.encode(text, add_special_tokens=False), dtype=np.int32) for text in texts]
 
+    def encode_with_places(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text, as `encode`, and the byte of the text (UTF-8) at which each one's text begins, int64
+        [tokens]; they never go back. What a tokenizer drops or trims belongs to the token behind it.
+
+        Of a tokenizer that `knows_places`.
+        """
+        if self.is_bytes:
+            return self.encode(text), np.arange(len(text.encode()))
+        ids, places, done = [np.empty(0, np.int32)], [np.empty(0, np.int64)], 0
+        for piece in self.pieces([text]):
+            encoding = self.backend.backend_tokenizer.encode(piece, add_special_tokens=False)
+            characters = np.frombuffer(piece.encode("utf-32-le"), np.uint32)
+            lengths = 1 + (characters >= 0x80) + (characters >= 0x800) + (characters >= 0x10000)
+            bytes_before = np.concatenate([[0], np.cumsum(lengths)])
+            spans = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)  # in characters
+            ends = np.maximum.accumulate(np.concatenate([[0], spans[:, 1]]))
+            # Blanks may not be counted in: then the token before says where one begins.
+            begins = np.maximum.accumulate(np.minimum(spans[:, 0], ends[:-1]))
+            ids.append(np.asarray(encoding.ids, np.int32))
+            places.append(done + bytes_before[begins])
+            done += int(bytes_before[-1])
+        return np.concatenate(ids), np.concatenate(places)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids, special tokens included."""
         return self.backend.decode([int(i) for i in ids], clean_up_tokenization_spaces=False)
@@ -123,6 +146,11 @@ class Tokenizer:
         """Whether it puts its begin-of-text token before a text by itself."""
         begin = self.backend.bos_token_id
         return begin is not None and self.backend("a").input_ids[:1] == [begin]
+
+    @property
+    def knows_places(self) -> bool:
+        """Whether it says where in a text its tokens are."""
+        return self.is_bytes or self.backend.is_fast
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `AutoTokenizer.from_pretrained` and `load` open, with the same ids and fingerprint."""

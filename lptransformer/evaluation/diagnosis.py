@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from lptransformer.errors import DataError, UserError
 from lptransformer.evaluation import trained_model
 from lptransformer.evaluation.local_gradients import diagnose
 from lptransformer.evaluation.perplexity import to_json, tokenizer_folder, valid_sets
+from lptransformer.evaluation.trained_model import ByStage
 from lptransformer.processes import use_fair_share_of_cores
 from lptransformer.run_folder import layout
 
@@ -30,40 +31,60 @@ _COLOURS = ("#0072B2", "#D55E00")
 
 
 def diagnose_run(
-    run: Path, *, step: int | None = None, batches: int = 8, batch_size: int = 8, set_name: str | None = None
+    run: Path,
+    *,
+    step: int | None = None,
+    batches: int = 8,
+    batch_size: int = 8,
+    set_name: str | None = None,
+    exit_block: int | None = None,
+    by_stage: ByStage = "auto",
 ) -> dict[str, Any]:
     """Diagnose the checkpoint after `step` updates (the newest one by default); gradients are those of the usual phase.
 
     On `batches` x `batch_size` full windows, or all where there are fewer, evenly spread over the validation set
-    `set_name` (the first one by default).
+    `set_name` (the first one by default). With `exit_block` the model ends at the exit after that block: the true
+    gradient is that of its loss, and heads above it train nothing. `by_stage`: whether one group of blocks is in
+    memory at a time (auto: where the whole model does not fit), with the same bits.
 
-    Returns what diagnosis.json holds: {"run", "step", "set", "objective", "delayed", "window", "windows", "batches",
-    "batch_size"} and the fields of local_gradients.Diagnosis. Raises RunError or DataError for what is missing or
-    damaged.
+    Returns what diagnosis.json holds: {"run", "step", "set", "objective", "delayed", "exit", "window", "windows",
+    "batches", "batch_size"} and the fields of local_gradients.Diagnosis. Raises UserError for what is missing, damaged,
+    or has no objective.
     """
     for flag, number in (("--batches", batches), ("--batch-size", batch_size)):
         if number < 1:
             raise UserError(f"{flag} {number}: it must be 1 or more")
-    update = trained_model.find_update(run, step)
+    last = trained_model.find(run, step, exit_block).exits[-1][0]
+    target = trained_model.find(run, step)
+    if target.update is None:
+        raise UserError(
+            f"{run} is a model folder: it does not say which loss trained which block, so there is no local gradient "
+            "to diagnose; name the run, or `evaluate` the folder"
+        )
+    target = replace(target, exits=tuple(one for one in target.exits if one[0] <= last))
     method = layout.read_config(run).objective.name
     use_fair_share_of_cores(1)
     with tempfile.TemporaryDirectory(prefix="lptransformer-") as scratch:
-        tokenizer = load_tokenizer(tokenizer_folder(trained_model.find(run, step)))
+        tokenizer = load_tokenizer(tokenizer_folder(target))
         sets = valid_sets(run, tokenizer, Path(scratch))
         if set_name is not None and set_name not in sets:
             raise UserError(f"--set {set_name}: {run} has no such validation set; there are: {', '.join(sets)}")
         name = set_name or next(iter(sets))
         chosen = _spread(name, sets[name], batches, batch_size)
-    model = trained_model.load(run, update, "cuda" if torch.cuda.is_available() else "cpu")
-    for stage in model.exits:
-        assert stage.head is not None
-        stage.head.requires_grad_(False)
-    objective = model.blueprint.objective
-    with bar("diagnosing", len(chosen)) as advance:
-        found = diagnose(model, objective.usual, chosen, lambda: advance(1))
-    results = {"run": str(run), "step": update, "set": name, "objective": method, "delayed": objective.delayed}
-    results |= {"window": sets[name].sequence_length, "windows": sum(len(one.input_ids) for one in chosen)}
-    return results | {"batches": len(chosen), "batch_size": batch_size} | asdict(found)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    blueprint = trained_model.blueprint_of_target(target)
+    if trained_model.goes_by_stage(target, by_stage, spare=4):  # a group's gradients, of two kinds, and their sums
+        groups = trained_model.groups_on_disk(target, blueprint, device)
+    else:
+        groups = trained_model.load_target(target, device).groups
+    objective = blueprint.objective
+    phase = replace(objective.usual, spans=tuple(span for span in objective.usual.spans if span.last <= last))
+    with bar("diagnosing", (2 * len(groups) - 1) * len(chosen)) as advance:
+        found = diagnose(groups, blueprint, phase, chosen, device, lambda: advance(1))
+    results = {"run": str(run), "step": target.update, "set": name, "objective": method, "delayed": objective.delayed}
+    results |= {"exit": exit_block, "window": sets[name].sequence_length}
+    results |= {"windows": sum(len(one.input_ids) for one in chosen), "batches": len(chosen), "batch_size": batch_size}
+    return results | asdict(found)
 
 
 def _spread(name: str, token_set: TokenSet, batches: int, batch_size: int) -> list[Batch]:
@@ -178,7 +199,9 @@ def _block_axis(axes: Axes, first: int, last: int) -> None:
 
 
 def _where(results: dict[str, Any]) -> str:
-    return f"{results['run']} after {results['step']} updates, {results['windows']} windows of {results['set']}"
+    exit_block = results["exit"]
+    part = "" if exit_block is None else f" up to the exit after block {exit_block}"
+    return f"{results['run']}{part} after {results['step']} updates, {results['windows']} windows of {results['set']}"
 
 
 def _rows(entries: list[dict[str, Any]]) -> list[list[Any]]:

@@ -1,6 +1,8 @@
 """What local updates do to a model: their gradients against the true ones, the rank of its states, how exits agree.
 
-All of it from one pass over some windows, at fixed weights, without dropout, in fp32. The terms:
+At fixed weights, without dropout, in fp32, one group of blocks after another, so that no more than one has to be in
+memory: a pass up keeps the hidden states at the borders between groups; on the way down every group computes once more,
+and each loss's gradient at its output becomes one at its input, as if nothing had been cut. The terms:
 
 **True gradient** of a block: that of the last head's loss through the whole model. **Local gradient**: the one that the
 objective gives the block, the sum over the spans that contain it, with their weights (methods/spans.py,
@@ -29,10 +31,12 @@ from torch import Tensor, nn
 
 from lptransformer.data.token_set import IGNORE_INDEX, Batch
 from lptransformer.evaluation.spectrum import Moments, effective_rank, stable_rank
-from lptransformer.evaluation.trained_model import RunModel
+from lptransformer.evaluation.trained_model import BlockGroup
 from lptransformer.methods.spans import Phase
 from lptransformer.methods.stages import StagePlan
-from lptransformer.models.head import CROSS_ENTROPY, LossBatch
+from lptransformer.models.blueprint import Blueprint
+from lptransformer.models.head import Head, LossBatch
+from lptransformer.models.stage import Stage, StageOutput
 
 Gradients = dict[int | None, list[Tensor]]
 """By block, a tensor for each of its weights; None is the embedding."""
@@ -89,105 +93,157 @@ class Diagnosis:
 
 
 def diagnose(
-    model: RunModel, phase: Phase, batches: Sequence[Batch], advance: Callable[[], None] = lambda: None
+    groups: Sequence[BlockGroup],
+    blueprint: Blueprint,
+    phase: Phase,
+    batches: Sequence[Batch],
+    device: torch.device,
+    advance: Callable[[], None] = lambda: None,
 ) -> Diagnosis:
-    """The diagnosis of `model` with the spans of `phase` on batches without empty rows, one or more.
+    """The diagnosis of a model with the spans of `phase` on batches without empty rows, one or more.
 
-    Holds the activations of the whole model for one batch, and four times the weights of its blocks. `advance` is
-    called after every batch. Heads whose weights need no gradient take less time.
+    Holds the hidden states of all batches at all borders between groups, and of one group at a time the activations of
+    a batch and four times the weights. `advance` is called after every batch of every group, up and down.
     """
-    weights = _weights(model)
-    compared = {unit: _Compared() for unit in weights}
-    moments = {block: Moments() for block in range(model.blueprint.objective.num_blocks)}
-    exits = torch.zeros(len(model.exits), 3, dtype=torch.float64)  # sums of: nll, same token, KL
     label_tokens = sum(batch.label_tokens for batch in batches)
+    inputs = _borders(groups, batches, device, advance)
+    ends = {plan.index: plan.last_block for plan, _ in groups}  # of the last group of every stage
+    below = _Below(phase)
+    last: _Last | None = None
+    gradients: list[BlockGradient] = []
+    ranks: list[Rank] = []
+    found: list[Exit] = []
+    for plan, read in reversed(groups):
+        stage, borders = read(), inputs.pop()
+        weights = _weights(stage, blueprint)
+        compared = {unit: _Compared() for unit in weights}
+        moments = {block: Moments() for block in range(plan.first_block, plan.last_block + 1)}
+        exits = torch.zeros(3, dtype=torch.float64)  # sums of: nll, same token, KL
+        if stage.head is not None:
+            stage.head.requires_grad_(False)  # nobody asks for its weights' gradient, which takes time
+            last = last or _Last(plan.last_block, stage.head)
+        assert last is not None, "the last group has no head"
+        with _watched(stage, blueprint) as (hidden_states, rows):
+            for number, batch in enumerate(batches):
+                labels = batch.labels.to(device)
+                states = borders[number].to(device)
+                if not plan.is_first:
+                    states.requires_grad_()
+                output = stage(states, LossBatch(labels, 1 / label_tokens))
+                true, local = below.gradients(number, plan, states, output, weights, last.block)
+                for unit, gradient in local.items():
+                    compared[unit].add(true[unit], gradient)
+                for block, one in hidden_states.items():
+                    moments[block].add(one.flatten(0, 1))
+                if stage.head is not None and output.nll_sum is not None:
+                    exits[0] += output.nll_sum.item()
+                    exits[1:] += last.agreement(number, stage.head, rows[0], labels.flatten())
+                del output, true, local  # the graph goes before the next one comes
+                advance()
+        units = [unit for unit in (None, *moments) if unit in weights]
+        gradients[:0] = [BlockGradient(unit, plan.index, *compared[unit].numbers()) for unit in units]
+        spectra = [(block, one.singular_values()) for block, one in moments.items()]
+        ranks[:0] = [
+            Rank(block, plan.index, block == ends[plan.index], effective_rank(singular), stable_rank(singular))
+            for block, singular in spectra
+        ]
+        if stage.head is not None:
+            found.insert(0, Exit(plan.index, plan.last_block, *(exits / label_tokens).tolist()))
+        del stage, weights, compared  # before the next one comes
     tokens = sum(batch.input_ids.numel() for batch in batches)
-    with _watched(model) as (hidden_states, rows):
-        for batch in batches:
-            labels = batch.labels.to(model.device)
-            losses, sums = _losses(model, batch.input_ids.to(model.device), labels, 1 / label_tokens)
-            true, local = _gradients(losses, phase, weights)
-            for unit, gradient in local.items():
-                compared[unit].add(true[unit], gradient)
-            for block, states in hidden_states.items():
-                moments[block].add(states.flatten(0, 1))
-            exits[:, 0] += torch.tensor(sums, dtype=torch.float64)
-            exits[:, 1:] += _agreement(model, rows, labels.flatten())
-            del losses, true, local  # the graph goes before the next one comes
-            advance()
+    return Diagnosis(tokens, blueprint.parts.hidden_size, gradients, ranks, found)
 
-    plan_of: dict[int, StagePlan] = {}
-    for stage in model.stages:
-        plan_of |= dict.fromkeys(range(stage.plan.first_block, stage.plan.last_block + 1), stage.plan)
-    ranks = []
-    for block, one in moments.items():
-        singular, plan = one.singular_values(), plan_of[block]
-        ends = block == plan.last_block
-        ranks.append(Rank(block, plan.index, ends, effective_rank(singular), stable_rank(singular)))
-    plans = [stage.plan for stage in model.exits]
-    per_token = (exits / label_tokens).tolist()
-    return Diagnosis(
-        tokens,
-        model.blueprint.parts.hidden_size,
-        [BlockGradient(unit, plan_of[unit or 0].index, *one.numbers()) for unit, one in compared.items()],
-        ranks,
-        [Exit(plan.index, plan.last_block, *row) for plan, row in zip(plans, per_token, strict=True)],
-    )
+
+@torch.no_grad()
+def _borders(
+    groups: Sequence[BlockGroup], batches: Sequence[Batch], device: torch.device, advance: Callable[[], None]
+) -> list[list[Tensor]]:
+    """What goes into every group, by batch: input_ids [b, T], then hidden states [b, T, H]. On the CPU."""
+    inputs = [[batch.input_ids for batch in batches]]
+    for _, read in groups[:-1]:
+        stage, above = read(), []
+        for states in inputs[-1]:
+            above.append(stage.hidden_states(states.to(device)).cpu())
+            advance()
+        inputs.append(above)
+        del stage
+    return inputs
 
 
 # ---- gradients
 
 
-def _weights(model: RunModel) -> dict[int | None, list[nn.Parameter]]:
-    """The weights of the embedding and of every block."""
-    start = f"{model.blueprint.parts.blocks_in_base}."
-    weights: dict[int | None, list[nn.Parameter]] = {None: []}
-    for stage in model.stages:
-        for name, weight in stage.body.named_parameters():
-            unit = int(name.removeprefix(start).partition(".")[0]) if name.startswith(start) else None
-            weights.setdefault(unit, []).append(weight)
+def _weights(stage: Stage, blueprint: Blueprint) -> dict[int | None, list[nn.Parameter]]:
+    """The weights of every block, and of the embedding where it is there."""
+    start = f"{blueprint.parts.blocks_in_base}."
+    weights: dict[int | None, list[nn.Parameter]] = {}
+    for name, weight in stage.body.named_parameters():
+        unit = int(name.removeprefix(start).partition(".")[0]) if name.startswith(start) else None
+        weights.setdefault(unit, []).append(weight)
     return weights
 
 
-def _losses(model: RunModel, input_ids: Tensor, labels: Tensor, scale: float) -> tuple[dict[int, Tensor], list[float]]:
-    """The scaled loss of every head by its block, all in one graph; the sums of the losses, in nats."""
-    inputs, losses, sums = input_ids, {}, []
-    for stage in model.stages:
-        inputs = stage.hidden_states(inputs)
-        if stage.head is not None:
-            term = stage.head(inputs, LossBatch(labels, scale))[CROSS_ENTROPY]
-            losses[stage.plan.last_block] = term.loss
-            sums.append(term.total)
-    return losses, torch.stack(sums).tolist()
+class _Below:
+    """The gradients of the losses of `phase`, and of the last head's, on their way down."""
 
+    def __init__(self, phase: Phase) -> None:
+        self.phase = phase
+        self.handed: dict[tuple[int, int], Tensor] = {}  # by head and batch, at the output of the next group, [b, T, H]
 
-def _gradients(
-    losses: Mapping[int, Tensor], phase: Phase, weights: Mapping[int | None, list[nn.Parameter]]
-) -> tuple[Gradients, Gradients]:
-    """The true gradients, and the local ones of what the phase trains.
+    def gradients(
+        self,
+        batch: int,
+        plan: StagePlan,
+        inputs: Tensor,
+        output: StageOutput,
+        weights: Mapping[int | None, list[nn.Parameter]],
+        last: int,
+    ) -> tuple[Gradients, Gradients]:
+        """The true gradients of a group's weights, and the local ones of what the phase trains.
 
-    No graph is cut: autograd walks down to the weights that it is asked for and no further.
-    """
-    last = max(losses)
-    true = _of_loss(losses[last], weights)
-    local: Gradients = {}
-    for span in phase.spans:
-        shares = {unit: phase.weight(span, unit or 0) for unit in weights}
-        reached = {unit: weights[unit] for unit, share in shares.items() if share > 0}
-        if not reached:
-            continue
-        found = true if span.last == last else _of_loss(losses[span.last], reached)
-        for unit in reached:
-            own = [shares[unit] * gradient for gradient in found[unit]]
-            local[unit] = [a + b for a, b in zip(local[unit], own, strict=True)] if unit in local else own
-    return true, local
+        No graph is cut: autograd walks down to the weights that it is asked for and no further.
+        """
+        true = self._of_loss(last, batch, plan, inputs, output, weights, on=True)
+        local: Gradients = {}
+        for span in self.phase.spans:
+            if span.last < plan.last_block:
+                continue
+            trained = range(span.first, span.last + 1)
+            shares = {unit: self.phase.weight(span, unit or 0) for unit in weights}
+            reached = {unit: weights[unit] for unit, share in shares.items() if share > 0}
+            on = any(self.phase.weight(span, block) > 0 for block in trained if block < plan.first_block)
+            if not reached and not on:
+                continue
+            same = span.last == last
+            found = true if same else self._of_loss(span.last, batch, plan, inputs, output, reached, on)
+            for unit in reached:
+                own = [shares[unit] * gradient for gradient in found[unit]]
+                local[unit] = [a + b for a, b in zip(local[unit], own, strict=True)] if unit in local else own
+        return true, local
 
-
-def _of_loss(loss: Tensor, weights: Mapping[int | None, list[nn.Parameter]]) -> Gradients:
-    flat = [weight for of_unit in weights.values() for weight in of_unit]
-    # What a loss does not reach, an expert that no token was sent to, has a gradient of zero.
-    gradients = iter(torch.autograd.grad(loss, flat, retain_graph=True, materialize_grads=True))
-    return {unit: [next(gradients) for _ in of_unit] for unit, of_unit in weights.items()}
+    def _of_loss(
+        self,
+        head: int,
+        batch: int,
+        plan: StagePlan,
+        inputs: Tensor,
+        output: StageOutput,
+        weights: Mapping[int | None, list[nn.Parameter]],
+        on: bool,
+    ) -> Gradients:
+        """Of the loss of the head after block `head`; with `on` also that at the inputs, for the group below."""
+        of, gradient = output.loss, None
+        if head > plan.last_block:
+            of, gradient = output.hidden_states, self.handed.pop((head, batch)).to(inputs.device)
+        assert of is not None, f"no head after block {head}"
+        on = on and not plan.is_first
+        flat = [weight for of_unit in weights.values() for weight in of_unit] + ([inputs] if on else [])
+        # What a loss does not reach, an expert that no token was sent to, has a gradient of zero.
+        taken = iter(torch.autograd.grad(of, flat, gradient, retain_graph=True, materialize_grads=True))
+        gradients = {unit: [next(taken) for _ in of_unit] for unit, of_unit in weights.items()}
+        if on:
+            self.handed[head, batch] = next(taken).cpu()
+        return gradients
 
 
 class _Compared:
@@ -233,10 +289,10 @@ def _cosine_and_ratio(true: list[Tensor], local: list[Tensor]) -> tuple[float, f
 
 
 @contextmanager
-def _watched(model: RunModel) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
-    """Of the last forward pass: hidden states [b, T, H] after every block, rows [b * T, width] at every readout."""
+def _watched(stage: Stage, blueprint: Blueprint) -> Iterator[tuple[dict[int, Tensor], list[Tensor]]]:
+    """Of the last forward pass: hidden states [b, T, H] after every block, the rows [b * T, width] at the readout."""
     hidden_states: dict[int, Tensor] = {}
-    rows: dict[int, Tensor] = {}
+    rows: list[Tensor] = []
 
     def keep_output(block: int) -> Callable[..., None]:
         def keep(_: nn.Module, args: Any, output: Any) -> None:
@@ -244,20 +300,15 @@ def _watched(model: RunModel) -> Iterator[tuple[dict[int, Tensor], dict[int, Ten
 
         return keep
 
-    def keep_rows(block: int) -> Callable[..., None]:
-        def keep(_: nn.Module, args: Any) -> None:
-            rows[block] = args[0].detach()
+    def keep_rows(_: nn.Module, args: Any) -> None:
+        rows[:] = [args[0].detach()]
 
-        return keep
-
-    handles = []
-    for stage in model.stages:
-        plan = stage.plan
-        for block in range(plan.first_block, plan.last_block + 1):
-            module = stage.body.get_submodule(f"{model.blueprint.parts.blocks_in_base}.{block}")
-            handles.append(module.register_forward_hook(keep_output(block)))
-        if stage.head is not None:
-            handles.append(stage.head.readout.register_forward_pre_hook(keep_rows(plan.last_block)))
+    plan, handles = stage.plan, []
+    for block in range(plan.first_block, plan.last_block + 1):
+        module = stage.body.get_submodule(f"{blueprint.parts.blocks_in_base}.{block}")
+        handles.append(module.register_forward_hook(keep_output(block)))
+    if stage.head is not None:
+        handles.append(stage.head.readout.register_forward_pre_hook(keep_rows))
     try:
         yield hidden_states, rows
     finally:
@@ -268,21 +319,26 @@ def _watched(model: RunModel) -> Iterator[tuple[dict[int, Tensor], dict[int, Ten
 # ---- exits
 
 
-@torch.no_grad()
-def _agreement(model: RunModel, rows: Mapping[int, Tensor], labels: Tensor) -> Tensor:
-    """fp64 [exits, 2]: at how many positions with a label an exit's best token is the last one's; the sum of the KL.
+class _Last:
+    """The last exit, which the others are compared with: its readout, and the rows there by batch."""
 
-    `rows` [tokens, width] of every readout by its block, `labels` [tokens]. The logits of a few rows at a time exist.
-    """
-    heads = {stage.plan.last_block: stage.head for stage in model.exits if stage.head is not None}
-    last = max(heads)
-    sums = torch.zeros(len(heads), 2, dtype=torch.float64)
-    where = (labels != IGNORE_INDEX).nonzero().flatten()
-    for chosen in where.split(heads[last].readout.chunk_tokens):
-        wanted = F.log_softmax(heads[last].readout.logits(rows[last][chosen]), dim=-1)  # [chosen, V]
-        best = wanted.argmax(dim=-1)
-        for number, (block, head) in enumerate(heads.items()):
-            own = F.log_softmax(head.readout.logits(rows[block][chosen]), dim=-1)
-            sums[number, 0] += (own.argmax(dim=-1) == best).sum().item()
-            sums[number, 1] += F.kl_div(own, wanted, reduction="sum", log_target=True).item()
-    return sums
+    def __init__(self, block: int, head: Head) -> None:
+        self.block, self.readout = block, head.readout
+        self.rows: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def agreement(self, batch: int, head: Head, rows: Tensor, labels: Tensor) -> Tensor:
+        """fp64 [2]: at how many positions with a label an exit's best token is the last one's; the sum of the KL.
+
+        `rows` [tokens, width] at the readout of `head`, `labels` [tokens]; asked of the last exit first. The logits of
+        a few rows at a time exist.
+        """
+        of_last = self.rows.setdefault(batch, rows.cpu()).to(rows.device)
+        sums = torch.zeros(2, dtype=torch.float64)
+        where = (labels != IGNORE_INDEX).nonzero().flatten()
+        for chosen in where.split(self.readout.chunk_tokens):
+            wanted = F.log_softmax(self.readout.logits(of_last[chosen]), dim=-1)  # [chosen, V]
+            own = F.log_softmax(head.readout.logits(rows[chosen]), dim=-1)
+            sums[0] += (own.argmax(dim=-1) == wanted.argmax(dim=-1)).sum().item()
+            sums[1] += F.kl_div(own, wanted, reduction="sum", log_target=True).item()
+        return sums

@@ -20,6 +20,8 @@ from lptransformer.data.tokenizer import Tokenizer
 from lptransformer.errors import UserError
 from lptransformer.run_folder.metrics import TextCounts, text_counts
 
+PIECE_BYTES = 4096  # of a document, when models are compared
+
 
 class Window(NamedTuple):
     """The inputs are ids[start:stop]; scored are ids[first:last], each predicted from the inputs before it."""
@@ -30,19 +32,37 @@ class Window(NamedTuple):
     last: int
 
 
+class Pieces(NamedTuple):
+    """The documents of a text, longer ones in pieces of PIECE_BYTES: how many bytes of the text each is, float64 [p],
+    and in which one each id begins, int64 [n]; -1 for an id that is no token of the text."""
+
+    bytes: np.ndarray
+    of_id: np.ndarray
+
+
 @dataclass(frozen=True)
 class Scoring:
-    """What is scored of a text: its ids, int32 [n], windows, int64 [w, 4] (Window), and the text's own counts."""
+    """What is scored of a text: its ids, int32 [n], windows, int64 [w, 4] (Window), and the text's own counts.
+
+    `pieces` is there where the options ask for it. The ids that are in one are as many as `counts.tokens`, and the
+    bytes of all pieces are `counts.bytes`.
+    """
 
     ids: np.ndarray
     windows: np.ndarray
     counts: TextCounts
     prefix: str | None = None
+    pieces: Pieces | None = None
 
     @property
     def tokens(self) -> int:
         """How many are scored."""
         return int((self.windows[:, 3] - self.windows[:, 2]).sum())
+
+    @property
+    def scored(self) -> np.ndarray:
+        """The places in `ids` that are scored, int64 [tokens], window after window."""
+        return np.concatenate([np.arange(first, last) for _, _, first, last in self.windows.tolist()])
 
     def num_batches(self, batch_size: int) -> int:
         return -(-len(self.windows) // batch_size)
@@ -63,11 +83,13 @@ class Scoring:
 
 
 class Options(NamedTuple):
-    """Window and stride in tokens; `bos` is whether every document begins with the tokenizer's token for that."""
+    """Window and stride in tokens; `bos` is whether every document begins with the tokenizer's token for that;
+    `pieces`, whether the scoring has to say in which piece of the text every token is."""
 
     window: int
     stride: int
     bos: bool
+    pieces: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,21 +119,28 @@ def _blocks(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Sc
     bos = tokenizer.backend.bos_token_id
     prefix = [] if not options.bos else [bos]
     parts: list[np.ndarray] = []
+    places: list[np.ndarray] = []
+    sizes: list[int] = []
     size = words = 0
     for number, text in enumerate(texts(files)):
         between = [] if number == 0 or tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]
-        parts += [np.array([*between, *prefix], np.int32), tokenizer.encode(text)]
-        size, words = size + len(text.encode()), words + len(text.split())
+        ids, begins = _encoded(tokenizer, text, options)
+        parts += [np.array([*between, *prefix], np.int32), ids]
+        places += [np.array([size - 1] * len(between) + [size] * len(prefix), np.int64), size + begins]
+        sizes.append(len(text.encode()))
+        size, words = size + sizes[-1], words + len(text.split())
     ids = np.concatenate(parts)
     name = tokenizer.backend.bos_token if options.bos else None
-    return Scoring(ids, disjoint(len(ids), options.window), TextCounts(len(ids), size, words), name)
+    pieces = _pieces(sizes, sizes, np.concatenate(places)) if options.pieces else None
+    return Scoring(ids, disjoint(len(ids), options.window), TextCounts(len(ids), size, words), name, pieces)
 
 
 def _hf_sliding(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Scoring:
     """As in transformers' page on perplexity: one text of all documents, joined by two newlines; windows that overlap;
     a token is scored in the first window that holds it, the very first one never."""
-    text = "\n\n".join(texts(files))
-    ids, windows, scored = tokenizer.encode(text), [], 1
+    documents = [*texts(files)]
+    text = "\n\n".join(documents)
+    (ids, begins), windows, scored = _encoded(tokenizer, text, options), [], 1
     for start in range(0, len(ids), options.stride):
         stop = min(start + options.window, len(ids))
         if stop > scored:
@@ -119,7 +148,10 @@ def _hf_sliding(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -
             scored = stop
         if stop == len(ids):
             break
-    return Scoring(ids, _array(windows), TextCounts(len(ids), len(text.encode()), len(text.split())))
+    sizes = [len(one.encode()) for one in documents]
+    sizes = [*(size + 2 for size in sizes[:-1]), *sizes[-1:]]  # the newlines belong to the document before them
+    pieces = _pieces(sizes, sizes, begins) if options.pieces else None
+    return Scoring(ids, _array(windows), TextCounts(len(ids), sum(sizes), len(text.split())), None, pieces)
 
 
 def _lm_eval_wikitext(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Scoring:
@@ -134,11 +166,18 @@ def _lm_eval_wikitext(files: Sequence[Path], tokenizer: Tokenizer, options: Opti
         )
     parts: list[np.ndarray] = []
     windows: list[Window] = []
-    begin = size = words = 0
+    places: list[np.ndarray] = []
+    sizes: list[int] = []
+    seen: list[int] = []
+    begin = before = words = 0
     for text in texts(files):
-        ids = tokenizer.encode(detokenised(text))
+        plain = detokenised(text)
+        ids, begins = _encoded(tokenizer, plain, options)
         parts += [np.array([bos], np.int32), ids]
-        size, words = size + len(text.encode()), words + len(re.split(r"\s+", text))
+        places += [np.array([-1], np.int64), before + begins]
+        sizes.append(len(text.encode()))
+        seen.append(max(1, len(plain.encode())))
+        before, words = before + seen[-1], words + len(re.split(r"\s+", text))
         for done in range(0, len(ids), options.window):
             last = min(done + options.window, len(ids))
             start = max(0, last - options.window)
@@ -146,7 +185,8 @@ def _lm_eval_wikitext(files: Sequence[Path], tokenizer: Tokenizer, options: Opti
         begin += len(ids) + 1
     ids = np.concatenate(parts)
     name = str(backend.convert_ids_to_tokens(bos))
-    return Scoring(ids, _array(windows), TextCounts(len(ids) - len(parts) // 2, size, words), name)
+    pieces = _pieces(sizes, seen, np.concatenate(places)) if options.pieces else None
+    return Scoring(ids, _array(windows), TextCounts(len(ids) - len(sizes), sum(sizes), words), name, pieces)
 
 
 PROTOCOLS = {
@@ -154,6 +194,25 @@ PROTOCOLS = {
     "hf-sliding": Protocol(_hf_sliding, "overlapping windows, as in transformers' documentation", strides=True),
     "lm-eval-wikitext": Protocol(_lm_eval_wikitext, "as the task wikitext of lm-evaluation-harness"),
 }
+
+
+def _encoded(tokenizer: Tokenizer, text: str, options: Options) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of a text, and the byte at which each begins where that is asked for, else nothing."""
+    return tokenizer.encode_with_places(text) if options.pieces else (tokenizer.encode(text), np.empty(0, np.int64))
+
+
+def _pieces(sizes: Sequence[int], seen: Sequence[int], places: np.ndarray) -> Pieces:
+    """Cut documents of `sizes` bytes, of which the tokenizers see `seen` bytes, one document behind the other; an id
+    begins at the byte `places` of what they see, -1 for one that is no token of the text.
+
+    The cuts are made in what is seen; a piece counts the same share of its document's own bytes.
+    """
+    edges = np.cumsum([0, *seen])
+    begins = [np.arange(edge, edge + size, PIECE_BYTES) for edge, size in zip(edges[:-1], seen, strict=True)]
+    cuts = np.concatenate([*begins, edges[-1:]])
+    of_id = np.searchsorted(cuts[:-1], places, side="right") - 1
+    return Pieces(np.diff(np.interp(cuts, edges, np.cumsum([0, *sizes]))), of_id)
+
 
 # WikiText's own tokenisation, undone as lm-evaluation-harness 0.4 does it, pattern after pattern (the second one, with
 # slashes and brackets that mean themselves, included).

@@ -124,3 +124,25 @@ def chunked_cross_entropy(
     trained = (x is not None and torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias))
     loss, total = _ChunkedCrossEntropy.apply(hidden, weight, labels, scale, chunk_tokens, rule, bias, *trained)
     return loss, total
+
+
+def token_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_tokens: int,
+    rule: LogitRule = PLAIN,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The cross-entropy of every row by itself, [tokens], 0 without a label; arguments as of `chunked_cross_entropy`.
+
+    For evaluation: no gradients.
+    """
+    losses = []
+    for start in chunk_starts(hidden.shape[0], chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        logits = F.linear(hidden[rows], weight, bias)
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses.append(F.cross_entropy(rule(exact), labels[rows], ignore_index=IGNORE_INDEX, reduction="none"))
+        del logits, exact
+    return torch.cat(losses)

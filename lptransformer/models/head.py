@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lptransformer.errors import OptionError
 from lptransformer.methods.cost import loss_positions
 from lptransformer.methods.heads import HEADS, HeadOptions, LowRankOptions
-from lptransformer.models.cross_entropy import PLAIN, LogitRule, chunked_cross_entropy
+from lptransformer.models.cross_entropy import PLAIN, LogitRule, chunked_cross_entropy, token_cross_entropy
 from lptransformer.models.seeds import unit_seed
 
 
@@ -97,6 +97,10 @@ class Readout(nn.Module):
         """rows [..., H] to logits [..., V]; for evaluation, outside DeepSpeed."""
         return self.rule(F.linear(rows, self.weight, self.bias))
 
+    def token_nlls(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """rows [tokens, H] and labels [tokens] to the loss of each, [tokens]; for evaluation, outside DeepSpeed."""
+        return token_cross_entropy(rows, self.weight, labels, self.chunk_tokens, self.rule, self.bias)
+
 
 class SharedReadout(nn.Module):
     """A read-only copy of the last stage's readout, and a trained temperature that multiplies the logits.
@@ -123,6 +127,11 @@ class SharedReadout(nn.Module):
     def logits(self, rows: Tensor) -> Tensor:
         """See Readout.logits."""
         return self.rule(F.linear(rows * self.temperature, self.weight, self.bias))
+
+    def token_nlls(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """See Readout.token_nlls."""
+        rows = rows * self.temperature
+        return token_cross_entropy(rows, self.weight, labels, self.chunk_tokens, self.rule, self.bias)
 
 
 class Head(nn.Module):
@@ -167,6 +176,11 @@ class Head(nn.Module):
     def logits(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [b, T, H] to logits [b, T, V]; for evaluation, outside DeepSpeed."""
         return self.readout.logits(self._rows(self._through_blocks(hidden_states)))
+
+    def token_nlls(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        """hidden_states [b, T, H] and labels [b, T] to the negative log-likelihood of each label in nats, [b, T]."""
+        rows = self._rows(self._through_blocks(hidden_states)).flatten(0, 1)
+        return self.readout.token_nlls(rows, labels.flatten()).view(labels.shape)
 
     @torch.no_grad()
     def refresh(self, received: Mapping[str, Tensor]) -> None:

@@ -26,8 +26,8 @@ from lptransformer.errors import ConfigError
 from lptransformer.models import blueprint as blueprints
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.planning.dry_run import predicted, unprepared
+from lptransformer.processes import on_gpus, own_memory
 from lptransformer.run_folder import layout
-from lptransformer.training.this_host import on_gpus, own_memory
 
 if TYPE_CHECKING:
     from lptransformer.engine.process_groups import World  # with DeepSpeed, which takes seconds

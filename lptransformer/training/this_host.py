@@ -17,12 +17,11 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -30,7 +29,7 @@ import lptransformer
 from lptransformer.config import deepspeed_keys
 from lptransformer.config.schema import Config
 from lptransformer.errors import ConfigError
-from lptransformer.processes import launched_size
+from lptransformer.processes import local_processes, own_memory
 from lptransformer.run_folder import layout
 from lptransformer.store import HOSTS_VARIABLE, address_between_hosts, addresses_of, unreachable
 
@@ -81,8 +80,7 @@ class HostFacts:
 def check_host(config: Config, processes: int | None = None) -> None:
     """Raises ConfigError where this host cannot run the configuration with so many processes (None: as many as the
     launcher says)."""
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or launched_size()
-    check_devices(config.parallel.channel, config.parallel.data, config.engine, processes or int(local))
+    check_devices(config.parallel.channel, config.parallel.data, config.engine, processes or local_processes())
     keys = deepspeed_keys.compiled(config.deepspeed)
     if keys and (missing := missing_build_tools()):
         raise ConfigError(
@@ -120,43 +118,9 @@ def missing_build_tools() -> list[str]:
     return missing
 
 
-def on_gpus() -> bool:
-    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-
-
-def own_memory(local_rank: int | None = None) -> tuple[str, int]:
-    """The pool of this process (by its launcher's LOCAL_RANK): of its GPU where there are GPUs, else of the host."""
-    host = socket.gethostname()
-    if on_gpus():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0")) if local_rank is None else local_rank
-        gpu = local_rank % torch.cuda.device_count()  # pipeline ranks may share a GPU
-        return f"GPU {gpu} of {host}", torch.cuda.mem_get_info(gpu)[0]
-    return host, max(min([psutil.virtual_memory().available, *cgroup_rooms()]), 0)
-
-
 def of_gpus(local: int) -> str:
     """The pools of `local` processes on this machine, as JSON."""
     return json.dumps([own_memory(rank) for rank in range(local)])
-
-
-def cgroup_rooms(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """Bytes that each control group of this process (versions 1 and 2) may still take; caches of files give way."""
-    for line in own.read_text().splitlines() if own.is_file() else ():
-        _, kinds, path = line.split(":", 2)
-        base, names = root, ("memory.max", "memory.current", "inactive_file")
-        if "memory" in kinds.split(","):
-            base = root / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        elif kinds:
-            continue
-        folder = base / path.lstrip("/")
-        for group in (folder, *folder.parents):
-            with contextlib.suppress(OSError, ValueError):  # no such group here, or no limit: "max"
-                limit, used = (int((group / name).read_text()) for name in names[:2])
-                stat = dict(one.split() for one in (group / "memory.stat").read_text().splitlines())
-                yield limit - used + int(stat.get(names[2], 0))
-            if group == base:
-                break
 
 
 def facts(asked: Question) -> HostFacts:

@@ -111,6 +111,27 @@ def test_trained_ids_are_those_of_sentencepiece_for_random_texts(trained: tuple[
     assert [ids.tolist() for ids in ours.encode_many(texts)] == original.encode(texts)
 
 
+def test_the_places_of_tokens_are_where_their_text_begins(
+    trained: tuple[tokenizer.Tokenizer, Path], byte_level: Path
+) -> None:
+    """The bytes up to each place are those of the ids before it, but within a character of several tokens."""
+    text = "".join(STRANGE[1:13]) + make_text(9000)  # longer than a piece
+    assert tokenizer.load("bytes").encode_with_places("aé!")[1].tolist() == [0, 1, 2, 3]
+    for ours in (trained[0], tokenizer.load(byte_level)):
+        ids, places = ours.encode_with_places(text)
+        assert np.array_equal(ids, ours.encode(text)) and places.shape == ids.shape and places[0] == 0
+        encoded, checked = text.encode(), 0
+        for number in range(1, len(ids), 7):
+            if (before := ours.decode(ids[:number])) == text[: len(before)] and "\ufffd" not in before[-1:]:
+                assert places[number] == len(before.encode()), (number, before[-20:])
+                checked += 1
+            if number > 700:
+                break
+        assert checked > 60 and places[-1] < len(encoded) and (np.diff(places) >= 0).all()
+        tail = ours.decode(ids[-5:])
+        assert tail == encoded[places[-5] :].decode()
+
+
 def test_a_literal_special_token_in_a_text_is_text(trained: tuple[tokenizer.Tokenizer, Path]) -> None:
     for ours in (trained[0], tokenizer.load("bytes")):
         assert ours.end_of_text_id is not None

@@ -25,6 +25,7 @@ from lptransformer.data.tokenizer import load as load_tokenizer
 from lptransformer.errors import DataError, RunError, UserError
 from lptransformer.evaluation import trained_model
 from lptransformer.evaluation.diagnosis import diagnose_run, draw_diagnosis, print_diagnosis, write_diagnosis
+from lptransformer.evaluation.export import export_run
 from lptransformer.evaluation.local_gradients import Diagnosis, diagnose
 from lptransformer.evaluation.spectrum import Moments, effective_rank, stable_rank
 from lptransformer.evaluation.trained_model import RunModel
@@ -33,6 +34,7 @@ from lptransformer.methods.spans import Phase, Span
 from lptransformer.models import hf_config
 from lptransformer.models.stage import make_stage
 from lptransformer.run_folder import layout
+from lptransformer.training.launcher import run as run_command
 
 VOCAB, WINDOW, BLOCKS = 67, 12, 4
 SIZES: dict[str, Any] = {"intermediate_size": None, "num_key_value_heads": None, "end_of_text_id": None}
@@ -63,7 +65,8 @@ def make_batches(number: int, rows: int = 3) -> list[Batch]:
 
 
 def diagnosed(model: RunModel, name: str, batches: Sequence[Batch], **options: Any) -> Diagnosis:
-    return diagnose(model, objectives.build(BLOCKS, name, **options).usual, batches)
+    phase = objectives.build(BLOCKS, name, **options).usual
+    return diagnose(model.groups, model.blueprint, phase, batches, model.device)
 
 
 # ---- gradients
@@ -190,6 +193,20 @@ def test_gradients_are_those_of_a_plain_loop_over_the_whole_hugging_face_model(c
         assert one.norm_ratio_of_sum == pytest.approx((local.norm() / true.norm()).item(), rel=1e-4)
     if case in ("chunked", "greedy", "overlapping"):  # the case can tell right from wrong
         assert found[0].cosine < 0.9 and abs(found[0].cosine - found[0].cosine_of_sum) > 1e-4
+
+
+def test_up_to_an_exit_the_true_gradient_is_that_of_its_loss() -> None:
+    model, (batch,) = make_model("greedy"), make_batches(1)
+    net = whole(model)
+    phase = Phase(tuple(Span(block, block) for block in range(3)))
+    found = diagnose(model.groups[:3], model.blueprint, phase, [batch], model.device)
+    assert [one.last_block for one in found.exits] == [0, 1, 2] == [one.block for one in found.ranks]
+    true = gradients(model, net, 0, 2, batch)
+    local = {block: gradients(model, net, block or 0, block or 0, batch)[block] for block in true}
+    for one in found.gradients:
+        wanted = F.cosine_similarity(true[one.block], local[one.block], dim=0).item()
+        assert one.cosine == pytest.approx(wanted, abs=2e-5)
+    assert found.exits[-1].agreement == 1.0 and len(found.gradients) == 4 and found.gradients[-1].cosine == 1.0
 
 
 def test_backprop_gives_the_true_gradient() -> None:
@@ -366,9 +383,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_is_diagnosed_on_windows_from_all_over_the_set(saved: Path) -> None:
     results = diagnose_run(saved, batches=3, batch_size=2)
-    about = {key: results[key] for key in list(results)[:9]}
+    about = {key: results[key] for key in list(results)[:10]}
     assert about == {
-        **{"run": str(saved), "step": 20, "set": "moor", "objective": "chunked", "delayed": False},
+        **{"run": str(saved), "step": 20, "set": "moor", "objective": "chunked", "delayed": False, "exit": None},
         **{"window": 16, "windows": 6, "batches": 3, "batch_size": 2},
     }
     # The same by hand: windows 0, 1/6, 2/6 ... of the way through the set.
@@ -376,8 +393,9 @@ def test_a_run_is_diagnosed_on_windows_from_all_over_the_set(saved: Path) -> Non
     rows = torch.tensor([ids[16 * w : 16 * w + 16] for w in (i * (len(ids) // 16) // 6 for i in range(6))])
     labels = torch.cat([rows[:, 1:], torch.full((6, 1), IGNORE_INDEX)], dim=1)
     batches = [Batch(rows[i : i + 2], labels[i : i + 2]) for i in (0, 2, 4)]
-    wanted = diagnose(trained_model.load(saved, 20), Phase((Span(0, 1), Span(2, 3))), batches)
-    assert {key: results[key] for key in list(results)[9:]} == asdict(wanted)
+    model = trained_model.load(saved, 20)
+    wanted = diagnose(model.groups, model.blueprint, Phase((Span(0, 1), Span(2, 3))), batches, model.device)
+    assert {key: results[key] for key in list(results)[10:]} == asdict(wanted)
 
 
 def test_the_checkpoint_and_the_set_are_chosen(saved: Path) -> None:
@@ -386,6 +404,19 @@ def test_the_checkpoint_and_the_set_are_chosen(saved: Path) -> None:
     sea = diagnose_run(saved, set_name="sea", **small)
     assert (newest["step"], older["step"], sea["set"]) == (20, 10, "sea")
     assert len({one["exits"][0]["nll_per_token"] for one in (newest, older, sea)}) == 3
+
+
+def test_the_model_ends_at_the_exit_asked_for(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first chunk is trained by the loss at its end, so up to there its gradients are the true ones."""
+    words = ["diagnose", str(saved), "--exit", "1", "--batches", "1", "--by-stage", "always"]
+    run_command(parser(), words)
+    assert "up to the exit after block 1 after 20 updates" in capsys.readouterr().out
+    part = json.loads((saved / "diagnosis.json").read_text())
+    whole = diagnose_run(saved, batches=1)
+    assert part["exit"] == 1 and [one["block"] for one in part["gradients"]] == [None, 0, 1]
+    assert {one["cosine"] for one in part["gradients"]} == {1.0} and whole["gradients"][1]["cosine"] < 0.99
+    assert part["ranks"] == whole["ranks"][:2]
+    assert part["exits"][0]["nll_per_token"] == whole["exits"][0]["nll_per_token"] and len(part["exits"]) == 1
 
 
 def test_a_set_with_fewer_windows_is_taken_whole(saved: Path) -> None:
@@ -413,11 +444,18 @@ def test_of_a_hybrid_objective_the_usual_phase_counts(saved: Path, tmp_path: Pat
         ({"batches": 0}, UserError, "--batches 0"),
         ({"batch_size": -1}, UserError, "--batch-size -1"),
         ({"step": 15}, RunError, "15 updates .*10, 20"),
+        ({"exit_block": 2}, UserError, "--exit 2: .* has exits after the blocks 1, 3"),
     ],
 )
 def test_mistakes_are_named(saved: Path, options: dict[str, Any], error: type[UserError], message: str) -> None:
     with pytest.raises(error, match=message):
         diagnose_run(saved, **options)
+
+
+def test_a_model_folder_has_no_objective_to_diagnose(saved: Path, tmp_path: Path) -> None:
+    export_run(saved, tmp_path / "out", keep_exits=True)
+    with pytest.raises(UserError, match="is a model folder: it does not say which loss trained which block"):
+        diagnose_run(tmp_path / "out")
 
 
 def test_the_command_prints_three_tables_and_leaves_three_files(

@@ -112,16 +112,6 @@ def test_wikitext_is_scored_document_by_document(model: Path, text: Path) -> Non
     assert last["bits_per_byte"] == pytest.approx(total / size / math.log(2), rel=1e-6)
 
 
-HARNESS = """
-import json, sys
-import lm_eval
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-folder, tasks, window = sys.argv[1:]
-model = HFLM(pretrained=folder, max_length=int(window), dtype="float32", device="cpu", batch_size=2)
-found = lm_eval.simple_evaluate(model=model, tasks=["excerpt"], task_manager=TaskManager(include_path=tasks))
-print(json.dumps({name.partition(",")[0]: value for name, value in found["results"]["excerpt"].items()}, default=str))
-"""
 TASK = """
 task: excerpt
 dataset_path: json
@@ -139,11 +129,11 @@ metric_list:
 
 
 @pytest.mark.slow
-def test_it_is_what_lm_eval_says(
-    model: Path, text: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """lm-evaluation-harness itself on the folder, with its own task's functions over our documents."""
+def test_it_is_what_the_command_of_lm_eval_says(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """`lm_eval` on an export, with its own task's functions over our documents; `evaluate` on the run itself."""
     harness = overlay("lm-eval", tmp_path_factory.mktemp("lm-eval"))
+    run = make_run(tmp_path, model={"family": "llama"}, tokenizer="sentencepiece")
+    export_run(run, tmp_path / "exported")
     tasks = tmp_path / "tasks"
     pages = (json.dumps({"page": one}) + "\n" for one in DOCUMENTS)
     file = write_text(tasks / "pages.jsonl", "".join(pages))
@@ -151,11 +141,17 @@ def test_it_is_what_lm_eval_says(
     write_text(tasks / "wikitext_functions.py", own.read_text())
     write_text(tasks / "excerpt.yaml", TASK.format(file=file, folder="wikitext_functions"))
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(harness)}
-    ask = [sys.executable, "-c", HARNESS, str(model), str(tasks), str(WINDOW)]
+    model = f"pretrained={tmp_path / 'exported'},max_length={WINDOW},dtype=float32"
+    ask = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", model, "--tasks", "excerpt"]
+    ask += ["--include_path", str(tasks), "--device", "cpu", "--batch_size", "2", "--output_path", str(tmp_path / "o")]
     done = subprocess.run(ask, env={**os.environ, **offline}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    theirs = json.loads(done.stdout.splitlines()[-1])
-    ours = evaluated(model, text, protocol="lm-eval-wikitext", window=WINDOW)["exits"][-1]
+    (path,) = (tmp_path / "o").rglob("results*.json")
+    theirs = {name.partition(",")[0]: one for name, one in json.loads(path.read_text())["results"]["excerpt"].items()}
+
+    lines = (json.dumps({"text": one}) + "\n" for one in DOCUMENTS)
+    text = write_text(tmp_path / "moor.jsonl", "".join(lines))
+    ours = evaluated(run, text, protocol="lm-eval-wikitext")["exits"][-1]
     for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
 

@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lptransformer.models.cross_entropy import IGNORE_INDEX, PLAIN, LogitRule, chunked_cross_entropy
+from lptransformer.models.cross_entropy import (
+    IGNORE_INDEX,
+    PLAIN,
+    LogitRule,
+    chunked_cross_entropy,
+    token_cross_entropy,
+)
 
 ROWS, HIDDEN, VOCABULARY = 37, 16, 50
 
@@ -97,7 +103,11 @@ def test_a_bias_is_added_before_the_rule_and_has_its_gradient(
     logits = rule(F.linear(leaves[0], leaves[1], exact))
     (F.cross_entropy(logits, labels, reduction="sum") / 7).backward()
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    chunked_cross_entropy(hidden, weight, labels, 1 / 7, 10, rule, bias)[0].backward()
+    loss, total = chunked_cross_entropy(hidden, weight, labels, 1 / 7, 10, rule, bias)
+    loss.backward()
+    with torch.no_grad():
+        of_tokens = token_cross_entropy(hidden, weight, labels, 10, rule, bias)
+    torch.testing.assert_close(of_tokens.sum(), total)
     for found, right in zip((hidden, weight, bias)[: 2 + trained], (*leaves, exact), strict=False):
         torch.testing.assert_close(found.grad, right.grad.float(), rtol=1e-5, atol=1e-6)
     assert (bias.grad is not None) == trained

@@ -15,6 +15,7 @@ import small_run
 import yaml
 from safetensors.torch import load_file
 
+from lptransformer import processes
 from lptransformer.__main__ import parser
 from lptransformer.config.checks import micro_batch_size
 from lptransformer.config.load import load, to_yaml
@@ -224,7 +225,7 @@ def test_limits_of_control_groups_count(tmp_path: Path) -> None:
     own.write_text("0::/job/step\n")
     group(root / "job" / "step", "max", 700, 0)
     group(root / "job", "1000", 800, 50)
-    assert list(this_host.cgroup_rooms(root, own)) == [250]
+    assert list(processes.cgroup_rooms(root, own)) == [250]
 
     old = root / "memory" / "job"
     old.mkdir(parents=True)
@@ -232,13 +233,13 @@ def test_limits_of_control_groups_count(tmp_path: Path) -> None:
         (old / f"memory.{name}").write_text(f"{value}\n")
     (old / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 30\n")
     own.write_text("5:cpu:/job\n4:memory:/job\n0::/gone\n")
-    assert list(this_host.cgroup_rooms(root, own)) == [430]
-    assert list(this_host.cgroup_rooms(root, tmp_path / "no such file")) == []
+    assert list(processes.cgroup_rooms(root, own)) == [430]
+    assert list(processes.cgroup_rooms(root, tmp_path / "no such file")) == []
 
 
 def test_processes_of_a_host_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(this_host.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(this_host, "cgroup_rooms", lambda: [1001])
+    monkeypatch.setattr(processes.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(processes, "cgroup_rooms", lambda: [1001])
     own = memory.own_memory()
     assert own[1] == 1001 and memory.pools([own, own]) == [Pool(own[0], 1001, (0, 1))]
     assert memory.pools([("a", 5), ("b", 7), ("a", 3)]) == [Pool("a", 3, (0, 2)), Pool("b", 7, (1,))]
@@ -247,7 +248,7 @@ def test_processes_of_a_host_share_what_is_free(monkeypatch: pytest.MonkeyPatch)
 def test_pipeline_ranks_on_one_gpu_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    cuda = this_host.torch.cuda
+    cuda = processes.torch.cuda
     monkeypatch.setattr(cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "device_count", lambda: 2)
     monkeypatch.setattr(cuda, "mem_get_info", lambda device: ([10, 90][device], 100))

@@ -16,7 +16,7 @@ from lptransformer.run_folder import checkpoint
 
 pytestmark = pytest.mark.slow
 EXIT_KEYS = {"stage", "last_block", "head", "nll_per_token", "perplexity", "bits_per_byte", "byte_perplexity"}
-EXIT_KEYS |= {"word_perplexity", "tokens"}
+EXIT_KEYS |= {"word_perplexity", "tokens", "words", "bytes"}
 
 
 @pytest.fixture(scope="module")

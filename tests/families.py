@@ -171,7 +171,7 @@ _HEAD = """\
 Written by `tests/families.py` from the list that the tests try (`tests/models/test_family_check.py`), a tiny model of
 each with the transformers of requirements.txt. **Trained** means: cut into two and into four pieces, with embedding and
 readout tied and untied, and with positions that begin again within a window, it has the library's logits bit for bit;
-loss and gradients of one backprop update are the library's to 1e-5 of the largest; the last token changes nothing
+loss and gradients of one backprop update are the library's to 1e-6 of the largest; the last token changes nothing
 before it; the final norm takes what the last block gives. None of them misses that. **Apart**: position ids that begin
 again keep the documents of a window apart, so that a document's logits do not depend on those before it.
 

@@ -99,7 +99,7 @@ def _tokens() -> Tensor:
     return torch.randint(0, LEAST_IDS, (2, TOKENS), generator=torch.Generator().manual_seed(0))
 
 
-def compare(whole: Any, config: Any, parts: Anatomy, cut: Sequence[range]) -> None:
+def compare(whole: Any, config: Any, parts: Anatomy, cut: Sequence[range], tolerance: float = TOLERANCE) -> None:
     """Raises ModelError unless the library's model `whole`, which gets other weights, is these pieces."""
 
     def refuse(why: str) -> NoReturn:
@@ -114,7 +114,7 @@ def compare(whole: Any, config: Any, parts: Anatomy, cut: Sequence[range]) -> No
     later = ids.clone()
     later[:, -1] = (later[:, -1] + 1) % LEAST_IDS
     off = _off(_watched(whole, parts, later)[0][:, :-1], logits[:, :-1])
-    if off > TOLERANCE:
+    if off > tolerance:
         refuse(f"it is not causal: the last token changes the logits before it (by {off:.2g} of the largest)")
     if len(normed) != 1 or not torch.equal(normed[0], ended[-1]):
         refuse("what is taken for its final norm does not take what its last block gives")
@@ -132,7 +132,7 @@ def compare(whole: Any, config: Any, parts: Anatomy, cut: Sequence[range]) -> No
     batch = LossBatch(labels, scale=1.0 / (2 * (TOKENS - 1)))
     loss = head(hidden_states(joined, ids), batch)[CROSS_ENTROPY].loss
     own_loss = whole(input_ids=ids, labels=ids, use_cache=False).loss
-    if (off := _off(loss.detach(), own_loss.detach())) > TOLERANCE:
+    if (off := _off(loss.detach(), own_loss.detach())) > tolerance:
         refuse(f"its pieces have another loss (off by {off:.2g})")
     own_loss.backward()
     loss.backward()
@@ -141,7 +141,7 @@ def compare(whole: Any, config: Any, parts: Anatomy, cut: Sequence[range]) -> No
         found[f"{parts.token_embedding}.weight"] += found[f"{parts.lm_head}.weight"]
     for name, weight in whole.named_parameters():
         own = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        if (off := _off(found[name], own)) > 10 * TOLERANCE:
+        if (off := _off(found[name], own)) > tolerance:
             refuse(f"its pieces have another gradient of {name} (off by {off:.2g} of the largest)")
 
 

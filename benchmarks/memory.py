@@ -62,6 +62,10 @@ class RandomTokens:
         self.log.mark("micro-batch")
         return self.tokens
 
+    def label_counts(self, index: int) -> list[int]:
+        rows, length = self.tokens.input_ids.shape
+        return [length - 1] * rows
+
     def position(self, index: int) -> dict[str, int]:
         return {"epoch": 0, "offset": index}
 

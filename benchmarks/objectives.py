@@ -49,6 +49,10 @@ class RandomTokens:
     def batch(self, index: int) -> Batch:
         return self.batch_of_all
 
+    def label_counts(self, index: int) -> list[int]:
+        rows, length = self.batch_of_all.input_ids.shape
+        return [length - 1] * rows
+
     def position(self, index: int) -> dict[str, int]:
         return {"epoch": 0, "offset": index}
 

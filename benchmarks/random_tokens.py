@@ -24,6 +24,9 @@ class RandomTokens:
         ids = torch.randint(0, self.vocab_size, (self.rows, self.sequence_length), generator=generator)
         return Batch(ids, F.pad(ids[:, 1:], (0, 1), value=IGNORE_INDEX))
 
+    def label_counts(self, index: int) -> list[int]:
+        return [self.sequence_length - 1] * self.rows
+
     def position(self, index: int) -> dict[str, int]:
         return {"epoch": 0, "offset": index}
 

@@ -64,12 +64,21 @@ class RandomStream:
     micro_batch_size: int
     sequence_length: int
     vocab_size: int
+    labels: tuple[int, ...] = ()  # of micro-batch i the first labels[i % len(labels)]; empty: all
 
     def batch(self, index: int) -> Batch:
         generator = torch.Generator().manual_seed(1000 + index)
         shape = (self.micro_batch_size, self.sequence_length)
         ids = (torch.rand(shape, generator=generator).square() * self.vocab_size).long()
-        return Batch(ids, torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100))
+        labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+        for row, count in enumerate(self.label_counts(index)):
+            labels[row, count:] = -100
+        return Batch(ids, labels)
+
+    def label_counts(self, index: int) -> list[int]:
+        full, rows = self.sequence_length - 1, self.micro_batch_size
+        left = self.labels[index % len(self.labels)] if self.labels else rows * full
+        return [min(full, max(0, left - row * full)) for row in range(rows)]
 
     def position(self, index: int) -> dict[str, int]:
         return {"epoch": 0, "offset": index * self.micro_batch_size}
@@ -94,17 +103,17 @@ def load_config(overrides: Sequence[str]) -> Config:
     return configuration.load(BASE, overrides)
 
 
-def make_stream(config: Config) -> RandomStream:
+def make_stream(config: Config, labels: tuple[int, ...] = ()) -> RandomStream:
     vocab_size = config.data.vocab_size if "vocab_size" in config.data.model_fields_set else VOCAB_SIZE
-    return RandomStream(config.train.micro_batch_size, config.data.sequence_length, vocab_size)
+    return RandomStream(config.train.micro_batch_size, config.data.sequence_length, vocab_size, labels)
 
 
-def open_engine(overrides: Sequence[str]) -> LocalUpdateEngine:
+def open_engine(overrides: Sequence[str], labels: tuple[int, ...] = ()) -> LocalUpdateEngine:
     config = load_config(overrides)
     use_fair_share_of_cores()
     world = join(config.parallel.pipeline, config.parallel.data, config.parallel.timeout_seconds)
-    stream = make_stream(config)
-    valid = {"valid": RandomValidSet(stream)}
+    stream = make_stream(config, labels)
+    valid = {"valid": RandomValidSet(make_stream(config))}
     engine = build_engine(config, world, make_blueprint(config, stream.vocab_size, None), stream, valid)
     assert isinstance(engine, LocalUpdateEngine)
     return engine
@@ -212,17 +221,18 @@ def train(
     load: Path | None = None,
     save: Path | None = None,
     every_update: Path | None = None,
+    labels: tuple[int, ...] = (),
 ) -> Trained:
     """Build an engine, load, train, save, evaluate. A TrainingError ends it early and is part of what is returned.
 
     `every_update`: evaluate and save there after each update.
     """
-    engine = open_engine(overrides)
+    engine = open_engine(overrides, labels)
     world, stages = engine.world, engine.local
     trained = Trained(
         world.pipeline_rank,
         world.data_rank,
-        {index: how.label_tokens for index, how in engine.blueprint.head_losses.items()},
+        {index: engine.label_tokens(0, fraction) for index, fraction in engine.blueprint.head_fractions.items()},
         plans={index: stage.plan for index, stage in stages.items()},
         reports={index: [] for index in stages},
         clip_groups=[

@@ -101,10 +101,12 @@ def optimizer_options(config: Config) -> dict[str, Any]:
 
 
 @cache
-def expected(overrides: tuple[str, ...], updates: int, **formulas: Any) -> reference.Result:
+def expected(
+    overrides: tuple[str, ...], updates: int, labels: tuple[int, ...] = (), **formulas: Any
+) -> reference.Result:
     """The reference's result. `overrides` beyond model, objective, head, optimizer and train change nothing here."""
     config = load_config(overrides)
-    stream, train = make_stream(config), config.train
+    stream, train = make_stream(config, labels), config.train
     batches = [stream.batch(index) for index in range(updates * train.micro_batches_per_update)]
     return reference.train(
         whole_model_config(config, stream.vocab_size),
@@ -118,7 +120,7 @@ def expected(overrides: tuple[str, ...], updates: int, **formulas: Any) -> refer
         config.loss.chunk_tokens,
         phase_of_update=phase_of_update(config, updates),
         delayed=config.objective.name == "delayed",
-        heads=head_options(config),
+        heads=head_options(config, labels),
         border=None if config.border.codec == "none" else config.border.codec,
         dtype=torch.float64 if train.dtype == "fp64" else torch.float32,
         **formulas,
@@ -128,7 +130,7 @@ def expected(overrides: tuple[str, ...], updates: int, **formulas: Any) -> refer
 # --------------------------------------------------------------------------------------------- the comparison
 
 
-def head_options(config: Config) -> reference.HeadOptions:
+def head_options(config: Config, labels: tuple[int, ...] = ()) -> reference.HeadOptions:
     """The auxiliary heads in the words of the reference; lags as docs/design.md has them."""
     head, parallel, train = config.head, config.parallel, config.train
     ends = sorted(last for _, last in phases_of(config)[0].spans)
@@ -137,7 +139,13 @@ def head_options(config: Config) -> reference.HeadOptions:
 
     def positions(block: int, micro_batch: int) -> Tensor:
         return token_positions(
-            train.seed, block, micro_batch, train.micro_batch_size, config.data.sequence_length, head.token_fraction
+            train.seed,
+            block,
+            micro_batch,
+            train.micro_batch_size,
+            config.data.sequence_length,
+            head.token_fraction,
+            make_stream(config, labels).batch(micro_batch).labels,
         )
 
     return reference.HeadOptions(

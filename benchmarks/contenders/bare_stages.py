@@ -70,10 +70,10 @@ def build(specs: Sequence[tuple[Spec, tuple[str, ...]]], work: Work, rank: int) 
             if stage_plan.pipeline_rank != rank:
                 continue
             stage = make_stage(stage_plan, blueprint, seed=config.train.seed)
-            how, positions = blueprint.head_losses.get(stage_plan.index), None
-            if how is not None and how.token_fraction < 1:
+            fraction, positions = blueprint.head_fractions.get(stage_plan.index, 1.0), None
+            if fraction < 1:
                 rows, length = batch.input_ids.shape
-                seed, block, fraction = config.train.seed, stage_plan.last_block, how.token_fraction
+                seed, block = config.train.seed, stage_plan.last_block
                 positions = token_positions(seed, block, 0, rows, length, fraction)
             hidden = torch.randn(*batch.input_ids.shape, blueprint.parts.hidden_size)
             found.append(

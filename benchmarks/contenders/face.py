@@ -91,6 +91,9 @@ class RandomTokens:
     def batch(self, index: int) -> Batch:
         return self.kept[index % len(self.kept)]
 
+    def label_counts(self, index: int) -> list[int]:
+        return [self.sequence_length - 1] * self.rows
+
     def position(self, index: int) -> dict[str, int]:
         return {"epoch": 0, "offset": index}
 

@@ -25,10 +25,14 @@ _MANIFEST |= dict.fromkeys(["sequence_length", "vocab_size", "rows", "tokens", "
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids, labels: int64 [micro_batch_size, sequence_length]; labels[t] = input_ids[t + 1], -100 for no label."""
+    """input_ids, labels: int64 [micro_batch_size, sequence_length]; labels[t] = input_ids[t + 1], -100 for no label.
+
+    With `position_ids`, of the same shape, the documents of a row are kept apart: they begin again at 0 with each.
+    """
 
     input_ids: Tensor
     labels: Tensor
+    position_ids: Tensor | None = None
 
     @property
     def label_tokens(self) -> int:
@@ -96,6 +100,11 @@ class TokenSet:
         chunk = int(np.searchsorted(self.first_rows, index, side="right")) - 1
         start = (index - int(self.first_rows[chunk])) * self.sequence_length
         return self.chunks[chunk][start : start + self.sequence_length]
+
+    def label_counts(self, rows: Sequence[int]) -> list[int]:
+        """The labels of each of these rows, without reading them."""
+        last, rest = len(self) - 1, self.manifest["tokens"] - (len(self) - 1) * self.sequence_length
+        return [(rest if row == last else self.sequence_length) - 1 for row in rows]
 
     def num_batches(self, micro_batch_size: int) -> int:
         return -(-len(self) // micro_batch_size)

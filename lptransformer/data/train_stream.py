@@ -38,12 +38,18 @@ class TrainStream:
 
     def batch(self, index: int) -> Batch:
         """Micro-batch `index` since the start of the run: [micro_batch_size, sequence_length]."""
-        first = index * self.micro_batch_size
-        rows = []
-        for row in range(first, first + self.micro_batch_size):
-            number, of_set = self._order(row // self.rows_per_epoch)[row % self.rows_per_epoch]
-            rows.append(self.sets[number].row(int(of_set)))
+        rows = [self.sets[number].row(row) for number, row in self._rows(index)]
         return make_batch(rows, self.micro_batch_size, self.sets[0].sequence_length)
+
+    def label_counts(self, index: int) -> list[int]:
+        """The labels of each row of a micro-batch, without reading it."""
+        return [self.sets[number].label_counts([row])[0] for number, row in self._rows(index)]
+
+    def _rows(self, index: int) -> list[tuple[int, int]]:
+        """The rows of a micro-batch: the number of the set, the row of it."""
+        first = index * self.micro_batch_size
+        places = (divmod(row, self.rows_per_epoch) for row in range(first, first + self.micro_batch_size))
+        return [(int(number), int(row)) for number, row in (self._order(epoch)[at] for epoch, at in places)]
 
     def position(self, index: int) -> dict[str, int]:
         """Where micro-batch `index` begins: the epoch, and the rows of it that are used before."""

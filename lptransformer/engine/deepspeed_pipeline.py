@@ -111,6 +111,10 @@ class PipelineBaseline(TrainingEngine):
 
     def train_batch(self) -> UpdateResult:
         """See TrainingEngine. At ZeRO 0 in fp32 losses that are not finite count as skipped."""
+        if not self.label_tokens(self.update, 1.0):
+            raise TrainingError(
+                f"update {self.update + 1} has no label: engine=local skips it, DeepSpeed's pipeline cannot"
+            )
         started, waited = time.perf_counter(), self._waited_seconds
         self._loss_sums = []
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -232,7 +236,7 @@ class PipelineBaseline(TrainingEngine):
         DeepSpeed averages over the micro-batches and over the replicas: the mean has to be the one over tokens.
         """
         assert self.stage.head is not None
-        scale = self.blueprint.micro_batches / self.blueprint.label_tokens
+        scale = self.blueprint.micro_batches / self.label_tokens(self.update, 1.0)
         term = self.stage.head(hidden_states, LossBatch(labels, scale))[CROSS_ENTROPY]
         self._loss_sums.append(term.total)
         return term.loss

@@ -67,7 +67,9 @@ class LocalUpdateEngine(TrainingEngine):
             gradients_below=max(len(plan.crossing(bottom)) for plan in phases),
             gradients_above=max(len(plan.crossing(top + 1)) for plan in phases),
         )
-        self.executor = Executor(world, blueprint, self.local, self.neighbours, stream.batch, self._decide)
+        self.executor = Executor(
+            world, blueprint, self.local, self.neighbours, stream.batch, self.label_tokens, self._decide
+        )
         self.work = plan_phases(world, blueprint, self.local)
         self.weight_copies = WeightCopies(
             world, self.stages, self.local, blueprint.copy_lags, blueprint.head.refresh_every
@@ -128,7 +130,9 @@ class LocalUpdateEngine(TrainingEngine):
                 header, inputs = self.neighbours.below.receive()
                 assert (header.kind, header.update, header.micro_batch) == (Kind.EVALUATE, self.update, index)
                 control = header.control
-            loss_batch = LossBatch(batch.labels.to(self.world.device), scale=1.0)
+            device = self.world.device
+            apart = None if batch.position_ids is None else batch.position_ids.to(device)
+            loss_batch = LossBatch(batch.labels.to(device), scale=1.0, position_ids=apart)
             for stage_index, stage in self.local.items():
                 output = stage.forward(inputs, loss_batch)
                 if output.nll_sum is not None:

@@ -5,6 +5,7 @@ One phase of the objective after another may need another schedule; the engine d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -81,9 +82,11 @@ class Executor:
         local: Mapping[int, LocalStage],
         neighbours: Neighbours,
         batch: Callable[[int], Batch],
+        label_tokens: Callable[[int, float], int],
         decide: Callable[[], Control],
     ) -> None:
-        """`batch` gives a micro-batch by its number since the start of the run, over all replicas.
+        """`batch` gives a micro-batch by its number since the start of the run, over all replicas, `label_tokens` the
+        labels of an update that a head with a fraction sees (TrainingEngine.label_tokens).
 
         `decide` gives what is to follow an update; it is called on pipeline rank 0, once per update.
         """
@@ -93,6 +96,7 @@ class Executor:
         self.neighbours = neighbours
         self.rounds = blueprint.rounds
         self.batch = batch
+        self.label_tokens = label_tokens
         self.decide = decide
         self.tracer: Tracer | None = None  # while an update is traced
         # A channel encodes what it carries by itself.
@@ -198,16 +202,20 @@ class Executor:
 
     def _loss_batch(self, index: int, batch: Batch, number: int) -> LossBatch:
         """What the loss of a stage sees of the micro-batch `number` since the start of the run."""
-        labels, scale, positions = batch.labels.to(self.world.device), 0.0, None
-        how = self.blueprint.head_losses.get(index)
-        if how is not None:
-            # DeepSpeed averages gradients over replicas: they have to add up to the mean over tokens.
-            scale = self.world.data_size / how.label_tokens
-            if how.token_fraction < 1.0:
+        device = self.world.device
+        labels, scale, positions = batch.labels.to(device), 0.0, None
+        fraction = self.blueprint.head_fractions.get(index)
+        if fraction is not None:
+            seen = self.label_tokens(number // self.blueprint.micro_batches, fraction)
+            # DeepSpeed averages gradients over replicas: they have to add up to the mean over tokens. An update without
+            # a label has no mean, and is skipped as one whose gradient is not finite.
+            scale = self.world.data_size / seen if seen else math.nan
+            if fraction < 1.0:
                 block, (rows, length, _) = self.local[index].plan.last_block, self.blueprint.hidden_shape
-                drawn = token_positions(self.blueprint.seed, block, number, rows, length, how.token_fraction)
-                positions = drawn.to(self.world.device)
-        return LossBatch(labels, scale, positions, share=1.0 / self.rounds)
+                drawn = token_positions(self.blueprint.seed, block, number, rows, length, fraction, batch.labels)
+                positions = drawn.to(device)
+        apart = None if batch.position_ids is None else batch.position_ids.to(device)
+        return LossBatch(labels, scale, positions, 1.0 / self.rounds, apart)
 
     def handed_over(self, index: int, hidden_states: Tensor) -> Tensor:
         """A stage's output as the next stage receives it, detached."""

@@ -22,6 +22,7 @@ from lptransformer.data.token_set import Batch, whole_rounds
 from lptransformer.engine.p2p import Control
 from lptransformer.engine.process_groups import World, leave
 from lptransformer.errors import RunError
+from lptransformer.methods.cost import labels_seen
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.whole_model import whole_model, whole_weights
@@ -36,6 +37,10 @@ class Stream(Protocol):
     """Micro-batches by their number since the start of the run; the same on every pipeline rank."""
 
     def batch(self, index: int) -> Batch: ...
+
+    def label_counts(self, index: int) -> Sequence[int]:
+        """The labels of each row of a micro-batch, known without it: a loss is divided by those of its whole update."""
+        ...
 
     def position(self, index: int) -> dict[str, int]: ...
 
@@ -91,8 +96,21 @@ class TrainingEngine(ABC):
         self.options = options
         self.update = 0
         self.describe_run: Callable[[Path, bool], None] | None = None
+        self._label_tokens: dict[tuple[int, float, int | None], int] = {}
         self._requested = Control.NOTHING
         self._stop_requested = False
+
+    def label_tokens(self, update: int, fraction: float, replica: int | None = None) -> int:
+        """The labels that a head which sees this fraction of them sees in update `update` (from 0): of all replicas, or
+        of one."""
+        key = update, fraction, replica
+        if key not in self._label_tokens:
+            self._label_tokens = {old: n for old, n in self._label_tokens.items() if abs(old[0] - update) == 1}
+            many, replicas = self.blueprint.micro_batches, self.blueprint.replicas
+            own = range(update * many + (replica or 0), (update + 1) * many, 1 if replica is None else replicas)
+            counts = (count for index in own for count in self.stream.label_counts(index))
+            self._label_tokens[key] = sum(labels_seen(count, fraction) for count in counts)
+        return self._label_tokens[key]
 
     # ------------------------------------------------------------------------------------------ the calls
 
@@ -239,14 +257,13 @@ class TrainingEngine(ABC):
         idle_seconds: float,
     ) -> StageReport:
         """The report of the update that was just made."""
-        how = self.blueprint.head_losses.get(plan.index)
-        label_tokens = how.label_tokens if how is not None else self.blueprint.label_tokens
+        fraction = self.blueprint.head_fractions.get(plan.index, 1.0)
         return StageReport(
             update=self.update,
             stage=plan.index,
             data_rank=self.world.data_rank,
             loss_sum=loss_sum if plan.has_head else None,
-            label_tokens=label_tokens // self.world.data_size,
+            label_tokens=self.label_tokens(self.update - 1, fraction, self.world.data_rank),
             grad_norm=grad_norm,
             skipped=skipped,
             learning_rate=learning_rate,

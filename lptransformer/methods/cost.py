@@ -39,8 +39,13 @@ class ModelCosts:
 
 
 def loss_positions(sequence_length: int, token_fraction: float) -> int:
-    """How many of the `sequence_length` - 1 positions of a window that have a label the loss of a fraction sees."""
-    return max(1, round(token_fraction * (sequence_length - 1)))
+    """How many of the `sequence_length` - 1 labels of a full window the loss of a fraction sees."""
+    return labels_seen(sequence_length - 1, token_fraction)
+
+
+def labels_seen(labels: int, token_fraction: float) -> int:
+    """How many of a row's labels the loss of a fraction sees: one at least, where there is one."""
+    return min(labels, max(1, round(token_fraction * labels)))
 
 
 def model_costs(

@@ -18,7 +18,7 @@ from lptransformer.config.schema import Config
 from lptransformer.errors import ConfigError
 from lptransformer.methods import objectives
 from lptransformer.methods.codecs import CODECS
-from lptransformer.methods.cost import ModelCosts, loss_positions, model_costs
+from lptransformer.methods.cost import ModelCosts, model_costs
 from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.gradient_flow import Duty, Flow, clip_groups, copy_lags, crossing, duties, flows
 from lptransformer.methods.heads import HeadOptions, followed
@@ -27,14 +27,6 @@ from lptransformer.methods.spans import Phase
 from lptransformer.methods.stages import StagePlan, cut
 from lptransformer.models import family_check, hf_config, hf_parts, router_loss
 from lptransformer.models.hf_parts import Anatomy
-
-
-@dataclass(frozen=True)
-class HeadLoss:
-    """How the loss of a head is taken: over how many label tokens of the whole update, at which share of positions."""
-
-    label_tokens: int
-    token_fraction: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,8 @@ class PhasePlan:
 class Blueprint:
     """A run before it is built.
 
-    `model_config` is that of the Hugging Face model. By the index of a stage: `head_losses` of those with a head,
+    `model_config` is that of the Hugging Face model. By the index of a stage: `head_fractions`, the share of the
+    labels that its head sees, of those with a head,
     `copy_lags` in updates of those whose head holds read-only copies, `codecs` of those whose output is encoded for the
     next one. Sizes: windows in a micro-batch, tokens in a window, micro-batches in an update (over all replicas).
     """
@@ -67,7 +60,7 @@ class Blueprint:
     stages: tuple[StagePlan, ...]
     phases: tuple[PhasePlan, ...]
     head: HeadOptions
-    head_losses: Mapping[int, HeadLoss]
+    head_fractions: Mapping[int, float]
     copy_lags: Mapping[int, int]
     codecs: Mapping[int, str]
     chunk_tokens: int
@@ -83,7 +76,7 @@ class Blueprint:
 
     @property
     def label_tokens(self) -> int:
-        """Label tokens of an update: every window is full in training, and its last position has no label."""
+        """Label tokens of an update of full windows, whose last position has no label."""
         return self.micro_batches * self.micro_batch_size * (self.sequence_length - 1)
 
     @property
@@ -173,7 +166,7 @@ def of_model(config: Config, model_config: Any) -> Blueprint:
         stages=stages,
         phases=tuple(_phase_plan(phase, stages) for phase in objective.phases),
         head=head,
-        head_losses=_head_losses(stages, train.micro_batches_per_update * windows, length, head),
+        head_fractions={one.index: 1.0 if one.is_last else head.token_fraction for one in stages if one.has_head},
         copy_lags=copy_lags(stages, followed(head), config.parallel.in_flight, rounds),
         codecs=dict.fromkeys(between, config.border.codec) if config.border.codec != "none" else {},
         chunk_tokens=config.loss.chunk_tokens,
@@ -193,12 +186,3 @@ def _phase_plan(phase: Phase, stages: tuple[StagePlan, ...]) -> PhasePlan:
     return PhasePlan(
         phase, tuple(flows(phase, stages)), tuple(duties(phase, stages)), tuple(clip_groups(phase, stages))
     )
-
-
-def _head_losses(stages: tuple[StagePlan, ...], rows: int, length: int, head: HeadOptions) -> dict[int, HeadLoss]:
-    """`rows` are the windows of an update, of `length` tokens. The model's own head sees all positions."""
-    fractions = {stage.index: 1.0 if stage.is_last else head.token_fraction for stage in stages if stage.has_head}
-    return {
-        index: HeadLoss(rows * (length - 1 if fraction == 1.0 else loss_positions(length, fraction)), fraction)
-        for index, fraction in fractions.items()
-    }

@@ -92,14 +92,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total = total + losses[start]
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, total)
         ctx.mark_non_differentiable(total)
+        ctx.scale = scale
         return total * scale, total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *gradients, total = ctx.saved_tensors
         # x - x is 0 for every finite x and NaN otherwise: a loss that is not finite poisons its gradients, so that the
-        # gradient norm alone decides whether an update is skipped, on every replica alike and without a host sync.
-        factor = grads[0] + (total - total)
+        # gradient norm alone decides whether an update is skipped, on every replica alike and without a host sync. So
+        # does a scale that is not: that of an update without a label.
+        factor = grads[0] + (total - total) * ctx.scale
         hidden, weight, bias = (None if grad is None else grad * factor.to(grad.dtype) for grad in gradients)
         return hidden, weight, None, None, None, None, bias, None, None, None
 

@@ -17,24 +17,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lptransformer.errors import OptionError
-from lptransformer.methods.cost import loss_positions
+from lptransformer.methods.cost import labels_seen
 from lptransformer.methods.heads import HEADS, HeadOptions, LowRankOptions
-from lptransformer.models.cross_entropy import PLAIN, LogitRule, chunked_cross_entropy, token_cross_entropy
+from lptransformer.models.cross_entropy import (
+    IGNORE_INDEX,
+    PLAIN,
+    LogitRule,
+    chunked_cross_entropy,
+    token_cross_entropy,
+)
 from lptransformer.models.seeds import unit_seed
 
 
 class LossBatch(NamedTuple):
-    """What a loss sees of a micro-batch beside hidden states.
+    """What a stage sees of a micro-batch beside its inputs.
 
     `labels` int64 [b, T], IGNORE_INDEX where there is none; `scale` is what the sum over the labels is multiplied by;
     of every row only the `positions` int64 [b, k] count (None: all). `share` is what a loss of the whole micro-batch is
-    multiplied by.
+    multiplied by. `position_ids` int64 [b, T] keep documents apart (None: 0 to T - 1, one document).
     """
 
     labels: Tensor
     scale: float
     positions: Tensor | None = None
     share: float = 1.0
+    position_ids: Tensor | None = None
 
 
 class LossTerm(NamedTuple):
@@ -164,7 +171,7 @@ class Head(nn.Module):
 
     def forward(self, hidden_states: Tensor, batch: LossBatch) -> dict[str, LossTerm]:
         """See StageLoss. Norm and readout see the positions that count and no others."""
-        hidden_states, labels = self._through_blocks(hidden_states), batch.labels
+        hidden_states, labels = self._through_blocks(hidden_states, batch.position_ids), batch.labels
         if batch.positions is not None:
             width = hidden_states.shape[-1]
             positions = batch.positions.unsqueeze(-1).expand(-1, -1, width)
@@ -202,10 +209,10 @@ class Head(nn.Module):
             owner, _, name = copy.target.removeprefix("head.").rpartition(".")
             setattr(self.get_submodule(owner), name, self._below(copy.target).to(dtype))
 
-    def _through_blocks(self, hidden_states: Tensor) -> Tensor:
+    def _through_blocks(self, hidden_states: Tensor, position_ids: Tensor | None = None) -> Tensor:
         if self.blocks is None:
             return hidden_states
-        return self.blocks(inputs_embeds=hidden_states, use_cache=False).last_hidden_state
+        return self.blocks(inputs_embeds=hidden_states, use_cache=False, **placed(position_ids)).last_hidden_state
 
     def _rows(self, hidden_states: Tensor) -> Tensor:
         rows = self.norm(hidden_states)
@@ -214,6 +221,11 @@ class Head(nn.Module):
     def _below(self, target: str) -> Tensor:
         """The read-only tensor of a name below the stage."""
         return self.get_buffer(target.removeprefix("head."))
+
+
+def placed(position_ids: Tensor | None) -> dict[str, Tensor]:
+    """What a base model is called with where documents are kept apart; not every family takes None for it."""
+    return {} if position_ids is None else {"position_ids": position_ids}
 
 
 class _Average(nn.Module):
@@ -363,14 +375,27 @@ def factorised(readout: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def token_positions(
-    seed: int, block: int, micro_batch: int, rows: int, sequence_length: int, fraction: float
+    seed: int,
+    block: int,
+    micro_batch: int,
+    rows: int,
+    sequence_length: int,
+    fraction: float,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """The positions whose loss the auxiliary head after `block` sees: int64 [rows, k], ascending in every row.
 
-    k is methods/cost.loss_positions; the last position of a row has no label and is never among them. A pure function
-    of its arguments: `micro_batch` is counted from the start of the run.
+    They are drawn among those with a label: all but the last one, or as `labels` [rows, T] say. Of a row with n labels
+    they are methods/cost.labels_seen(n) many, and the last position, which has none, fills up to k. A pure function of
+    its arguments: `micro_batch` is counted from the start of the run.
     """
     generator = torch.Generator().manual_seed(unit_seed(seed, f"head {block} positions {micro_batch}"))
     drawn = torch.rand(rows, sequence_length - 1, generator=generator, dtype=torch.float64)
-    chosen = drawn.argsort(dim=1, stable=True)[:, : loss_positions(sequence_length, fraction)]
-    return chosen.sort(dim=1).values
+    counts = [sequence_length - 1] * rows
+    if labels is not None:
+        labelled = labels[:, :-1] != IGNORE_INDEX
+        drawn, counts = drawn.masked_fill(~labelled, 2.0), labelled.sum(1).tolist()
+    seen = [labels_seen(count, fraction) for count in counts]
+    chosen = drawn.argsort(dim=1, stable=True)[:, : max(1, *seen)]
+    beyond = torch.arange(chosen.shape[1]) >= torch.tensor(seen).unsqueeze(1)
+    return chosen.masked_fill(beyond, sequence_length - 1).sort(dim=1).values

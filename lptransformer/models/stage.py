@@ -28,6 +28,7 @@ from lptransformer.models.head import (
     StageLoss,
     build_readout,
     make_read_only,
+    placed,
 )
 from lptransformer.models.router_loss import RouterLoss
 from lptransformer.models.split import Piece, load_piece, new_head, new_head_blocks, new_piece
@@ -100,18 +101,21 @@ class Stage(nn.Module):
         self.head = head
         self.router_loss = router_loss
 
-    def hidden_states(self, inputs: Tensor) -> Tensor:
-        """input_ids [b, T] in the first stage, hidden states [b, T, H] in later ones, to hidden states [b, T, H]."""
-        return self._run(inputs).last_hidden_state
+    def hidden_states(self, inputs: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """input_ids [b, T] in the first stage, hidden states [b, T, H] in later ones, to hidden states [b, T, H].
 
-    def _run(self, inputs: Tensor) -> Any:
+        `position_ids` as of LossBatch.
+        """
+        return self._run(inputs, position_ids).last_hidden_state
+
+    def _run(self, inputs: Tensor, position_ids: Tensor | None) -> Any:
         name = "input_ids" if self.plan.is_first else "inputs_embeds"
-        return self.body(**{name: inputs}, use_cache=False)
+        return self.body(**{name: inputs}, use_cache=False, **placed(position_ids))
 
     def forward(self, inputs: Tensor, batch: LossBatch, split: bool = False) -> StageOutput:
         """Inputs as of `hidden_states`. With `split` the loss is taken at a copy of the hidden states and reaches the
         head's weights alone."""
-        ran = self._run(inputs)
+        ran = self._run(inputs, batch.position_ids)
         hidden_states, pull, gradient, losses = ran.last_hidden_state, None, None, {}
         if inputs.requires_grad:
             pull = partial(_pull, hidden_states, inputs)

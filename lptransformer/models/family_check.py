@@ -39,18 +39,19 @@ COUNTS = ("num_attention_heads", "num_key_value_heads", "num_experts", "num_loca
 _passed: set[str] = set()  # configurations, as keys
 
 
-def check(config: Any) -> None:
-    """Raises ModelError where the model that a configuration describes would not be trained as it is.
+def check(config: Any, apart: bool = False) -> None:
+    """Raises ModelError where the model that a configuration describes would not be trained as it is; with `apart` also
+    where positions that begin again do not keep the documents of a window apart.
 
     Of the processes of a host one tries it and the others wait for it; what passes is noted in the user's cache, by the
     configuration, the code of this package and the versions of torch and transformers.
     """
-    key = _key(config)
+    key = _key(config) + ("-apart" if apart else "")
     if key in _passed:
         return
     with files.noted_once(f"families/{key}") as known:
         if not known:
-            _try(config)
+            _try(config, apart)
     _passed.add(key)
 
 
@@ -61,7 +62,7 @@ def _key(config: Any) -> str:
     return hashlib.sha256(b"\0".join([content.encode(), versions.encode(), *code])).hexdigest()[:32]
 
 
-def _try(config: Any) -> None:
+def _try(config: Any, apart: bool) -> None:
     config = copy.deepcopy(config)
     setattr(config, router_loss.WANTED, False)  # every stage has a router loss of its own, the library's model one
     with torch.random.fork_rng(devices=[]):
@@ -69,6 +70,11 @@ def _try(config: Any) -> None:
         whole, small, parts = _small_model(config)
         middle = max(1, small.num_hidden_layers // 2)
         compare(whole, small, parts, [range(middle), range(middle, small.num_hidden_layers)])
+        if apart and (off := leak(whole.eval())) > TOLERANCE:
+            raise ModelError(
+                f"{type(whole).__name__} does not keep the documents of a window apart (data.isolate_documents): those "
+                f"before it change a document's logits (by {off:.2g} of the largest)"
+            )
 
 
 def _small_model(config: Any) -> tuple[Any, Any, Anatomy]:
@@ -143,6 +149,16 @@ def compare(whole: Any, config: Any, parts: Anatomy, cut: Sequence[range], toler
         own = torch.zeros_like(weight) if weight.grad is None else weight.grad
         if (off := _off(found[name], own)) > tolerance:
             refuse(f"its pieces have another gradient of {name} (off by {off:.2g} of the largest)")
+
+
+@torch.no_grad()
+def leak(whole: Any) -> float:
+    """How far a document's logits depend on the one before it in a window, where positions begin again with it: their
+    difference to those of the document alone, as a share of the largest."""
+    ids, half = _tokens(), TOKENS // 2
+    positions = (torch.arange(TOKENS) % half).expand_as(ids)
+    together = whole(input_ids=ids, position_ids=positions, use_cache=False).logits[:, half:]
+    return _off(together, whole(input_ids=ids[:, half:], use_cache=False).logits)
 
 
 @torch.no_grad()

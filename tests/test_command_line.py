@@ -6,6 +6,7 @@ of bad input once through the command line, with its exit code, and what must no
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -134,6 +135,23 @@ def test_evaluating_with_ids_that_the_model_does_not_embed(
     for protocol in ("blocks", "hf-sliding"):
         message = refused(capsys, "evaluate", "model", "--data", "*.txt", "--protocol", protocol)
         assert message.startswith(f"lptransformer: {TOO_LARGE}")
+
+
+@pytest.mark.slow
+def test_a_pretrained_model_is_evaluated_before_it_is_trained(
+    small_vocabulary: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["--model.pretrained=model", *(f"--model.{key}=null" for key in CONFIG["model"])]
+    run(parser(), ["train", "c.yaml", *start, "--data.tokenizer=null", "--train.learning_rate=1e-4"])
+    leave()
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [(row["update"], "evaluation" in row) for row in rows] == [(0, True), (1, False), (2, False), (2, True)]
+    capsys.readouterr()
+    run(parser(), ["evaluate", "model", "--data", "text.txt", "--window", "16", "--bos", "never", "--json"])
+    (alone,) = json.loads(capsys.readouterr().out)["exits"]
+    assert rows[0]["exits"][-1]["nll_per_token"] == pytest.approx(alone["nll_per_token"], rel=1e-6)
+    run(parser(), ["report", "run"])
+    assert "before training: 1" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -26,7 +26,8 @@ EXIT_COLUMNS = ("model", "nats/token", "perplexity", "bits/byte", "word perplexi
 
 
 def report(run: Path, baselines: bool = False, svg: bool = False) -> None:
-    """Print the last evaluation of every exit, and speed, idle share and memory of every stage.
+    """Print the last evaluation of every exit, and what it was before training where that was measured (of a pretrained
+    model), and speed, idle share and memory of every stage.
 
     Writes loss.png and record.json into the run folder. With `baselines`, also unigram, bigram and trigram models of
     the training text, on the same validation text. With `svg`, also loss.svg.
@@ -35,8 +36,10 @@ def report(run: Path, baselines: bool = False, svg: bool = False) -> None:
     config = layout.read_config(run)
     metrics, updates = read_metrics(run), read_updates(run)
     sets = layout.read_data(run)
+    before = {row["evaluation"]: row["exits"] for row in metrics if "evaluation" in row and row["update"] == 0}
     for name, last in {row["evaluation"]: row for row in metrics if "evaluation" in row}.items():
         rows = [_row(f"exit after block {one['last_block']}", one) for one in last["exits"]]
+        rows += [_row(f"before training: {one['last_block']}", one) for one in before.get(name, ())]
         if baselines:
             rows += _ngram_rows(sets, name)
         print_table(

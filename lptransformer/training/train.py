@@ -74,6 +74,8 @@ def train(
     reporter = Reporter(engine, config, data, folder, resume, until)
     target = until or config.train.steps
     with noting_the_end(engine, folder, target), translate_lost_processes(), reporter, stopping_cleanly(engine):
+        if engine.update == 0 and config.model.pretrained is not None:
+            evaluate(engine, reporter)  # what training makes of the model shows in comparison alone
         while True:
             engine.request(due(config, engine.update + 1, until))
             result = reporter.watch(engine.train_batch)
@@ -81,10 +83,8 @@ def train(
             if result.control & Control.SAVE:
                 engine.save_checkpoint(folder)
             if result.control & Control.EVALUATE:
-                for name in engine.valid:
-                    with reporter.evaluating(name) as advance:
-                        last = bool(result.control & Control.STOP)  # nobody could make that one up
-                        reporter.take(engine.eval_batch(name, advance, stoppable=not last))
+                last = bool(result.control & Control.STOP)  # nobody could make that one up
+                evaluate(engine, reporter, stoppable=not last)
             if result.control & Control.STOP:
                 break
         reporter.take(engine.close())
@@ -92,6 +92,13 @@ def train(
             for line in export(folder, config.run.export):
                 reporter.progress.message(line)
     reporter.say_what_is_next(engine.update)
+
+
+def evaluate(engine: TrainingEngine, reporter: Reporter, stoppable: bool = True) -> None:
+    """All validation sets."""
+    for name in engine.valid:
+        with reporter.evaluating(name) as advance:
+            reporter.take(engine.eval_batch(name, advance, stoppable=stoppable))
 
 
 def export(folder: Path, out: str) -> list[str]:

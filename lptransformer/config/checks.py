@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from lptransformer.config import deepspeed_keys
 from lptransformer.config.schema import ONLY_WITH, Config
@@ -117,12 +118,25 @@ def _lone(config: Config) -> Iterator[str | ConfigError]:
         section, name = key.split(".")
         if name in getattr(config, section).model_fields_set and config.value(other) not in values:
             yield _no_meaning(config, key, other)
-    for name, source in config.data.valid.items():
+    for name, source in config.data.valid.items() if isinstance(config.data.valid, dict) else ():
         if source.weight is not None:
             yield f"{config.at(f'data.valid.{name}.weight')}: validation sets are not mixed; remove the weight"
+        if source.valid is not None:
+            yield f"{config.at(f'data.valid.{name}.valid')}: of a validation set nothing is held out; remove the key"
+    for key, fields in _fields(config):
+        if fields and set(fields) not in ({"text"}, {"messages"}, {"prompt", "completion"}):
+            yield f"{config.at(key)}: give text, or messages, or prompt and completion"
     without = [name for name, source in config.data.train.items() if source.weight is None]
     if 0 < len(without) < len(config.data.train):
         yield f"data.train.{without[0]} has no weight and others have one: give every source a weight, or none of them"
+
+
+def _fields(config: Config) -> Iterator[tuple[str, Mapping[Any, str] | None]]:
+    data = config.data
+    yield "data.fields", data.fields
+    for key, sources in (("train", data.train), ("valid", data.valid)):
+        for name, source in sources.items() if isinstance(sources, dict) else ():
+            yield f"data.{key}.{name}.fields", source.fields
 
 
 def _model(config: Config) -> Iterator[str | ConfigError]:
@@ -164,7 +178,7 @@ def _train(config: Config) -> Iterator[str | ConfigError]:
             f"train.micro_batch_size = auto with {at('engine')}: the memory of DeepSpeed's own pipeline is not "
             "predicted; give a number"
         )
-    if train.eval_every and not config.data.valid:
+    if train.eval_every and not config.data.valid_names:
         message = f"{at('train.eval_every')}, but there is nothing to evaluate on: give data.valid, or set it to 0"
         yield NoMeaningError(message, ["train.eval_every"], ["data.valid"])
 

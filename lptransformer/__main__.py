@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("config", nargs="?", help="YAML file of the run that is to start (default: what any run needs)")
     sub.add_argument("--hostfile", metavar="FILE", help="hosts, a line each: name slots=N; asks all of them by ssh")
 
-    sub = command("prepare", prepare, "Turn text, jsonl or parquet files into a tokenizer and token sets.")
+    sub = command("prepare", prepare, "Turn text, conversations or completions into a tokenizer and token sets.")
     sub.add_argument("config", nargs="?", help="YAML file whose section `data` says what to prepare")
 
     sub = command("config", show_config, "Print every resolved value of a configuration.")
@@ -75,7 +75,12 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("evaluate", evaluate, "Perplexity of the exits of a run or of a Hugging Face model.")
     sub.add_argument("run_folder", metavar="MODEL", help="run folder, or Hugging Face causal LM: folder or OWNER/NAME")
-    sub.add_argument("--data", action="append", metavar="FILES", help="text or jsonl files (a glob), or a prepared set")
+    sub.add_argument(
+        "--data",
+        action="append",
+        metavar="FILES",
+        help="a glob of files as data.train takes them, hub:OWNER/NAME, or a prepared set",
+    )
     sub.add_argument("--step", type=int, help="checkpoint to evaluate (default: the newest complete one)")
     sub.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
     sub.add_argument("--processes", type=int, default=1, help="processes that share the windows (default: 1)")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from lptransformer.config import deepspeed_keys
 from lptransformer.config.schema import ONLY_WITH, Config
@@ -123,20 +122,9 @@ def _lone(config: Config) -> Iterator[str | ConfigError]:
             yield f"{config.at(f'data.valid.{name}.weight')}: validation sets are not mixed; remove the weight"
         if source.valid is not None:
             yield f"{config.at(f'data.valid.{name}.valid')}: of a validation set nothing is held out; remove the key"
-    for key, fields in _fields(config):
-        if fields and set(fields) not in ({"text"}, {"messages"}, {"prompt", "completion"}):
-            yield f"{config.at(key)}: give text, or messages, or prompt and completion"
     without = [name for name, source in config.data.train.items() if source.weight is None]
     if 0 < len(without) < len(config.data.train):
         yield f"data.train.{without[0]} has no weight and others have one: give every source a weight, or none of them"
-
-
-def _fields(config: Config) -> Iterator[tuple[str, Mapping[Any, str] | None]]:
-    data = config.data
-    yield "data.fields", data.fields
-    for key, sources in (("train", data.train), ("valid", data.valid)):
-        for name, source in sources.items() if isinstance(sources, dict) else ():
-            yield f"data.{key}.{name}.fields", source.fields
 
 
 def _model(config: Config) -> Iterator[str | ConfigError]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     PrivateAttr,
@@ -41,10 +42,16 @@ COMMAND_LINE, BY_DEFAULT = "on the command line", "by default"
 BatchSize = Annotated[Count | Literal["auto"], "a whole number, 1 or more, or auto"]
 _SOURCES = "a glob, a list of globs, or a mapping of names to globs or to {files, weight, format, fields, valid}"
 Format = Literal["auto", "text", "chat", "completion"]
-Fields = Annotated[
-    dict[Literal["text", "messages", "prompt", "completion"], str],
-    "{text: COLUMN}, {messages: COLUMN} or {prompt: COLUMN, completion: COLUMN}",
-]
+_FIELDS = "{text: COLUMN}, {messages: COLUMN} or {prompt: COLUMN, completion: COLUMN}"
+
+
+def _fields(value: dict[str, str]) -> dict[str, str]:
+    if set(value) not in (set(), {"text"}, {"messages"}, {"prompt", "completion"}):
+        raise ValueError(_FIELDS)
+    return value
+
+
+Fields = Annotated[dict[str, str], AfterValidator(_fields)]
 HeldOut = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -55,9 +62,7 @@ class Source(Section):
     files: Globs
     weight: Annotated[Annotated[float, Field(gt=0)] | None, "a number above 0"] = None
     format: Format | None = None
-    fields: Annotated[Fields | None, "{text: COLUMN}, {messages: COLUMN} or {prompt: COLUMN, completion: COLUMN}"] = (
-        None
-    )
+    fields: Annotated[Fields | None, _FIELDS] = None
     valid: Annotated[HeldOut | None, "a share between 0 and 1"] = None
 
     @model_serializer(mode="wrap")
@@ -118,7 +123,9 @@ class DataSection(Section):
         description="what files of rows hold: text, conversations, or prompts and completions (auto: by their fields; "
         "prompt and completion are a conversation where the tokenizer has a chat template)",
     )
-    fields: Fields = Field(default={}, description="the columns that hold it, where they have no usual name")
+    fields: Annotated[Fields, _FIELDS] = Field(
+        default={}, description="the columns that hold it, where they have no usual name"
+    )
     loss_on: Literal["answers", "all"] = Field(
         default="answers", description="of conversations and completions: which tokens carry a label"
     )

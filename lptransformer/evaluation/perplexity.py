@@ -83,12 +83,12 @@ def evaluate_run(
     """Evaluate a run's checkpoint after `step` updates (the newest one by default), or a Hugging Face model, by its
     folder or OWNER/NAME.
 
-    On the run's validation sets, or on `data`: every item is a glob of text, jsonl or parquet files, or the folder of a
-    prepared set, and a set by itself. `protocol` is a row of PROTOCOLS. `window` is by default that of the run, else
-    the model's length, `stride` half of it. `bos`: whether every document of `blocks` begins with the tokenizer's
-    token for that (auto: of a model folder as its tokenizer does by itself, of a run as it was trained, without).
-    `compare` is another run or model folder, of any tokenizer: its last exit is evaluated on the same text by the same
-    protocol (by default in the smaller of the two windows), and every exit compared with it (evaluation/paired.py).
+    On the run's validation sets, or on `data`: every item is what a source of data.train may be, and a set by itself.
+    `protocol` is a row of PROTOCOLS. `window` is by default that of the run, else the model's length, `stride` half of
+    it. `bos`: whether every document of `blocks` begins with the tokenizer's token for that (auto: of a model folder as
+    its tokenizer does by itself, of a run as it was trained). `compare` is another run or model folder, of any
+    tokenizer: its last exit is evaluated on the same text by the same protocol (by default in the smaller of the two
+    windows), and every exit compared with it (evaluation/paired.py).
     `batch_size` windows go through all stages at once. The windows are shared by `processes` processes on this machine,
     or by those that a launcher (torchrun) has started. `by_stage`: whether a process holds one group of blocks at a
     time (auto: where the whole model does not fit), with the same bits.
@@ -311,16 +311,21 @@ def valid_sets(run: Path, tokenizer: Tokenizer, scratch: Path) -> dict[str, Toke
     return sets
 
 
+_KEPT = ("ids", "windows", "labelled", "starts")
+
+
 def _keep(scoring: Scoring, path: Path) -> Path:
-    """Write ids and windows where other processes find them."""
-    np.save(f"{path}-ids.npy", scoring.ids)
-    np.save(f"{path}-windows.npy", scoring.windows)
+    """Write ids and windows, and what says which are scored, where other processes find them."""
+    for name in _KEPT:
+        if (array := getattr(scoring, name)) is not None:
+            np.save(f"{path}-{name}.npy", array)
     return path
 
 
 def _kept(path: Path) -> Scoring:
-    ids, windows = (np.load(f"{path}-{name}.npy", mmap_mode="r") for name in ("ids", "windows"))
-    return Scoring(ids, windows, TextCounts(0, 0, 0))
+    files = {name: Path(f"{path}-{name}.npy") for name in _KEPT}
+    arrays = {name: np.load(file, mmap_mode="r") for name, file in files.items() if file.is_file()}
+    return Scoring(counts=TextCounts(0, 0, 0), **arrays)
 
 
 # ---- the negative log-likelihoods

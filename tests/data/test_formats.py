@@ -111,7 +111,9 @@ def test_text_is_unpacked_and_loses_its_mark(tmp_path: Path) -> None:
     packed = made(write(tmp_path / "b.txt.gz", gzip.compress(text.encode())), tmp_path / "cache")
     marked = made(write(tmp_path / "c.md", b"\xef\xbb\xbf" + text.encode()), tmp_path / "cache")
     assert text_of(plain) == text_of(packed) == text_of(marked) == text
-    assert plain.folder.name == "train-e6d91cd83b4e1e18"  # the address of plain text is what it was before there were others
+    assert (
+        plain.folder.name == "train-e6d91cd83b4e1e18"
+    )  # the address of plain text is what it was before there were others
 
 
 @pytest.mark.parametrize(

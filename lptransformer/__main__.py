@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     text = "tokens of a window (default: as the run was trained, else the model's length)"
     sub.add_argument("--window", type=int, metavar="N", help=text)
     sub.add_argument("--stride", type=int, metavar="N", help="hf-sliding: tokens from window to window (default: half)")
-    text = "blocks: the begin-of-text token before each document (auto: as the tokenizer does; never for a run)"
+    text = "blocks: the begin-of-text token before each document (auto: as the tokenizer does; as a run was trained)"
     sub.add_argument("--bos", choices=("auto", "always", "never"), default="auto", help=text)
     text = "the exit after block K alone, counted from 0; of a model folder its norm and readout there (logit lens)"
     sub.add_argument("--exit", type=int, metavar="K", help=text)

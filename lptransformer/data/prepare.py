@@ -201,16 +201,24 @@ def _packed(
         ids, labelled = (np.concatenate(parts) for parts in zip(*row, strict=True))
         return Window(ids, labelled, starts)
 
+    def without(ids: np.ndarray) -> None:
+        text = tokenizer.decode(ids)
+        counts.bytes -= len(text.encode())
+        counts.words -= len(text.split())
+
     for ids, labelled in encoded:
         begins = range(0, len(ids), sequence_length)
         if len(begins) > 1:
             counts.long_rows += 1
-            begins = begins[:1] if options.long_rows == "truncate" else begins
+            if options.long_rows == "truncate":
+                begins = begins[:1]
+                without(ids[sequence_length:])
         for start in begins:
             piece = chat.Encoded(ids[start : start + sequence_length], labelled[start : start + sequence_length].copy())
             piece.labelled[0] = 0
             if not piece.labelled.any():
                 counts.left_out += 1
+                without(piece.ids)
                 continue
             if sum(len(one.ids) for one in row) + len(piece.ids) > sequence_length:
                 yield joined()

@@ -158,6 +158,10 @@ def test_longer_rows_are_truncated_or_split_and_counted(
     token_set = done.train[0].tokens
     assert [len(token_set.row(i)) for i in range(len(token_set))] == lengths
     assert capsys.readouterr().out.startswith(says)
+    kept = b"".join(bytes(byte - 3 for byte in token_set.row(i) if byte > 3) for i in range(len(token_set)))
+    ends = sum(token_set.row(i).tolist().count(1) for i in range(len(token_set)))
+    assert token_set.manifest["tokens"] == len(kept) + ends
+    assert token_set.manifest["bytes"] == pytest.approx(len(kept), abs=4 * len("</s>"))  # of what is left out, its text
     # The first token of a piece is not predicted: nothing is before it.
     assert token_set.label_counts([0, 1]).tolist() == [4, 9]
 

@@ -284,7 +284,7 @@ def show_config(args: argparse.Namespace) -> None:
 def init(args: argparse.Namespace) -> None:
     no_overrides(args)
     for pattern in (*args.data, *args.valid):
-        if not glob(pattern, recursive=True):
+        if not pattern.startswith("hub:") and not glob(pattern, recursive=True):
             print(f"lptransformer: no file matches {pattern} here yet", file=sys.stderr)
     text = starter(args.pretrained, args.data, args.valid)
     print("# Train: `lptransformer train FILE`. Check first: `--dry-run`. Every key: `lptransformer config FILE`.")

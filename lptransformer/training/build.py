@@ -101,10 +101,16 @@ def pretrained_folder(config: Config) -> Path | None:
 
 
 def prepare_once(config: Config, world: World) -> Prepared:
-    """Global rank 0 prepares first; the others then find what it made (or make it, where they share no disk)."""
+    """Global rank 0 prepares first; the others then find what it made (or make it, where they share no disk), from the
+    same commits of data sets of the hub."""
     sources = config.data.model_dump()
     embedded = blueprints.embedded(config)
-    world.decided_by_the_first("prepared", lambda: str(prepare_all(**sources, embedded=embedded).tokenizer_folder))
+
+    def prepared() -> str:
+        prepare_all(**sources, embedded=embedded)
+        return json.dumps(hub.commits())
+
+    hub.keep_to(json.loads(world.decided_by_the_first("prepared", prepared)))
     return prepare_all(**sources, progress=False)
 
 

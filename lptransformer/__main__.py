@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("config", nargs="?", help="YAML file of the run that is to start (default: what any run needs)")
     sub.add_argument("--hostfile", metavar="FILE", help="hosts, a line each: name slots=N; asks all of them by ssh")
 
-    sub = command("prepare", prepare, "Turn text, jsonl or parquet files into a tokenizer and token sets.")
+    sub = command("prepare", prepare, "Turn text, conversations or completions into a tokenizer and token sets.")
     sub.add_argument("config", nargs="?", help="YAML file whose section `data` says what to prepare")
 
     sub = command("config", show_config, "Print every resolved value of a configuration.")
@@ -75,7 +75,12 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("evaluate", evaluate, "Perplexity of the exits of a run or of a Hugging Face model.")
     sub.add_argument("run_folder", metavar="MODEL", help="run folder, or Hugging Face causal LM: folder or OWNER/NAME")
-    sub.add_argument("--data", action="append", metavar="FILES", help="text or jsonl files (a glob), or a prepared set")
+    sub.add_argument(
+        "--data",
+        action="append",
+        metavar="FILES",
+        help="a glob of files as data.train takes them, hub:OWNER/NAME, or a prepared set",
+    )
     sub.add_argument("--step", type=int, help="checkpoint to evaluate (default: the newest complete one)")
     sub.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
     sub.add_argument("--processes", type=int, default=1, help="processes that share the windows (default: 1)")
@@ -84,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     text = "tokens of a window (default: as the run was trained, else the model's length)"
     sub.add_argument("--window", type=int, metavar="N", help=text)
     sub.add_argument("--stride", type=int, metavar="N", help="hf-sliding: tokens from window to window (default: half)")
-    text = "blocks: the begin-of-text token before each document (auto: as the tokenizer does; never for a run)"
+    text = "blocks: the begin-of-text token before each document (auto: as the tokenizer does; as a run was trained)"
     sub.add_argument("--bos", choices=("auto", "always", "never"), default="auto", help=text)
     text = "the exit after block K alone, counted from 0; of a model folder its norm and readout there (logit lens)"
     sub.add_argument("--exit", type=int, metavar="K", help=text)
@@ -279,7 +284,7 @@ def show_config(args: argparse.Namespace) -> None:
 def init(args: argparse.Namespace) -> None:
     no_overrides(args)
     for pattern in (*args.data, *args.valid):
-        if not glob(pattern, recursive=True):
+        if not pattern.startswith("hub:") and not glob(pattern, recursive=True):
             print(f"lptransformer: no file matches {pattern} here yet", file=sys.stderr)
     text = starter(args.pretrained, args.data, args.valid)
     print("# Train: `lptransformer train FILE`. Check first: `--dry-run`. Every key: `lptransformer config FILE`.")

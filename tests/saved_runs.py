@@ -35,12 +35,14 @@ def make_run(
     pipeline: int = 1,
     tokenizer: str = "bytes",
     valid: Mapping[str, str] | None = None,
+    data: Mapping[str, Any] | None = None,
     updates: tuple[int, ...] = (10,),
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """A run in `folder`/run, with its texts in `folder`/texts and its token sets in `folder`/cache.
 
-    `valid` are the texts of the validation sets. Each of `updates` gets a complete checkpoint with other weights.
+    `valid` are the texts of the validation sets; `data` are keys of that section that replace these.
+    Each of `updates` gets a complete checkpoint with other weights.
     """
     train = write_text(folder / "texts" / "train.txt", TEXT * 3)
     texts = {name: write_text(folder / "texts" / f"{name}.txt", text) for name, text in (valid or {}).items()}
@@ -59,15 +61,16 @@ def make_run(
         "loss": {"chunk_tokens": 24},
         "run": {"dir": str(folder / "run")},
     }
+    raw["data"].update(data or {})
     if tokenizer == "sentencepiece":
         raw["data"]["vocab_size"] = 300
     config = load(raw)
-    data = prepare_all(**config.data.model_dump(), progress=False)
-    blueprint = make_blueprint(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
+    prepared = prepare_all(**config.data.model_dump(), progress=False)
+    blueprint = make_blueprint(config, prepared.tokenizer.vocab_size, prepared.tokenizer.end_of_text_id)
     run = folder / "run"
-    valid_sets = {name: str(one.folder.absolute()) for name, one in data.valid.items()}
+    valid_sets = {name: str(one.folder.absolute()) for name, one in prepared.valid.items()}
     model_config = blueprint.model_config.to_dict()
-    layout.create(run, config, model_config, data.tokenizer_folder, {"valid": valid_sets}, ["a test"])
+    layout.create(run, config, model_config, prepared.tokenizer_folder, {"valid": valid_sets}, ["a test"])
     for update in updates:
         for plan in blueprint.stages:
             stage = make_stage(plan, blueprint, seed=update, pretrained=config.model.pretrained)

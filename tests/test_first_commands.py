@@ -198,6 +198,8 @@ def test_init_prints_a_configuration_that_trains(tmp_path: Path, capsys: pytest.
     assert config.data.train["train"].files == [BOOK, "data/books/train/*.txt"]
     run(parser(), ["train", str(tmp_path / "first.yaml"), "--dry-run"])
     assert "dry run" in capsys.readouterr().out
+    run(parser(), ["init", "--data", "hub:own/set", "--data", "nothing/*"])
+    assert "hub:" not in (said := capsys.readouterr().err) and "no file matches nothing/*" in said
 
 
 def test_init_for_a_pretrained_model_has_no_start_that_harms_it(

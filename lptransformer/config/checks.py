@@ -117,9 +117,11 @@ def _lone(config: Config) -> Iterator[str | ConfigError]:
         section, name = key.split(".")
         if name in getattr(config, section).model_fields_set and config.value(other) not in values:
             yield _no_meaning(config, key, other)
-    for name, source in config.data.valid.items():
+    for name, source in config.data.valid.items() if isinstance(config.data.valid, dict) else ():
         if source.weight is not None:
             yield f"{config.at(f'data.valid.{name}.weight')}: validation sets are not mixed; remove the weight"
+        if source.valid is not None:
+            yield f"{config.at(f'data.valid.{name}.valid')}: of a validation set nothing is held out; remove the key"
     without = [name for name, source in config.data.train.items() if source.weight is None]
     if 0 < len(without) < len(config.data.train):
         yield f"data.train.{without[0]} has no weight and others have one: give every source a weight, or none of them"
@@ -164,7 +166,7 @@ def _train(config: Config) -> Iterator[str | ConfigError]:
             f"train.micro_batch_size = auto with {at('engine')}: the memory of DeepSpeed's own pipeline is not "
             "predicted; give a number"
         )
-    if train.eval_every and not config.data.valid:
+    if train.eval_every and not config.data.valid_names:
         message = f"{at('train.eval_every')}, but there is nothing to evaluate on: give data.valid, or set it to 0"
         yield NoMeaningError(message, ["train.eval_every"], ["data.valid"])
 

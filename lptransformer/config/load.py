@@ -63,6 +63,7 @@ FREE_ON_RESUME = (
     "parallel.timeout_seconds",
     "parallel.in_flight",
     "parallel.channel",
+    "data.bos",  # what it decides is in the token sets, which must be the same ones
 )
 
 
@@ -243,7 +244,7 @@ def _override(sections: dict[str, Any], text: str, origins: dict[str, str]) -> N
         whole = section == "deepspeed" or section in PLAIN
         sections[section] = added if whole else {**sections.get(section, {}), **added}
         return
-    goes_deep = section == "deepspeed" or key.startswith(("data.train.", "data.valid."))
+    goes_deep = section == "deepspeed" or key.startswith(("data.train.", "data.valid.", "data.fields."))
     known = section in SECTIONS and bool(names) and (section == "deepspeed" or names[0] in fields_of(section))
     if not known or (names[1:] and not goes_deep):
         raise _unknown(key, COMMAND_LINE)
@@ -297,6 +298,8 @@ def _wrong_value(
     """
     names = [*above, *(str(name) for name in error["loc"])]
     in_source = names[:2] in (["data", "train"], ["data", "valid"])
+    if names[:2] == ["data", "valid"]:
+        del names[2:3]  # the member of a union: sources or a share
     names = names[:4] if in_source else names[:2]  # below are the members of unions and lists
     key, at = ".".join(names), origin_of(".".join(names), origins)
     of = Source if len(names) > 3 else kind if above or len(names) == 1 else section_type(names[0])

@@ -10,7 +10,15 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr, SerializeAsAny
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from lptransformer.config import deepspeed_keys
 from lptransformer.methods.heads import HEADS, HeadOptions
@@ -32,18 +40,39 @@ from lptransformer.section import (
 COMMAND_LINE, BY_DEFAULT = "on the command line", "by default"
 # Code that needs the number takes it from config/checks.micro_batch_size.
 BatchSize = Annotated[Count | Literal["auto"], "a whole number, 1 or more, or auto"]
-_SOURCES = "a glob, a list of globs, or a mapping of names to globs or to {files, weight}"
+_SOURCES = "a glob, a list of globs, or a mapping of names to globs or to {files, weight, format, fields, valid}"
+Format = Literal["auto", "text", "chat", "completion"]
+_FIELDS = "{text: COLUMN}, {messages: COLUMN} or {prompt: COLUMN, completion: COLUMN}"
+
+
+def _fields(value: dict[str, str]) -> dict[str, str]:
+    if set(value) not in (set(), {"text"}, {"messages"}, {"prompt", "completion"}):
+        raise ValueError(_FIELDS)
+    return value
+
+
+Fields = Annotated[dict[str, str], AfterValidator(_fields)]
+HeldOut = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Source(Section):
-    """Text files of one kind, and their share in a mixture (null: every window once per epoch)."""
+    """Files of one kind, and their share in a mixture (null: every window once per epoch); what they hold, and the
+    share that is held out, where that is not what the section says."""
 
     files: Globs
     weight: Annotated[Annotated[float, Field(gt=0)] | None, "a number above 0"] = None
+    format: Format | None = None
+    fields: Annotated[Fields | None, _FIELDS] = None
+    valid: Annotated[HeldOut | None, "a share between 0 and 1"] = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_said(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        return {key: value for key, value in values.items() if value is not None or key in ("files", "weight")}
 
 
 def _sources(value: Any, info: Any) -> Any:
-    """{name: {files, weight}} from a glob, a list of globs, or a mapping of either by name."""
+    """{name: {files, weight, ...}} from a glob, a list of globs, or a mapping of either by name."""
     if isinstance(value, str | list) or (isinstance(value, dict) and "files" in value):
         value = {info.field_name: value}
     if not isinstance(value, dict):
@@ -61,6 +90,8 @@ def _sources(value: Any, info: Any) -> Any:
 
 
 Sources = Annotated[dict[str, Source], BeforeValidator(_sources), _SOURCES]
+_SHARE = f"a share between 0 and 1 of the training text, which is held out, or {_SOURCES}"
+SourcesOrShare = Annotated[dict[str, Source] | HeldOut, BeforeValidator(_sources), _SHARE]
 
 
 class ModelSection(Section):
@@ -82,7 +113,33 @@ class ModelSection(Section):
 
 class DataSection(Section):
     train: Sources = Field(description=f"training text: {_SOURCES}")
-    valid: Sources = Field(default={}, description="validation text, in the same form; every name is a set of its own")
+    valid: SourcesOrShare = Field(
+        default={},
+        description="validation text, every name a set of its own; or the share of every training source that is held "
+        "out, by document (of one document its last part)",
+    )
+    format: Format = Field(
+        default="auto",
+        description="what files of rows hold: text, conversations, or prompts and completions (auto: by their fields; "
+        "prompt and completion are a conversation where the tokenizer has a chat template)",
+    )
+    fields: Annotated[Fields, _FIELDS] = Field(
+        default={}, description="the columns that hold it, where they have no usual name"
+    )
+    loss_on: Literal["answers", "all"] = Field(
+        default="answers", description="of conversations and completions: which tokens carry a label"
+    )
+    long_rows: Literal["truncate", "split"] = Field(
+        default="truncate", description="conversations and completions that are longer than a window"
+    )
+    bos: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="begin-of-text token before every document (auto: as the tokenizer, or its template)",
+    )
+    isolate_documents: Annotated[bool | None, "true, false or null"] = Field(
+        default=None,
+        description="no document of a window sees another one (null: true but for text)",
+    )
     tokenizer: Text = Field(
         default="sentencepiece", description="sentencepiece (trained), bytes, folder, OWNER/NAME or tokenizer.model"
     )
@@ -93,6 +150,13 @@ class DataSection(Section):
         default=256, description="window, tokens"
     )
     cache: Text = Field(default="prepared", description="folder for tokenizers and token sets")
+
+    @property
+    def valid_names(self) -> list[str]:
+        """The names of the validation sets; one that is held out has that of its source, "valid" of the only one."""
+        given = list(self.valid) if isinstance(self.valid, dict) else []
+        held_out = [name for name, one in self.train.items() if one.valid or not isinstance(self.valid, dict)]
+        return given + ["valid" if name == "train" else name for name in held_out]
 
 
 class ParallelSection(Section):
@@ -301,6 +365,8 @@ def renamed(key: str, value: Any) -> tuple[str, Any]:
 def translated(values: Mapping[str, Any]) -> dict[str, Any]:
     """A saved configuration with today's names for keys that had another one when it was written."""
     found = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in values.items()}
+    if isinstance(found.get("data"), dict):
+        found["data"].setdefault("bos", "never")  # before there was the key
     for old in RENAMED:
         section, key = old.split(".")
         if isinstance(found.get(section), dict) and key in found[section]:

@@ -1,8 +1,11 @@
-"""Text to packed token sets on disk.
+"""Text and examples to packed token sets on disk.
 
 `prepare_all` turns the sources of a configuration into token sets: content-addressed folders with one Arrow file of
 token windows and a manifest. A folder is built under another name and renamed when it is complete, so what is there
 is whole, and several processes may prepare at once.
+
+A set of text has its documents one behind the other in full windows. A set of examples (data/chat) has rows that hold
+whole examples, as many as fit, in order; it says which tokens carry a label, and where documents begin.
 """
 
 from __future__ import annotations
@@ -11,26 +14,53 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from lptransformer.console import bar
+from lptransformer.data import chat, rows
 from lptransformer.data import tokenizer as tokenizers
-from lptransformer.data.readers import MANIFEST, Advance, Source, describe, documents, parse_sources, reader
-from lptransformer.data.token_set import TokenSet, fitting, require_full_window
+from lptransformer.data.readers import MANIFEST, Source, describe, documents, examples, is_text, layout, parse_all
+from lptransformer.data.rows import Advance
+from lptransformer.data.token_set import TokenSet, Window, fitting, require_full_window
 from lptransformer.data.tokenizer import Tokenizer
 from lptransformer.errors import ConfigError, DataError
 
 _FORMAT = 1  # part of every content address: raise it when what is written changes
+_EXAMPLES = 2  # the format of sets with labels of their own or isolated documents, and of all addresses with options
 _DATA_FILE = "data-00000-of-00001.arrow"
 _TOKENIZER_FILE = "tokenizer_config.json"  # every tokenizer folder has it
 _BLOCK = 1 << 22  # characters encoded at a time
 _ROWS_PER_CHUNK = 1024
+_TOGETHER = 256  # examples encoded at a time
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How documents become windows: keys of the section `data`."""
+
+    loss_on: str = "answers"
+    long_rows: str = "truncate"
+    bos: str = "auto"
+    isolate_documents: bool | None = None
+
+    def isolates(self, text: bool) -> bool:
+        """Whether no document of a source, of text or of examples, sees another one."""
+        return not text if self.isolate_documents is None else self.isolate_documents
+
+    def begins(self, tokenizer: Tokenizer) -> bool:
+        """Whether the begin-of-text token stands before every document. Raises ConfigError where there is none."""
+        if self.bos == "always" and tokenizer.backend.bos_token_id is None:
+            raise ConfigError("data.bos is always, and the tokenizer has no token for the begin of a text")
+        return self.bos == "always" or (self.bos == "auto" and tokenizer.adds_begin)
 
 
 @dataclass
@@ -39,11 +69,17 @@ class _Counts:
     bytes: int = 0
     words: int = 0
     documents: int = 0
+    long_rows: int = 0  # examples longer than a window
+    left_out: int = 0  # examples, or pieces of them, in which nothing would be learnt
 
 
-def _tokens(files: Sequence[Path], tokenizer: Tokenizer, counts: _Counts, advance: Advance) -> Iterator[np.ndarray]:
-    """The ids of all documents, int32 [some], with end_of_text_id between documents; fills in `counts`."""
-    separator = np.array([] if tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id], np.int32)
+def _tokens(
+    source: Source, tokenizer: Tokenizer, options: Options, counts: _Counts, advance: Advance
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The ids of all documents of a text, int32 [some], with end_of_text_id between them, and uint8 [some], 1 where one
+    begins; fills in `counts`."""
+    end = np.array([tokenizer.end_of_text_id or 0], np.int32)
+    begin = np.array([tokenizer.backend.bos_token_id] if options.begins(tokenizer) else [], np.int32)
 
     def counted(blocks: Iterable[str]) -> Iterator[str]:
         for block in blocks:
@@ -51,31 +87,197 @@ def _tokens(files: Sequence[Path], tokenizer: Tokenizer, counts: _Counts, advanc
             counts.words += len(block.split())
             yield block
 
-    def encoded() -> np.ndarray:
-        arrays = iter(tokenizer.encode_many([piece for piece in waiting if piece is not None]))
-        return np.concatenate([separator if piece is None else next(arrays) for piece in waiting])
+    def encoded() -> tuple[np.ndarray, np.ndarray]:
+        arrays = iter(tokenizer.encode_many([piece for piece in waiting if isinstance(piece, str)]))
+        parts, starts, total = [], [], 0
+        for piece in waiting:
+            starts += [total] if piece is begin else []
+            parts.append(next(arrays) if isinstance(piece, str) else piece)
+            total += len(parts[-1])
+        first = np.zeros(total, np.uint8)
+        first[[start for start in starts if start < total]] = 1
+        return np.concatenate(parts), first
 
-    waiting: list[str | None] = []  # pieces of text; None stands between documents
+    waiting: list[str | np.ndarray] = []  # pieces of text, and what stands between and before documents
     characters = 0
-    for path in files:
-        for blocks in documents(path, advance):
-            for number, piece in enumerate(tokenizer.pieces(counted(blocks))):
-                if number == 0:
-                    waiting += [None] if counts.documents else []
-                    counts.documents += 1
-                waiting.append(piece)
-                characters += len(piece)
-                if characters >= _BLOCK:
-                    yield encoded()
-                    waiting, characters = [], 0
+    for blocks in documents(source, advance):
+        for number, piece in enumerate(tokenizer.pieces(counted(blocks))):
+            if number == 0:
+                if counts.documents:
+                    waiting.append(_ending(end, tokenizer, source))
+                waiting.append(begin)
+                counts.documents += 1
+            waiting.append(piece)
+            characters += len(piece)
+            if characters >= _BLOCK:
+                yield encoded()
+                waiting, characters = [], 0
     if waiting:
         yield encoded()
+
+
+def _ending(end: np.ndarray, tokenizer: Tokenizer, source: Source) -> np.ndarray:
+    """`end`. Raises DataError where the tokenizer has no end-of-text token."""
+    if tokenizer.end_of_text_id is None:
+        raise DataError(
+            f"{source.name}: its documents need an end-of-text token between them, and the tokenizer has none: name "
+            "one as eos_token in its tokenizer_config.json, or give another data.tokenizer"
+        )
+    return end
+
+
+def _windows(parts: Iterable[tuple[np.ndarray, np.ndarray]], sequence_length: int) -> Iterator[Window]:
+    """Full windows of isolated documents, the last one shorter, from what `_tokens` gives: the first token of a
+    document has nothing that it could be predicted from."""
+
+    def window(ids: np.ndarray, first: np.ndarray) -> Window:
+        starts = np.union1d([0], np.flatnonzero(first)).astype(np.int32)
+        labelled = np.ones(len(ids), np.uint8)
+        labelled[starts] = 0
+        return Window(ids, labelled, starts)
+
+    rest = np.empty((2, 0), np.int32)
+    for part in parts:
+        rest = np.concatenate([rest, np.stack(part)], axis=1)
+        whole = rest.shape[1] // sequence_length * sequence_length
+        for start in range(0, whole, sequence_length):
+            yield window(*rest[:, start : start + sequence_length])
+        rest = rest[:, whole:]
+    if rest.size:
+        yield window(*rest)
+
+
+def _batched(items: Iterable[Item], many: int) -> Iterator[list[Item]]:
+    """itertools.batched, which Python 3.11 lacks."""
+    rest = iter(items)
+    while some := list(islice(rest, many)):
+        yield some
+
+
+def _encoded_examples(
+    source: Source, tokenizer: Tokenizer, options: Options, counts: _Counts, advance: Advance
+) -> Iterator[chat.Encoded]:
+    """The examples of a source with what stands before and behind them; fills in `counts`.
+
+    A completion ends with the end-of-text token, which carries a label. A conversation ends as the template ends it;
+    where documents are not isolated that token follows, without a label. What begins a conversation is the template's
+    affair too, unless data.bos says otherwise.
+    """
+    everything = options.loss_on == "all"
+    begins, begin = options.begins(tokenizer), tokenizer.backend.bos_token_id
+    for some in _batched(examples(source, tokenizer.has_template, advance), _TOGETHER):
+        texts, plain = [], []
+        for place, prompt, completion in some:
+            plain.append(isinstance(prompt, str))
+            if isinstance(prompt, str):
+                spans = [(0 if everything else len(prompt), len(prompt) + len(completion))]
+                texts.append(chat.Rendered(prompt + completion, spans))
+            else:
+                texts.append(chat.rendered(prompt, tokenizer, place, everything))
+        for is_plain, (text, _), (ids, labelled) in zip(plain, texts, chat.encoded(texts, tokenizer), strict=True):
+            has_begin = begin is not None and len(ids) > 0 and ids[0] == begin
+            if options.bos == "never" and has_begin:
+                ids, labelled = ids[1:], labelled[1:]
+            if (begins if is_plain else options.bos == "always") and not has_begin:
+                ids, labelled = np.insert(ids, 0, begin), np.insert(labelled, 0, 0)
+            if is_plain or not options.isolates(text=False):
+                end = _ending(np.array([tokenizer.end_of_text_id or 0]), tokenizer, source)
+                ids, labelled = np.append(ids, end), np.append(labelled, is_plain)
+            counts.documents += 1
+            counts.bytes += len(text.encode())
+            counts.words += len(text.split())
+            yield chat.Encoded(ids.astype(np.int32), labelled.astype(np.uint8))
+
+
+def _packed(
+    encoded: Iterable[chat.Encoded], tokenizer: Tokenizer, options: Options, sequence_length: int, counts: _Counts
+) -> Iterator[Window]:
+    """Rows of whole examples, each in the current row if it fits, else in the next one. One that is longer than a row
+    is truncated or split, as the options say; what has no label left is left out. Fills in `counts`."""
+    row: list[chat.Encoded] = []
+
+    def joined() -> Window:
+        starts = np.cumsum([0, *(len(one.ids) for one in row[:-1])]).astype(np.int32)
+        ids, labelled = (np.concatenate(parts) for parts in zip(*row, strict=True))
+        return Window(ids, labelled, starts)
+
+    def without(ids: np.ndarray) -> None:
+        text = tokenizer.decode(ids)
+        counts.bytes -= len(text.encode())
+        counts.words -= len(text.split())
+
+    for ids, labelled in encoded:
+        begins = range(0, len(ids), sequence_length)
+        if len(begins) > 1:
+            counts.long_rows += 1
+            if options.long_rows == "truncate":
+                begins = begins[:1]
+                without(ids[sequence_length:])
+        for start in begins:
+            piece = chat.Encoded(ids[start : start + sequence_length], labelled[start : start + sequence_length].copy())
+            piece.labelled[0] = 0
+            if not piece.labelled.any():
+                counts.left_out += 1
+                without(piece.ids)
+                continue
+            if sum(len(one.ids) for one in row) + len(piece.ids) > sequence_length:
+                yield joined()
+                row.clear()
+            row.append(piece)
+    if row:
+        yield joined()
 
 
 def _write_windows(
     folder: Path, blocks: Iterable[np.ndarray], sequence_length: int, vocab_size: int, address: str
 ) -> int:
-    """Write the ids as rows of `sequence_length` (the last may be shorter); returns the number of rows.
+    """Write the ids as rows of `sequence_length` (the last may be shorter); returns the number of rows."""
+
+    def tables() -> Iterator[dict[str, tuple[np.ndarray, Sequence[int]]]]:
+        def table(ids: np.ndarray) -> dict[str, tuple[np.ndarray, Sequence[int]]]:
+            return {"input_ids": (ids, [*range(0, len(ids), sequence_length), len(ids)])}
+
+        chunk = _ROWS_PER_CHUNK * sequence_length
+        rest = np.empty(0, np.int32)
+        for block in blocks:
+            rest = np.concatenate([rest, block])
+            whole = len(rest) // chunk * chunk
+            for start in range(0, whole, chunk):
+                yield table(rest[start : start + chunk])
+            rest = rest[whole:]
+        if len(rest):
+            yield table(rest)
+
+    return _write_tables(folder, tables(), {"input_ids": _kind(vocab_size)}, vocab_size, address)
+
+
+def _write_rows(folder: Path, windows: Iterable[Window], vocab_size: int, address: str) -> int:
+    """Write windows with their labels and the starts of their documents; returns the number of rows."""
+    kinds = {"input_ids": _kind(vocab_size), "labelled": np.dtype(np.uint8), "starts": np.dtype(np.int32)}
+
+    def tables() -> Iterator[dict[str, tuple[np.ndarray, Sequence[int]]]]:
+        for some in _batched(windows, _ROWS_PER_CHUNK):
+            lists = zip(*some, strict=True)
+            yield {
+                name: (np.concatenate(column), [0, *np.cumsum([len(one) for one in column]).tolist()])
+                for name, column in zip(kinds, lists, strict=True)
+            }
+
+    return _write_tables(folder, tables(), kinds, vocab_size, address)
+
+
+def _kind(vocab_size: int) -> np.dtype[Any]:
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+
+
+def _write_tables(
+    folder: Path,
+    tables: Iterable[Mapping[str, tuple[np.ndarray, Sequence[int]]]],
+    kinds: Mapping[str, np.dtype[Any]],
+    vocab_size: int,
+    address: str,
+) -> int:
+    """Write columns of lists, each as its values and where its rows begin and the last one ends; returns the rows.
 
     The folder is what `datasets.Dataset.save_to_disk` writes, but for the fingerprint, which that draws at random.
     """
@@ -83,29 +285,18 @@ def _write_windows(
     from datasets import DatasetInfo, Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
-    kind = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
-    features = Features({"input_ids": List(Value(kind.name))})
+    features = Features({name: List(Value(kind.name)) for name, kind in kinds.items()})
     rows = 0
-
-    def write(ids: np.ndarray) -> None:
-        nonlocal rows
-        assert ids.min() >= 0 and ids.max() < vocab_size, "the tokenizer gave an id outside its vocabulary"
-        ends = [*range(0, len(ids), sequence_length), len(ids)]
-        lists = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(ids.astype(kind)))
-        writer.write_table(pa.table({"input_ids": lists}))
-        rows += len(ends) - 1
-
-    chunk = _ROWS_PER_CHUNK * sequence_length
-    rest = np.empty(0, np.int32)
     with ArrowWriter(path=str(folder / _DATA_FILE), features=features) as writer:
-        for block in blocks:
-            rest = np.concatenate([rest, block])
-            whole = len(rest) // chunk * chunk
-            for start in range(0, whole, chunk):
-                write(rest[start : start + chunk])
-            rest = rest[whole:]
-        if len(rest):
-            write(rest)
+        for table in tables:
+            ids, ends = table["input_ids"]
+            assert ids.min() >= 0 and ids.max() < vocab_size, "the tokenizer gave an id outside its vocabulary"
+            lists = {
+                name: pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values.astype(kinds[name])))
+                for name, (values, ends) in table.items()
+            }
+            writer.write_table(pa.table(lists))
+            rows += len(ends) - 1
         writer.finalize()
     DatasetInfo(features=features).write_to_directory(str(folder))
     state: dict[str, Any] = {"_data_files": [{"filename": _DATA_FILE}], "_fingerprint": address}
@@ -137,8 +328,37 @@ def _new_folder(final: Path, marker: str) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _address(content: Any) -> str:
-    return hashlib.sha256(json.dumps([_FORMAT, content], sort_keys=True).encode()).hexdigest()[:16]
+def _address(content: Any, options: Mapping[str, Any] | None = None) -> str:
+    """Of what is there without options, what it always was."""
+    whole = [_EXAMPLES, content, options] if options else [_FORMAT, content]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _contents(source: Source) -> list[list[str]]:
+    return [[rows.address(path), describe(path)["sha256"]] for path in source.files]
+
+
+def _part_and_columns(source: Source, has_template: bool) -> dict[str, Any]:
+    """What of a source is read, where that is not the whole and the column "text"."""
+    layouts = [layout(path, source, has_template) for path in source.files]
+    found: dict[str, Any] = {} if source.part is None else {"part": [source.part, source.held_out]}
+    if any(one.columns not in ((), ("text",)) for one in layouts):
+        found["layouts"] = [[one.format, one.columns] for one in layouts]
+    return found
+
+
+def _options(source: Source, tokenizer: Tokenizer, options: Options, text: bool) -> dict[str, Any]:
+    """What decides a token set beside the files, the tokenizer and the length; nothing for whole, plain text."""
+    found = _part_and_columns(source, tokenizer.has_template)
+    begins = options.begins(tokenizer)
+    if not text:
+        found |= {"loss_on": options.loss_on, "long_rows": options.long_rows, "bos": [options.bos, begins]}
+        found |= {"isolated": options.isolates(text)}
+        if tokenizer.has_template:
+            found["template"] = chat.template_address(tokenizer)
+    elif begins or options.isolates(text):
+        found |= {"begins": begins, "isolated": options.isolates(text)}
+    return found
 
 
 def _bytes_of(files: Sequence[Path]) -> int:
@@ -146,7 +366,12 @@ def _bytes_of(files: Sequence[Path]) -> int:
 
 
 def prepare(
-    source: Source, tokenizer: Tokenizer, sequence_length: int, cache: str | Path, progress: bool = True
+    source: Source,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    cache: str | Path,
+    progress: bool = True,
+    options: Options = Options(),  # noqa: B008 (it cannot be changed)
 ) -> TokenSet:
     """The token set of a source: opened when it is prepared already, made below `cache` when it is not.
 
@@ -155,38 +380,73 @@ def prepare(
     """
     if source.prepared is not None:
         return fitting(TokenSet.open(source.prepared), tokenizer, sequence_length)
-    sources = [describe(path) for path in source.files]
-    contents = [[reader(path).__name__, one["sha256"]] for path, one in zip(source.files, sources, strict=True)]
-    address = _address([contents, tokenizer.fingerprint, sequence_length])
+    text = is_text(source, tokenizer.has_template)
+    of_set = _options(source, tokenizer, options, text)
+    address = _address([_contents(source), tokenizer.fingerprint, sequence_length], of_set)
     folder = Path(cache) / f"{source.name}-{address}"
+    plain = text and not options.isolates(text)
     if not (folder / MANIFEST).is_file():
         counts = _Counts()
         with (
             _new_folder(folder, MANIFEST) as unfinished,
             bar(f"tokenising {source.name}", _bytes_of(source.files), in_bytes=True, shown=progress) as advance,
         ):
+            if text:
+                parts = _tokens(source, tokenizer, options, counts, advance)
+                windows = _windows(parts, sequence_length)
+            else:
+                encoded = _encoded_examples(source, tokenizer, options, counts, advance)
+                windows = _packed(encoded, tokenizer, options, sequence_length, counts)
 
-            def blocks() -> Iterator[np.ndarray]:
-                for ids in _tokens(source.files, tokenizer, counts, advance):
-                    counts.tokens += len(ids)
-                    yield ids
+            def noted(parts: Iterable[Any]) -> Iterator[Any]:
+                for part in parts:
+                    counts.tokens += len(part[0])
+                    yield part
 
-            rows = _write_windows(unfinished, blocks(), sequence_length, tokenizer.vocab_size, address)
-            manifest = {
-                "format": _FORMAT,
+            if plain:
+                ids = (part[0] for part in noted(parts))
+                many = _write_windows(unfinished, ids, sequence_length, tokenizer.vocab_size, address)
+            else:
+                many = _write_rows(unfinished, noted(windows), tokenizer.vocab_size, address)
+            if many == 0:
+                raise DataError(f"{source.name}: {_nothing(source, counts, sequence_length)}")
+            manifest: dict[str, Any] = {
+                "format": _FORMAT if plain else _EXAMPLES,
                 "name": source.name,
-                "sources": sources,
+                "sources": [describe(path) for path in source.files],
                 "tokenizer_fingerprint": tokenizer.fingerprint,
                 "vocab_size": tokenizer.vocab_size,
                 "sequence_length": sequence_length,
-                "rows": rows,
+                "rows": many,
                 "tokens": counts.tokens,
                 "documents": counts.documents,
                 "bytes": counts.bytes,
                 "words": counts.words,
             }
+            if not plain:
+                manifest["isolate_documents"] = options.isolates(text)
+            if not text:
+                manifest |= {"long_rows": counts.long_rows, "left_out": counts.left_out}
             (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    return fitting(TokenSet.open(folder), tokenizer, sequence_length)
+    prepared = fitting(TokenSet.open(folder), tokenizer, sequence_length)
+    if progress and prepared.manifest.get("long_rows"):
+        print(_of_long_rows(source.name, prepared.manifest, options), flush=True)
+    return prepared
+
+
+def _nothing(source: Source, counts: _Counts, sequence_length: int) -> str:
+    if counts.documents:
+        return f"no example has an answer within a window of data.sequence_length = {sequence_length} tokens"
+    return f"data.valid = {source.held_out} leaves no document for this part ({source.part}) of {source.files[0]}"
+
+
+def _of_long_rows(name: str, manifest: Mapping[str, Any], options: Options) -> str:
+    many, of, length = manifest["long_rows"], manifest["documents"], manifest["sequence_length"]
+    out = manifest["left_out"]
+    done, left = "truncated" if options.long_rows == "truncate" else "split", ""
+    if out:
+        left = f"; {out} {'of them' if done == 'truncated' else 'pieces'} without an answer left out"
+    return f"{name}: {many} of {of} rows are longer than the window of {length} tokens: {done} (data.long_rows){left}"
 
 
 class TrainSet(NamedTuple):
@@ -214,10 +474,8 @@ class Prepared:
         }
 
 
-def check_ids(
-    ids: Iterable[np.ndarray], files: Sequence[Path], where: str, tokenizer: Tokenizer, embedded: int
-) -> None:
-    """Raise DataError where a text, whose `ids` come from these files, uses one that the model does not embed.
+def check_ids(ids: Iterable[np.ndarray], source: Source, where: str, tokenizer: Tokenizer, embedded: int) -> None:
+    """Raise DataError where a text, whose `ids` come from this source, uses one that the model does not embed.
 
     A tokenizer may have ids above the model's as long as nothing uses them: some have tokens that no text holds.
     """
@@ -230,8 +488,12 @@ def check_ids(
     found = largest(ids)
     if found < embedded:
         return
-    for path in files:
-        if (of_file := largest(_tokens([path], tokenizer, _Counts(), lambda read: None))) >= embedded:
+    for path in source.files:
+        alone, options = replace(source, files=(path,), held_out=None, part=None), Options(bos="never")
+        made = _tokens if is_text(alone, tokenizer.has_template) else _encoded_examples
+        if (
+            of_file := largest(one[0] for one in made(alone, tokenizer, options, _Counts(), lambda read: None))
+        ) >= embedded:
             where, found = str(path), of_file
             break
     token = tokenizer.backend.convert_ids_to_tokens(found)
@@ -250,17 +512,22 @@ def prepare_all(
     cache: str | Path,
     progress: bool = True,
     embedded: int | None = None,
+    *,
+    format: str = "auto",
+    fields: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> Prepared:
     """Make what is missing below `cache`, and open all of it; the arguments are the keys of the section `data`.
 
-    train, valid: see `parse_sources`. vocab_size counts for the tokenizer "sentencepiece" alone, which is trained on
-    the text of `train` (or is the one that made the prepared sets in `train`). Ids of a text must be below `embedded`;
-    None: the model embeds all.
+    train, valid, format, fields: see `parse_all`; options: see `Options`. vocab_size counts for the tokenizer
+    "sentencepiece" alone, which is trained on the text of `train` (or is the one that made the prepared sets in
+    `train`). Ids of a text must be below `embedded`; None: the model embeds all.
     Raises DataError or ConfigError for all that can be wrong with the sources, also a training set without one full
     window.
     """
+    how = Options(**options)
     tokenizers.check_name(tokenizer)
-    train_sources, valid_sources = parse_sources(train, "train"), parse_sources(valid, "valid")
+    train_sources, valid_sources = parse_all(train, valid, format, fields)
     if not train_sources:
         raise ConfigError("data.train: names no text; give a glob, a list of globs or a mapping of names to globs")
     if tokenizer != tokenizers.SENTENCEPIECE:
@@ -277,9 +544,9 @@ def prepare_all(
         opened = tokenizers.load(folder)
 
     def made(source: Source) -> TokenSet:
-        tokens = prepare(source, opened, sequence_length, cache, progress)
+        tokens = prepare(source, opened, sequence_length, cache, progress, how)
         if embedded is not None:
-            check_ids(tokens.chunks, source.files, str(tokens.folder), opened, embedded)
+            check_ids(tokens.chunks, source, str(tokens.folder), opened, embedded)
         return tokens
 
     prepared = Prepared(
@@ -297,7 +564,7 @@ def vocabulary(train: Any, valid: Any, tokenizer: str, vocab_size: int) -> int:
     """The number of ids that `prepare_all` would give, without making anything; its arguments, and its errors where
     files or the tokenizer are missing."""
     tokenizers.check_name(tokenizer)
-    train_sources, _ = parse_sources(train, "train"), parse_sources(valid, "valid")
+    train_sources, _ = parse_all(train, valid)
     if tokenizer != tokenizers.SENTENCEPIECE:
         return tokenizers.load(tokenizer).vocab_size
     prepared = next((source.prepared for source in train_sources if source.prepared), None)
@@ -306,16 +573,25 @@ def vocabulary(train: Any, valid: Any, tokenizer: str, vocab_size: int) -> int:
 
 def _trained_tokenizer(sources: Sequence[Source], vocab_size: int, cache: Path, progress: bool) -> Path:
     """The folder of the SentencePiece tokenizer of these texts; trained unless it is there."""
-    files = [path for source in sources for path in source.files]
-    contents = [[reader(path).__name__, describe(path)["sha256"]] for path in files]
-    folder = cache / f"tokenizer-{_address([contents, vocab_size])}"
+    texts_alone = [is_text(source, has_template=False) for source in sources]
+    contents = [one for source in sources for one in _contents(source)]
+    parts = [_part_and_columns(source, has_template=False) for source in sources]
+    folder = cache / f"tokenizer-{_address([contents, vocab_size], {'parts': parts} if any(parts) else None)}"
     if not _has_tokenizer(folder):
+        size = sum(_bytes_of(source.files) for source in sources)
         with (
             _new_folder(folder, _TOKENIZER_FILE) as unfinished,
-            bar("training the tokenizer", _bytes_of(files), in_bytes=True, shown=progress) as advance,
+            bar("training the tokenizer", size, in_bytes=True, shown=progress) as advance,
         ):
-            texts = (text for path in files for blocks in documents(path, advance) for text in blocks)
-            tokenizers.train_sentencepiece(texts, vocab_size, unfinished)
+
+            def texts() -> Iterator[str]:
+                for source, text in zip(sources, texts_alone, strict=True):
+                    if text:
+                        yield from (block for blocks in documents(source, advance) for block in blocks)
+                    else:
+                        yield from (f"{prompt}{answer}" for _, prompt, answer in examples(source, False, advance))
+
+            tokenizers.train_sentencepiece(texts(), vocab_size, unfinished)
     return folder
 
 

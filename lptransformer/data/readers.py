@@ -1,49 +1,105 @@
-"""Files of text: from the globs of a configuration to files, and from files to documents.
+"""From the globs of a configuration to files, and from their rows to documents: texts, and examples with answers.
 
-Plain text, .jsonl (key "text") and .parquet (column "text"). Everything is read in blocks, never a whole corpus.
+An example is a conversation, or a prompt with its completion. `data/rows` reads the files.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache as remember
 from glob import glob
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+from lptransformer.data import rows as reading
+from lptransformer.data.rows import HUB, Advance, Row
 from lptransformer.errors import ConfigError, DataError
 
-_BLOCK = 1 << 22  # bytes read at a time
 MANIFEST = "manifest.json"  # what makes a folder a prepared token set
+FORMATS = ("auto", "text", "chat", "completion")
+FIELDS = ("text", "messages", "prompt", "completion")
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}  # ShareGPT's
+_SPACE = re.compile(r"\s")
 
-Advance = Callable[[int], None]  # called with the number of bytes of the sources read since the last call
+Format = Literal["text", "chat", "completion"]
+Message = dict[str, Any]  # at least "role" and "content", as chat templates take them
 
 
 @dataclass(frozen=True)
 class Source:
-    """One named part of data.train or data.valid: its files in order, or the folder of a prepared token set."""
+    """One named part of data.train or data.valid: its files in order, or the folder of a prepared token set.
+
+    `format` is one of FORMATS; `fields` are the columns by what they hold (FIELDS), where the usual names are not
+    meant. Of a source with `held_out` that share of the documents is one `part`, "valid", and the rest the other one,
+    "train".
+    """
 
     name: str
     files: tuple[Path, ...] = ()
     prepared: Path | None = None
     weight: float | None = None
+    format: str = "auto"
+    fields: Mapping[str, str] = field(default_factory=dict)
+    held_out: float | None = None
+    part: Literal["train", "valid"] | None = None
+
+
+class Layout(NamedTuple):
+    """What the rows of a file are, and the columns that say it: one of text, one of messages, those of prompt and
+    completion, or "instruction", "input" and "output"."""
+
+    format: Format
+    columns: tuple[str, ...]
 
 
 # ---- globs -> files
 
 
-def parse_sources(spec: Any, key: str, where: str | None = None) -> list[Source]:
+def parse_all(
+    train: Any, valid: Any, format: str = "auto", fields: Mapping[str, str] | None = None
+) -> tuple[list[Source], list[Source]]:
+    """The sources of training and of validation; `valid` may be a number, the share of every training source that is
+    held out. A validation set of that kind has the name of its source ("valid" where that has none)."""
+    share = valid if isinstance(valid, int | float) else None
+    training = parse_sources(train, "train", format=format, fields=fields, held_out=share)
+    validation = parse_sources(None if share is not None else valid, "valid", format=format, fields=fields)
+    for source in training:
+        if source.held_out is None:
+            continue
+        if source.prepared is not None:
+            raise ConfigError(
+                f"data.train: {source.prepared} is a prepared set, of which nothing can be held out: give its text, or "
+                "data.valid a text of its own"
+            )
+        name = "valid" if source.name == "train" else source.name
+        if name in [one.name for one in validation]:
+            raise ConfigError(f"data.valid.{name}: data.train holds out a set of that name already")
+        validation.append(replace(source, name=name, part="valid", weight=None))
+    return training, validation
+
+
+def parse_sources(
+    spec: Any,
+    key: str,
+    where: str | None = None,
+    *,
+    format: str = "auto",
+    fields: Mapping[str, str] | None = None,
+    held_out: float | None = None,
+) -> list[Source]:
     """The sources that `data.train` or `data.valid` (`key` is "train" or "valid") names.
 
-    spec: a glob, a list of globs, or a mapping of names to globs or to {files: globs, weight: number}; None or an
-    empty mapping names none. What has no name is called `key`. Instead of globs, the folder of one prepared set.
+    spec: a glob, a list of globs, or a mapping of names to globs or to {files: globs, weight: number, format, fields,
+    valid: share}; None or an empty mapping names none. What has no name is called `key`. Instead of a glob: the folder
+    of one prepared set, a folder that `save_to_disk` of `datasets` wrote, or hub:OWNER/NAME.
     where: what messages call the place that `spec` comes from, data.<key> unless it is given.
+    format, fields, held_out: of sources that do not say it themselves.
     """
     named = spec if isinstance(spec, Mapping) else {} if spec is None else {key: spec}
     origin = where or f"data.{key}"
@@ -52,30 +108,50 @@ def parse_sources(spec: Any, key: str, where: str | None = None) -> list[Source]
         where = f"{origin}.{name}" if isinstance(spec, Mapping) else origin
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", str(name)):
             raise ConfigError(f"{where}: a name is made of letters, digits, '.', '_' and '-'")
-        globs, weight = value, None
-        if isinstance(value, Mapping):
-            if "files" not in value or set(value) - {"files", "weight"}:
-                raise ConfigError(f"{where}: has the keys {sorted(value)}; right are: files, and weight if wanted")
-            globs, weight = value["files"], value.get("weight")
+        given = value if isinstance(value, Mapping) else {"files": value}
+        if "files" not in given or set(given) - {"files", "weight", "format", "fields", "valid"}:
+            raise ConfigError(
+                f"{where}: has the keys {sorted(given)}; right are: files, and weight, format, fields, valid if wanted"
+            )
+        globs, weight = given["files"], given.get("weight")
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if weight is not None and not (number and 0 < weight < math.inf):
             raise ConfigError(f"{where}.weight: {weight!r} is not a number above 0")
         globs = [globs] if isinstance(globs, str | Path) else globs
         if not isinstance(globs, Sequence) or not globs or not all(isinstance(one, str | Path) for one in globs):
             raise ConfigError(f"{where}: {globs!r} is neither a glob nor a list of globs")
-        sources.append(_find(str(name), [str(one) for one in globs], weight, where))
+        found = _find(str(name), [str(one) for one in globs], key, where)
+        share = given["valid"] if given.get("valid") is not None else held_out
+        if share is not None and not 0 < share < 1:
+            raise ConfigError(f"data.valid = {share!r} is not a share between 0 and 1")
+        sources.append(
+            replace(
+                found,
+                weight=weight,
+                format=given.get("format") or format,
+                fields=given.get("fields") or fields or {},
+                held_out=share,
+                part=None if share is None else "train",
+            )
+        )
     if len({source.weight is None for source in sources}) > 1:
         raise ConfigError(f"{origin}: some sources have a weight and some have none; give one to all or to none")
     return sources
 
 
-def _find(name: str, globs: list[str], weight: float | None, where: str) -> Source:
+def _find(name: str, globs: list[str], key: str, where: str) -> Source:
     """Each glob's files in alphabetical order; a file that several globs match is taken once."""
     if len(globs) == 1 and (Path(globs[0]) / MANIFEST).is_file():
-        return Source(name, prepared=Path(globs[0]), weight=weight)
+        return Source(name, prepared=Path(globs[0]))
     files: dict[Path, None] = {}
     for pattern in globs:
+        if pattern.startswith(HUB):
+            files.update(dict.fromkeys(reading.hub_files(pattern, "train" if key == "train" else None, where)))
+            continue
         if Path(pattern).is_dir():
+            if saved := reading.saved_files(Path(pattern), where):
+                files.update(dict.fromkeys(saved))
+                continue
             raise DataError(
                 f"{where}: {pattern} is a folder without a complete token set; for the files in it give {pattern}/*.txt"
             )
@@ -87,114 +163,198 @@ def _find(name: str, globs: list[str], weight: float | None, where: str) -> Sour
     for path in files:
         if path.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty")
-    return Source(name, tuple(files), weight=weight)
+    return Source(name, tuple(files))
+
+
+# ---- what the rows of a file are
+
+
+def layout(path: Path, source: Source, has_template: bool) -> Layout:
+    """What a file of a source holds. Prompt and completion are a conversation where the tokenizer `has_template`.
+
+    Raises DataError where the columns, or the template, for what is asked are missing.
+    """
+    if reading.kind(path) == "text":
+        if source.format in ("chat", "completion"):
+            raise DataError(f"{path}: is read as plain text, and data.format is {source.format}: that needs rows")
+        return Layout("text", ())
+    names = reading.column_names(path)
+    found = _columns(source, names)
+    if found is None:
+        wanted = " and ".join(map(repr, source.fields.values())) or f"what data.format: {source.format} needs"
+        raise DataError(
+            f"{path}: has the fields {', '.join(map(repr, names))}, not {wanted}: say in data.fields which hold text, "
+            "messages, or prompt and completion"
+        )
+    kind, columns = found
+    if kind == "text":
+        return Layout("text", columns)
+    if kind == "pair" and (source.format == "completion" or (source.format == "auto" and not has_template)):
+        return Layout("completion", columns)
+    if not has_template:
+        raise DataError(
+            f"{path}: conversations need a tokenizer with a chat template, and data.tokenizer has none: give that of a "
+            "chat model, or prompt and completion with data.format: completion"
+        )
+    return Layout("chat", columns)
+
+
+def _columns(source: Source, names: Sequence[str]) -> tuple[str, tuple[str, ...]] | None:
+    """The format, "pair" for prompt and completion, and the columns; None where there is nothing that fits."""
+    given = dict(source.fields)
+    choices: list[tuple[str, tuple[str, ...]]] = [
+        ("text", (given.get("text", "text"),)),
+        *(
+            ("chat", (name,))
+            for name in ([given["messages"]] if "messages" in given else ["messages", "conversations"])
+        ),
+        ("pair", (given.get("prompt", "prompt"), given.get("completion", "completion"))),
+        ("pair", ("instruction", "input", "output") if "input" in names else ("instruction", "output")),
+    ]
+    if given:  # those that are said
+        choices = [choice for choice in choices if set(choice[1]) == set(given.values())]
+    fitting = {"auto": ("text", "chat", "pair"), "text": ("text",), "chat": ("chat", "pair"), "completion": ("pair",)}
+    return next((one for one in choices if one[0] in fitting[source.format] and set(one[1]) <= set(names)), None)
+
+
+def is_text(source: Source, has_template: bool) -> bool:
+    """Whether a source is text alone, and not examples alone. Raises DataError for one that is both."""
+    formats = {path: layout(path, source, has_template).format for path in source.files}
+    texts = [path for path, format in formats.items() if format == "text"]
+    if 0 < len(texts) < len(formats):
+        other = next(path for path in formats if path not in texts)
+        raise DataError(f"{texts[0]} is text and {other} holds examples with answers: make them two sources")
+    return bool(texts)
 
 
 # ---- files -> documents
 
 
-def _read_plain(path: Path, advance: Advance) -> Iterator[Iterable[str]]:
-    """A text file is one document, given in blocks that begin with white space, so that no word is cut."""
+def documents(source: Source, advance: Advance = lambda read: None) -> Iterator[Iterable[str]]:
+    """The documents of a source of text, each as consecutive blocks, in order; of a source with a part those of it.
 
-    def blocks() -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        rest, offset = "", 0
-        with path.open("rb") as file:
-            while True:
-                block = file.read(_BLOCK)
-                undecoded = len(decoder.getstate()[0])
-                try:
-                    rest += decoder.decode(block, final=not block)
-                except UnicodeDecodeError as error:
-                    raise _not_utf8(path, offset - undecoded + error.start) from error
-                offset += len(block)
-                cut = max(rest.rfind(" "), rest.rfind("\n")) if block else len(rest)
-                if cut > 0:
-                    yield rest[:cut]
-                    rest = rest[cut:]
-                advance(len(block))
-                if not block:
-                    return
-
-    yield blocks()
+    A text file is one document, and so is the text of a row; rows with an empty one are skipped. Raises DataError,
+    naming the file.
+    """
+    length = None if source.part is None else _length_of_the_only(source)
+    for number, blocks in enumerate(_texts(source, advance)):
+        if length is not None:
+            assert source.held_out is not None
+            yield _side(blocks, length - max(1, round(source.held_out * length)), source.part == "valid")
+        elif _belongs(number, source):
+            yield blocks
+        else:
+            deque(blocks, maxlen=0)  # read, so that a file without text is found
 
 
-def _read_jsonl(path: Path, advance: Advance) -> Iterator[Iterable[str]]:
-    """Every line is a JSON object whose "text" is a document; blank lines and empty texts are skipped."""
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                content = json.loads(line.decode()) if line.strip() else {"text": ""}
-                text = content.get("text") if isinstance(content, dict) else None
-                if not isinstance(text, str):
-                    raise DataError(f'{path}, line {number}: not an object with a string under the key "text"')
-                text.encode()
-            except UnicodeDecodeError as error:
-                raise _not_utf8(path, offset + error.start) from error
-            except UnicodeEncodeError as error:
-                raise DataError(f"{path}, line {number}: half of a surrogate pair is no character") from error
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise DataError(f"{path}, line {number}: not JSON: {error}") from error
-            offset += len(line)
-            advance(len(line))
-            yield [text]
+def _texts(source: Source, advance: Advance) -> Iterator[Iterable[str]]:
+    for path in source.files:
+        found = False
+
+        def noted(blocks: Iterable[str]) -> Iterator[str]:
+            nonlocal found
+            for block in blocks:
+                found = found or not (block == "" or block.isspace())
+                yield block
+
+        if reading.kind(path) == "text":
+            yield noted(reading.text_blocks(path, advance))
+        else:
+            (column,) = layout(path, source, has_template=True).columns
+            for row in reading.rows(path, advance, [column]):
+                if text := _string(row, column):
+                    yield noted([text])
+        if not found:
+            raise DataError(f"{path}: holds no text")
 
 
-def _read_parquet(path: Path, advance: Advance) -> Iterator[Iterable[str]]:
-    """Every row's "text" is a document; empty ones are skipped."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def examples(source: Source, has_template: bool, advance: Advance) -> Iterator[tuple[str, list[Message] | str, str]]:
+    """The examples of a source that is no text, of its part: the place of the row, messages or the prompt, and the
+    completion ("" for messages)."""
 
-    size, read, row = path.stat().st_size, 0, 0
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if "text" not in names:
-                raise DataError(f'{path}: has no column "text"; its columns are {", ".join(names)}')
-            kind = file.schema_arrow.field("text").type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise DataError(f'{path}: the column "text" holds {kind}, not strings')
-            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    if text is None:
-                        raise DataError(f'{path}, row {row}: the column "text" has no value')
-                    yield [text]
-                now = size * row // file.metadata.num_rows
-                advance(now - read)
-                read = now
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, row {row + 1} or after: not UTF-8") from error
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
+    def every() -> Iterator[tuple[str, list[Message] | str, str]]:
+        for path in source.files:
+            format, columns = layout(path, source, has_template)
+            found = False
+            for row in reading.rows(path, advance, columns):
+                found = True
+                if len(columns) == 1:
+                    yield row.place, _messages(row, columns[0]), ""
+                    continue
+                *prompts, completion = (_string(row, column) for column in columns)
+                prompt = "\n\n".join(text for text in prompts if text)
+                if not completion.strip():
+                    raise DataError(f"{row.place}: {columns[-1]!r} is empty: there is no answer to learn from")
+                if format == "completion":
+                    yield row.place, prompt, completion
+                else:
+                    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+                    yield row.place, messages, ""
+            if not found:
+                raise DataError(f"{path}: holds no row")
 
-
-_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}  # by extension; all else is plain text
+    if source.part is not None and len(list(islice(every(), 2))) == 1:
+        raise DataError(f"{source.files[0]}: holds one row, of which data.valid = {source.held_out} cannot be held out")
+    yield from (one for number, one in enumerate(every()) if _belongs(number, source))
 
 
-def documents(path: Path, advance: Advance) -> Iterator[Iterable[str]]:
-    """The documents of a file, each as consecutive blocks of text. Raises DataError, naming the file."""
-    found = False
-
-    def noted(blocks: Iterable[str]) -> Iterator[str]:
-        nonlocal found
-        for block in blocks:
-            found = found or not (block == "" or block.isspace())
-            yield block
-
-    for blocks in reader(path)(path, advance):
-        yield noted(blocks)
-    if not found:
-        raise DataError(f"{path}: holds no text")
+def _string(row: Row, column: str) -> str:
+    value = row.values.get(column)
+    if not isinstance(value, str):
+        is_what = "is missing" if column not in row.values else f"is {reading.short(value)}"
+        raise DataError(f"{row.place}: {column!r} {is_what}: it must be a string")
+    return value
 
 
-def reader(path: Path) -> Callable[[Path, Advance], Iterator[Iterable[str]]]:
-    return _READERS.get(path.suffix.lower(), _read_plain)
+def _messages(row: Row, column: str) -> list[Message]:
+    """The messages of a row, also in ShareGPT's form ("from" and "value")."""
+    value = row.values.get(column)
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{row.place}: {column!r} is {reading.short(value)}: it must be a list of messages")
+    messages = []
+    for number, one in enumerate(value, 1):
+        place = f"{row.place}: message {number}"
+        if not isinstance(one, dict):
+            raise DataError(f"{place} is {reading.short(one)}: it must have a role and a content")
+        if "from" in one and "value" in one:
+            one = {"role": ROLES.get(one["from"], one["from"]), "content": one["value"]}
+        role, content = one.get("role"), one.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise DataError(f"{place} is {reading.short(one)}: it must have a role and a content, both strings")
+        if role == "assistant" and not content.strip():
+            raise DataError(f"{place} is an empty answer")
+        messages.append({key: value for key, value in one.items() if value is not None})
+    return messages
 
 
-def _not_utf8(path: Path, offset: int) -> DataError:
-    return DataError(f"{path}: not UTF-8 text: the byte at offset {offset} (from 0) does not belong there")
+def _length_of_the_only(source: Source) -> int | None:
+    """The characters of a source's document; None where there are several."""
+    if len(source.files) > 1:
+        return None
+    lengths = [sum(map(len, blocks)) for blocks in islice(_texts(source, lambda read: None), 2)]
+    return lengths[0] if len(lengths) == 1 else None
+
+
+def _side(blocks: Iterable[str], cut: int, after: bool) -> Iterator[str]:
+    """A document up to the first white space from the character `cut` on, or from there on. Blocks begin with it."""
+    passed, before = False, 0
+    for block in blocks:
+        place = len(block)
+        if passed:
+            place = 0
+        elif before + len(block) > cut and (space := _SPACE.search(block, max(cut - before, 0))):
+            place, passed = space.start(), True
+        before += len(block)
+        if part := block[place:] if after else block[:place]:
+            yield part
+
+
+def _belongs(number: int, source: Source) -> bool:
+    """Whether a document is of the source's part: the first one is held out, and from then on the share of all."""
+    if source.held_out is None:
+        return True
+    held = math.ceil((number + 1) * source.held_out) > math.ceil(number * source.held_out)
+    return held == (source.part == "valid")
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from lptransformer.data.tokenizer import Tokenizer
 from lptransformer.errors import DataError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -27,12 +28,18 @@ _MANIFEST |= dict.fromkeys(["sequence_length", "vocab_size", "rows", "tokens", "
 class Batch:
     """input_ids, labels: int64 [micro_batch_size, sequence_length]; labels[t] = input_ids[t + 1], -100 for no label.
 
-    With `position_ids`, of the same shape, the documents of a row are kept apart: they begin again at 0 with each.
+    position_ids: the same shape, where documents are isolated: they begin again at 0 at every document and at the
+    padding.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        apart = None if self.position_ids is None else self.position_ids.to(device)
+        return Batch(self.input_ids.to(device), self.labels.to(device), apart)
 
     @property
     def label_tokens(self) -> int:
@@ -40,13 +47,37 @@ class Batch:
         return int((self.labels != IGNORE_INDEX).sum())
 
 
+class Window(NamedTuple):
+    """One row of a set, up to sequence_length tokens. ids: uint16 or int32 [tokens].
+
+    labelled: uint8 [tokens], 1 where a token is to be predicted (never the first one); None: all but the first.
+    starts: int32 [documents], where those begin, the first at 0; None where documents are not isolated.
+    """
+
+    ids: np.ndarray
+    labelled: np.ndarray | None = None
+    starts: np.ndarray | None = None
+
+
+class Column(NamedTuple):
+    """A column of lists: the values of every chunk (memory-mapped, flat), and where in them each of its rows begins,
+    and the last one ends."""
+
+    values: list[np.ndarray]
+    offsets: list[np.ndarray]
+
+
 @dataclass(frozen=True)
 class TokenSet:
-    """A prepared set. `chunks` are the ids (memory-mapped, flat), `first_rows` the first row of every chunk."""
+    """A prepared set. `chunks` are the ids (memory-mapped, flat), `first_rows` the first row of every chunk.
+
+    `columns`: "input_ids" and, where not every token carries a label or documents are isolated, "labelled" and
+    "starts" (see Window).
+    """
 
     folder: Path
     manifest: dict[str, Any]
-    chunks: list[np.ndarray] = field(repr=False)
+    columns: dict[str, Column] = field(repr=False)
     first_rows: np.ndarray = field(repr=False)
 
     @classmethod
@@ -64,22 +95,31 @@ class TokenSet:
                 raise ValueError(f"{MANIFEST} does not say {', '.join(missing)}")
             rows, tokens, length = manifest["rows"], manifest["tokens"], manifest["sequence_length"]
             dataset = datasets.Dataset.load_from_disk(str(folder))
-            lists = dataset.data.column("input_ids").chunks
-            chunks = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in lists]
+            names = ["input_ids", "labelled", "starts"] if manifest.get("format") == 2 else ["input_ids"]
+            columns = {name: _column(dataset.data.column(name).chunks) for name in names}
         except Exception as error:
             what = f"{type(error).__name__} {error}".strip().splitlines()[0]
             raise DataError(
                 f"{folder}: a damaged token set ({what}); delete the folder and prepare it again"
             ) from error
-        held = sum(len(chunk) for chunk in chunks), sum(len(chunk) for chunk in lists)
-        ragged = any(len(chunk) % length for chunk in chunks[:-1])
-        if held != (tokens, rows) or ragged or rows != -(-tokens // length):
+        chunks, offsets = columns["input_ids"]
+        sizes = [np.diff(of_chunk) for of_chunk in offsets]
+        held = sum(len(chunk) for chunk in chunks), sum(len(of_chunk) for of_chunk in sizes)
+        if "labelled" in columns:
+            sound = all((of_chunk <= length).all() for of_chunk in sizes)
+        else:
+            sound = rows == -(-tokens // length) and not any(len(chunk) % length for chunk in chunks[:-1])
+        if held != (tokens, rows) or not sound:
             raise DataError(
                 f"{folder}: a damaged token set: it holds {held[0]} tokens in {held[1]} rows where its manifest says "
                 f"{tokens} in {rows}; delete the folder and prepare it again"
             )
-        first_rows = np.cumsum([0] + [len(chunk) for chunk in lists[:-1]])
-        return cls(folder, manifest, chunks, first_rows)
+        first_rows = np.cumsum([0] + [len(of_chunk) for of_chunk in sizes[:-1]])
+        return cls(folder, manifest, columns, first_rows)
+
+    @property
+    def chunks(self) -> list[np.ndarray]:
+        return self.columns["input_ids"].values
 
     def __len__(self) -> int:
         """Rows, the last shorter one included."""
@@ -90,21 +130,38 @@ class TokenSet:
         return self.manifest["sequence_length"]
 
     @property
-    def full_rows(self) -> int:
-        """Rows of the full sequence length: those that training uses."""
-        return self.manifest["tokens"] // self.sequence_length
+    def isolated(self) -> bool:
+        """Whether no document is to see another one."""
+        return bool(self.manifest.get("isolate_documents"))
 
-    def row(self, index: int) -> np.ndarray:
-        """The ids of one window, uint16 or int32 [sequence_length] (the last one may be shorter); not copied."""
+    @property
+    def full_rows(self) -> int:
+        """Rows that training uses: of plain text those of the full sequence length, else all."""
+        return len(self) if "labelled" in self.columns else self.manifest["tokens"] // self.sequence_length
+
+    def _of(self, name: str, index: int) -> np.ndarray:
+        """A row of a column; not copied."""
         assert 0 <= index < len(self), f"row {index} of {len(self)}"
         chunk = int(np.searchsorted(self.first_rows, index, side="right")) - 1
-        start = (index - int(self.first_rows[chunk])) * self.sequence_length
-        return self.chunks[chunk][start : start + self.sequence_length]
+        first, last = self.columns[name].offsets[chunk][index - self.first_rows[chunk] :][:2]
+        return self.columns[name].values[chunk][first:last]
 
-    def label_counts(self, rows: Sequence[int]) -> list[int]:
-        """The labels of each of these rows, without reading them."""
-        last, rest = len(self) - 1, self.manifest["tokens"] - (len(self) - 1) * self.sequence_length
-        return [(rest if row == last else self.sequence_length) - 1 for row in rows]
+    def row(self, index: int) -> np.ndarray:
+        """The ids of one window, uint16 or int32 [sequence_length] (or shorter: the last one, and those of
+        examples); not copied."""
+        return self._of("input_ids", index)
+
+    def window(self, index: int) -> Window:
+        """One window with all that is known of it; not copied."""
+        labelled = self._of("labelled", index) if "labelled" in self.columns else None
+        return Window(self.row(index), labelled, self._of("starts", index) if self.isolated else None)
+
+    def label_counts(self, rows: Iterable[int]) -> np.ndarray:
+        """The number of labels of each of these rows, int64, without reading tokens."""
+        if "labelled" in self.columns:
+            return np.array([self._of("labelled", index).sum(dtype=np.int64) for index in rows], np.int64)
+        indices, length = np.fromiter(rows, np.int64), self.sequence_length
+        return np.clip(self.manifest["tokens"] - indices * length, 0, length) - 1
 
     def num_batches(self, micro_batch_size: int) -> int:
         return -(-len(self) // micro_batch_size)
@@ -113,20 +170,44 @@ class TokenSet:
         """All rows in order, for evaluation. Every batch is [micro_batch_size, sequence_length]: short and missing
         rows are filled with 0, without labels."""
         for start in range(0, len(self), micro_batch_size):
-            rows = [self.row(index) for index in range(start, min(start + micro_batch_size, len(self)))]
-            yield make_batch(rows, micro_batch_size, self.sequence_length)
+            windows = [self.window(index) for index in range(start, min(start + micro_batch_size, len(self)))]
+            yield make_batch(windows, micro_batch_size, self.sequence_length)
 
 
-def make_batch(rows: Sequence[np.ndarray], micro_batch_size: int, sequence_length: int) -> Batch:
+def _column(lists: Sequence[Any]) -> Column:
+    """A column of Arrow lists."""
+    values = [one.flatten().to_numpy(zero_copy_only=True) for one in lists]
+    offsets = [one.offsets.to_numpy() - one.offsets[0].as_py() for one in lists]
+    return Column(values, offsets)
+
+
+def make_batch(windows: Sequence[Window], micro_batch_size: int, sequence_length: int) -> Batch:
     import torch
 
-    input_ids = torch.zeros((micro_batch_size, sequence_length), dtype=torch.int64)  # [b, T]
+    shape = (micro_batch_size, sequence_length)
+    input_ids = torch.zeros(shape, dtype=torch.int64)  # [b, T]
     labels = torch.full_like(input_ids, IGNORE_INDEX)  # [b, T]
-    for number, row in enumerate(rows):
+    for number, (row, labelled, _) in enumerate(windows):
         ids = torch.from_numpy(row.astype(np.int64))
         input_ids[number, : len(ids)] = ids
         labels[number, : len(ids) - 1] = ids[1:]
-    return Batch(input_ids, labels)
+        if labelled is not None:
+            labels[number, : len(ids) - 1][torch.from_numpy(labelled[1:] == 0)] = IGNORE_INDEX
+    if all(window.starts is None for window in windows):
+        return Batch(input_ids, labels)
+    positions = np.zeros(shape, np.int64)
+    for number, (row, _, starts) in enumerate(windows):
+        positions[number] = positions_of([0] if starts is None else starts, len(row), sequence_length)
+    return Batch(input_ids, labels, torch.from_numpy(positions))
+
+
+def positions_of(starts: Sequence[int] | np.ndarray, tokens: int, length: int) -> np.ndarray:
+    """Positions in documents that begin at `starts`, int64 [length]; again from 0 where the padding begins."""
+    begins = np.zeros(length, np.int64)
+    borders = np.array([*starts, tokens], np.int64)
+    borders = borders[borders < length]
+    begins[borders] = borders
+    return np.arange(length) - np.maximum.accumulate(begins)
 
 
 def whole_rounds(batches: Iterable[Batch], replicas: int) -> Iterator[Batch]:
@@ -139,7 +220,7 @@ def whole_rounds(batches: Iterable[Batch], replicas: int) -> Iterator[Batch]:
     if batch is not None:
         import torch
 
-        blank = Batch(batch.input_ids, torch.full_like(batch.labels, IGNORE_INDEX))
+        blank = replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX))
         yield from itertools.repeat(blank, -number % replicas)
 
 

@@ -17,6 +17,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,17 @@ class Tokenizer:
         """Whether it puts its begin-of-text token before a text by itself."""
         begin = self.backend.bos_token_id
         return begin is not None and self.backend("a").input_ids[:1] == [begin]
+
+    @property
+    def has_template(self) -> bool:
+        """Whether it can write a conversation."""
+        return self.backend.chat_template is not None
+
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The texts of its special and added tokens."""
+        added = self.backend.added_tokens_decoder.values()
+        return tuple({*self.backend.all_special_tokens, *(token.content for token in added)} - {""})
 
     @property
     def knows_places(self) -> bool:

@@ -38,18 +38,19 @@ class TrainStream:
 
     def batch(self, index: int) -> Batch:
         """Micro-batch `index` since the start of the run: [micro_batch_size, sequence_length]."""
-        rows = [self.sets[number].row(row) for number, row in self._rows(index)]
-        return make_batch(rows, self.micro_batch_size, self.sets[0].sequence_length)
+        windows = [self.sets[number].window(row) for number, row in self._rows(index)]
+        return make_batch(windows, self.micro_batch_size, self.sets[0].sequence_length)
 
     def label_counts(self, index: int) -> list[int]:
-        """The labels of each row of a micro-batch, without reading it."""
-        return [self.sets[number].label_counts([row])[0] for number, row in self._rows(index)]
+        """The labels of each row of micro-batch `index`, without reading tokens."""
+        return [int(self.sets[number].label_counts([row])[0]) for number, row in self._rows(index)]
 
     def _rows(self, index: int) -> list[tuple[int, int]]:
-        """The rows of a micro-batch: the number of the set, the row of it."""
+        """The rows of micro-batch `index`: (number of the set, row of the set) each."""
         first = index * self.micro_batch_size
-        places = (divmod(row, self.rows_per_epoch) for row in range(first, first + self.micro_batch_size))
-        return [(int(number), int(row)) for number, row in (self._order(epoch)[at] for epoch, at in places)]
+        places = range(first, first + self.micro_batch_size)
+        found = [self._order(place // self.rows_per_epoch)[place % self.rows_per_epoch] for place in places]
+        return [(int(number), int(row)) for number, row in found]
 
     def position(self, index: int) -> dict[str, int]:
         """Where micro-batch `index` begins: the epoch, and the rows of it that are used before."""

@@ -130,9 +130,8 @@ class LocalUpdateEngine(TrainingEngine):
                 header, inputs = self.neighbours.below.receive()
                 assert (header.kind, header.update, header.micro_batch) == (Kind.EVALUATE, self.update, index)
                 control = header.control
-            device = self.world.device
-            apart = None if batch.position_ids is None else batch.position_ids.to(device)
-            loss_batch = LossBatch(batch.labels.to(device), scale=1.0, position_ids=apart)
+            here = batch.to(self.world.device)
+            loss_batch = LossBatch(here.labels, scale=1.0, position_ids=here.position_ids)
             for stage_index, stage in self.local.items():
                 output = stage.forward(inputs, loss_batch)
                 if output.nll_sum is not None:

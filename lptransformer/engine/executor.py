@@ -202,8 +202,7 @@ class Executor:
 
     def _loss_batch(self, index: int, batch: Batch, number: int) -> LossBatch:
         """What the loss of a stage sees of the micro-batch `number` since the start of the run."""
-        device = self.world.device
-        labels, scale, positions = batch.labels.to(device), 0.0, None
+        scale, positions = 0.0, None
         fraction = self.blueprint.head_fractions.get(index)
         if fraction is not None:
             seen = self.label_tokens(number // self.blueprint.micro_batches, fraction)
@@ -213,9 +212,9 @@ class Executor:
             if fraction < 1.0:
                 block, (rows, length, _) = self.local[index].plan.last_block, self.blueprint.hidden_shape
                 drawn = token_positions(self.blueprint.seed, block, number, rows, length, fraction, batch.labels)
-                positions = drawn.to(device)
-        apart = None if batch.position_ids is None else batch.position_ids.to(device)
-        return LossBatch(labels, scale, positions, 1.0 / self.rounds, apart)
+                positions = drawn.to(self.world.device)
+        here = batch.to(self.world.device)
+        return LossBatch(here.labels, scale, positions, 1.0 / self.rounds, here.position_ids)
 
     def handed_over(self, index: int, hidden_states: Tensor) -> Tensor:
         """A stage's output as the next stage receives it, detached."""

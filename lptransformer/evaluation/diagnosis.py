@@ -94,7 +94,7 @@ def _spread(name: str, token_set: TokenSet, batches: int, batch_size: int) -> li
         raise DataError(
             f"{name}: {token_set.manifest['tokens']} tokens are too few for a window of {token_set.sequence_length}"
         )
-    windows = [token_set.row(i * token_set.full_rows // rows) for i in range(rows)]
+    windows = [token_set.window(i * token_set.full_rows // rows) for i in range(rows)]
     groups = [windows[start : start + batch_size] for start in range(0, rows, batch_size)]
     return [make_batch(group, len(group), token_set.sequence_length) for group in groups]
 

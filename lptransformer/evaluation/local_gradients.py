@@ -125,11 +125,12 @@ def diagnose(
         assert last is not None, "the last group has no head"
         with _watched(stage, blueprint) as (hidden_states, rows):
             for number, batch in enumerate(batches):
-                labels = batch.labels.to(device)
+                here = batch.to(device)
+                labels = here.labels
                 states = borders[number].to(device)
                 if not plan.is_first:
                     states.requires_grad_()
-                output = stage(states, LossBatch(labels, 1 / label_tokens))
+                output = stage(states, LossBatch(labels, 1 / label_tokens, position_ids=here.position_ids))
                 true, local = below.gradients(number, plan, states, output, weights, last.block)
                 for unit, gradient in local.items():
                     compared[unit].add(true[unit], gradient)
@@ -162,8 +163,8 @@ def _borders(
     inputs = [[batch.input_ids for batch in batches]]
     for _, read in groups[:-1]:
         stage, above = read(), []
-        for states in inputs[-1]:
-            above.append(stage.hidden_states(states.to(device)).cpu())
+        for states, batch in zip(inputs[-1], batches, strict=True):
+            above.append(stage.hidden_states(states.to(device), batch.to(device).position_ids).cpu())
             advance()
         inputs.append(above)
         del stage

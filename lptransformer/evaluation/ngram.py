@@ -12,7 +12,9 @@ _CHUNK = 1 << 20  # tokens looked at at once, so that memory follows the distinc
 Ids = npt.NDArray[np.integer]
 
 
-def nll(train_ids: npt.ArrayLike, valid_ids: npt.ArrayLike, vocab: int, order: int) -> float:
+def nll(
+    train_ids: npt.ArrayLike, valid_ids: npt.ArrayLike, vocab: int, order: int, scored: npt.ArrayLike | None = None
+) -> float:
     """Nats per token of `valid_ids` [valid tokens] under the n-grams of `train_ids` [train tokens] up to `order`.
 
     Order 1 is the token frequencies with one added to every count. Every higher order is interpolated with the one
@@ -20,7 +22,7 @@ def nll(train_ids: npt.ArrayLike, valid_ids: npt.ArrayLike, vocab: int, order: i
     where a is a context of order - 1 tokens, followers(a) the number of distinct tokens seen after it, and P' the model
     with a context shorter by its first token, which decides alone after a context that was never seen. Nothing is
     fitted to the valid text. Its first tokens have shorter contexts, so all orders score the same tokens; nan where
-    there are none. Ids are integers in 0..vocab-1.
+    there are none. `scored`, bool [valid tokens]: those of them that count (None: all). Ids are integers in 0..vocab-1.
     """
     assert order >= 1 and vocab**order < 2**63, f"order {order} of {vocab} ids"
     train, valid = _checked(train_ids, vocab), _checked(valid_ids, vocab)
@@ -37,7 +39,8 @@ def nll(train_ids: npt.ArrayLike, valid_ids: npt.ArrayLike, vocab: int, order: i
         weight = np.maximum(_look_up(contexts, followers, before), 1)
         shorter = p[length - 1 :]
         p[length - 1 :] = (seen + weight * shorter) / (_look_up(contexts, total, before) + weight)
-    return float(-np.log(p).sum()) / len(valid)
+    chosen = p if scored is None else p[np.asarray(scored, bool)]
+    return float(-np.log(chosen).sum()) / len(chosen)
 
 
 def _checked(ids: npt.ArrayLike, vocab: int) -> Ids:

@@ -30,8 +30,9 @@ import torch.distributed as dist
 
 from lptransformer import hub
 from lptransformer.console import bar, print_table
+from lptransformer.data import prepare as preparing
 from lptransformer.data.prepare import check_ids, prepare
-from lptransformer.data.readers import MANIFEST, Source, parse_sources
+from lptransformer.data.readers import MANIFEST, Source, is_text, parse_all, parse_sources
 from lptransformer.data.token_set import TokenSet
 from lptransformer.data.tokenizer import Tokenizer
 from lptransformer.data.tokenizer import load as load_tokenizer
@@ -82,12 +83,12 @@ def evaluate_run(
     """Evaluate a run's checkpoint after `step` updates (the newest one by default), or a Hugging Face model, by its
     folder or OWNER/NAME.
 
-    On the run's validation sets, or on `data`: every item is a glob of text, jsonl or parquet files, or the folder of a
-    prepared set, and a set by itself. `protocol` is a row of PROTOCOLS. `window` is by default that of the run, else
-    the model's length, `stride` half of it. `bos`: whether every document of `blocks` begins with the tokenizer's
-    token for that (auto: of a model folder as its tokenizer does by itself, of a run as it was trained, without).
-    `compare` is another run or model folder, of any tokenizer: its last exit is evaluated on the same text by the same
-    protocol (by default in the smaller of the two windows), and every exit compared with it (evaluation/paired.py).
+    On the run's validation sets, or on `data`: every item is what a source of data.train may be, and a set by itself.
+    `protocol` is a row of PROTOCOLS. `window` is by default that of the run, else the model's length, `stride` half of
+    it. `bos`: whether every document of `blocks` begins with the tokenizer's token for that (auto: of a model folder as
+    its tokenizer does by itself, of a run as it was trained). `compare` is another run or model folder, of any
+    tokenizer: its last exit is evaluated on the same text by the same protocol (by default in the smaller of the two
+    windows), and every exit compared with it (evaluation/paired.py).
     `batch_size` windows go through all stages at once. The windows are shared by `processes` processes on this machine,
     or by those that a launcher (torchrun) has started. `by_stage`: whether a process holds one group of blocks at a
     time (auto: where the whole model does not fit), with the same bits.
@@ -164,7 +165,9 @@ def _options(
     if row.strides and stride >= window:
         raise UserError(f"--stride {stride}: with a window of {window} some tokens would have none before them")
     backend = tokenizer.backend
-    begins = row.bos and (bos == "always" or (bos == "auto" and target.update is None and tokenizer.adds_begin))
+    if bos == "auto":
+        bos = "auto" if target.update is None else layout.read_config(target.folder).data.bos
+    begins = row.bos and (bos == "always" or (bos == "auto" and tokenizer.adds_begin))
     if begins and backend.bos_token_id is None:
         raise UserError("--bos always: the tokenizer has no token for the begin of a text")
     return Options(window, stride, begins)
@@ -189,8 +192,8 @@ def scorings(
 ) -> list[dict[str, Scoring]]:
     """What is scored of the same texts for each of these models, by the name of the set."""
     first = targets[0]
-    trained = first.update is not None and options[0] == Options(first.window, first.window, False)
-    if not data and trained and protocol == "blocks":
+    as_trained = _options(first, tokenizers[0], "blocks", None, None, "auto")
+    if not data and first.update is not None and protocol == "blocks" and options[0] == as_trained:
         valid = valid_sets(first.folder, tokenizers[0], scratch)
         found = [{name: of_token_set(one) for name, one in valid.items()}]
     else:
@@ -220,18 +223,21 @@ def _score(
     sets: dict[str, Scoring] = {}
     embedded = trained_model.vocabulary(target)
     for name, source in sources:
-        if source.prepared is not None and options.pieces:
+        text = source.prepared is None and is_text(source, tokenizer.has_template)
+        what = f"{source.prepared} is a prepared set" if source.prepared else f"{name} holds examples with answers"
+        if not text and options.pieces:
             why = "models are compared on the bytes of a text, and it holds none: give the text with --data FILES"
-            raise UserError(f"{source.prepared} is a prepared set: {why}")
-        if source.prepared is not None:
-            if protocol != "blocks" or options.bos:
-                raise UserError(f"{source.prepared} is a prepared set: that is for --protocol blocks, without --bos")
-            one = of_token_set(prepare(source, tokenizer, options.window, scratch, launched_rank() == 0))
+            raise UserError(f"{what}: {why}")
+        if not text:
+            if protocol != "blocks" or (source.prepared and options.bos):
+                raise UserError(f"{what}: that is for --protocol blocks, without --bos")
+            how = _as_trained(target)
+            one = of_token_set(prepare(source, tokenizer, options.window, scratch, launched_rank() == 0, how))
         else:
-            one = PROTOCOLS[protocol].score(source.files, tokenizer, options)
+            one = PROTOCOLS[protocol].score(source, tokenizer, options)
             if options.pieces and one.pieces is None:
                 raise UserError(f"--compare: --protocol {protocol} does not say where in a text its tokens are")
-        check_ids([one.ids], source.files, name, tokenizer, embedded)
+        check_ids([one.ids], source, name, tokenizer, embedded)
         names = [name, *(f"{name}-{number}" for number in range(2, 2 + len(sets)))]
         sets[next(name for name in names if name not in sets)] = one
     return sets
@@ -244,17 +250,36 @@ def _sources(target: Target, data: Sequence[str] | None) -> Iterator[tuple[str, 
         (source,) = parse_sources(one, name, where="--data")
         if source.prepared is not None:
             name = str(TokenSet.open(source.prepared).manifest.get("name", name))
+        elif target.update is not None and layout.read_config(target.folder).data.format == "completion":
+            source = source if is_text(source, has_template=True) else replace(source, format="completion")
         yield name, source
     if data:
         return
     if target.update is None:
         raise UserError(f"{target.folder} is a model folder, which has no validation text: give one with --data FILES")
-    valid = layout.read_config(target.folder).data.valid
-    if not valid:
+    section = layout.read_config(target.folder).data
+    if not section.valid_names:
         raise RunError(f"{target.folder} was trained without validation sets (data.valid): give a text with --data")
-    for name, of_run in valid.items():
-        (source,) = parse_sources({name: of_run.files}, "valid")
-        yield name, source
+    for name in section.valid_names:
+        yield name, _of_run(section, name)
+
+
+def _of_run(section: Any, name: str) -> Source:
+    """The text of one of a run's validation sets, which may be a part of its training text."""
+    data = section.model_dump()
+    train, valid, how = data["train"], data["valid"], {"format": data["format"], "fields": data["fields"]}
+    if isinstance(valid, dict) and name in valid:
+        return parse_sources({name: valid[name]}, "valid", **how)[0]
+    of = name if name in train else "train"
+    return parse_all({of: train[of]}, {} if isinstance(valid, dict) else valid, **how)[1][0]
+
+
+def _as_trained(target: Target) -> preparing.Options:
+    """How a run makes windows of documents; the defaults for a model folder."""
+    if target.update is None:
+        return preparing.Options()
+    section = layout.read_config(target.folder).data
+    return preparing.Options(section.loss_on, section.long_rows, section.bos, section.isolate_documents)
 
 
 def valid_sets(run: Path, tokenizer: Tokenizer, scratch: Path) -> dict[str, TokenSet]:
@@ -270,13 +295,14 @@ def valid_sets(run: Path, tokenizer: Tokenizer, scratch: Path) -> dict[str, Toke
         source = Source(name, prepared=Path(folder))
         if not (Path(folder) / MANIFEST).is_file():
             try:
-                (source,) = parse_sources({name: section.valid[name].files}, "valid")
+                source = _of_run(section, name)
             except (UserError, KeyError) as error:
                 raise DataError(
                     f"validation set {name} of {run}: it is not in {folder} any more, and its text is not there to "
                     f"prepare it again ({error}): give a text with --data"
                 ) from None
-        sets[name] = prepare(source, tokenizer, section.sequence_length, cache, launched_rank() == 0)
+        how = preparing.Options(section.loss_on, section.long_rows, section.bos, section.isolate_documents)
+        sets[name] = prepare(source, tokenizer, section.sequence_length, cache, launched_rank() == 0, how)
         if source.files and sets[name].folder.name != Path(folder).name:  # folders are named after their contents
             raise DataError(
                 f"validation set {name} of {run}: it is not in {folder} any more, and its text "
@@ -285,16 +311,21 @@ def valid_sets(run: Path, tokenizer: Tokenizer, scratch: Path) -> dict[str, Toke
     return sets
 
 
+_KEPT = ("ids", "windows", "labelled", "starts")
+
+
 def _keep(scoring: Scoring, path: Path) -> Path:
-    """Write ids and windows where other processes find them."""
-    np.save(f"{path}-ids.npy", scoring.ids)
-    np.save(f"{path}-windows.npy", scoring.windows)
+    """Write ids and windows, and what says which are scored, where other processes find them."""
+    for name in _KEPT:
+        if (array := getattr(scoring, name)) is not None:
+            np.save(f"{path}-{name}.npy", array)
     return path
 
 
 def _kept(path: Path) -> Scoring:
-    ids, windows = (np.load(f"{path}-{name}.npy", mmap_mode="r") for name in ("ids", "windows"))
-    return Scoring(ids, windows, TextCounts(0, 0, 0))
+    files = {name: Path(f"{path}-{name}.npy") for name in _KEPT}
+    arrays = {name: np.load(file, mmap_mode="r") for name, file in files.items() if file.is_file()}
+    return Scoring(counts=TextCounts(0, 0, 0), **arrays)
 
 
 # ---- the negative log-likelihoods
@@ -321,7 +352,7 @@ def _nlls(jobs: Sequence[_Job], batch_size: int, rank: int, size: int) -> np.nda
                 groups, together = trained_model.load_target(job.target, device).groups, 1
             for one in sets:
                 table = np.zeros((len(job.target.exits), one.tokens), np.float32)
-                ends = np.cumsum([0, *(one.windows[:, 3] - one.windows[:, 2])])  # scored tokens before a window
+                ends = np.cumsum([0, *(one.of_windows)])  # scored tokens before a window
                 batches = islice(enumerate(one.batches(batch_size)), rank, None, size)
                 while some := list(islice(batches, together)):
                     nlls = token_nlls(groups, [batch for _, batch in some], device).numpy()

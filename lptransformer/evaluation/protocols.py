@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from lptransformer.data.readers import documents
-from lptransformer.data.token_set import IGNORE_INDEX, Batch, TokenSet
+from lptransformer.data.readers import Source, documents
+from lptransformer.data.token_set import IGNORE_INDEX, Batch, TokenSet, positions_of
 from lptransformer.data.tokenizer import Tokenizer
 from lptransformer.errors import UserError
 from lptransformer.run_folder.metrics import TextCounts, text_counts
@@ -24,7 +23,8 @@ PIECE_BYTES = 4096  # of a document, when models are compared
 
 
 class Window(NamedTuple):
-    """The inputs are ids[start:stop]; scored are ids[first:last], each predicted from the inputs before it."""
+    """The inputs are ids[start:stop]; scored are ids[first:last] (of a scoring with labels those of them that carry
+    one), each predicted from the inputs before it."""
 
     start: int
     stop: int
@@ -45,7 +45,8 @@ class Scoring:
     """What is scored of a text: its ids, int32 [n], windows, int64 [w, 4] (Window), and the text's own counts.
 
     `pieces` is there where the options ask for it. The ids that are in one are as many as `counts.tokens`, and the
-    bytes of all pieces are `counts.bytes`.
+    bytes of all pieces are `counts.bytes`. `labelled`, uint8 [n], is there where not every token is scored, `starts`,
+    uint8 [n], where documents are isolated: 1 where one begins.
     """
 
     ids: np.ndarray
@@ -53,16 +54,27 @@ class Scoring:
     counts: TextCounts
     prefix: str | None = None
     pieces: Pieces | None = None
+    labelled: np.ndarray | None = None
+    starts: np.ndarray | None = None
 
     @property
     def tokens(self) -> int:
         """How many are scored."""
-        return int((self.windows[:, 3] - self.windows[:, 2]).sum())
+        return int(self.of_windows.sum())
+
+    @property
+    def of_windows(self) -> np.ndarray:
+        """How many each window scores, int64 [w]."""
+        if self.labelled is None:
+            return self.windows[:, 3] - self.windows[:, 2]
+        before = np.concatenate([[0], np.cumsum(self.labelled, dtype=np.int64)])
+        return before[self.windows[:, 3]] - before[self.windows[:, 2]]
 
     @property
     def scored(self) -> np.ndarray:
         """The places in `ids` that are scored, int64 [tokens], window after window."""
-        return np.concatenate([np.arange(first, last) for _, _, first, last in self.windows.tolist()])
+        places = np.concatenate([np.arange(first, last) for _, _, first, last in self.windows.tolist()])
+        return places if self.labelled is None else places[self.labelled[places] == 1]
 
     def num_batches(self, batch_size: int) -> int:
         return -(-len(self.windows) // batch_size)
@@ -75,11 +87,17 @@ class Scoring:
         for begin in range(0, len(self.windows), batch_size):
             input_ids = torch.zeros((batch_size, length), dtype=torch.int64)
             labels = torch.full_like(input_ids, IGNORE_INDEX)
+            positions = None if self.starts is None else torch.arange(length).repeat(batch_size, 1)
             for row, (start, stop, first, last) in enumerate(self.windows[begin : begin + batch_size].tolist()):
                 input_ids[row, : stop - start] = torch.from_numpy(self.ids[start:stop].astype(np.int64))
                 scored = torch.from_numpy(self.ids[first:last].astype(np.int64))
+                if self.labelled is not None:
+                    scored[torch.from_numpy(self.labelled[first:last] == 0)] = IGNORE_INDEX
                 labels[row, first - 1 - start : last - 1 - start] = scored
-            yield Batch(input_ids, labels)
+                if positions is not None and self.starts is not None:
+                    of_row = positions_of([0, *np.flatnonzero(self.starts[start:stop])], stop - start, length)
+                    positions[row] = torch.from_numpy(of_row)
+            yield Batch(input_ids, labels, positions)
 
 
 class Options(NamedTuple):
@@ -94,9 +112,9 @@ class Options(NamedTuple):
 
 @dataclass(frozen=True)
 class Protocol:
-    """`score` makes the scoring of files; `strides` and `bos` are whether these options have a meaning."""
+    """`score` makes the scoring of a text; `strides` and `bos` are whether these options have a meaning."""
 
-    score: Callable[[Sequence[Path], Tokenizer, Options], Scoring]
+    score: Callable[[Source, Tokenizer, Options], Scoring]
     about: str
     strides: bool = False
     bos: bool = False
@@ -105,7 +123,20 @@ class Protocol:
 def of_token_set(token_set: TokenSet) -> Scoring:
     """`blocks` of a prepared set: disjoint windows, whose first tokens are not scored."""
     ids = np.concatenate([np.asarray(chunk, np.int32) for chunk in token_set.chunks])
-    return Scoring(ids, disjoint(len(ids), token_set.sequence_length), text_counts(token_set.manifest))
+    counts = text_counts(token_set.manifest)
+    if "labelled" not in token_set.columns:
+        return Scoring(ids, disjoint(len(ids), token_set.sequence_length), counts)
+    rows = [token_set.window(index) for index in range(len(token_set))]
+    ends = np.cumsum([len(row.ids) for row in rows])
+    windows = [
+        Window(end - len(row.ids), end, end - len(row.ids) + 1, end) for row, end in zip(rows, ends, strict=True)
+    ]
+    starts = None
+    if token_set.isolated:
+        starts = np.zeros(len(ids), np.uint8)
+        for window, row in zip(windows, rows, strict=True):
+            starts[window.start + np.asarray(row.starts)] = 1
+    return Scoring(ids, _array(windows), counts, None, None, np.concatenate([row.labelled for row in rows]), starts)
 
 
 def disjoint(tokens: int, window: int) -> np.ndarray:
@@ -114,7 +145,7 @@ def disjoint(tokens: int, window: int) -> np.ndarray:
     return _array([Window(start, end, start + 1, end) for start, end in zip(starts, ends, strict=True)])
 
 
-def _blocks(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Scoring:
+def _blocks(source: Source, tokenizer: Tokenizer, options: Options) -> Scoring:
     """One stream: documents with the end-of-text token between them, each after the prefix where one is wanted."""
     bos = tokenizer.backend.bos_token_id
     prefix = [] if not options.bos else [bos]
@@ -122,7 +153,7 @@ def _blocks(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Sc
     places: list[np.ndarray] = []
     sizes: list[int] = []
     size = words = 0
-    for number, text in enumerate(texts(files)):
+    for number, text in enumerate(texts(source)):
         between = [] if number == 0 or tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]
         ids, begins = _encoded(tokenizer, text, options)
         parts += [np.array([*between, *prefix], np.int32), ids]
@@ -135,10 +166,10 @@ def _blocks(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Sc
     return Scoring(ids, disjoint(len(ids), options.window), TextCounts(len(ids), size, words), name, pieces)
 
 
-def _hf_sliding(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Scoring:
+def _hf_sliding(source: Source, tokenizer: Tokenizer, options: Options) -> Scoring:
     """As in transformers' page on perplexity: one text of all documents, joined by two newlines; windows that overlap;
     a token is scored in the first window that holds it, the very first one never."""
-    documents = [*texts(files)]
+    documents = [*texts(source)]
     text = "\n\n".join(documents)
     (ids, begins), windows, scored = _encoded(tokenizer, text, options), [], 1
     for start in range(0, len(ids), options.stride):
@@ -154,7 +185,7 @@ def _hf_sliding(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -
     return Scoring(ids, _array(windows), TextCounts(len(ids), sum(sizes), len(text.split())), None, pieces)
 
 
-def _lm_eval_wikitext(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Scoring:
+def _lm_eval_wikitext(source: Source, tokenizer: Tokenizer, options: Options) -> Scoring:
     """As task wikitext of lm-evaluation-harness: every document by itself, detokenised, behind the token for the begin
     of a text (else the end of one), which every first token is predicted from; all tokens are scored, the last window
     of a document is filled up with tokens before it; words and bytes are those before detokenising."""
@@ -170,7 +201,7 @@ def _lm_eval_wikitext(files: Sequence[Path], tokenizer: Tokenizer, options: Opti
     sizes: list[int] = []
     seen: list[int] = []
     begin = before = words = 0
-    for text in texts(files):
+    for text in texts(source):
         plain = detokenised(text)
         ids, begins = _encoded(tokenizer, plain, options)
         parts += [np.array([bos], np.int32), ids]
@@ -239,12 +270,11 @@ def detokenised(text: str) -> str:
     return text
 
 
-def texts(files: Sequence[Path]) -> Iterator[str]:
+def texts(source: Source) -> Iterator[str]:
     """The documents; those without text are none."""
-    for path in files:
-        for blocks in documents(path, lambda read: None):
-            if text := "".join(blocks):
-                yield text
+    for blocks in documents(source):
+        if text := "".join(blocks):
+            yield text
 
 
 def _array(windows: Sequence[Window]) -> np.ndarray:

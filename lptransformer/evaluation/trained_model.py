@@ -148,11 +148,12 @@ def token_nlls(groups: Sequence[BlockGroup], batches: Sequence[Batch], device: t
     for plan, read in groups:
         stage, of_exit = read(), []
         for number, batch in enumerate(batches):
-            hidden_states = stage.hidden_states(waiting[number].to(device))
+            here = batch.to(device)
+            hidden_states = stage.hidden_states(waiting[number].to(device), here.position_ids)
             waiting[number] = hidden_states.to(wait)
             if stage.head is not None:
-                labels = batch.labels.to(device)
-                of_exit.append(stage.head.token_nlls(hidden_states, labels)[labels != IGNORE_INDEX].cpu())
+                nlls = stage.head.token_nlls(hidden_states, here.labels, here.position_ids)
+                of_exit.append(nlls[here.labels != IGNORE_INDEX].cpu())
         if plan.has_head:
             found.append(torch.cat(of_exit))
         del stage  # before the next one comes

@@ -184,9 +184,9 @@ class Head(nn.Module):
         """hidden_states [b, T, H] to logits [b, T, V]; for evaluation, outside DeepSpeed."""
         return self.readout.logits(self._rows(self._through_blocks(hidden_states)))
 
-    def token_nlls(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+    def token_nlls(self, hidden_states: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """hidden_states [b, T, H] and labels [b, T] to the negative log-likelihood of each label in nats, [b, T]."""
-        rows = self._rows(self._through_blocks(hidden_states)).flatten(0, 1)
+        rows = self._rows(self._through_blocks(hidden_states, position_ids)).flatten(0, 1)
         return self.readout.token_nlls(rows, labels.flatten()).view(labels.shape)
 
     @torch.no_grad()

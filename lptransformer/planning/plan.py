@@ -163,7 +163,7 @@ def _vocab_size(config: Config, given: int | None) -> int | None:
         return given
     data = config.data.model_dump(include={"train", "valid", "tokenizer", "vocab_size"})
     try:
-        return vocabulary(**{**data, "train": _there(data["train"]), "valid": _there(data["valid"])})
+        return vocabulary(**{**data, "train": _there(data["train"]), "valid": {}})
     except UserError as error:
         raise UserError(f"{error}; or give --vocab-size N") from None
 

@@ -127,11 +127,14 @@ def _ngram_rows(sets: dict[str, Any], name: str) -> list[tuple[str, ...]]:
 
     train = np.concatenate([ids(folder)[0] for folder in sets["train"].values()])
     valid, token_set = ids(sets["valid"][name])
+    scored = np.ones(len(valid), bool)
+    if "labelled" in token_set.columns:
+        scored = np.concatenate(token_set.columns["labelled"].values) == 1
     vocab, counts = token_set.manifest["vocab_size"], text_counts(token_set.manifest)
     rows = []
     for order, model in ngram.NAMES.items():
-        nats = ngram.nll(train, valid, vocab, order)
+        nats = ngram.nll(train, valid, vocab, order, scored)
         assert math.isfinite(nats)
-        numbers = perplexity(nats * len(valid), len(valid), counts)
+        numbers = perplexity(nats * int(scored.sum()), int(scored.sum()), counts)
         rows.append(_row(f"{model} model of the training text", vars(numbers)))
     return rows

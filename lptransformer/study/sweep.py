@@ -300,7 +300,7 @@ def scores(run: Run, sweep: Sweep) -> dict[int, float]:
     for row in read_metrics(run.folder):
         if "evaluation" in row:
             found.setdefault(row["update"], {})[row["evaluation"]] = _loss(row["exits"], sweep)
-    sets = set(run.config.data.valid)
+    sets = set(run.config.data.valid_names)
     return {update: by_set[sweep.score.set] for update, by_set in found.items() if set(by_set) == sets}
 
 

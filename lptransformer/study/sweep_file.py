@@ -200,15 +200,15 @@ def _halving(file: Path, raw: Any, runs: Sequence[Run]) -> Halving:
 def _score(file: Path, raw: Any, runs: Sequence[Run]) -> Score:
     where = f"{file}: score"
     given = _mapping(raw, where, ("set", "exit"))
-    first = next(iter(runs[0].config.data.valid), None)
+    first = next(iter(runs[0].config.data.valid_names), None)
     if first is None:
         raise ConfigError(f"{file}: run {runs[0].name} has no validation set: a sweep needs data.valid to compare by")
     name, exit_block = given.get("set", first), given.get("exit", "last")
     if exit_block != "last" and type(exit_block) is not int:
         raise ConfigError(f"{where}: exit is {exit_block!r}: must be last, or the number of the block before a head")
     for run in runs:
-        if name not in run.config.data.valid:
-            there = ", ".join(run.config.data.valid) or "none"
+        if name not in run.config.data.valid_names:
+            there = ", ".join(run.config.data.valid_names) or "none"
             raise ConfigError(f"{where}: set is {name!r}: the validation sets of run {run.name} are: {there}")
         heads = objective_of(run.config).heads
         if exit_block != "last" and exit_block not in heads:

@@ -22,9 +22,11 @@ from lptransformer.engine.executor import LocalStage
 from lptransformer.engine.interface import EngineOptions, Stream, TrainingEngine, ValidSet
 from lptransformer.engine.optimizer import build_lr_scheduler, build_optimizer
 from lptransformer.engine.process_groups import World, join, translate_lost_processes
+from lptransformer.errors import ConfigError
 from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models import blueprint as blueprints
+from lptransformer.models import family_check
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.stage import Stage, make_stage
 from lptransformer.processes import launched_size, use_fair_share_of_cores
@@ -61,6 +63,7 @@ def start(config: Config, resume: bool = False, force: bool = False) -> tuple[Tr
         fetch_once(config, world)
         data = prepare_once(config, world)
     blueprint = blueprints.make_blueprint(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
+    check_isolation(config, blueprint, data)
     stream = TrainStream(
         [source.tokens for source in data.train],
         [source.weight for source in data.train],
@@ -75,6 +78,19 @@ def start(config: Config, resume: bool = False, force: bool = False) -> tuple[Tr
 
     engine.describe_run = describe_run
     return engine, data, config
+
+
+def check_isolation(config: Config, blueprint: Blueprint, data: Prepared) -> None:
+    """Raises ConfigError or ModelError where documents are to be kept apart and would not be."""
+    sets = [*(one.tokens for one in data.train), *data.valid.values()]
+    if not any(tokens.isolated for tokens in sets):
+        return
+    if config.engine == "deepspeed_pipeline":
+        raise ConfigError(
+            "engine=deepspeed_pipeline hands no positions through its stages, so documents are not kept apart: use "
+            "engine=local, or data.isolate_documents=false"
+        )
+    family_check.check(blueprint.model_config, apart=True)
 
 
 def join_world(config: Config) -> World:
@@ -101,10 +117,16 @@ def pretrained_folder(config: Config) -> Path | None:
 
 
 def prepare_once(config: Config, world: World) -> Prepared:
-    """Global rank 0 prepares first; the others then find what it made (or make it, where they share no disk)."""
+    """Global rank 0 prepares first; the others then find what it made (or make it, where they share no disk), from the
+    same commits of data sets of the hub."""
     sources = config.data.model_dump()
     embedded = blueprints.embedded(config)
-    world.decided_by_the_first("prepared", lambda: str(prepare_all(**sources, embedded=embedded).tokenizer_folder))
+
+    def prepared() -> str:
+        prepare_all(**sources, embedded=embedded)
+        return json.dumps(hub.commits())
+
+    hub.keep_to(json.loads(world.decided_by_the_first("prepared", prepared)))
     return prepare_all(**sources, progress=False)
 
 

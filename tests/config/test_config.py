@@ -85,6 +85,19 @@ def test_sources(value: Any, expected: dict[str, Any]) -> None:
     assert json.dumps(value) == before, "the caller's mapping was changed"
 
 
+def test_what_sources_hold_and_what_is_held_out() -> None:
+    train = {"a": {"files": "x", "format": "chat", "fields": {"messages": "talk"}, "valid": 0.2}, "train": "y"}
+    config = load({"data": {"train": train, "valid": 0.05}}, ["--data.fields.text=body", "--data.format=text"])
+    assert config.data.valid == 0.05 and config.data.valid_names == ["a", "valid"]
+    assert (config.data.format, config.data.fields) == ("text", {"text": "body"})
+    dumped = to_dict(config)["data"]["train"]
+    assert dumped == {"a": {**train["a"], "files": ["x"], "weight": None}, "train": {"files": ["y"], "weight": None}}  # type: ignore[dict-item]
+    assert to_dict(load(to_dict(config))) == to_dict(config)
+    assert load({"data": {"train": train, "valid": {"b": "v"}}}).data.valid_names == ["b", "a"]
+    old = {"data": {"train": "x"}}
+    assert load(old, saved=True).data.bos == "never" and load(old).data.bos == "auto"
+
+
 def test_overrides_reach_everything(tmp_path: Path) -> None:
     path = write(
         tmp_path, "data: {train: {books: {files: a.txt, weight: 1}}}\ntrain: {steps: 5, seed: 3}\ndeepspeed:\n"
@@ -257,6 +270,15 @@ WRONG = [
     ("data.train", {"a b": "x"}, "letters, digits, - and _"),
     ("data.train", {"../up": "x"}, "letters, digits, - and _"),
     ("data.valid", {1: "x"}, "in quotes if digits"),
+    ("data.valid", 1.5, "a share between 0 and 1 of the training text, which is held out, or a glob"),
+    ("data.valid", 0, "a share between 0 and 1"),
+    ("data.format", "chatml", "one of auto, text, chat, completion; did you mean chat?"),
+    ("data.fields", {"question": "q"}, "{text: COLUMN}, {messages: COLUMN} or {prompt: COLUMN, completion: COLUMN}"),
+    ("data.fields", {"prompt": "q"}, "{text: COLUMN}, {messages: COLUMN} or {prompt: COLUMN, completion: COLUMN}"),
+    ("data.loss_on", "answer", "one of answers, all; did you mean answers?"),
+    ("data.long_rows", "cut", "one of truncate, split"),
+    ("data.bos", True, "one of auto, always, never"),
+    ("data.isolate_documents", "some", "true, false or null"),
 ]
 
 
@@ -288,6 +310,12 @@ def test_not_a_number_and_infinity() -> None:
         ({"a": {"files": []}}, "data.train.a.files = [] (in the given mapping): must be a glob or a list of globs"),
         ({"a": {"weight": 2}}, "data.train.a.files is missing (in the given mapping): it must be a glob"),
         ({"a": 5}, "data.train.a = 5 (in the given mapping): must be a glob"),
+        (
+            {"a": {"files": "x", "fields": {"text": "t", "prompt": "p"}}},
+            "must be {text: COLUMN}, {messages: COLUMN} or",
+        ),
+        ({"a": {"files": "x", "valid": 1}}, "data.train.a.valid = 1 (in the given mapping): must be a share between"),
+        ({"a": {"files": "x", "format": "txt"}}, "data.train.a.format = 'txt' (in the given mapping): must be one of"),
     ],
 )
 def test_wrong_source(train: Any, shown: str) -> None:
@@ -373,6 +401,7 @@ CROSS = [
     ("train.eval_every=5", "train.eval_every = 5", "data.valid"),
     ('data.train={"a":{"files":"x","weight":2},"b":"y"}', "data.train.b has no weight", "or none of them"),
     ("data.valid.a.files=x data.valid.a.weight=2", "data.valid.a.weight = 2.0", "not mixed"),
+    ("data.valid.a.files=x data.valid.a.valid=0.1", "data.valid.a.valid = 0.1", "of a validation set nothing is held"),
     ("objective.name=greedy objective.chunks=2", "objective.chunks = 2", "objective.name = 'greedy'"),
     ("objective.name=backprop objective.chunks=2", "objective.chunks = 2", "objective.name = 'backprop'"),
     ("objective.overlap=2", "objective.overlap = 2", "objective.name = 'chunked' (by default)"),
@@ -778,6 +807,8 @@ def test_differences() -> None:
         ("train.max_skipped_updates=7", True),
         ("parallel.pipeline=2", True),
         ("data.cache=other", True),
+        ("data.bos=never", False),
+        ("data.loss_on=all", True),
     ],
 )
 def test_resume_differences(change: str, listed: bool) -> None:

@@ -122,7 +122,7 @@ def test_a_set_knows_its_labels_without_being_read(tmp_path: Path) -> None:
     make_run(tmp_path, valid={"short": "Only a few words. " * 9})
     for manifest in (tmp_path / "cache").glob("*/manifest.json"):
         tokens = TokenSet.open(manifest.parent)
-        counts = tokens.label_counts(range(len(tokens)))
+        counts = tokens.label_counts(range(len(tokens))).tolist()
         assert counts == [len(tokens.row(row)) - 1 for row in range(len(tokens))]
         stream = TrainStream([tokens], None, seed=0, micro_batch_size=3)
         for index in (0, 5):

@@ -17,6 +17,7 @@ from saved_runs import TEXT, WINDOW, make_run, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lptransformer.__main__ import parser
+from lptransformer.data.readers import Source
 from lptransformer.data.tokenizer import load as load_tokenizer
 from lptransformer.errors import DataError, RunError, UserError
 from lptransformer.evaluation import protocols
@@ -175,7 +176,7 @@ def test_the_pieces_are_the_whole_text(models: tuple[Path, Path], text: Path, pr
     """Every token of the text is in one; bits per byte are the mean of the pieces, weighed by their bytes."""
     tokenizer = load_tokenizer((models[0] / "tokenizer", models[1])[which])
     scoring = PROTOCOLS[protocol].score(
-        [text], tokenizer, Options(8, 5, which == 0 and protocol == "blocks", pieces=True)
+        Source("moor", (text,)), tokenizer, Options(8, 5, which == 0 and protocol == "blocks", pieces=True)
     )
     assert scoring.pieces is not None and scoring.counts.bytes == sum(scoring.pieces.bytes)
     assert (scoring.pieces.of_id >= 0).sum() == scoring.counts.tokens

@@ -180,12 +180,13 @@ def test_the_newest_complete_checkpoint_or_the_one_asked_for(tmp_path: Path) -> 
 
 
 def test_given_texts_instead_of_the_runs_own(saved: Path, tmp_path: Path, scratch: Path) -> None:
-    """Raw text, jsonl, a glob over two files and a prepared set, all of the same text."""
+    """Raw text, jsonl, csv, a glob over two files and a prepared set, all of the same text."""
     expected = evaluated(saved)["exits"]
     plain = write_text(tmp_path / "some where" / "moor no. 1.txt", TEXT)
     lines = write_text(tmp_path / "moor.jsonl", json.dumps({"text": TEXT}) + "\n")
+    cells = write_text(tmp_path / "cells.csv", f'id,text\n7,"{TEXT}"\n')
     prepared = json.loads((saved / "data.json").read_text())["valid"]["moor"]
-    for data, name in ((plain, "moor-no.-1"), (lines, "moor"), (prepared, "moor")):
+    for data, name in ((plain, "moor-no.-1"), (lines, "moor"), (cells, "cells"), (prepared, "moor")):
         results = evaluated(saved, [str(data)])
         assert results["exits"] == expected and results["set"] == name and "sets" not in results
 
@@ -198,6 +199,39 @@ def test_given_texts_instead_of_the_runs_own(saved: Path, tmp_path: Path, scratc
         == evaluated(saved, [str(write_text(tmp_path / "x", TEXT + "."))])["exits"][0]["tokens"]
     )  # a token stands between two documents
     assert both["set"] == "data"
+    assert not list(scratch.iterdir())
+
+
+def test_of_examples_the_answers_alone_are_scored(tmp_path: Path, scratch: Path) -> None:
+    """The run's own set, which is held out, the same one after its token set has gone, and the file as a text."""
+    pairs = [(f"ask {number}?", "so it is"[number:]) for number in range(3)]
+    lines = "".join(json.dumps({"prompt": one, "completion": two}) + "\n" for one, two in pairs)
+    file = write_text(tmp_path / "pairs.jsonl", lines)
+    run = make_run(tmp_path, data={"train": str(file), "valid": 0.4})
+    export_run(run, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+
+    def expected(of: list[tuple[str, str]]) -> float:
+        nlls = []
+        for prompt, answer in of:
+            ids = torch.tensor([[*(byte + 3 for byte in (prompt + answer).encode()), 1]])
+            labels = ids.clone()
+            labels[0, : len(prompt)] = -100
+            with torch.no_grad():
+                nlls += [model(ids, labels=labels).loss.item()] * (len(answer) + 1)
+        return sum(nlls) / len(nlls)
+
+    own = evaluated(run, batch_size=2)
+    assert own["set"] == "valid" and own["exits"][-1]["tokens"] == 9 + 7  # the first and the third
+    assert own["exits"][-1]["nll_per_token"] == pytest.approx(expected([pairs[0], pairs[2]]), rel=1e-6)
+    shutil.rmtree(tmp_path / "cache")
+    assert evaluated(run, batch_size=2) == own
+    whole = evaluated(run, [str(file)])["exits"][-1]
+    assert whole["nll_per_token"] == pytest.approx(expected(pairs), rel=1e-6) and whole["tokens"] == 9 + 8 + 7
+    with pytest.raises(UserError, match="pairs holds examples with answers: that is for --protocol blocks"):
+        evaluate_run(run, [str(file)], protocol="hf-sliding")
+    with pytest.raises(UserError, match="pairs holds examples with answers: models are compared on the bytes of a te"):
+        evaluate_run(run, [str(file)], compare=run)
     assert not list(scratch.iterdir())
 
 

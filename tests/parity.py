@@ -121,6 +121,7 @@ def expected(overrides: tuple[str, ...], updates: int, **formulas: Any) -> refer
         heads=head_options(config),
         border=None if config.border.codec == "none" else config.border.codec,
         dtype=torch.float64 if train.dtype == "fp64" else torch.float32,
+        frozen=train.freeze,
         **formulas,
     )
 

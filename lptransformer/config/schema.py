@@ -68,6 +68,11 @@ class ModelSection(Section):
     pretrained: MaybeText = Field(
         default=None, description="Hugging Face model to start from, folder or OWNER/NAME on the hub (it has the sizes)"
     )
+    tie: Literal["separate", "keep"] = Field(
+        default="separate",
+        description="a pretrained model whose embedding and readout are one matrix: separate (two, trained apart) or "
+        "keep (one; one stage must hold both)",
+    )
     hidden_size: Count = Field(default=256, description="width of the hidden states")
     num_layers: Count = Field(default=4, description="number of blocks")
     num_heads: MaybeCount = Field(default=None, description="attention heads (null: 4)")
@@ -148,6 +153,10 @@ class TrainSection(Section):
     )
     dtype: Literal["fp32", "bf16", "fp64"] = Field(
         default="fp32", description="fp32, bf16 with fp32 master weights, or fp64 (to check algebra)"
+    )
+    freeze: Annotated[list[Text], "a list of patterns"] = Field(
+        default=[],
+        description="weights that do not train: patterns of their Hugging Face names, of auxiliary heads `head.*`",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32), "a whole number from 0 to 4294967295"] = Field(
         default=0, description="seed of the weights and of the data order"

@@ -64,7 +64,7 @@ def pretrained_warning(config: Config) -> str | None:
 
 def check(config: Config) -> None:
     """Raises ConfigError for the first contradiction between keys of a resolved configuration."""
-    rules = (_lone, _model, _tie, _train, _trace, _deepspeed, _pipeline_baseline)
+    rules = (_lone, _model, _tie, _lora, _train, _trace, _deepspeed, _pipeline_baseline)
     for problem in itertools.chain.from_iterable(rule(config) for rule in rules):
         raise _error(problem)
     check_depth(config, config.model.num_layers, config.model.max_position_embeddings, "")
@@ -150,6 +150,22 @@ def _tie(config: Config) -> Iterator[str | ConfigError]:
     """Which keys leave a tied model one matrix; that one stage holds both of its ends is `_one_stage`."""
     if config.model.tie == "keep" and config.model.pretrained is None:
         yield _no_meaning(config, "model.tie", "model.pretrained", why=" (a new model has two matrices)")
+
+
+def _lora(config: Config) -> Iterator[str | ConfigError]:
+    """Adapters stand beside the weights of a pretrained model."""
+    given = [f"lora.{key}" for key in ("alpha", "targets") if getattr(config.lora, key) is not None]
+    if config.lora.rank is None:
+        if given:
+            yield _no_meaning(config, given, "lora.rank")
+        return
+    if config.model.pretrained is None:
+        yield _no_meaning(config, ["lora.rank", *given], "model.pretrained", why=" (a new model trains all weights)")
+    if config.head.ema_decay is not None:
+        yield (
+            f"{config.at('head.ema_decay')} with {config.at('lora.rank')}: the blocks that extra blocks follow do not "
+            "train, and what is added to them is not followed: remove one of the two"
+        )
 
 
 def _one_stage(config: Config, of_run: Objective) -> Iterator[str]:
@@ -368,7 +384,7 @@ def _pipeline_baseline(config: Config) -> Iterator[str]:
         return
     at = config.at
     engine_at, stage_key = at("engine"), "deepspeed.zero_optimization.stage"
-    for key in ("train.freeze", "model.tie"):
+    for key in ("train.freeze", "model.tie", "lora.rank"):
         section, name = key.split(".")
         if config.value(key) != type(getattr(config, section)).model_fields[name].default:
             yield f"{engine_at} with {at(key)}: it trains all weights of every stage, untied; give engine=local"

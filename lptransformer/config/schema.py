@@ -126,6 +126,18 @@ class BorderSection(Section):
     )
 
 
+class LoraSection(Section):
+    """Adapters of rank `rank` beside linear maps of a pretrained model's blocks, trained in place of its weights."""
+
+    rank: MaybeCount = Field(default=None, description="rank of the adapters (null: none)")
+    alpha: Annotated[Annotated[float, Field(gt=0)] | None, "a number above 0, or null"] = Field(
+        default=None, description="what an adapter adds is scaled by alpha / rank (null: twice the rank)"
+    )
+    targets: Annotated[Annotated[list[Text], Field(min_length=1)] | None, "a list of names, or null"] = Field(
+        default=None, description="linear maps of the blocks with an adapter, by the end of their names (null: all)"
+    )
+
+
 class OptimizerSection(Section):
     name: Literal["adamw", "sgd"] = Field(default="adamw", description="adamw or sgd; one for every stage")
     beta1: Fraction = Field(default=0.9, description="AdamW: decay of the mean")
@@ -210,6 +222,7 @@ class Config(Section):
     head: SerializeAsAny[HeadOptions] = HeadOptions()
     loss: LossSection = LossSection()
     border: BorderSection = BorderSection()
+    lora: LoraSection = LoraSection()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
     checkpoint: CheckpointSection = CheckpointSection()

@@ -33,6 +33,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lptransformer.config.deepspeed_keys import bucket_elements
 from lptransformer.errors import RunError
+from lptransformer.models.adapters import saved_name
 from lptransformer.models.head import Copy, LossBatch
 from lptransformer.models.stage import Stage, StageOutput
 from lptransformer.run_folder import checkpoint
@@ -239,7 +240,8 @@ class TrainedStage:
 
     def weights(self) -> dict[str, Tensor]:
         """All tensors under their names in a checkpoint, on the CPU; at ZeRO 3 all replicas call this together."""
-        return {name: tensor.cpu() for name, tensor in self.tensors(self.engine.module.state_dict().keys()).items()}
+        found = self.tensors(self.engine.module.state_dict().keys())
+        return {saved_name(name): tensor.cpu() for name, tensor in found.items()}
 
     def save(self, folder: Path, description: dict[str, Any], pending: Mapping[str, Tensor]) -> None:
         """Write the stage's folder, with the copies that are not in use yet; all replicas call this together."""
@@ -310,7 +312,8 @@ class FrozenStage:
         return {name: t.detach().clone() for name, t in self.stage.state_dict().items() if name in names}
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: tensor.cpu() for name, tensor in self.tensors(self.stage.state_dict().keys()).items()}
+        found = self.tensors(self.stage.state_dict().keys())
+        return {saved_name(name): tensor.cpu() for name, tensor in found.items()}
 
     def save(self, folder: Path, description: dict[str, Any], pending: Mapping[str, Tensor]) -> None:
         """Write the stage's folder; all replicas call this together."""
@@ -322,7 +325,8 @@ class FrozenStage:
     def load(self, folder: Path) -> None:
         """Its weights follow from the configuration; copies in its head do not."""
         if self.copies:
-            self.stage.load_state_dict(checkpoint.read_weights(folder))
+            of_head = checkpoint.read_weights(folder, lambda name: name.startswith("head."))
+            self.stage.load_state_dict(of_head, strict=False)
 
 
 def combine_norms(norms: Tensor, zero_stage: int) -> Tensor:

@@ -25,7 +25,8 @@ from lptransformer.methods.heads import HeadOptions, followed
 from lptransformer.methods.objectives import Objective
 from lptransformer.methods.spans import Phase
 from lptransformer.methods.stages import StagePlan, cut
-from lptransformer.models import family_check, hf_config, hf_parts, router_loss
+from lptransformer.models import adapters, family_check, hf_config, hf_parts, router_loss
+from lptransformer.models.adapters import Adapters
 from lptransformer.models.hf_parts import Anatomy
 from lptransformer.models.stage import trained_weights
 
@@ -60,6 +61,7 @@ class Blueprint:
     `copy_lags` in updates of those whose head holds read-only copies, `codecs` of those whose output is encoded for the
     next one. Sizes: windows in a micro-batch, tokens in a window, micro-batches in an update (over all replicas). With
     `tied` embedding and readout are one matrix in training; weights that a pattern of `freeze` names do not train.
+    Where there are `adapters` they train in place of the model's own weights.
     """
 
     model_config: Any
@@ -84,6 +86,7 @@ class Blueprint:
     in_flight: int
     tied: bool = False
     freeze: tuple[str, ...] = ()
+    adapters: Adapters | None = None
 
     @property
     def label_tokens(self) -> int:
@@ -152,17 +155,20 @@ def of_model(config: Config, model_config: Any) -> Blueprint:
             f"{config.at('model.tie')}: the model has two matrices for embedding and readout "
             "(tie_word_embeddings in its config.json): give separate"
         )
-    parts = hf_parts.anatomy(model_config)
-    blueprint = _laid_out(config, model_config, parts, None)
-    if not blueprint.freeze:
-        return blueprint
+    parts, lora = hf_parts.anatomy(model_config), config.lora
     try:
-        return _laid_out(config, model_config, parts, trained_weights(blueprint))
+        found = adapters.find(model_config, parts, lora.rank, lora.alpha, lora.targets) if lora.rank else None
+        blueprint = _laid_out(config, model_config, parts, found, None)
+        if not blueprint.freeze and found is None:
+            return blueprint
+        return _laid_out(config, model_config, parts, found, trained_weights(blueprint))
     except OptionError as error:
         raise ConfigError(f"{config.at(error.key)}: {error.problem}") from None
 
 
-def _laid_out(config: Config, model_config: Any, parts: Anatomy, trained: TrainedWeights | None) -> Blueprint:
+def _laid_out(
+    config: Config, model_config: Any, parts: Anatomy, found: Adapters | None, trained: TrainedWeights | None
+) -> Blueprint:
     """`trained` are the weights that do, None for all: where stages with nothing to train are, gradients end."""
     train, windows = config.train, micro_batch_size(config)
     length, head = config.data.sequence_length, config.head
@@ -172,8 +178,9 @@ def _laid_out(config: Config, model_config: Any, parts: Anatomy, trained: Traine
             "true: use engine=local, or set it to false"
         )
     tied = config.model.tie == "keep"
+    of_adapters = found.size // model_config.num_hidden_layers if found else 0
     costs = model_costs(
-        parts.block_parameters,
+        parts.block_parameters + of_adapters,
         parts.hidden_size,
         parts.vocab_size,
         length,
@@ -211,6 +218,7 @@ def _laid_out(config: Config, model_config: Any, parts: Anatomy, trained: Traine
         in_flight=config.parallel.in_flight,
         tied=tied,
         freeze=tuple(train.freeze),
+        adapters=found,
     )
 
 

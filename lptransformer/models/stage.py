@@ -20,7 +20,7 @@ from lptransformer.errors import OptionError, RunError
 from lptransformer.methods.cost import TrainedWeights
 from lptransformer.methods.gradient_flow import Duty
 from lptransformer.methods.stages import StagePlan
-from lptransformer.models import hf_config
+from lptransformer.models import adapters, hf_config
 from lptransformer.models.head import (
     CROSS_ENTROPY,
     ROUTER,
@@ -242,6 +242,8 @@ def load_stage(plan: StagePlan, blueprint: Blueprint, weights: Mapping[str, Tens
     Raises RunError when they are not those of this stage: its parameters and its read-only copies.
     """
     stage = make_stage(plan, blueprint, seed=None)
+    if blueprint.adapters is not None:
+        weights = adapters.merged(weights, blueprint.adapters, blueprint.parts)
     needed = {name: tuple(tensor.shape) for name, tensor in stage.state_dict().items()}
     held = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(needed.keys() | held.keys()):
@@ -258,40 +260,47 @@ def load_stage(plan: StagePlan, blueprint: Blueprint, weights: Mapping[str, Tens
 
 
 def for_training(stage: Stage, blueprint: Blueprint) -> Stage:
-    """The stage with what the run makes of it: one matrix for embedding and readout (`model.tie`), and frozen weights
-    without a gradient (`train.freeze`)."""
+    """The stage with what the run makes of it: one matrix for embedding and readout (`model.tie`), adapters (`lora`),
+    and frozen weights without a gradient."""
     parts, plan = blueprint.parts, stage.plan
     if blueprint.tied:
         assert stage.head is not None and plan.is_first and plan.is_last, "config/checks refuses it"
         embedding = stage.body.get_submodule(parts.token_embedding.removeprefix(f"{parts.base}."))
+        assert isinstance(embedding, nn.Embedding)
         stage.head.readout.weight = embedding.weight
+    if blueprint.adapters is not None:
+        blocks = range(plan.first_block, plan.last_block + 1)
+        adapters.add(stage.body, parts, blocks, blueprint.adapters, blueprint.seed)
     for name, weight in stage.named_parameters(remove_duplicate=False):
-        if not plan.trained or _matches(parts.whole_name(name, plan.is_last), blueprint.freeze):
+        whole_name = parts.whole_name(adapters.saved_name(name), plan.is_last)
+        if not plan.trained or _frozen(whole_name, blueprint):
             weight.requires_grad_(False)
     return stage
 
 
 def trained_weights(blueprint: Blueprint) -> TrainedWeights:
-    """How many weights train beside what `blueprint.freeze` names, from empty modules.
+    """How many weights train beside those that are frozen, from empty modules.
 
     Raises OptionError for a pattern that no weight has, and where nothing is left to train.
     """
     config, parts, objective = blueprint.model_config, blueprint.parts, blueprint.objective
     model = hf_config.empty_model(hf_config.model_class(config), config)
     tied = {f"{parts.lm_head}.weight", f"{parts.token_embedding}.weight"} if blueprint.tied else set()
-    frozen = {name: _matches(name, blueprint.freeze) for name, _ in model.named_parameters(remove_duplicate=False)}
-    names, trained = set(frozen), Counter[int | str]()
-    for name in tied:
-        frozen[name] = any(_matches(other, blueprint.freeze) for other in tied)
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        trained[_part(name, parts)] += weight.numel() * (not frozen[name])
+    sizes = {name: weight.numel() for name, weight in model.named_parameters(remove_duplicate=False)}
+    if (added := blueprint.adapters) is not None:
+        for target in added.targets:
+            sizes |= added.weights(target)
+    names, trained = set(sizes), Counter[int | str]()
+    for name, size in sizes.items():
+        same = tied if name in tied else (name,)
+        trained[_part(name, parts)] += size * (not any(_frozen(one, blueprint) for one in same))
     auxiliary = Counter[int]()
     for block in objective.heads[:-1]:
         with torch.device("meta"):
             head = empty_head(block, blueprint)
         for name, weight in head.named_parameters(prefix="head"):
             names.add(name)
-            auxiliary[block] += weight.numel() * (not _matches(name, blueprint.freeze))
+            auxiliary[block] += weight.numel() * (not _frozen(name, blueprint))
     value = list(blueprint.freeze)
     for pattern in value:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -319,5 +328,7 @@ def _part(name: str, parts: Anatomy) -> int | str:
     return _EMBEDDING if name.startswith(tuple(f"{before}." for before in parts.before)) else _HEAD
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def _frozen(name: str, blueprint: Blueprint) -> bool:
+    """Whether a weight of this name in the Hugging Face model, or in an auxiliary head, is frozen."""
+    of_model = blueprint.adapters is not None and ".lora_" not in name and not name.startswith("head.")
+    return of_model or any(fnmatchcase(name, pattern) for pattern in blueprint.freeze)

@@ -62,7 +62,8 @@ def print_stages(title: str, config: Config, blueprint: Blueprint) -> None:
     print_table(title, list(rows[0]), [list(row.values()) for row in rows])
     if costs.trained is not None:
         trained, weights = sum(trained_of(s, costs) for s in stages), sum(weights_of(s, costs)[0] for s in stages)
-        print(f"{trained:,} of {weights:,} weights train ({trained / weights:.1%}): {config.at('train.freeze')}")
+        why = " and ".join(config.at(key) for key in ("train.freeze", "lora.rank") if config.value(key))
+        print(f"{trained:,} of {weights:,} weights train ({trained / weights:.1%}): {why}")
 
 
 def predicted(config: Config, blueprint: Blueprint, *, alike: bool = False) -> list[RankMemory]:

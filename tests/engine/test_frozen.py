@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,12 +106,14 @@ def tied_folder(family: str, folder: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
-def plain_training(folder: Path, overrides: tuple[str, ...], updates: int) -> tuple[list[float], dict[str, Tensor]]:
-    """The library's tied model in an ordinary loop: gradient norms and weights."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+def plain_training(
+    folder: Path, overrides: tuple[str, ...], updates: int, model: Any = None
+) -> tuple[list[float], dict[str, Tensor]]:
+    """The library's tied model in an ordinary loop, or another one: gradient norms and weights."""
+    model = model or AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     config = load_config(overrides)
     stream, per_update = make_stream(config), config.train.micro_batches_per_update
-    trained = [p for name, p in model.named_parameters() if name not in config.train.freeze]
+    trained = [p for name, p in model.named_parameters() if p.requires_grad and name not in config.train.freeze]
     step, norms = make_optimizer(trained, optimizer_options(config)), []
     for update, rate in enumerate(learning_rates(config, updates)):
         for index in range(update * per_update, (update + 1) * per_update):

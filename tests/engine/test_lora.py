@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from distributed import Pool
-from engine_jobs import open_engine
+from engine_jobs import load_config, open_engine
+from measured_rank import peak_bytes
 from overlays import overlay
 from parity import largest_difference
 from saved_runs import make_run
@@ -24,7 +25,9 @@ from transformers import AutoModelForCausalLM
 from lptransformer.config.load import load
 from lptransformer.evaluation import trained_model
 from lptransformer.evaluation.export import export_adapter, export_run
+from lptransformer.models.blueprint import make_blueprint
 from lptransformer.models.seeds import unit_seed
+from lptransformer.planning.dry_run import predicted
 
 pytestmark = pytest.mark.slow
 
@@ -183,3 +186,25 @@ def test_exports_merged_and_as_a_peft_folder(pool: Pool, peft: str, tmp_path: Pa
         assert largest_difference(model(ids).logits, own) > 0.01, "it has learnt something"
     (logits,) = pool.run(1, with_peft, peft, peft_logits, tmp_path / "model", tmp_path / "adapter", ids)
     assert largest_difference(logits, own) < 1e-5
+
+
+def predicted_and_measured(*settings: tuple[str, ...]) -> list[list[tuple[float, float]]]:
+    found = []
+    for overrides in settings:
+        config = load_config(overrides)
+        plan = make_blueprint(config, None, None)
+        of_ranks = enumerate(predicted(config, plan))
+        found.append([(one.peak, peak_bytes(config, plan, rank)) for rank, one in of_ranks])
+    return found
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_the_memory_it_saves_is_predicted(pool: Pool, peft: str, tmp_path: Path, zero: int) -> None:
+    """Against training all weights: what reading a folder leaves behind for a while is measured with both."""
+    tied_folder("llama", tmp_path / "model")
+    plain = (*PRETRAINED, f"model.pretrained={tmp_path / 'model'}", TWO, "parallel.pipeline=2")
+    plain += (f"deepspeed.zero_optimization.stage={zero}", "deepspeed.zero_optimization.reduce_bucket_size=9000")
+    (found,) = pool.run(1, with_peft, peft, predicted_and_measured, plain, (*plain, *LORA))
+    for (before, measured_before), (after, measured_after) in zip(*found, strict=True):
+        assert before - after > 200_000
+        assert before - after == pytest.approx(measured_before - measured_after, rel=0.03)

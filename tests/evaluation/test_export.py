@@ -465,6 +465,14 @@ def _train(raw: dict[str, Any], *overrides: str) -> str:
     return printed.getvalue()
 
 
+def test_adapters_alone_are_of_a_run_that_has_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(make_run(tmp_path))
+    for words, says in (([], "has none (lora.rank is null)"), (["--exit=1"], "--tie, --dtype and exits go without it")):
+        with pytest.raises(SystemExit) as end:
+            run_command(parser(), ["export", run, str(tmp_path / "out"), "--adapter", *words])
+        assert end.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_start_that_harms_a_pretrained_model_says_so_once(pool: Pool, tmp_path: Path) -> None:
     export_run(make_run(tmp_path), tmp_path / "exported")
     raw: dict[str, Any] = {

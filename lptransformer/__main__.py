@@ -165,6 +165,7 @@ def parser() -> argparse.ArgumentParser:
     text = "the model up to the exit after block K, as `evaluate` counts (default: the last one)"
     sub.add_argument("--exit", type=int, metavar="K", help=text)
     sub.add_argument("--keep-exits", action="store_true", help="write the auxiliary heads beside it: exits.safetensors")
+    sub.add_argument("--adapter", action="store_true", help="of a run with lora.rank: its adapters alone, as peft does")
     return main
 
 
@@ -400,11 +401,15 @@ def diagnose(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     no_overrides(args)
-    from lptransformer.evaluation.export import export_run
+    from lptransformer.evaluation.export import export_adapter, export_run
 
     options = {"tie": args.tie, "dtype": args.dtype, "exit_block": args.exit, "keep_exits": args.keep_exits}
-    exported = export_run(Path(args.run_folder), Path(args.out), args.step, **options)
-    print(f"{args.out}: the model of {args.run_folder} after {exported.update} updates")
+    if args.adapter and options != {"tie": "auto", "dtype": None, "exit_block": None, "keep_exits": False}:
+        raise UserError("--adapter writes adapters alone, as they were trained: --tie, --dtype and exits go without it")
+    run, out = Path(args.run_folder), Path(args.out)
+    exported = export_adapter(run, out, args.step) if args.adapter else export_run(run, out, args.step, **options)
+    what = "adapters" if args.adapter else "model"
+    print(f"{args.out}: the {what} of {args.run_folder} after {exported.update} updates")
     for note in exported.notes:
         print(note)
 

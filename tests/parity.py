@@ -123,6 +123,7 @@ def expected(
         heads=head_options(config, labels),
         border=None if config.border.codec == "none" else config.border.codec,
         dtype=torch.float64 if train.dtype == "fp64" else torch.float32,
+        frozen=train.freeze,
         **formulas,
     )
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from hashlib import sha256
 from typing import Any
 
@@ -283,6 +285,7 @@ def train(
     heads: HeadOptions | None = None,
     border: str | None = None,
     dtype: torch.dtype = torch.float32,
+    frozen: Sequence[str] = (),
     gradients_of: int | None = None,
     clip_formula: str = "torch",
     replicas: int = 1,
@@ -300,6 +303,8 @@ def train(
     (PipeDream-2BW, arXiv 2006.09503, section 3.1). `dtype`: weights are made in fp32, then cast; Llama's norms and
     rotary embeddings compute in fp32 all the same. `border`: how hidden states are rounded where a span begins (a key
     of ROUNDINGS). `gradients_of`: the update whose gradients the result holds.
+
+    `frozen`: patterns of the names of weights that do not train; auxiliary heads without the number of their block.
 
     `fault` plants an error that a parity test has to find: gradients that stop nowhere, a loss divided by the label
     tokens of its micro-batch, hidden states from the weights of one update before. With one span, "no_detach" and
@@ -322,7 +327,11 @@ def train(
     reached = {block for phase in phases for first, last in phase.spans for block in range(first, last + 1)}
     wanted = {parameter for block in reached for parameter in net.block_parameters(block)}
     wanted |= {parameter for block in ends for parameter in net.head_parameters(block)}
-    trained = {name: parameter for name, parameter in net.named().items() if parameter in wanted}
+    trained = {
+        name: parameter
+        for name, parameter in net.named().items()
+        if parameter in wanted and not any(fnmatchcase(re.sub(r"^head\.\d+", "head", name), one) for one in frozen)
+    }
     step = make_optimizer(list(trained.values()), optimizer)
     result = Result([], [], {})
     history: list[Net] = []  # history[v]: as after v updates

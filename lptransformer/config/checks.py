@@ -64,7 +64,7 @@ def pretrained_warning(config: Config) -> str | None:
 
 def check(config: Config) -> None:
     """Raises ConfigError for the first contradiction between keys of a resolved configuration."""
-    rules = (_lone, _model, _train, _trace, _deepspeed, _pipeline_baseline)
+    rules = (_lone, _model, _tie, _lora, _train, _trace, _deepspeed, _pipeline_baseline)
     for problem in itertools.chain.from_iterable(rule(config) for rule in rules):
         raise _error(problem)
     check_depth(config, config.model.num_layers, config.model.max_position_embeddings, "")
@@ -148,6 +148,46 @@ def _model(config: Config) -> Iterator[str | ConfigError]:
         yield f"{at('model.num_heads')} is not a multiple of {at('model.num_key_value_heads')}"
 
 
+def _tie(config: Config) -> Iterator[str | ConfigError]:
+    """Which keys leave a tied model one matrix; that one stage holds both of its ends is `_one_stage`."""
+    if config.model.tie == "keep" and config.model.pretrained is None:
+        yield _no_meaning(config, "model.tie", "model.pretrained", why=" (a new model has two matrices)")
+
+
+def _lora(config: Config) -> Iterator[str | ConfigError]:
+    """Adapters stand beside the weights of a pretrained model."""
+    given = [f"lora.{key}" for key in ("alpha", "targets") if getattr(config.lora, key) is not None]
+    if config.lora.rank is None:
+        if given:
+            yield _no_meaning(config, given, "lora.rank")
+        return
+    if config.model.pretrained is None:
+        yield _no_meaning(config, ["lora.rank", *given], "model.pretrained", why=" (a new model trains all weights)")
+    if config.head.ema_decay is not None:
+        yield (
+            f"{config.at('head.ema_decay')} with {config.at('lora.rank')}: the blocks that extra blocks follow do not "
+            "train, and what is added to them is not followed: remove one of the two"
+        )
+
+
+def _one_stage(config: Config, of_run: Objective) -> Iterator[str]:
+    """A matrix has one gradient and one optimizer, so one stage. The placement decides nothing: it is refused."""
+    at, parallel = config.at, config.parallel
+    if config.model.tie != "keep":
+        return
+    if len(_stages(of_run)) > 1:
+        what = at("objective.chunks" if config.value("objective.chunks") is not None else "objective.name")
+        yield (
+            f"{at('model.tie')} with {what}: embedding and readout are then in two stages, each with an optimizer of "
+            "its own. Give objective.name=backprop, or model.tie=separate"
+        )
+    elif parallel.pipeline > 1:
+        yield (
+            f"{at('model.tie')} with {at('parallel.pipeline')}: embedding and readout are then on two pipeline ranks. "
+            "Give parallel.pipeline=1, or model.tie=separate"
+        )
+
+
 def _train(config: Config) -> Iterator[str | ConfigError]:
     train, at = config.train, config.at
     if train.micro_batches_per_update % config.parallel.data:
@@ -211,6 +251,7 @@ def _depth(config: Config, num_layers: int, layers: str) -> Iterator[str | Confi
         message = f"{at('engine')} with {at('objective.name')}: it trains by backprop alone: set that"
         yield NoMeaningError(message, ["objective.name"], ["engine"], instead="backprop")
     yield from _border(config, of_run)
+    yield from _one_stage(config, of_run)
     if zero_stage(config) == 3:
         yield from _zero_3(config, of_run)
     yield from _head(config, of_run, layers)
@@ -345,6 +386,10 @@ def _pipeline_baseline(config: Config) -> Iterator[str]:
         return
     at = config.at
     engine_at, stage_key = at("engine"), "deepspeed.zero_optimization.stage"
+    for key in ("train.freeze", "model.tie", "lora.rank"):
+        section, name = key.split(".")
+        if config.value(key) != type(getattr(config, section)).model_fields[name].default:
+            yield f"{engine_at} with {at(key)}: it trains all weights of every stage, untied; give engine=local"
     if zero_stage(config) > 1:
         yield f"{engine_at} with {at(stage_key)}: DeepSpeed's pipelines work with ZeRO 0 and 1 only"
     if config.train.dtype not in ("fp32", "bf16"):

@@ -99,6 +99,11 @@ class ModelSection(Section):
     pretrained: MaybeText = Field(
         default=None, description="Hugging Face model to start from, folder or OWNER/NAME on the hub (it has the sizes)"
     )
+    tie: Literal["separate", "keep"] = Field(
+        default="separate",
+        description="a pretrained model whose embedding and readout are one matrix: separate (two, trained apart) or "
+        "keep (one; one stage must hold both)",
+    )
     hidden_size: Count = Field(default=256, description="width of the hidden states")
     num_layers: Count = Field(default=4, description="number of blocks")
     num_heads: MaybeCount = Field(default=None, description="attention heads (null: 4)")
@@ -185,6 +190,18 @@ class BorderSection(Section):
     )
 
 
+class LoraSection(Section):
+    """Adapters of rank `rank` beside linear maps of a pretrained model's blocks, trained in place of its weights."""
+
+    rank: MaybeCount = Field(default=None, description="rank of the adapters (null: none)")
+    alpha: Annotated[Annotated[float, Field(gt=0)] | None, "a number above 0, or null"] = Field(
+        default=None, description="what an adapter adds is scaled by alpha / rank (null: twice the rank)"
+    )
+    targets: Annotated[Annotated[list[Text], Field(min_length=1)] | None, "a list of names, or null"] = Field(
+        default=None, description="linear maps of the blocks with an adapter, by the end of their names (null: all)"
+    )
+
+
 class OptimizerSection(Section):
     name: Literal["adamw", "sgd"] = Field(default="adamw", description="adamw or sgd; one for every stage")
     beta1: Fraction = Field(default=0.9, description="AdamW: decay of the mean")
@@ -212,6 +229,10 @@ class TrainSection(Section):
     )
     dtype: Literal["fp32", "bf16", "fp64"] = Field(
         default="fp32", description="fp32, bf16 with fp32 master weights, or fp64 (to check algebra)"
+    )
+    freeze: Annotated[list[Text], "a list of patterns"] = Field(
+        default=[],
+        description="weights that do not train: patterns of their Hugging Face names, of auxiliary heads `head.*`",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32), "a whole number from 0 to 4294967295"] = Field(
         default=0, description="seed of the weights and of the data order"
@@ -265,6 +286,7 @@ class Config(Section):
     head: SerializeAsAny[HeadOptions] = HeadOptions()
     loss: LossSection = LossSection()
     border: BorderSection = BorderSection()
+    lora: LoraSection = LoraSection()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
     checkpoint: CheckpointSection = CheckpointSection()

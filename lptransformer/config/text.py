@@ -52,6 +52,8 @@ def parse_yaml(text: str, what: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        if "alias" in f"{getattr(error, 'context', '')} {problem}":
+            problem += "; text that begins with * has to be in quotes"
         raise ConfigError(f"{what}{line}: not valid YAML: {problem}") from None
 
 

@@ -28,7 +28,7 @@ class ClipGroup:
         self.waited_seconds = 0.0
         self._sizes: list[int] = []  # how many norms every member has
         if group is not None:
-            own = sum(len(list(stage.engine.module.parameters())) for stage in stages)
+            own = sum(len(stage.parameters) for stage in stages)
             counts = gather(group, torch.tensor([own if self.zero_stage == 0 else len(stages)]), [1] * size)
             self._sizes = [int(count) for count in counts]
 

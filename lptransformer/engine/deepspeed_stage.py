@@ -33,6 +33,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lptransformer.config.deepspeed_keys import bucket_elements
 from lptransformer.errors import RunError
+from lptransformer.models.adapters import saved_name
 from lptransformer.models.head import Copy, LossBatch
 from lptransformer.models.stage import Stage, StageOutput
 from lptransformer.run_folder import checkpoint
@@ -62,7 +63,7 @@ def deepspeed_config(
 
 
 def _with_bucket(config: dict[str, Any], parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
-    """Where the user does not say how large the bucket for reducing gradients is, it is no larger than the stage."""
+    """Where the user does not say how large the bucket for reducing gradients is, it is no larger than all of them."""
     bucket = bucket_elements(sum(parameter.numel() for parameter in parameters))
     return {**config, "zero_optimization": {"reduce_bucket_size": bucket, **config["zero_optimization"]}}
 
@@ -129,14 +130,15 @@ class TrainedStage:
         self.grad_clip = grad_clip
         self.skipped_in_a_row = 0
         self._norm = torch.zeros(())  # what this update is clipped by
-        self._parameters = list(stage.parameters())  # to walk the modules takes time in every update
+        # Those that train; to walk the modules takes time in every update.
+        self.parameters = [weight for weight in stage.parameters() if weight.requires_grad]
         self.engine, *_ = deepspeed.initialize(
-            model=stage, optimizer=optimizer, config=_with_bucket(config, self._parameters), dist_init_required=False
+            model=stage, optimizer=optimizer, config=_with_bucket(config, self.parameters), dist_init_required=False
         )
         read_safely(self.engine)
         self.zero_stage: int = self.engine.zero_optimization_stage()
         assert not delayed or self.zero_stage == 0, "at ZeRO 1 to 3 the weights are DeepSpeed's"
-        self.versions = TwoVersions(stage.parameters()) if delayed else None
+        self.versions = TwoVersions(self.parameters) if delayed else None
         if self.zero_stage == 0:
             optimizer.register_step_pre_hook(self._clip_or_skip)
         elif self.zero_stage < 3:
@@ -169,7 +171,7 @@ class TrainedStage:
             self.engine._running_engine_step = False
         if self.zero_stage == 1:
             return self._own_norm().float().reshape(1)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
 
     def update(self, norm: Tensor | None) -> StepResult:
@@ -207,7 +209,7 @@ class TrainedStage:
 
     def _clip_or_skip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """ZeRO 0: between the all-reduce of the gradients and the optimizer's step. No gradient, no step."""
-        parameters = [p for p in self._parameters if p.grad is not None]
+        parameters = [p for p in self.parameters if p.grad is not None]
         if not bool(torch.isfinite(self._norm)):
             for parameter in parameters:
                 parameter.grad = None
@@ -238,7 +240,8 @@ class TrainedStage:
 
     def weights(self) -> dict[str, Tensor]:
         """All tensors under their names in a checkpoint, on the CPU; at ZeRO 3 all replicas call this together."""
-        return {name: tensor.cpu() for name, tensor in self.tensors(self.engine.module.state_dict().keys()).items()}
+        found = self.tensors(self.engine.module.state_dict().keys())
+        return {saved_name(name): tensor.cpu() for name, tensor in found.items()}
 
     def save(self, folder: Path, description: dict[str, Any], pending: Mapping[str, Tensor]) -> None:
         """Write the stage's folder, with the copies that are not in use yet; all replicas call this together."""
@@ -276,17 +279,20 @@ class TrainedStage:
 
 
 class FrozenStage:
-    """A stage that stays as it was initialised: no DeepSpeedEngine, no optimizer."""
+    """A stage that stays as it was initialised: no DeepSpeedEngine, no optimizer. Gradients go through it by pulls."""
 
     skipped_in_a_row = 0
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, dtype: torch.dtype) -> None:
         self.plan = stage.plan
         self.stage = stage
+        for weight in stage.parameters():  # as DeepSpeed does it: buffers stay precise
+            weight.data = weight.data.to(dtype)
+        assert not any(weight.requires_grad for weight in stage.parameters())
 
-    @torch.no_grad()
     def forward(self, inputs: Tensor, batch: LossBatch, split: bool = False) -> StageOutput:
-        return self.stage(inputs, batch)
+        with torch.set_grad_enabled(inputs.requires_grad):
+            return self.stage(inputs, batch, split and inputs.requires_grad)
 
     def train(self, mode: bool) -> None:
         """Training or evaluation mode."""
@@ -294,16 +300,20 @@ class FrozenStage:
 
     @property
     def copies(self) -> tuple[Copy, ...]:
-        return ()
+        """What its head holds of other stages' weights."""
+        return self.stage.head.copies if self.stage.head is not None else ()
 
     def refresh(self, received: Mapping[str, Tensor]) -> None:
-        raise AssertionError("a stage without a head holds no copies")
+        """New values for the head's copies."""
+        assert self.stage.head is not None
+        self.stage.head.refresh(received)
 
     def tensors(self, names: Collection[str]) -> dict[str, Tensor]:
         return {name: t.detach().clone() for name, t in self.stage.state_dict().items() if name in names}
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: tensor.cpu() for name, tensor in self.tensors(self.stage.state_dict().keys()).items()}
+        found = self.tensors(self.stage.state_dict().keys())
+        return {saved_name(name): tensor.cpu() for name, tensor in found.items()}
 
     def save(self, folder: Path, description: dict[str, Any], pending: Mapping[str, Tensor]) -> None:
         """Write the stage's folder; all replicas call this together."""
@@ -313,7 +323,10 @@ class FrozenStage:
             checkpoint.finish_stage(folder)
 
     def load(self, folder: Path) -> None:
-        """Nothing to do: its weights follow from the configuration."""
+        """Its weights follow from the configuration; copies in its head do not."""
+        if self.copies:
+            of_head = checkpoint.read_weights(folder, lambda name: name.startswith("head."))
+            self.stage.load_state_dict(of_head, strict=False)
 
 
 def combine_norms(norms: Tensor, zero_stage: int) -> Tensor:

@@ -33,6 +33,7 @@ class Pass:
 
     inputs: Tensor
     output: StageOutput
+    pulled: int = 0
 
 
 @dataclass
@@ -195,7 +196,7 @@ class Executor:
         output = stage.forward(inputs, self._loss_batch(plan.index, batch, self._number(micro_batch)), duty.split)
         if output.nll_sum is not None:
             update.loss_sums[plan.index].append(output.nll_sum)
-        if plan.trained:
+        if plan.trained or duty.pulls:
             self._passes[plan.index, micro_batch] = Pass(inputs, output)
         if not plan.is_last:
             self._hidden[plan.index, micro_batch] = self.handed_over(plan.index, output.hidden_states)
@@ -230,6 +231,11 @@ class Executor:
         gradient = add(part for part in parts if part is not None)
         assert waiting.output.pull is not None and gradient is not None
         self._gradients[index - 1, micro_batch, flow] = waiting.output.pull(gradient)
+        waiting.pulled += 1
+        if not stage.plan.trained and waiting.pulled == len(duty.pulls):  # no backward pass follows
+            del self._passes[index, micro_batch]
+            for number, _ in duty.above:
+                del self._gradients[index, micro_batch, number]
 
     def _backward(self, stage: LocalStage, action: Action) -> None:
         index, (update, micro_batch) = action.stage, self._of(action)

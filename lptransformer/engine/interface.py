@@ -24,6 +24,7 @@ from lptransformer.engine.process_groups import World, leave
 from lptransformer.errors import RunError
 from lptransformer.methods.cost import labels_seen
 from lptransformer.methods.stages import StagePlan
+from lptransformer.models.adapters import merged
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.whole_model import whole_model, whole_weights
 from lptransformer.processes import peak_memory_bytes
@@ -187,7 +188,8 @@ class TrainingEngine(ABC):
                 f"pretrained_model(): the model is on {self.world.pipeline_size} pipeline ranks, and no process has "
                 "all of it; save a checkpoint and export that"
             )
-        weights = whole_weights(self.blueprint.parts, self._weights())
+        parts, added, of_stages = self.blueprint.parts, self.blueprint.adapters, self._weights()
+        weights = whole_weights(parts, (merged(one, added, parts) if added else one for one in of_stages))
         own = {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}
         return whole_model(self.blueprint.model_config, own)
 

@@ -6,12 +6,13 @@ folder is opened once, as anybody will open it, and gives the run's logits, or n
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from lptransformer.console import bar
 from lptransformer.errors import ModelError, RunError, UserError
 from lptransformer.evaluation import model_card, trained_model
 from lptransformer.evaluation.trained_model import RunModel
-from lptransformer.models import exits, hf_config
+from lptransformer.models import adapters, exits, hf_config
 from lptransformer.models.stage import Stage
 from lptransformer.models.whole_model import check_logits, exit_model, tried_ids
 from lptransformer.run_folder import checkpoint, layout
@@ -61,9 +62,7 @@ def export_run(
     models/exits.py). The folder appears when it is complete. Raises RunError when `out` is a file or not empty, and
     where the run is missing or damaged; ModelError where the exit, or what is to be tied, does not allow it.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        what = "is a folder that is not empty" if out.is_dir() else "is a file"
-        raise RunError(f"OUT is {out}: that {what}; give a new folder, or an empty one")
+    _check_empty(out)
     update = trained_model.find_update(run, step)
     if not (run / layout.TOKENIZER).is_dir():
         raise RunError(f"{run} has no folder {layout.TOKENIZER}: a run keeps its tokenizer there")
@@ -72,6 +71,47 @@ def export_run(
         stages = model.stages[: stage_of_exit(model, exit_block).plan.index + 1]
         notes = _write(run, model, stages, out, tie, dtype, keep_exits, advance)
     return Exported(update, tuple(notes))
+
+
+def export_adapter(run: Path, out: Path, step: int | None = None) -> Exported:
+    """Write the adapters of the checkpoint after `step` updates to the folder `out`, as peft saves them.
+
+    `PeftModel.from_pretrained(base, out)` is the run's model, where `base` is the one that it started from. Raises
+    RunError as `export_run`, and where the run has no adapters.
+    """
+    _check_empty(out)
+    update = trained_model.find_update(run, step)
+    blueprint, pretrained = trained_model.blueprint_of(run), layout.read_config(run).model.pretrained
+    if blueprint.adapters is None or pretrained is None:
+        raise RunError(f"--adapter: {run} has none (lora.rank is null): export it without")
+    weights: dict[str, Tensor] = {}
+    for folder in checkpoint.stage_folders(run, update):
+        weights |= checkpoint.read_weights(folder, lambda name: ".lora_" in name)
+    with _appearing(out) as unfinished:
+        adapters.write(unfinished, weights, blueprint.adapters, blueprint.parts, pretrained)
+    return Exported(update, (f"it belongs to {pretrained}",))
+
+
+def _check_empty(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        what = "is a folder that is not empty" if out.is_dir() else "is a file"
+        raise RunError(f"OUT is {out}: that {what}; give a new folder, or an empty one")
+
+
+@contextlib.contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder that takes the place of `out` when all is in it; nothing is left of it where that fails."""
+    unfinished = out.absolute().parent / f".unfinished-{out.absolute().name}-{uuid.uuid4().hex[:12]}"
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for path in unfinished.iterdir():
+            path.chmod(unfinished.stat().st_mode & 0o666)  # safetensors writes files that nobody else may read
+        os.rename(unfinished, out)
+    except OSError as error:
+        raise RunError(f"OUT is {out}: it cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def stage_of_exit(model: RunModel, block: int | None) -> Stage:
@@ -106,9 +146,7 @@ def _write(
     notes = [_tie(whole, tie, was_tied, EXPORTED[name].itemsize)]
     whole.to(EXPORTED[name])
     whole.config.dtype = whole.dtype
-    unfinished = out.absolute().parent / f".unfinished-{out.absolute().name}-{uuid.uuid4().hex[:12]}"
-    try:
-        unfinished.mkdir(parents=True)
+    with _appearing(out) as unfinished:
         for path in (run / layout.TOKENIZER).iterdir():
             shutil.copyfile(path, unfinished / path.name)
         with hf_config.quiet_transformers():
@@ -122,13 +160,6 @@ def _write(
         advance(len(model.stages))
         notes += _compare(unfinished, ids, own, name)
         (unfinished / "README.md").write_text(model_card.text(run, model, stages[-1].plan.last_block, name))
-        for path in unfinished.iterdir():
-            path.chmod(unfinished.stat().st_mode & 0o666)  # safetensors writes files that nobody else may read
-        os.rename(unfinished, out)
-    except OSError as error:
-        raise RunError(f"OUT is {out}: it cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return [note for note in notes if note]
 
 

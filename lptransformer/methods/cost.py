@@ -7,9 +7,21 @@ read-only weights costs once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lptransformer.methods.heads import HEADS, HeadOptions
+
+
+@dataclass(frozen=True)
+class TrainedWeights:
+    """How many weights train where some are frozen: of the embedding, of every block, of the model's head (norm and
+    readout), and of the auxiliary head behind a block."""
+
+    embedding: int
+    blocks: tuple[int, ...]
+    head: int
+    auxiliary: Mapping[int, int]
 
 
 @dataclass(frozen=True)
@@ -19,7 +31,8 @@ class ModelCosts:
     Forward FLOPs per token of one block, of the LM head, and of an auxiliary head with its extra blocks; backward FLOPs
     per token of the auxiliary head. Numbers of weights: of the embedding, one block, the head with its norm; of an
     auxiliary head those that are trained (they have gradients and optimizer state), those of them that are its readout,
-    and those that are read-only copies.
+    and those that are read-only copies. `trained` says how many of all train (None: all). `tied_parameters` are those
+    of the readout that are the embedding's too, in a stage that holds both.
     """
 
     block_flops: float
@@ -32,10 +45,42 @@ class ModelCosts:
     auxiliary_parameters: int = 0
     auxiliary_copied: int = 0
     auxiliary_readout: int = 0
+    tied_parameters: int = 0
+    trained: TrainedWeights | None = None
 
     def head_training_flops(self, is_last: bool) -> float:
-        """FLOPs per token of a head's forward and backward pass: of the last one, or of an auxiliary one."""
-        return 3 * self.head_flops if is_last else self.auxiliary_flops + self.auxiliary_backward_flops
+        """FLOPs per token of a head's forward and backward pass: of the last one, or of an auxiliary one (the mean,
+        where not the same is frozen in all of them)."""
+        if self.trained is None:
+            return 3 * self.head_flops if is_last else self.auxiliary_flops + self.auxiliary_backward_flops
+        if is_last:  # the norm costs nothing that counts
+            return (2 + (self.trained.head >= self.head_flops / 2)) * self.head_flops
+        of_heads = self.trained.auxiliary.values()
+        frozen = self.auxiliary_parameters - sum(of_heads) / max(1, len(of_heads))
+        return self.auxiliary_flops + max(0.0, self.auxiliary_backward_flops - 2 * frozen)
+
+    def trained_in_head(self, block: int, is_last: bool) -> int:
+        """How many weights of the head after a block train; of an exit that the run does not have, all."""
+        if self.trained is None:
+            return self.head_parameters if is_last else self.auxiliary_parameters
+        return self.trained.head if is_last else self.trained.auxiliary.get(block, self.auxiliary_parameters)
+
+    def trains(self, first: int, last: int) -> bool:
+        """Whether a weight of the blocks `first` to `last` trains; the embedding belongs to the first block."""
+        if self.trained is None or (first == 0 and self.trained.embedding > 0):
+            return first <= last
+        return any(self.trained.blocks[first : last + 1])
+
+    def backward_flops(self, first: int, last: int, down: bool) -> float:
+        """FLOPs per token of the backward pass through the blocks `first` to `last`: as much as forward for the
+        gradients of their weights, as much for those at their inputs, down to the first weight that trains, or, where
+        the gradient goes on `down`, all the way."""
+        if self.trained is None:
+            return 2 * (last - first + 1) * self.block_flops
+        blocks = range(first, last + 1)
+        weights = sum(self.trained.blocks[block] / self.block_parameters for block in blocks)
+        inputs = sum(down or self.trains(first, block) for block in blocks)
+        return (weights + inputs) * self.block_flops
 
 
 def loss_positions(sequence_length: int, token_fraction: float) -> int:
@@ -58,11 +103,14 @@ def model_costs(
     readout_width: int | None = None,
     embedding_parameters: int = 0,
     norm_parameters: int = 0,
+    tied: bool = False,
+    trained: TrainedWeights | None = None,
 ) -> ModelCosts:
     """The costs of a model whose auxiliary heads are as `head` says.
 
-    The readout takes rows of `readout_width` (None: of the hidden size). What stands beside it (norm, and where a
-    family has them a projection and a bias) costs weights, but no FLOPs that count.
+    With `tied` a stage that holds embedding and readout has one matrix for both. The readout takes rows of
+    `readout_width` (None: of the hidden size). What stands beside it (norm, and where a family has them a projection
+    and a bias) costs weights, but no FLOPs that count.
     """
     width = readout_width or hidden_size
     attention = 2 * sequence_length * hidden_size
@@ -86,4 +134,6 @@ def model_costs(
         auxiliary_parameters=norm_parameters + readout.trained + blocks_trained * block_parameters,
         auxiliary_copied=readout.copied + blocks_copied * block_parameters,
         auxiliary_readout=readout.vocabulary,
+        tied_parameters=full if tied else 0,
+        trained=trained,
     )

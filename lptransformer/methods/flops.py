@@ -2,12 +2,13 @@
 
 **Total.** Per token and block a forward pass costs `block_flops`, the gradient of its weights as much, the gradient at
 its input as much. A block that is trained in the phase has all three, also where no gradient goes on below it (only the
-first products of a block would be saved); any other block has the forward pass alone. A pull (methods/gradient_flow.py)
-is the gradient at the input once more: that is what an overlapping border costs, in the blocks of its upper run. Heads
-have their forward and backward pass as methods/cost.py counts them, also where a head trains no block: its norm needs
-the gradient at the readout's input. Embeddings, norms and the optimizer are left out. The stages are those of the
-objective: a pipeline rank that ends inside of a run of an overlapping objective adds a pull there, which is not
-counted.
+first products of a block would be saved); any other block has the forward pass alone. Where weights are frozen, the
+gradient of weights counts by the share that trains, the one at the input down to the lowest that trains. A pull
+(methods/gradient_flow.py) is the gradient at the input once more: that is what an overlapping border costs, in the
+blocks of its upper run. Heads have their forward and backward pass as methods/cost.py counts them, also where a head
+trains no block: its norm needs the gradient at the readout's input. Embeddings, norms and the optimizer are left out.
+The stages are those of the objective: a pipeline rank that ends inside of a run of an overlapping objective adds a pull
+there, which is not counted.
 
 **Serial** (2012.03837, section 4, compares methods by it): what an update takes when only dependences limit it, in
 steady state. Every chunk has workers of its own, micro-batches run beside each other, so the work is that of one
@@ -35,7 +36,7 @@ from dataclasses import dataclass
 from lptransformer.methods.cost import ModelCosts
 from lptransformer.methods.gradient_flow import duties, flows
 from lptransformer.methods.objectives import Objective
-from lptransformer.methods.spans import Phase
+from lptransformer.methods.spans import Phase, Span
 from lptransformer.methods.stages import cut
 
 
@@ -55,19 +56,21 @@ def of_phase(objective: Objective, phase: Phase, costs: ModelCosts) -> UpdateFlo
     flow_of = {span: flow.number for flow in flows(phase, stages) for span in flow.spans}
     total, cycles = sum(stage_flops), []
     for stage, duty, forward in zip(stages, of_stage, stage_flops, strict=True):
-        trained = any(phase.weight(span, stage.first_block) > 0 for span in phase.spans)
-        total += forward * (2 * trained + len(duty.pulls))
+        if stage.trained and any(phase.weight(span, stage.first_block) > 0 for span in phase.spans):
+            total += costs.backward_flops(stage.first_block, stage.last_block, duty.down is not None)
+        total += forward * len(duty.pulls)
     for span in phase.spans:
-        head = _head(span.last, objective, costs)
+        head = _head(span, objective, costs)
         total += head
         cycles.append(head)  # of a head that trains no block
         way = head
         for stage in reversed([stage for stage in stages if stage.first_block in span]):
-            forward = stage_flops[stage.index]
-            if phase.weight(span, stage.first_block) > 0:
-                cycles.append(way + 3 * forward)
+            forward, down = stage_flops[stage.index], of_stage[stage.index].down is not None
+            backward = costs.backward_flops(stage.first_block, stage.last_block, down)
+            if stage.trained and phase.weight(span, stage.first_block) > 0:
+                cycles.append(way + forward + backward)
             pulled = flow_of.get(span) in of_stage[stage.index].pulls
-            way += forward * (2 if pulled else 3)
+            way += forward + (forward if pulled else backward)
     return UpdateFlops(total, max(cycles) / (2 if objective.delayed else 1))
 
 
@@ -80,6 +83,9 @@ def spent(objective: Objective, costs: ModelCosts, updates: int, steps: int) -> 
     return UpdateFlops(sum(one.total for one in of_update), sum(one.serial for one in of_update))
 
 
-def _head(block: int, objective: Objective, costs: ModelCosts) -> float:
-    """Forward and backward of the head after a block."""
-    return costs.head_training_flops(block == objective.num_blocks - 1)
+def _head(span: Span, objective: Objective, costs: ModelCosts) -> float:
+    """Forward and backward of the head of a span; forward alone where neither it nor anything in the span trains."""
+    is_last = span.last == objective.num_blocks - 1
+    if costs.trained and not costs.trains(span.first, span.last) and not costs.trained_in_head(span.last, is_last):
+        return costs.head_flops if is_last else costs.auxiliary_flops
+    return costs.head_training_flops(is_last)

@@ -18,7 +18,8 @@ from lptransformer.methods.stages import StagePlan
 class Flow:
     """A gradient on its way down, from the head of stage `top` to the weights of stage `bottom`.
 
-    It crosses every border between them. The heads of `spans` add to it where they are passed.
+    It crosses every border between them. The heads of `spans` add to it where they are passed. Below `bottom` nothing
+    trains.
     """
 
     number: int
@@ -61,7 +62,7 @@ def flows(phase: Phase, stages: Sequence[StagePlan]) -> list[Flow]:
     found: list[Flow] = []
     for spans in together.values():
         top = next(stage.index for stage in stages if stage.last_block == spans[-1].last)
-        reached = [stage.index for stage in stages if phase.weight(spans[-1], stage.first_block) > 0]
+        reached = [s.index for s in stages if s.trained and phase.weight(spans[-1], s.first_block) > 0]
         if reached and reached[0] < top:
             found.append(Flow(len(found), top, reached[0], tuple(spans)))
     return found
@@ -81,8 +82,10 @@ def duty(stage: StagePlan, phase: Phase, of_phase: Sequence[Flow]) -> Duty:
 
     def in_ordinary_backward(flow: Flow) -> bool:
         """Whether the gradient for the stage's weights is this flow's gradient and nothing else."""
-        return loss_weight in (None, float(own == flow.number)) and all(
-            weight == float(number == flow.number) for number, weight in above
+        return (
+            stage.trained
+            and loss_weight in (None, float(own == flow.number))
+            and all(weight == float(number == flow.number) for number, weight in above)
         )
 
     down = next((flow.number for flow in below if in_ordinary_backward(flow)), None)

@@ -15,7 +15,8 @@ from lptransformer.methods.spans import Phase
 class StagePlan:
     """One stage: consecutive blocks between two cuts, on one pipeline rank.
 
-    A stage that is not `trained` stays as it was initialised: it has neither a head nor an optimizer.
+    A stage that is not `trained` stays as it was initialised: it has no optimizer, and a head only where weights are
+    frozen. It hands gradients down to stages below it that train.
     """
 
     index: int
@@ -47,9 +48,11 @@ def rank_sizes(objective: Objective, pipeline: int, costs: ModelCosts) -> list[i
     crossing = [sum(_gradients_across(phase, block) for phase in objective.phases) for block in range(num_blocks)]
     cost_up_to = [0.0]
     for block in range(num_blocks):
-        passes = 3 if block in trained else 1  # forward, and two backward
+        reaching = [span for phase in objective.phases for span in phase.spans if block in span]
+        down = any(costs.trains(span.first, block - 1) for span in reaching)
+        backward = costs.backward_flops(block, block, down) if block in trained else 0
         head_flops = costs.head_training_flops(block == num_blocks - 1) if block in heads else 0
-        cost_up_to.append(cost_up_to[-1] + passes * costs.block_flops + head_flops)
+        cost_up_to.append(cost_up_to[-1] + costs.block_flops + backward + head_flops)
 
     best: dict[int, tuple[int, float, list[int]]] = {0: (0, 0.0, [])}  # blocks placed -> (crossing, cost, sizes)
     for rank in range(pipeline):
@@ -107,10 +110,17 @@ def cut(
             has_head=after - 1 in objective.heads,
             is_first=first == 0,
             is_last=after == num_blocks,
-            trained=first in objective.trained,
+            trained=first in objective.trained and _trains(first, after - 1, objective, costs),
         )
         for index, (first, after) in enumerate(zip(in_order, in_order[1:], strict=False))
     ]
+
+
+def _trains(first: int, last: int, objective: Objective, costs: ModelCosts) -> bool:
+    """Whether anything is left to train in a stage, its head included."""
+    if costs.trained is None or costs.trains(first, last):
+        return True
+    return last in objective.heads and costs.trained_in_head(last, last == objective.num_blocks - 1) > 0
 
 
 def weights_of(stage: StagePlan, costs: ModelCosts) -> tuple[int, int]:
@@ -118,14 +128,31 @@ def weights_of(stage: StagePlan, costs: ModelCosts) -> tuple[int, int]:
     auxiliary = stage.has_head and not stage.is_last
     own = stage.num_blocks * costs.block_parameters + stage.is_first * costs.embedding_parameters
     own += costs.head_parameters if stage.is_last else auxiliary * costs.auxiliary_parameters
+    own -= (stage.is_first and stage.is_last) * costs.tied_parameters
     return own, auxiliary * costs.auxiliary_copied
 
 
-def stage_rows(stages: Sequence[StagePlan], costs: ModelCosts, head: str, state_bytes: int) -> list[dict[str, object]]:
+def trained_of(stage: StagePlan, costs: ModelCosts) -> int:
+    """The weights of a stage that train."""
+    if not stage.trained:
+        return 0
+    if costs.trained is None:
+        return weights_of(stage, costs)[0]
+    of = costs.trained
+    own = sum(of.blocks[stage.first_block : stage.last_block + 1]) + stage.is_first * of.embedding
+    own += stage.has_head * costs.trained_in_head(stage.last_block, stage.is_last)
+    tied = stage.is_first and stage.is_last and of.head >= costs.tied_parameters
+    return own - tied * costs.tied_parameters
+
+
+def stage_rows(
+    stages: Sequence[StagePlan], costs: ModelCosts, head: str, state_bytes: int, weight_bytes: int = 4
+) -> list[dict[str, object]]:
     """One row per stage for people: blocks, pipeline rank, head, forward FLOPs and their share, weights and memory.
 
     `head` says what the auxiliary heads are, `state_bytes` what a trained weight takes with its gradient and the
-    optimizer's state (before ZeRO divides it among replicas); a read-only copy takes four bytes.
+    optimizer's state (before ZeRO divides it among replicas), `weight_bytes` one without; a read-only copy takes four
+    bytes.
     """
     rows = []
     of_all = sum(_flops(stage, costs) for stage in stages)
@@ -133,14 +160,15 @@ def stage_rows(stages: Sequence[StagePlan], costs: ModelCosts, head: str, state_
         flops = _flops(stage, costs)
         auxiliary = stage.has_head and not stage.is_last
         weights, copies = weights_of(stage, costs)
-        memory = weights * (state_bytes if stage.trained else 4) + copies * 4
+        trained = trained_of(stage, costs)
+        memory = trained * state_bytes + (weights - trained) * weight_bytes + copies * 4
         kind = head if auxiliary else "the model's own" if stage.has_head else "none"
         rows.append(
             {
                 "stage": stage.index,
                 "pipeline rank": stage.pipeline_rank,
                 "blocks": f"{stage.first_block}-{stage.last_block}",
-                "head": kind if stage.trained else "none, not trained",
+                "head": kind if stage.trained else f"{kind}, not trained",
                 "MFLOP/token": round(flops / 1e6, 2),
                 "share": f"{flops / of_all:.1%}",
                 "weights": f"{(weights + copies) / 1e6:.2f} M",

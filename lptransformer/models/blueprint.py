@@ -15,18 +15,20 @@ from lptransformer import hub
 from lptransformer.config.checks import micro_batch_size, zero_stage
 from lptransformer.config.load import load
 from lptransformer.config.schema import Config
-from lptransformer.errors import ConfigError
+from lptransformer.errors import ConfigError, OptionError
 from lptransformer.methods import objectives
 from lptransformer.methods.codecs import CODECS
-from lptransformer.methods.cost import ModelCosts, model_costs
+from lptransformer.methods.cost import ModelCosts, TrainedWeights, model_costs
 from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.gradient_flow import Duty, Flow, clip_groups, copy_lags, crossing, duties, flows
 from lptransformer.methods.heads import HeadOptions, followed
 from lptransformer.methods.objectives import Objective
 from lptransformer.methods.spans import Phase
 from lptransformer.methods.stages import StagePlan, cut
-from lptransformer.models import family_check, hf_config, hf_parts, router_loss
+from lptransformer.models import adapters, family_check, hf_config, hf_parts, router_loss
+from lptransformer.models.adapters import Adapters
 from lptransformer.models.hf_parts import Anatomy
+from lptransformer.models.stage import trained_weights
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ class Blueprint:
     `model_config` is that of the Hugging Face model. By the index of a stage: `head_fractions`, the share of the
     labels that its head sees, of those with a head,
     `copy_lags` in updates of those whose head holds read-only copies, `codecs` of those whose output is encoded for the
-    next one. Sizes: windows in a micro-batch, tokens in a window, micro-batches in an update (over all replicas).
+    next one. Sizes: windows in a micro-batch, tokens in a window, micro-batches in an update (over all replicas). With
+    `tied` embedding and readout are one matrix in training; weights that a pattern of `freeze` names do not train.
+    Where there are `adapters` they train in place of the model's own weights.
     """
 
     model_config: Any
@@ -73,6 +77,9 @@ class Blueprint:
     sequence_length: int
     micro_batches: int
     in_flight: int
+    tied: bool = False
+    freeze: tuple[str, ...] = ()
+    adapters: Adapters | None = None
 
     @property
     def label_tokens(self) -> int:
@@ -136,6 +143,26 @@ def of_folder(folder: Path, sequence_length: int) -> Blueprint:
 
 def of_model(config: Config, model_config: Any) -> Blueprint:
     """The blueprint of a run with this model. Raises ModelError where it cannot be cut, ConfigError where not so."""
+    if config.model.tie == "keep" and not model_config.tie_word_embeddings:
+        raise ConfigError(
+            f"{config.at('model.tie')}: the model has two matrices for embedding and readout "
+            "(tie_word_embeddings in its config.json): give separate"
+        )
+    parts, lora = hf_parts.anatomy(model_config), config.lora
+    try:
+        found = adapters.find(model_config, parts, lora.rank, lora.alpha, lora.targets) if lora.rank else None
+        blueprint = _laid_out(config, model_config, parts, found, None)
+        if not blueprint.freeze and found is None:
+            return blueprint
+        return _laid_out(config, model_config, parts, found, trained_weights(blueprint))
+    except OptionError as error:
+        raise ConfigError(f"{config.at(error.key)}: {error.problem}") from None
+
+
+def _laid_out(
+    config: Config, model_config: Any, parts: Anatomy, found: Adapters | None, trained: TrainedWeights | None
+) -> Blueprint:
+    """`trained` are the weights that do, None for all: where stages with nothing to train are, gradients end."""
     train, windows = config.train, micro_batch_size(config)
     length, head = config.data.sequence_length, config.head
     if config.engine == "deepspeed_pipeline" and router_loss.wanted(model_config):
@@ -143,9 +170,10 @@ def of_model(config: Config, model_config: Any) -> Blueprint:
             f"engine=deepspeed_pipeline trains no router losses, and the model's config.json has {router_loss.WANTED}: "
             "true: use engine=local, or set it to false"
         )
-    parts = hf_parts.anatomy(model_config)
+    tied = config.model.tie == "keep"
+    of_adapters = found.size // model_config.num_hidden_layers if found else 0
     costs = model_costs(
-        parts.block_parameters,
+        parts.block_parameters + of_adapters,
         parts.hidden_size,
         parts.vocab_size,
         length,
@@ -153,6 +181,8 @@ def of_model(config: Config, model_config: Any) -> Blueprint:
         readout_width=parts.readout_width,
         embedding_parameters=parts.embedding_parameters,
         norm_parameters=parts.norm_parameters,
+        tied=tied,
+        trained=trained,
     )
     objective = objectives.build(model_config.num_hidden_layers, **config.objective.model_dump())
     stages = tuple(cut(objective, config.parallel.pipeline, costs, config.parallel.partition))
@@ -179,6 +209,9 @@ def of_model(config: Config, model_config: Any) -> Blueprint:
         sequence_length=length,
         micro_batches=train.micro_batches_per_update,
         in_flight=config.parallel.in_flight,
+        tied=tied,
+        freeze=tuple(train.freeze),
+        adapters=found,
     )
 
 

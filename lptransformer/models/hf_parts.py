@@ -63,6 +63,14 @@ class Anatomy:
         """What stands behind the blocks: the norm and the projection where there are some, and the readout."""
         return [name for name in (self.norm, self.projection, self.lm_head) if name is not None]
 
+    def whole_name(self, name: str, is_last: bool) -> str:
+        """The name in the Hugging Face model of a stage's weight; of an auxiliary head its own, `head.*`."""
+        own = {"head.norm": self.norm, "head.down": self.projection, "head.readout": self.lm_head}
+        module, _, weight = name.rpartition(".")
+        if is_last and module in own:
+            return f"{own[module]}.{weight}"
+        return name if name.startswith("head.") else f"{self.base}.{name.removeprefix('body.')}"
+
 
 def anatomy(config: Any) -> Anatomy:
     """Find the parts of the model that `config` describes, from an empty model (no weights are allocated).

@@ -5,18 +5,22 @@ The gradient does not stop here but where a stage hands over to the next: engine
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lptransformer.errors import RunError
+from lptransformer.errors import OptionError, RunError
+from lptransformer.methods.cost import TrainedWeights
 from lptransformer.methods.gradient_flow import Duty
 from lptransformer.methods.stages import StagePlan
-from lptransformer.models.blueprint import Blueprint
+from lptransformer.models import adapters, hf_config
 from lptransformer.models.head import (
     CROSS_ENTROPY,
     ROUTER,
@@ -30,8 +34,12 @@ from lptransformer.models.head import (
     make_read_only,
     placed,
 )
+from lptransformer.models.hf_parts import Anatomy
 from lptransformer.models.router_loss import RouterLoss
 from lptransformer.models.split import Piece, load_piece, new_head, new_head_blocks, new_piece
+
+if TYPE_CHECKING:
+    from lptransformer.models.blueprint import Blueprint
 
 Pull = Callable[[Tensor], Tensor]
 
@@ -238,6 +246,8 @@ def load_stage(plan: StagePlan, blueprint: Blueprint, weights: Mapping[str, Tens
     Raises RunError when they are not those of this stage: its parameters and its read-only copies.
     """
     stage = make_stage(plan, blueprint, seed=None)
+    if blueprint.adapters is not None:
+        weights = adapters.merged(weights, blueprint.adapters, blueprint.parts)
     needed = {name: tuple(tensor.shape) for name, tensor in stage.state_dict().items()}
     held = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(needed.keys() | held.keys()):
@@ -248,3 +258,81 @@ def load_stage(plan: StagePlan, blueprint: Blueprint, weights: Mapping[str, Tens
             )
     stage.load_state_dict(dict(weights))
     return stage.eval()
+
+
+# ---------------------------------------------------------------------------------------------- what trains
+
+
+def for_training(stage: Stage, blueprint: Blueprint) -> Stage:
+    """The stage with what the run makes of it: one matrix for embedding and readout (`model.tie`), adapters (`lora`),
+    and frozen weights without a gradient."""
+    parts, plan = blueprint.parts, stage.plan
+    if blueprint.tied:
+        assert stage.head is not None and plan.is_first and plan.is_last, "config/checks refuses it"
+        embedding = stage.body.get_submodule(parts.token_embedding.removeprefix(f"{parts.base}."))
+        assert isinstance(embedding, nn.Embedding)
+        stage.head.readout.weight = embedding.weight
+    if blueprint.adapters is not None:
+        blocks = range(plan.first_block, plan.last_block + 1)
+        adapters.add(stage.body, parts, blocks, blueprint.adapters, blueprint.seed)
+    for name, weight in stage.named_parameters(remove_duplicate=False):
+        whole_name = parts.whole_name(adapters.saved_name(name), plan.is_last)
+        if not plan.trained or _frozen(whole_name, blueprint):
+            weight.requires_grad_(False)
+    return stage
+
+
+def trained_weights(blueprint: Blueprint) -> TrainedWeights:
+    """How many weights train beside those that are frozen, from empty modules.
+
+    Raises OptionError for a pattern that no weight has, and where nothing is left to train.
+    """
+    config, parts, objective = blueprint.model_config, blueprint.parts, blueprint.objective
+    model = hf_config.empty_model(hf_config.model_class(config), config)
+    tied = {f"{parts.lm_head}.weight", f"{parts.token_embedding}.weight"} if blueprint.tied else set()
+    sizes = {name: weight.numel() for name, weight in model.named_parameters(remove_duplicate=False)}
+    if (added := blueprint.adapters) is not None:
+        for target in added.targets:
+            sizes |= added.weights(target)
+    names, trained = set(sizes), Counter[int | str]()
+    for name, size in sizes.items():
+        same = tied if name in tied else (name,)
+        trained[_part(name, parts)] += size * (not any(_frozen(one, blueprint) for one in same))
+    auxiliary = Counter[int]()
+    for block in objective.heads[:-1]:
+        with torch.device("meta"):
+            head = empty_head(block, blueprint)
+        for name, weight in head.named_parameters(prefix="head"):
+            names.add(name)
+            auxiliary[block] += weight.numel() * (not _frozen(name, blueprint))
+    value = list(blueprint.freeze)
+    for pattern in value:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = ", ".join(get_close_matches(pattern, sorted(names), n=3, cutoff=0.0))
+            raise OptionError("train.freeze", value, f"no weight is called {pattern}; near it are {near}")
+    found = TrainedWeights(
+        embedding=trained[_EMBEDDING],
+        blocks=tuple(trained[block] for block in range(objective.num_blocks)),
+        head=trained[_HEAD],
+        auxiliary={block: auxiliary[block] for block in objective.heads[:-1]},
+    )
+    reached = [count for block, count in enumerate(found.blocks) if block in objective.trained]
+    if not any([*reached, found.head, *auxiliary.values(), 0 in objective.trained and found.embedding]):
+        raise OptionError("train.freeze", value, "it leaves nothing to train; name fewer weights")
+    return found
+
+
+_EMBEDDING, _HEAD = "embedding", "head"
+
+
+def _part(name: str, parts: Anatomy) -> int | str:
+    """The part of the model that a weight belongs to: a block by its number, what is before the blocks, the head."""
+    if name.startswith(f"{parts.blocks}."):
+        return int(name.removeprefix(f"{parts.blocks}.").partition(".")[0])
+    return _EMBEDDING if name.startswith(tuple(f"{before}." for before in parts.before)) else _HEAD
+
+
+def _frozen(name: str, blueprint: Blueprint) -> bool:
+    """Whether a weight of this name in the Hugging Face model, or in an auxiliary head, is frozen."""
+    of_model = blueprint.adapters is not None and ".lora_" not in name and not name.startswith("head.")
+    return of_model or any(fnmatchcase(name, pattern) for pattern in blueprint.freeze)

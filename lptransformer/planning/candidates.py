@@ -14,7 +14,7 @@ from functools import cached_property
 from lptransformer.methods import objectives
 from lptransformer.methods.gradient_flow import borders_carry_gradients
 from lptransformer.methods.objectives import Objective
-from lptransformer.methods.stages import StagePlan, cut, weights_of
+from lptransformer.methods.stages import StagePlan, cut, trained_of, weights_of
 from lptransformer.planning.devices import Cluster
 from lptransformer.planning.rank_memory import Precision, RankMemory, StageTensors, stage_state
 from lptransformer.planning.simulate import StageSeconds, steady
@@ -149,8 +149,8 @@ class Candidate:
         kept += stage.is_last * (of.norm + of.rows + of.logits) + readout * of.readout_weight
         # The largest tensor is a third of a block (one of its MLP's two or three), or at one of the ends.
         largest = max(costs.block_parameters // 3, stage.is_first * costs.embedding_parameters, readout)
-        weights = weights_of(stage, costs)[0]
-        state = stage_state(StageTensors(True, weights, largest, weights, 0), how)
+        weights, trained = weights_of(stage, costs)[0], trained_of(stage, costs)
+        state = stage_state(StageTensors(True, weights, largest, trained, 0, frozen=weights - trained), how)
         messages = (self.pipeline > 1) * 2 * of.rows * (2 - stage.is_first)
         stays = state.weights + state.gradients + state.optimizer + messages
         if how.zero_stage < 3:
@@ -193,7 +193,7 @@ class Candidate:
         )
         step, reductions = found.update_seconds, by_rank(stages, waits)
         idle = [share + wait / step for share, wait in zip(found.idle_shares, reductions, strict=True)]
-        weights = by_rank(stages, (weights_of(stage, work.costs)[0] * stage.trained for stage in stages))
+        weights = by_rank(stages, (trained_of(stage, work.costs) for stage in stages))
         passes = {2: self.rounds + 1 if self.ours else 2, 3: 3 * self.rounds}.get(self.zero_stage, 2)
         return Prediction(
             method=self.method,

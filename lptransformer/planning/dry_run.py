@@ -15,7 +15,7 @@ from lptransformer.console import print_table
 from lptransformer.data.prepare import vocabulary
 from lptransformer.methods import flops
 from lptransformer.methods.heads import label
-from lptransformer.methods.stages import stage_rows
+from lptransformer.methods.stages import stage_rows, trained_of, weights_of
 from lptransformer.models.blueprint import Blueprint, make_blueprint
 from lptransformer.planning.rank_memory import Precision, RankMemory, precision
 from lptransformer.planning.stage_memory import EmptyStages
@@ -57,9 +57,13 @@ def unprepared(config: Config) -> Blueprint:
 
 def print_stages(title: str, config: Config, blueprint: Blueprint) -> None:
     """The stages of a run, a row each."""
-    trained = _precision(config, blueprint).trained_bytes(blueprint.objective.delayed)
-    rows = stage_rows(blueprint.stages, blueprint.costs, label(blueprint.head), trained)
+    how, stages, costs = _precision(config, blueprint), blueprint.stages, blueprint.costs
+    rows = stage_rows(stages, costs, label(blueprint.head), how.trained_bytes(blueprint.objective.delayed), how.weights)
     print_table(title, list(rows[0]), [list(row.values()) for row in rows])
+    if costs.trained is not None:
+        trained, weights = sum(trained_of(s, costs) for s in stages), sum(weights_of(s, costs)[0] for s in stages)
+        why = " and ".join(config.at(key) for key in ("train.freeze", "lora.rank") if config.value(key))
+        print(f"{trained:,} of {weights:,} weights train ({trained / weights:.1%}): {why}")
 
 
 def predicted(config: Config, blueprint: Blueprint, *, alike: bool = False) -> list[RankMemory]:

@@ -48,10 +48,10 @@ class PassBytes:
 
 @dataclass(frozen=True)
 class StageTensors:
-    """What a stage is made of: numbers of its weights, of the largest tensor among them, and of those that decay (of
-    two and more dimensions; each group of the optimizer is one flat tensor under ZeRO). `buffer_bytes` are of read-only
-    copies and other buffers. `copies` are (block, bytes) of the weights that its head follows: the block is counted
-    from the stage's last one, None for the last block of the model.
+    """What a stage is made of: numbers of its weights, and of those that are `frozen`; among the others of the largest
+    tensor, and of those that decay (of two and more dimensions; each group of the optimizer is one flat tensor under
+    ZeRO). `buffer_bytes` are of read-only copies and other buffers. `copies` are (block, bytes) of the weights that its
+    head follows: the block is counted from the stage's last one, None for the last block of the model.
     """
 
     trained: bool
@@ -60,6 +60,12 @@ class StageTensors:
     decaying: int
     buffer_bytes: int
     copies: tuple[tuple[int | None, int], ...] = ()
+    frozen: int = 0
+
+    @property
+    def training(self) -> int:
+        """How many of its weights have gradients and optimizer state."""
+        return self.weights - self.frozen if self.trained else 0
 
 
 @dataclass(frozen=True)
@@ -161,14 +167,15 @@ def stage_state(stage: StageTensors, how: Precision, delayed: bool = False) -> S
 
     Delayed gradients keep a second version of the weights.
     """
-    zero, size = how.zero_stage, stage.weights
+    zero, all_weights, size = how.zero_stage, stage.weights, stage.training
     if not stage.trained:
-        return StageState(size * how.weights, 0, 0, stage.buffer_bytes, 0)
+        return StageState(all_weights * how.weights, 0, 0, stage.buffer_bytes, 0)
     if zero == 0:
         step = size * how.master if how.fused_step else stage.largest * how.step_temporaries * how.master
         averaged = size * how.gradients if how.replicas > 1 else 0  # flattened for the all-reduce
         optimizer = size * (how.moments + delayed) * how.master
-        return StageState(size * how.weights, size * how.gradients, optimizer, stage.buffer_bytes, max(step, averaged))
+        gradients = size * how.gradients
+        return StageState(all_weights * how.weights, gradients, optimizer, stage.buffer_bytes, max(step, averaged))
     own = -(-size // how.replicas)  # the share of a replica
     # The optimizer's tensors are flat: one for the weights that decay, one for the others.
     flat = max(stage.decaying, size - stage.decaying) / size * own
@@ -178,14 +185,14 @@ def stage_state(stage: StageTensors, how: Precision, delayed: bool = False) -> S
     partitioned = own * how.gradients
     bucket = bucket_elements(size) if how.bucket is None else how.bucket
     return StageState(
-        weights=(own if zero == 3 else size) * how.weights,
+        weights=(-(-all_weights // how.replicas) if zero == 3 else all_weights) * how.weights,
         gradients=partitioned if zero > 1 else size * how.gradients,
         optimizer=own * how.master * (1 + how.moments),
         buffers=stage.buffer_bytes,
         step=int(temporaries * how.master) + cast + (partitioned if zero == 1 and how.replicas > 1 else 0),
         zero_stage=zero,
         bucket=bucket * (how.buckets if zero < 3 else 1) * how.weights,
-        gathered=size * how.weights if zero == 3 else 0,
+        gathered=all_weights * how.weights if zero == 3 else 0,
     )
 
 
@@ -235,6 +242,7 @@ class _Walk:
     _made: set[int] = field(default_factory=set)  # stages that have gradients of weights
     _begun: set[int] = field(default_factory=set)  # micro-batches
     _holders: Counter[tuple[int, int]] = field(default_factory=Counter)  # of the output of (stage, micro-batch)
+    _pulled: Counter[tuple[int, int]] = field(default_factory=Counter)  # flows of (stage, micro-batch)
 
     def __post_init__(self) -> None:
         for index, state in self.states.items():
@@ -280,6 +288,9 @@ class _Walk:
             case "I":
                 self.reach(self.passes[index].pull)
                 self.now += self.hidden
+                self._pulled[index, number] += 1
+                if not self.stages[index].trained and self._pulled[index, number] == len(self.duty[index].pulls):
+                    self._let_go(self.stages[index], number)
             case "B":
                 self._backward(self.stages[index], number)
             case "U":
@@ -294,7 +305,7 @@ class _Walk:
         self.reach(one.forward)
         if not plan.is_last:
             self.hold(plan.index, number, 1)  # for who comes next
-        if plan.trained:
+        if plan.trained or self.duty[plan.index].pulls:
             self.now += one.kept
             self.hold(plan.index, number, 1)
             self.held[plan.index] += 1
@@ -319,12 +330,16 @@ class _Walk:
             self.reach(one.backward)
         if state.zero_stage == 2:
             self.take_bucket(-state.bucket)
-        self.now -= one.kept + self.hidden * len(own.above)
+        self._let_go(plan, number)
         self.now += self.hidden * (own.down is not None)
-        self.hold(index, number, -1)
-        self.held[index] -= 1
+
+    def _let_go(self, plan: StagePlan, number: int) -> None:
+        """The last that a stage does with a micro-batch is done."""
+        self.now -= self.passes[plan.index].kept + self.hidden * len(self.duty[plan.index].above)
+        self.hold(plan.index, number, -1)
+        self.held[plan.index] -= 1
         if not plan.is_first:
-            self.hold(index - 1, number, -1)
+            self.hold(plan.index - 1, number, -1)
 
     def _update(self, index: int, state: StageState) -> None:
         if state.zero_stage == 1:

@@ -31,7 +31,7 @@ from lptransformer.methods.stages import StagePlan
 from lptransformer.models import cross_entropy, hf_parts
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.head import LossBatch
-from lptransformer.models.stage import Stage, StageOutput, backward_loss, make_stage
+from lptransformer.models.stage import Stage, StageOutput, backward_loss, for_training, make_stage
 from lptransformer.planning import rank_memory
 from lptransformer.planning.rank_memory import ActivationBytes, PassBytes, Precision, RankMemory, StageTensors
 
@@ -93,6 +93,7 @@ class EmptyStages:
             of_stage,
             weights=of_stage.weights + more * of_block.weights,
             decaying=of_stage.decaying + more * of_block.decaying,
+            frozen=of_stage.frozen + more * of_block.frozen,
             buffer_bytes=of_stage.buffer_bytes + more * of_block.buffer_bytes,
         )
 
@@ -133,7 +134,13 @@ class EmptyStages:
     def _kind(self, stage: StagePlan) -> Hashable:
         if not self.alike:
             return stage
-        return min(stage.num_blocks, COUNTED), stage.is_first, stage.is_last, stage.has_head, stage.trained
+        ends = stage.is_first, stage.is_last, stage.has_head, stage.trained
+        of = self.blueprint.costs.trained
+        counted = of and (
+            of.blocks[stage.first_block : stage.last_block + 1][-COUNTED:],
+            of.auxiliary.get(stage.last_block),
+        )
+        return min(stage.num_blocks, COUNTED), *ends, counted
 
     def _empty(self, stage: StagePlan) -> tuple[Stage, StageTensors, StageTensors]:
         """A stage without memory; what it is made of, and what its last block is."""
@@ -141,7 +148,7 @@ class EmptyStages:
         if kind not in self._stages:
             shorter = replace(stage, first_block=stage.first_block + self._more(stage))
             with torch.device("meta"):
-                empty = make_stage(shorter, self.blueprint, seed=None)
+                empty = for_training(make_stage(shorter, self.blueprint, seed=None), self.blueprint)
             if empty.head is not None:
                 empty.head.cast_copies(self.dtype)
             copies = tuple(
@@ -183,7 +190,7 @@ class EmptyStages:
                 return labels if stage.plan.is_first else hidden().requires_grad_(bool(duty.below))
 
             nothing = _Peak((0,), 0)
-            if not stage.plan.trained:
+            if not stage.plan.trained and not duty.pulls:
                 given = inputs()
                 alive.begin()
                 with torch.no_grad():
@@ -203,6 +210,8 @@ class EmptyStages:
                     output.pull(gradient)
                     pull = alive.end()
                     del gradient
+                if not stage.plan.trained:
+                    return _Count(forward, kept, nothing, nothing, pull)
                 above = [(hidden(), weight) for _, weight in duty.above]
                 alive.begin()
                 backward_loss(output, duty, above).backward()
@@ -248,10 +257,12 @@ class _Count:
 
 
 def _made_of(module: nn.Module, trained: bool) -> StageTensors:
-    sizes = {parameter: parameter.numel() for parameter in module.parameters()}
+    frozen = sum(parameter.numel() for parameter in module.parameters() if not parameter.requires_grad)
+    sizes = {parameter: parameter.numel() for parameter in module.parameters() if parameter.requires_grad}
     return StageTensors(
         trained=trained,
-        weights=sum(sizes.values()),
+        weights=frozen + sum(sizes.values()),
+        frozen=frozen,
         largest=max(sizes.values(), default=0),
         decaying=sum(size for parameter, size in sizes.items() if parameter.dim() >= 2),
         buffer_bytes=sum(buffer.nbytes for buffer in module.buffers()),
@@ -260,10 +271,13 @@ def _made_of(module: nn.Module, trained: bool) -> StageTensors:
 
 def _give_tensors(module: nn.Module, dtype: torch.dtype) -> None:
     """Tensors without memory, on the CPU, for those that have a shape alone."""
+    given: dict[nn.Parameter, nn.Parameter] = {}  # one for a matrix that is embedding and readout
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
-            empty = torch.empty(parameter.shape, dtype=dtype)
-            setattr(owner, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+            if parameter not in given:
+                empty = torch.empty(parameter.shape, dtype=dtype)
+                given[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            setattr(owner, name, given[parameter])
         for name, buffer in list(owner.named_buffers(recurse=False)):
             setattr(owner, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lptransformer.methods.cost import ModelCosts
 from lptransformer.methods.gradient_flow import crossing, flows
 from lptransformer.methods.objectives import Objective
-from lptransformer.methods.stages import StagePlan, weights_of
+from lptransformer.methods.stages import StagePlan, trained_of, weights_of
 from lptransformer.planning.devices import Cluster, Link
 from lptransformer.planning.rank_memory import ActivationBytes, Precision
 from lptransformer.planning.simulate import LinkSeconds, StageSeconds
@@ -96,9 +96,12 @@ def stage_seconds(
         head = device.compute_seconds(work.micro_batch_tokens * costs.head_training_flops(stage.is_last), work.dtype)
         head *= stage.has_head
         forward = pull + (head if ours else head / 3)
-        backward = (2 + recompute) * pull + (0.0 if ours else head * 2 / 3)
-        own, _ = weights_of(stage, costs)
-        weights, gradients, pieces = own * work.states.weights, own * work.states.gradients, stage.num_blocks
+        below = any(other.trained for other in stages[: stage.index])
+        flops = costs.backward_flops(stage.first_block, stage.last_block, below)
+        backward = device.compute_seconds(work.micro_batch_tokens * flops, work.dtype)
+        backward += recompute * pull + (0.0 if ours else head * 2 / 3)
+        trained, pieces = trained_of(stage, costs), stage.num_blocks
+        weights, gradients = weights_of(stage, costs)[0] * work.states.weights, trained * work.states.gradients
         in_forward = in_backward = in_update = 0.0
         if zero_stage == 3:
             gather = cluster.ring_seconds(weights, data, 1, pieces)
@@ -112,7 +115,7 @@ def stage_seconds(
             in_update = cluster.ring_seconds(weights, data, 1)
         else:
             in_update = cluster.ring_seconds(gradients, data)
-        step = device.update_seconds(own / data if zero_stage > 0 else own, work.update_bytes)
+        step = device.update_seconds(trained / data if zero_stage > 0 else trained, work.update_bytes)
         update = (step + in_update) * stage.trained
         found.append(StageSeconds(forward + in_forward, backward + in_backward, pull, update))
         waits.append(rounds * in_forward + stage.trained * (rounds * in_backward + in_update))

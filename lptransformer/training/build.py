@@ -28,7 +28,7 @@ from lptransformer.methods.stages import StagePlan
 from lptransformer.models import blueprint as blueprints
 from lptransformer.models import family_check
 from lptransformer.models.blueprint import Blueprint
-from lptransformer.models.stage import Stage, make_stage
+from lptransformer.models.stage import Stage, for_training, make_stage
 from lptransformer.processes import launched_size, use_fair_share_of_cores
 from lptransformer.run_folder import layout
 from lptransformer.training.memory import agreed
@@ -147,7 +147,7 @@ def build_engine(
     pretrained = pretrained_folder(config)
 
     def make(plan: StagePlan) -> Stage:
-        stage = make_stage(plan, blueprint, seed=train.seed, pretrained=pretrained)
+        stage = for_training(make_stage(plan, blueprint, seed=train.seed, pretrained=pretrained), blueprint)
         return stage.to(world.device, torch_dtype if train.dtype == "fp64" else None)
 
     def with_optimizer(stage: Stage) -> Built:
@@ -156,10 +156,10 @@ def build_engine(
 
     def build(plan: StagePlan) -> LocalStage:
         stage = make(plan)
-        if not plan.trained:
-            return FrozenStage(stage.to(torch_dtype))
         if stage.head is not None:
             stage.head.cast_copies(torch_dtype)  # DeepSpeed casts the parameters
+        if not plan.trained:
+            return FrozenStage(stage, torch_dtype)
         return TrainedStage(*with_optimizer(stage), ds_config, train.grad_clip, blueprint.objective.delayed)
 
     options = EngineOptions(train.max_skipped_updates, config.parallel.channel, config.run.trace)

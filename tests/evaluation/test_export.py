@@ -465,6 +465,14 @@ def _train(raw: dict[str, Any], *overrides: str) -> str:
     return printed.getvalue()
 
 
+def test_adapters_alone_are_of_a_run_that_has_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(make_run(tmp_path))
+    for words, says in (([], "has none (lora.rank is null)"), (["--exit=1"], "--tie, --dtype and exits go without it")):
+        with pytest.raises(SystemExit) as end:
+            run_command(parser(), ["export", run, str(tmp_path / "out"), "--adapter", *words])
+        assert end.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_start_that_harms_a_pretrained_model_says_so_once(pool: Pool, tmp_path: Path) -> None:
     export_run(make_run(tmp_path), tmp_path / "exported")
     raw: dict[str, Any] = {
@@ -525,3 +533,37 @@ def test_a_second_run_starts_from_the_export_and_gets_better_on_another_book(poo
         last = [row for row in rows[name] if "evaluation" in row][-1]
         for trained, exit in zip(last["exits"], results["exits"], strict=True):
             assert trained == pytest.approx({key: exit[key] for key in trained}, rel=1e-6)
+
+
+# ---- ends that stay one matrix
+
+
+@pytest.mark.parametrize("keys", ["model.tie=keep", "train.freeze=[model.embed_tokens.*, lm_head.*]"])
+def test_a_model_that_stayed_tied_comes_back_tied(keys: str, pool: Pool, tmp_path: Path) -> None:
+    """The checkpoint holds both ends, equal: every reader of a run finds them under their names."""
+    export_run(make_run(tmp_path / "first", model={"family": "llama"}), tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "model")
+    text = str(tmp_path / "first" / "texts" / "train.txt")
+    raw: dict[str, Any] = {
+        "model": {"pretrained": str(tmp_path / "model")},
+        "data": {"train": text, "valid": text, "sequence_length": 16, "cache": str(tmp_path / "c")},
+        "objective": {"name": "backprop"},
+        "train": {"steps": 2, "micro_batch_size": 2, "micro_batches_per_update": 1, "lr_scheduler": "constant"},
+        "run": {"dir": str(tmp_path / "run")},
+    }
+    pool.run(1, _train, raw, keys)
+    assert export_run(tmp_path / "run", tmp_path / "out").notes == ()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    readout, embedding = exported.get_output_embeddings().weight, exported.get_input_embeddings().weight
+    assert exported.config.tie_word_embeddings and readout.data_ptr() == embedding.data_ptr()
+    assert torch.equal(embedding, model.get_input_embeddings().weight) == ("freeze" in keys)
+    ids = input_ids(259, (2, 16))
+    with torch.no_grad():
+        assert torch.equal(exported(ids).logits, trained_model.load(tmp_path / "run", 2).logits(ids))
+    evaluated = evaluate_run(tmp_path / "run")
+    (row,) = [row for row in read_metrics(tmp_path / "run") if "evaluation" in row]
+    assert evaluated is not None
+    assert evaluated["exits"][0]["perplexity"] == pytest.approx(row["exits"][0]["perplexity"], rel=1e-6)

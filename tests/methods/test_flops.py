@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from lptransformer.methods import flops, objectives
-from lptransformer.methods.cost import ModelCosts
+from lptransformer.methods.cost import ModelCosts, TrainedWeights
 
 COSTS = ModelCosts(block_flops=1.0, head_flops=10.0, auxiliary_flops=10.0, auxiliary_backward_flops=20.0)
 OVERLAPPING = {"chunks": 4, "overlap": 1, "own_weight": 0.5, "first_head": False}
@@ -64,6 +65,33 @@ def test_a_turn_above_the_bottom_can_be_the_costliest() -> None:
 def test_what_a_cheap_head_saves() -> None:
     shared = ModelCosts(1.0, 10.0, auxiliary_flops=10.0, auxiliary_backward_flops=10.0)
     assert usual("chunked", shared, chunks=2) == (24 + 30 + 20, 12 + 30)
+
+
+def frozen(blocks: str, embedding: int = 0, head: int = 5, auxiliary: int = 5) -> ModelCosts:
+    """Blocks of 10 weights, of which a digit trains; heads of 5 weights."""
+    trained = TrainedWeights(embedding, tuple(map(int, blocks)), head, {3: auxiliary})
+    sizes = {"block_parameters": 10, "head_parameters": 5, "auxiliary_parameters": 5}
+    return dataclasses.replace(COSTS, **sizes, trained=trained)
+
+
+@pytest.mark.parametrize(
+    ("name", "costs", "total", "serial"),
+    [
+        # Forward 8; gradients of half the weights of each block, and at the inputs of all of them.
+        ("chunked", frozen("55555555"), 8 + 4 + 8 + 60, 4 + 2 + 4 + 30),
+        # Nothing below block 2 trains: no backward pass there. Above it the one at the inputs goes all the way.
+        ("backprop", frozen("00050000"), 8 + 0.5 + 5 + 30, 8 + 0.5 + 5 + 30),
+        ("backprop", frozen("00050000", embedding=1), 8 + 0.5 + 8 + 30, 8 + 0.5 + 8 + 30),
+        # The lower chunk has nothing to train: two forward passes of it and its head, and nobody waits for them.
+        ("chunked", frozen("00005555", auxiliary=0), 8 + 2 + 4 + 10 + 30, 4 + 2 + 4 + 30),
+        # A frozen readout: half of its backward pass.
+        ("backprop", frozen("55555555", head=1), 8 + 4 + 8 + 20, 8 + 4 + 8 + 20),
+        ("chunked", frozen("55555555", auxiliary=1), 8 + 4 + 8 + 30 + 22, 4 + 2 + 4 + 30),
+    ],
+)
+def test_frozen_weights(name: str, costs: ModelCosts, total: float, serial: float) -> None:
+    options = {"chunks": 2} if name == "chunked" else {}
+    assert usual(name, costs, **options) == (total, serial)
 
 
 def test_hybrid_is_the_mean_over_its_phases() -> None:

@@ -41,10 +41,13 @@ def loaded(*overrides: str) -> tuple[Config, Blueprint]:
 
 # ---------------------------------------------------------------------------------------------- the real engine
 
+FROZEN = ("train.freeze=[model.embed_tokens.*, '*.mlp.*', lm_head.weight]", "model.hidden_size=64")
+UPPER_FROZEN = ("train.freeze=['model.layers.[23].*', model.norm.*, lm_head.*]", "objective.name=backprop")
 EXACT = {
     "llama, chunked": (),
     "gpt2, chunked, 2 ranks": ("model.family=gpt2", "parallel.pipeline=2"),
     "gpt2, backprop, 4 ranks": ("model.family=gpt2", "objective.name=backprop", "parallel.pipeline=4"),
+    "llama, frozen": FROZEN,
     "llama, one micro-batch": ("objective.chunks=4", "train.micro_batches_per_update=1"),
 }
 ZERO = "deepspeed.zero_optimization"
@@ -57,6 +60,11 @@ CLOSE = {
     "averaged blocks": ("head.blocks=1", "head.ema_decay=0.9", "parallel.pipeline=2"),
     "low rank, a part of the tokens": ("head.kind=low_rank", "head.rank=8", "head.token_fraction=0.25"),
     "SGD": ("optimizer.name=sgd",),
+    **{
+        f"frozen, ZeRO {stage}": (*FROZEN, f"{ZERO}.stage={stage}", f"{ZERO}.reduce_bucket_size=20000")
+        for stage in (1, 2, 3)
+    },
+    "frozen, gradients through": (*UPPER_FROZEN, "parallel.pipeline=2"),
     **{
         f"{dtype}, ZeRO {stage}": (f"train.dtype={dtype}", f"{ZERO}.stage={stage}", f"{ZERO}.reduce_bucket_size=20000")
         for dtype, stage in itertools.product(("fp32", "bf16"), (1, 2, 3))
@@ -119,6 +127,7 @@ SAME = {
     "overlapping": (*DEEP, "objective.name=overlapping", "objective.chunks=3", "parallel.pipeline=3"),
     "delayed": (*DEEP, "objective.name=delayed", "parallel.pipeline=2"),
     "last": (*DEEP, "objective.name=last", "objective.trained_blocks=5"),
+    "frozen": (*DEEP, *FROZEN, "objective.name=backprop", "parallel.pipeline=3"),
     "hybrid, extra blocks": (*DEEP, "objective.backprop_every=2", "head.blocks=1", "head.token_fraction=0.25"),
     "shared readouts": (*SMALL, "objective.chunks=3", "head.kind=shared", "parallel.pipeline=3"),
     "averaged blocks": (*SMALL, "objective.chunks=3", "head.blocks=2", "head.ema_decay=0.9", "parallel.pipeline=3"),

@@ -1,13 +1,13 @@
 """Self-speculative decoding: tokens per second when an earlier exit drafts, beside ordinary greedy decoding.
 
     python benchmarks/pretrained.py smollm2
-    OMP_NUM_THREADS=2 python benchmarks/generation.py smollm2
+    OMP_NUM_THREADS=1 python benchmarks/generation.py smollm2
 
 writes docs/benchmarks/generation.{json,md}. It goes on where it was stopped: a case that the JSON has is not measured
 again, unless something else was asked for. Per case an exit of the model drafts, after each quarter of its blocks but
 the last, and the whole model verifies:
 
-- trained heads: a short local-update run from the model (chunked, four chunks, a head of each kind), whose own last
+- trained heads: a short local-update run from the model (chunked, four chunks, private heads), whose own last
   exit verifies; its blocks are trained too, so that is another model than the folder's;
 - logit lens: the folder's norm and readout behind the block;
 - fitted lens: the readout of W norm(h) + b, where W and b are a ridge regression of the last normed rows on the normed
@@ -47,7 +47,7 @@ from lptransformer.study.markdown_tables import ResultTable, update
 
 ROOT = Path(__file__).parents[1]
 TRAINED_ON, HELD_OUT = ROOT / "data/books/train/frankenstein.txt", ROOT / "data/books/valid/wuthering-heights.txt"
-HEADS, LENS, FITTED = ("private", "shared"), "logit lens", "fitted lens"
+HEADS, LENS, FITTED = ("private",), "logit lens", "fitted lens"
 CHUNKS, RIDGE, WARM_TOKENS, PASSES = 4, 1e-2, 4, 25
 FULL = {"prompts": 20, "prompt_tokens": 32, "tokens": 64, "draft_tokens": 4, "updates": 40, "window": 256}
 FULL |= {"fit_tokens": 8192}
@@ -306,8 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         use_fair_share_of_cores()
         args.work.mkdir(parents=True, exist_ok=True)
         model = tiny_model(args.work / "tiny") if args.tiny else args.model.absolute()
-        settings, heads = (TINY, HEADS[:1]) if args.tiny else (FULL, HEADS)
-        measure_all(model, args.work.absolute(), numbers, settings, heads)
+        measure_all(model, args.work.absolute(), numbers, TINY if args.tiny else FULL, HEADS)
     update(args.out / "generation.md", tables(json.loads(numbers.read_text())))
 
 

@@ -93,6 +93,7 @@ def pretend(rank: int, size: int, rounds: int, shared_heads: list[int], last_sta
     processes would have said so in the store.
     """
     store = dist.HashStore()
+    store.set("hub commits", "decided {}")
     store.set("prepared", "decided yes")
     store.set("micro_batch_size", "decided 0")
     for other in range(size):

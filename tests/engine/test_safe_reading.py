@@ -122,13 +122,13 @@ def test_the_code_of_a_folder_is_not_run(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "model" / "config.json").write_text(
         json.dumps({"model_type": "ours", "auto_map": {"AutoConfig": "code.Ours", "AutoModelForCausalLM": "code.Ours"}})
     )
-    with pytest.raises(ModelError, match="custom code"):
+    with pytest.raises(ModelError, match="it needs code of its own"):
         hf_config.read_config(tmp_path / "model")
     shutil.copytree(tmp_path / "model", tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "config.json").unlink()
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "Ours", "auto_map": {"AutoTokenizer": ["code.Ours", None]}})
     )
-    with pytest.raises(DataError, match="custom code"):
+    with pytest.raises(DataError, match="its tokenizer needs code of its own"):
         tokenizer.load(tmp_path / "tokenizer")
     assert not (tmp_path / "marker").exists()

@@ -67,7 +67,7 @@ TRAINED: dict[str, Any] = {
     "Hunyuan": hf.HunYuanDenseV1Config(**_GROUPED, head_dim=8),
     "Hunyuan, mixture": hf.HunYuanMoEV1Config(**_GROUPED, head_dim=8, num_experts=4, moe_topk=2),
     "HyperCLOVA X": hf.HyperCLOVAXConfig(**_GROUPED, residual_multiplier=0.5, logits_scaling=7.0),
-    "Jamba": hf.JambaConfig(**_GROUPED, num_experts=4, num_experts_per_tok=2),
+    "Jamba": hf.JambaConfig(**_GROUPED, num_experts=4, num_experts_per_tok=2, attn_layer_period=2, attn_layer_offset=1),
     "JetMoE": hf.JetMoeConfig(
         **_MAMBA,
         num_key_value_heads=2,
@@ -98,7 +98,7 @@ TRAINED: dict[str, Any] = {
     "Persimmon": hf.PersimmonConfig(**_PLAIN),
     "Phi": hf.PhiConfig(**_PLAIN),
     "Phi-3": hf.Phi3Config(**_GROUPED),
-    "Phi-3.5-MoE": hf.PhimoeConfig(**_MIXED),
+    "Phi-3.5-MoE, without noise": hf.PhimoeConfig(**_MIXED, router_jitter_noise=0.0),
     "Qwen2": hf.Qwen2Config(**_GROUPED, use_sliding_window=True, sliding_window=4, max_window_layers=2),
     "Qwen2-MoE": hf.Qwen2MoeConfig(**_GROUPED, **_EXPERTS, shared_expert_intermediate_size=16),
     "Qwen3": hf.Qwen3Config(**_GROUPED, head_dim=8),

@@ -183,6 +183,14 @@ def test_a_model_is_evaluated_by_name_as_from_its_folder(cached: str, model: Pat
     assert results[0]["run"] == "own/model" and results[0]["exits"] == results[1]["exits"]
 
 
+def test_it_generates_and_is_compared_by_name(cached: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run(parser(), ["generate", "own/model", "--prompt", "It is", "--max-tokens", "2", "--json"])
+    assert json.loads(capsys.readouterr().out)["tokens"] == 2
+    same = evaluate_run("own/model", ["text.txt"], window=16, compare="own/model")
+    assert same is not None
+    assert [one["bits_per_byte"] for one in same["comparison"]["differences"]] == [0.0]
+
+
 def test_a_path_that_is_there_is_no_name(cached: str, tmp_path: Path) -> None:
     (tmp_path / "own" / "model").mkdir(parents=True)
     assert hub.folder("own/model", "x") == Path("own/model") and hub.commits() == {}

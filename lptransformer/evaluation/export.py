@@ -191,12 +191,10 @@ def _tie(model: Any, tie: Tie, was_tied: bool, bytes_per_weight: int) -> str:
 
 
 def _as_before(pretrained: Path, folder: Path) -> None:
-    """What training has no use for, as the model folder had it: dropout, noise, and all of the generation settings."""
+    """What training has no use for, as the model folder had it: dropout, and all of the generation settings."""
     if (before := pretrained / "config.json").is_file():
         path = folder / "config.json"
-        dropout = {
-            name: value for name, value in json.loads(before.read_text()).items() if "drop" in name or "jitter" in name
-        }
+        dropout = {name: value for name, value in json.loads(before.read_text()).items() if "drop" in name}
         path.write_text(json.dumps(json.loads(path.read_text()) | dropout))
     if (before := pretrained / "generation_config.json").is_file():
         shutil.copyfile(before, folder / "generation_config.json")
@@ -220,7 +218,7 @@ def _compare(folder: Path, ids: Tensor, own: Tensor, dtype: str) -> list[str]:
     """Open the folder; its logits are those of the run, in fp32 bit for bit (a folded readout: but for rounding)."""
     with torch.no_grad(), hf_config.quiet_transformers():
         opened: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-        logits = opened.eval()(ids).logits.float()
+        logits = opened.eval()(ids, use_cache=False).logits.float()
     if dtype != "fp32":
         off, size = float((logits - own).abs().max()), float(own.abs().max())
         return [

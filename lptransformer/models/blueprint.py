@@ -110,6 +110,7 @@ def make_blueprint(config: Config, vocab_size: int | None, end_of_text_id: int |
     model = config.model
     if model.pretrained is not None:
         model_config = hf_config.read_config(hub.folder(model.pretrained, config.at("model.pretrained")))
+        hf_config.check_no_noise(model_config)
         family_check.check(model_config)
     else:
         assert vocab_size is not None

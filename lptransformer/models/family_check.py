@@ -136,8 +136,8 @@ def compare(whole: Any, config: Any, parts: Anatomy, cut: Sequence[range], toler
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:, :-1] = ids[:, 1:]
     batch = LossBatch(labels, scale=1.0 / (2 * (TOKENS - 1)))
-    loss = head(hidden_states(joined, ids), batch)[CROSS_ENTROPY].loss
     own_loss = whole(input_ids=ids, labels=ids, use_cache=False).loss
+    loss = head(hidden_states(joined, ids), batch)[CROSS_ENTROPY].loss
     if (off := _off(loss.detach(), own_loss.detach())) > tolerance:
         refuse(f"its pieces have another loss (off by {off:.2g})")
     own_loss.backward()

@@ -97,12 +97,23 @@ def saved_config(content: Mapping[str, Any]) -> Any:
 
 
 def for_training(config: Any) -> Any:
-    """Without dropout, without skipped blocks or noise for routers, without a cache of keys and values."""
+    """Without dropout, without skipped blocks, without a cache of keys and values."""
     for name, value in config.to_dict().items():
-        if isinstance(value, float) and ("drop" in name or "jitter" in name):
+        if isinstance(value, float) and "drop" in name:
             setattr(config, name, 0.0)
     config.use_cache = False
     return config
+
+
+def check_no_noise(config: Any) -> None:
+    """Raises ModelError where a configuration asks for random numbers in training that are no dropout: no run could be
+    repeated. They are not turned off silently: in some families evaluation depends on the same number (Phi-3.5-MoE)."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and "jitter" in name and value > 0:
+            raise ModelError(
+                f"{name} = {value} in the model's config.json: its routers draw random numbers in training, so no run "
+                "could be repeated: set it to 0 there"
+            )
 
 
 def per_block(config: Any) -> dict[str, list[Any]]:

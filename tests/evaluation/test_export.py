@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 import small_run
 import torch
 from distributed import Pool
+from families import TRAINED
 from overlays import overlay
 from saved_runs import FEW, TEXT, make_run, write_text
 from torch import Tensor
@@ -69,6 +71,21 @@ def test_the_exported_model_has_the_logits_of_the_run(
             for use_cache in (True, False):
                 assert torch.equal(exported(ids, use_cache=use_cache).logits, own.logits(ids))
     assert own.logits(ids).std() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_run_of_every_family_exports_with_its_logits(name: str, tmp_path: Path) -> None:
+    config = copy.deepcopy(TRAINED[name])
+    config.vocab_size = 260
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    model = {"pretrained": str(tmp_path / "model"), **dict.fromkeys(FEW)}
+    run = make_run(tmp_path, model=model, tokenizer="bytes")
+    export_run(run, tmp_path / "out")
+    exported, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32), input_ids(260, (2, 16))
+    with torch.no_grad():
+        assert torch.equal(exported.eval()(ids).logits, trained_model.load(run, 10).logits(ids))
 
 
 def test_two_threads_give_the_same_bits_too(tmp_path: Path) -> None:

@@ -160,6 +160,17 @@ def test_a_folder_that_sees_the_future_is_refused_before_anything_is_loaded(tmp_
         make_blueprint(load(raw), None, None)
 
 
+def test_noise_for_routers_is_refused_in_training_and_never_turned_off_silently() -> None:
+    """Phi-3.5-MoE uses the number in evaluation too."""
+    for name, of in (("router_jitter_noise", 0.01), ("input_jitter_noise", 0.1)):
+        config = prepared(TRAINED["Phi-3.5-MoE, without noise"])
+        setattr(config, name, of)
+        assert getattr(hf_config.for_training(config), name) == of
+        with pytest.raises(ModelError, match=f"{name} = {of} in the model's config.json: its routers draw random"):
+            hf_config.check_no_noise(config)
+    hf_config.check_no_noise(prepared(TRAINED["Mixtral"]))
+
+
 def test_a_check_leaves_random_numbers_as_they_were() -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)

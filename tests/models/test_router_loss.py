@@ -19,7 +19,16 @@ from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.head import CROSS_ENTROPY, ROUTER, LossBatch
 from lptransformer.models.stage import Stage, make_stage
 
-WITH_ROUTERS = ["ERNIE 4.5 MoE", "GPT-OSS", "Granite-MoE", "Jamba", "JetMoE", "Mixtral", "OLMoE", "Phi-3.5-MoE"]
+WITH_ROUTERS = [
+    "ERNIE 4.5 MoE",
+    "GPT-OSS",
+    "Granite-MoE",
+    "Jamba",
+    "JetMoE",
+    "Mixtral",
+    "OLMoE",
+    "Phi-3.5-MoE, without noise",
+]
 WITH_ROUTERS += ["Qwen2-MoE", "Qwen3-MoE", "Qwen3-Next"]
 COEFFICIENT = 0.3
 

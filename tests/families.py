@@ -181,7 +181,8 @@ configuration (`models/family_check`), so a family that is not here is tried too
 Mixtures of experts train the library's router loss where `output_router_logits` is true in `config.json`, each stage
 over its own layers: where the model is one stage that is the library's loss.
 
-Refused besides: encoder-decoders, models of more than text (a folder of the text model can be trained), folders with
+Refused besides: noise for routers in training (a `jitter` above 0 in `config.json`), encoder-decoders, models of more
+than text (a folder of the text model can be trained), folders with
 code of their own (`trust_remote_code`), and adapters without the model that they belong to.
 
 | family | class | | apart |

@@ -182,8 +182,8 @@ def _halves(number: int) -> Iterator[int]:
 def largest(config: Config, blueprint: Blueprint, shared: Sequence[Pool], rows: int | None) -> Config:
     """The configuration with the largest power of two that fits into all pools; prints it.
 
-    What is predicted may take 0.9 of what is free; at ZeRO 3, where the prediction is too low, 0.8. An update takes no
-    more than the `rows` of an epoch (None: not known). Raises ConfigError where 1 does not fit.
+    What is predicted may take 0.9 of what is free; at ZeRO 3, where gathered weights may be let go of late, 0.8. An
+    update takes no more than the `rows` of an epoch (None: not known). Raises ConfigError where 1 does not fit.
     """
     share, size, many = 0.8 if zero_stage(config) == 3 else 0.9, 1, config.train.micro_batches_per_update
 

@@ -271,6 +271,8 @@ def _head(config: Config, of_run: Objective, layers: str) -> Iterator[str | Conf
         yield f"{at(error.key)} with {at('model.hidden_size')}: {error.problem}"
     if head.blocks > num_layers:
         yield f"{at('head.blocks')} is more than {layers}: extra blocks are like the model's; give at most {num_layers}"
+    if HEADS[head.kind].fitted:
+        yield from _fitted(config)
     if head.refresh_every > 1 and followed(head) is None:
         yield _no_meaning(config, "head.refresh_every", "head.kind", "head.ema_decay", why=" (nothing to refresh)")
     if head.ema_decay is None:
@@ -284,6 +286,21 @@ def _head(config: Config, of_run: Objective, layers: str) -> Iterator[str | Conf
             f"{top + 1} to {top + head.blocks}, but with {layers} the last one is block {num_layers - 1}: give "
             f"head.blocks={num_layers - 1 - top} or less"
         )
+
+
+def _fitted(config: Config) -> Iterator[str | ConfigError]:
+    """A head that is fitted to the weights of a pretrained model: what they leave open."""
+    head, at = config.head, config.at
+    if config.model.pretrained is None:
+        yield (
+            f"{at('head.kind')} without model.pretrained: such a head is fitted to a model that has been trained; give "
+            "its folder as model.pretrained, or another head.kind"
+        )
+    for key in ("init", "ema_decay"):
+        if getattr(head, key) is not None:
+            yield _no_meaning(config, f"head.{key}", "head.kind", why=", whose blocks and readout are the model's")
+    if head.blocks == 0 and head.trains_blocks:
+        yield _no_meaning(config, "head.train_blocks", "head.blocks", why=" (give 1 or more)")
 
 
 def _zero_3(config: Config, of_run: Objective) -> Iterator[str]:

@@ -82,4 +82,4 @@ def spent(objective: Objective, costs: ModelCosts, updates: int, steps: int) -> 
 
 def _head(block: int, objective: Objective, costs: ModelCosts) -> float:
     """Forward and backward of the head after a block."""
-    return costs.head_training_flops(block == objective.num_blocks - 1)
+    return costs.after(block).head_training_flops(block == objective.num_blocks - 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lptransformer import hub
 from lptransformer.config.checks import check_world_size
@@ -19,10 +20,12 @@ from lptransformer.engine.deepspeed_pipeline import Built, PipelineBaseline
 from lptransformer.engine.deepspeed_stage import FrozenStage, TrainedStage, deepspeed_config
 from lptransformer.engine.engine import LocalUpdateEngine
 from lptransformer.engine.executor import LocalStage
+from lptransformer.engine.fitting import fit_heads
 from lptransformer.engine.interface import EngineOptions, Stream, TrainingEngine, ValidSet
 from lptransformer.engine.optimizer import build_lr_scheduler, build_optimizer
 from lptransformer.engine.process_groups import World, join, translate_lost_processes
 from lptransformer.methods.dtypes import DTYPES
+from lptransformer.methods.heads import HEADS
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models import blueprint as blueprints
 from lptransformer.models.blueprint import Blueprint
@@ -67,7 +70,7 @@ def start(config: Config, resume: bool = False, force: bool = False) -> tuple[Tr
         seed=config.train.seed,
         micro_batch_size=blueprint.micro_batch_size,
     )
-    engine = build_engine(config, world, blueprint, stream, data.valid)
+    engine = build_engine(config, world, blueprint, stream, data.valid, fit=not resume)
 
     def describe_run(folder: Path, overwrite: bool) -> None:
         model = blueprint.model_config.to_dict()
@@ -109,9 +112,18 @@ def prepare_once(config: Config, world: World) -> Prepared:
 
 
 def build_engine(
-    config: Config, world: World, blueprint: Blueprint, stream: Stream, valid: Mapping[str, ValidSet]
+    config: Config,
+    world: World,
+    blueprint: Blueprint,
+    stream: Stream,
+    valid: Mapping[str, ValidSet],
+    *,
+    fit: bool = True,
 ) -> TrainingEngine:
-    """The engine that the configuration names, over a stream of micro-batches and validation sets."""
+    """The engine that the configuration names, over a stream of micro-batches and validation sets.
+
+    Without `fit` fitted heads are left as they are: a checkpoint has their weights.
+    """
     train, dtype = config.train, DTYPES[config.train.dtype]
     torch_dtype: torch.dtype = getattr(torch, dtype.name)
     ds_config = deepspeed_config(
@@ -125,19 +137,27 @@ def build_engine(
     pretrained = pretrained_folder(config)
 
     def make(plan: StagePlan) -> Stage:
-        stage = make_stage(plan, blueprint, seed=train.seed, pretrained=pretrained)
-        return stage.to(world.device, torch_dtype if train.dtype == "fp64" else None)
+        return make_stage(plan, blueprint, seed=train.seed, pretrained=pretrained).to(world.device)
 
     def with_optimizer(stage: Stage) -> Built:
         optimizer = build_optimizer(stage.parameters(), config.optimizer, train.learning_rate)
         return stage, optimizer, build_lr_scheduler(optimizer, train.lr_scheduler, train.steps, train.warmup_steps)
 
+    made: dict[int, Stage] = {}  # stages that were made early
+    if fit and HEADS[blueprint.head.kind].fitted:
+        made = {plan.index: make(plan) for plan in blueprint.stages if plan.pipeline_rank == world.pipeline_rank}
+        fit_heads(world, blueprint, made, stream)
+    frozen: dict[str, Tensor] = {}  # what heads of this process share
+
     def build(plan: StagePlan) -> LocalStage:
-        stage = make(plan)
+        stage = made.pop(plan.index) if made else make(plan)
         if not plan.trained:
             return FrozenStage(stage.to(torch_dtype))
+        if train.dtype == "fp64":
+            stage.to(torch_dtype)
         if stage.head is not None:
             stage.head.cast_copies(torch_dtype)  # DeepSpeed casts the parameters
+            stage.head.share_frozen(frozen)
         return TrainedStage(*with_optimizer(stage), ds_config, train.grad_clip, blueprint.objective.delayed)
 
     options = EngineOptions(train.max_skipped_updates, config.parallel.channel, config.run.trace)

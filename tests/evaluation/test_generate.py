@@ -39,6 +39,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "low_rank": {"kind": "low_rank", "rank": 24},
     "shared": {"kind": "shared"},
     "blocks": {"blocks": 1},
+    "fitted": {"kind": "fitted", "blocks": 0},
+    "fitted, blocks": {"kind": "fitted", "blocks": 2},
 }
 CHAT = "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '|' }}{% endfor %}a:"
 LOGIT_LENS = "logit lens"
@@ -54,8 +56,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 def make(folder: Path, head: str) -> Path:
     """A run of four blocks with an exit after each, whose exits agree now and then; or its export, without them."""
-    options = HEADS.get(head, {})
-    run = make_run(folder, model=LLAMA, head=options, chunks=4)
+    options, model = HEADS.get(head, {}), LLAMA
+    if head.startswith("fitted"):
+        export_run(make_run(folder / "before", model=LLAMA), folder / "model")
+        model = {"pretrained": str(folder / "model"), **dict.fromkeys(FEW)}
+    run = make_run(folder, model=model, head=options, chunks=4)
     if head == "low_rank":  # a random one would agree with nobody
         path = checkpoint.stage_folder(run, 10, 2) / checkpoint.WEIGHTS
         own, last = checkpoint.load_file(path), checkpoint.read_weights(checkpoint.stage_folder(run, 10, 3))

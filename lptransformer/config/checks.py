@@ -47,9 +47,9 @@ def pretrained_warning(config: Config) -> str | None:
         return None
     why, instead, at = [], [], config.at
     auxiliary = objectives.build(config.model.num_layers, **config.objective.model_dump()).heads[:-1]
-    if auxiliary and config.head.init in (None, "model"):
+    if auxiliary and config.head.init in (None, "model") and not HEADS[config.head.kind].fitted:
         why.append(f"auxiliary heads are copied from it ({at('head.init')})")
-        instead.append("objective.name=backprop (better heads are not built yet)")
+        instead.append("head.kind=fitted (or objective.name=backprop)")
     if config.train.learning_rate > GENTLE_LEARNING_RATE:
         why.append(f"{at('train.learning_rate')} is above {GENTLE_LEARNING_RATE:g}")
     if not why:

@@ -647,7 +647,7 @@ def test_pretrained_sizes(tmp_path: Path) -> None:
 
 
 HEADS, RATE = "heads are copied from it (head.init = ", "is above 0.0003"
-TO_BACKPROP, TO_LOW_RATE = "Set objective.name=backprop", "train.learning_rate=1e-4"
+TO_BACKPROP, TO_LOW_RATE = "Set head.kind=fitted (or objective.name=backprop)", "train.learning_rate=1e-4"
 LOW = "train.learning_rate=3e-4"
 
 
@@ -655,6 +655,7 @@ LOW = "train.learning_rate=3e-4"
     ("overrides", "parts"),
     [
         ((), [HEADS, RATE, TO_BACKPROP, TO_LOW_RATE]),
+        (("head.kind=fitted", LOW), []),
         (("objective.name=greedy", "head.init=model", LOW), [HEADS, TO_BACKPROP, TO_LOW_RATE]),
         (("head.init=scratch", "train.learning_rate=4e-4"), [RATE, TO_LOW_RATE]),
         (("objective.name=backprop",), [RATE, TO_LOW_RATE]),
@@ -673,6 +674,24 @@ def test_what_harms_a_pretrained_model_is_said(tmp_path: Path, overrides: tuple[
     says(warning, "before 46 and 36, backprop 30 and 38", "42 and 46", "57 and 327", *parts)
     assert not any(part in warning for part in (HEADS, RATE, TO_BACKPROP) if part not in parts)
     assert pretrained_warning(load(DATA)) is None, "a new model"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ("head.init=model", ("head.init = 'model'", "has no meaning with head.kind = 'fitted'", "are the model's")),
+        ("head.ema_decay=0.9 head.blocks=1", ("head.ema_decay = 0.9", "has no meaning with head.kind = 'fitted'")),
+        ("head.train_blocks=true", ("head.train_blocks = True", "head.blocks = 0", "give 1 or more")),
+        ("head.rank=8", ("head.rank = 8", "has no meaning with head.kind = 'fitted'")),
+        ("head.blocks=7", ("head.blocks = 7", "at most 6")),
+        ("head.refresh_every=2", ("head.refresh_every = 2", "nothing to refresh")),
+    ],
+)
+def test_what_a_fitted_head_leaves_open(tmp_path: Path, overrides: str, parts: tuple[str, ...]) -> None:
+    source = {**DATA, "model": {"pretrained": str(model_folder(tmp_path))}, "head": {"kind": "fitted"}}
+    source["data"] = DATA["data"] | {"sequence_length": 64}
+    says(message(source, *overrides.split()), *parts)
+    load(source, ["head.blocks=6", "head.train_blocks=true", "head.token_fraction=0.5"])
 
 
 def test_pretrained_of_another_family(tmp_path: Path) -> None:

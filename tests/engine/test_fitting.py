@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,21 @@ import pytest
 import torch
 from distributed import Pool
 from engine_jobs import Trained, load_config, make_stream, open_engine, train
+from saved_runs import write_text
 from tiers import slow
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from lptransformer.config.load import load
 from lptransformer.data.token_set import Batch
 from lptransformer.engine import fitting
+from lptransformer.evaluation.export import export_run
 from lptransformer.models.blueprint import make_blueprint
 from lptransformer.models.head import RIDGE
 from lptransformer.run_folder import checkpoint
+from lptransformer.run_folder.metrics_log import read_metrics
+from lptransformer.training import build
+from lptransformer.training import train as training
 
 DEPTH, HIDDEN, LENGTH = 8, 32, 16
 BATCH = 64  # windows of a micro-batch: eight of them hold what the fit takes
@@ -192,3 +200,64 @@ def test_four_updates_equal_two_and_two_from_a_checkpoint(
     assert same(weights_of(start(pool, keys, 2, load=tmp_path)), whole)
     stored = checkpoint.read_weights(checkpoint.stage_folder(tmp_path, 2, 0))
     assert {"head.map.linear.weight", "head.readout.weight", "head.blocks.h.7.mlp.c_fc.weight"} <= stored.keys()
+
+
+# ---- a whole run
+
+
+def _train(raw: dict[str, Any], resume: bool, until: int | None, *overrides: str) -> None:
+    """In a process of its own; a run that is resumed must not fit."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("it fits again")
+
+    before = build.fit_heads
+    build.fit_heads = refuse if resume else before
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            training.train(load(raw, overrides), resume=resume, until=until)
+    finally:
+        build.fit_heads = before
+
+
+def first_losses(run: Path) -> list[float]:
+    """Of every exit in the first update."""
+    return [stage["loss"] for stage in read_metrics(run)[0]["stages"] if stage["loss"] is not None]
+
+
+@pytest.mark.slow
+def test_an_exit_begins_near_the_model_and_a_resumed_run_fits_nothing(pool: Pool, tmp_path: Path) -> None:
+    book = (Path(__file__).parents[2] / "data/books/train/frankenstein.txt").read_text()
+    raw: dict[str, Any] = {
+        "model": {"family": "llama", "hidden_size": 48, "num_layers": 6, "num_heads": 4},
+        "data": {
+            "train": str(write_text(tmp_path / "novel.txt", book[:200_000])),
+            "tokenizer": "bytes",
+            "sequence_length": 64,
+            "cache": str(tmp_path / "cache"),
+        },
+        "objective": {"name": "backprop"},
+        "train": {"steps": 150, "micro_batch_size": 8, "micro_batches_per_update": 1, "learning_rate": 3e-3},
+        "run": {"dir": str(tmp_path / "before")},
+    }
+    pool.run(1, _train, raw, False, None)
+    export_run(tmp_path / "before", tmp_path / "model")
+    raw["model"], raw["objective"] = {"pretrained": str(tmp_path / "model")}, {"chunks": 2}
+    raw["data"] |= {"train": str(write_text(tmp_path / "other.txt", book[200_000:300_000]))}
+    del raw["data"]["tokenizer"]
+    raw["train"] |= {"steps": 4, "learning_rate": 1e-4}
+    heads = {"copied": (), "fitted": ("head.kind=fitted",), "blocks": ("head.kind=fitted", "head.blocks=2")}
+    exits = {}
+    for name, keys in heads.items():
+        pool.run(1, _train, raw, False, None, *keys, f"run.dir={tmp_path / name}")
+        exits[name], own = first_losses(tmp_path / name)
+    assert exits["blocks"] < exits["fitted"] < own + 0.5 * (exits["copied"] - own), (exits, own)
+
+    stopped = (*heads["blocks"], f"run.dir={tmp_path / 'stopped'}")
+    pool.run(1, _train, raw, False, 2, *stopped)
+    pool.run(1, _train, raw, True, None, *stopped)
+    whole, resumed = (
+        [checkpoint.read_weights(folder) for folder in checkpoint.stage_folders(tmp_path / name, 4)]
+        for name in ("blocks", "stopped")
+    )
+    assert all(same(one, other) for one, other in zip(whole, resumed, strict=True))

@@ -229,21 +229,21 @@ def first_losses(run: Path) -> list[float]:
 def test_an_exit_begins_near_the_model_and_a_resumed_run_fits_nothing(pool: Pool, tmp_path: Path) -> None:
     book = (Path(__file__).parents[2] / "data/books/train/frankenstein.txt").read_text()
     raw: dict[str, Any] = {
-        "model": {"family": "llama", "hidden_size": 48, "num_layers": 6, "num_heads": 4},
+        "model": {"family": "llama", "hidden_size": 64, "num_layers": 6, "num_heads": 4},
         "data": {
-            "train": str(write_text(tmp_path / "novel.txt", book[:200_000])),
+            "train": str(write_text(tmp_path / "novel.txt", book[:400_000])),
             "tokenizer": "bytes",
             "sequence_length": 64,
             "cache": str(tmp_path / "cache"),
         },
         "objective": {"name": "backprop"},
-        "train": {"steps": 150, "micro_batch_size": 8, "micro_batches_per_update": 1, "learning_rate": 3e-3},
+        "train": {"steps": 400, "micro_batch_size": 16, "micro_batches_per_update": 1, "learning_rate": 4e-3},
         "run": {"dir": str(tmp_path / "before")},
     }
     pool.run(1, _train, raw, False, None)
     export_run(tmp_path / "before", tmp_path / "model")
     raw["model"], raw["objective"] = {"pretrained": str(tmp_path / "model")}, {"chunks": 2}
-    raw["data"] |= {"train": str(write_text(tmp_path / "other.txt", book[200_000:300_000]))}
+    raw["data"] |= {"train": str(write_text(tmp_path / "other.txt", book[-30_000:]))}
     del raw["data"]["tokenizer"]
     raw["train"] |= {"steps": 4, "learning_rate": 1e-4}
     heads = {"copied": (), "fitted": ("head.kind=fitted",), "blocks": ("head.kind=fitted", "head.blocks=2")}

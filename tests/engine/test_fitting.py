@@ -237,7 +237,7 @@ def test_an_exit_begins_near_the_model_and_a_resumed_run_fits_nothing(pool: Pool
             "cache": str(tmp_path / "cache"),
         },
         "objective": {"name": "backprop"},
-        "train": {"steps": 400, "micro_batch_size": 16, "micro_batches_per_update": 1, "learning_rate": 4e-3},
+        "train": {"steps": 250, "micro_batch_size": 16, "micro_batches_per_update": 1, "learning_rate": 4e-3},
         "run": {"dir": str(tmp_path / "before")},
     }
     pool.run(1, _train, raw, False, None)
@@ -245,7 +245,7 @@ def test_an_exit_begins_near_the_model_and_a_resumed_run_fits_nothing(pool: Pool
     raw["model"], raw["objective"] = {"pretrained": str(tmp_path / "model")}, {"chunks": 2}
     raw["data"] |= {"train": str(write_text(tmp_path / "other.txt", book[-30_000:]))}
     del raw["data"]["tokenizer"]
-    raw["train"] |= {"steps": 4, "learning_rate": 1e-4}
+    raw["train"] |= {"steps": 2, "learning_rate": 1e-4}
     heads = {"copied": (), "fitted": ("head.kind=fitted",), "blocks": ("head.kind=fitted", "head.blocks=2")}
     exits = {}
     for name, keys in heads.items():
@@ -254,10 +254,10 @@ def test_an_exit_begins_near_the_model_and_a_resumed_run_fits_nothing(pool: Pool
     assert exits["blocks"] < exits["fitted"] < own + 0.5 * (exits["copied"] - own), (exits, own)
 
     stopped = (*heads["blocks"], f"run.dir={tmp_path / 'stopped'}")
-    pool.run(1, _train, raw, False, 2, *stopped)
+    pool.run(1, _train, raw, False, 1, *stopped)
     pool.run(1, _train, raw, True, None, *stopped)
     whole, resumed = (
-        [checkpoint.read_weights(folder) for folder in checkpoint.stage_folders(tmp_path / name, 4)]
+        [checkpoint.read_weights(folder) for folder in checkpoint.stage_folders(tmp_path / name, 2)]
         for name in ("blocks", "stopped")
     )
     assert all(same(one, other) for one, other in zip(whole, resumed, strict=True))

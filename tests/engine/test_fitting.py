@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from lptransformer.config.load import load
 from lptransformer.data.token_set import Batch
 from lptransformer.engine import fitting
+from lptransformer.errors import ConfigError
 from lptransformer.evaluation.export import export_run
 from lptransformer.models.blueprint import make_blueprint
 from lptransformer.models.head import RIDGE
@@ -135,6 +136,19 @@ def test_the_first_tokens_in_training_order_count_and_of_few_all(
     found = fitting._first_tokens(make_blueprint(config, 64, None), Windows())  # type: ignore[arg-type]
     ids = torch.cat([batch.input_ids[counted] for batch, counted in found]).tolist()
     assert ids == [row * 10 + place for row in seen for place in (1, 2, 3)][: 7 if most == 10 else None]
+
+
+def test_balanced_chunks_and_a_partition_that_cuts_them_go_with_no_zero_3(folder: Path) -> None:
+    """Balanced chunks are known when the model is; the configuration alone sees equal ones."""
+    keys = [f"model.pretrained={folder}", "head.kind=fitted", "head.blocks=2", "head.train_blocks=true"]
+    keys += ["parallel.pipeline=2", "deepspeed.zero_optimization.stage=3"]
+    plan = make_blueprint(load_config(keys), None, None)
+    first, second = (stage.num_blocks for stage in plan.stages)
+    assert first < second == DEPTH - first
+    with pytest.raises(
+        ConfigError, match=rf"stage = 3 .* parallel.partition = \[4, 4\] .*\[{first}, {second}\] blocks"
+    ):
+        make_blueprint(load_config([*keys, "parallel.partition=[4,4]"]), None, None)
 
 
 # ---- how it trains

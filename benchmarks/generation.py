@@ -11,7 +11,7 @@ the last, and the whole model verifies:
   exit verifies; its blocks are trained too, so that is another model than the folder's;
 - logit lens: the folder's norm and readout behind the block;
 - fitted lens: the readout of W norm(h) + b, where W and b are a ridge regression of the last normed rows on the normed
-  hidden states of the block. A prototype: it is here and nowhere else.
+  hidden states of the block: a head of the kind `fitted` before it is trained.
 
 A drafted and an ordinary answer to the same prompt follow each other, in turn which is first. Prompts are passages of a
 novel that no run has seen. What limits the speed is modelled from the seconds of single passes, measured apart.
@@ -20,7 +20,6 @@ novel that no run has seen. What limits the speed is modelled from the seconds o
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import platform
 import statistics
@@ -41,6 +40,8 @@ from lptransformer.evaluation.generate import Source, generate, open_source
 from lptransformer.files import write_text
 from lptransformer.methods import objectives
 from lptransformer.models import hf_config, hf_parts
+from lptransformer.models.head import FittedMap
+from lptransformer.models.split import new_head
 from lptransformer.processes import use_fair_share_of_cores
 from lptransformer.run_folder import layout
 from lptransformer.study.markdown_tables import ResultTable, update
@@ -48,7 +49,7 @@ from lptransformer.study.markdown_tables import ResultTable, update
 ROOT = Path(__file__).parents[1]
 TRAINED_ON, HELD_OUT = ROOT / "data/books/train/frankenstein.txt", ROOT / "data/books/valid/wuthering-heights.txt"
 HEADS, LENS, FITTED = ("private",), "logit lens", "fitted lens"
-CHUNKS, RIDGE, WARM_TOKENS, PASSES = 4, 1e-2, 4, 25
+CHUNKS, WARM_TOKENS, PASSES = 4, 4, 25
 FULL = {"prompts": 20, "prompt_tokens": 32, "tokens": 64, "draft_tokens": 4, "updates": 40, "window": 256}
 FULL |= {"fit_tokens": 8192}
 TINY = {
@@ -63,43 +64,14 @@ TINY = {
 Settings = dict[str, int]
 
 
-class Fitted(nn.Module):
-    """Stands for the final norm: hidden states [..., H] to what the readout takes [..., H]."""
-
-    def __init__(self, norm: nn.Module, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.norm, self.linear = norm, nn.Linear(*weight.shape)
-        self.linear.weight, self.linear.bias = nn.Parameter(weight), nn.Parameter(bias)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        rows: Tensor = self.linear(self.norm(hidden_states))
-        return rows
-
-
-def plain_norm(norm: nn.Module) -> nn.Module:
-    """The norm alone: weight 1, bias 0."""
-    plain = copy.deepcopy(norm)
-    for name, weight in plain.named_parameters():
-        nn.init.zeros_(weight) if name.endswith("bias") else nn.init.ones_(weight)
-    return plain
+def plain_norm(source: Source) -> nn.Module:
+    """The model's final norm as the family begins it."""
+    return new_head(source.model.config, hf_parts.anatomy(source.model.config), 0, 0).norm
 
 
 @torch.no_grad()
-def ridge(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """W [out, in] and b [out] of outputs [n, out] = W inputs [n, in] + b, in fp64: centred, W alone penalised, by
-    RIDGE of the mean of the diagonal."""
-    x, y = inputs.double(), outputs.double()
-    x_mean, y_mean = x.mean(0), y.mean(0)
-    x, y = x - x_mean, y - y_mean
-    gram = x.T @ x
-    penalty = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    weight = torch.linalg.solve(gram + penalty, x.T @ y).T
-    return weight.to(inputs.dtype), (y_mean - weight @ x_mean).to(inputs.dtype)
-
-
-@torch.no_grad()
-def fit(source: Source, blocks: Sequence[int], settings: Settings) -> dict[int, tuple[Tensor, Tensor]]:
-    """W and b of the exit after every block."""
+def fit(source: Source, blocks: Sequence[int], settings: Settings) -> dict[int, FittedMap]:
+    """What stands for the final norm in the exit after every block."""
     parts = hf_parts.anatomy(source.model.config)
     norm, given = source.model.get_submodule(parts.norm), {block: list[Tensor]() for block in (*blocks, -1)}
 
@@ -115,8 +87,11 @@ def fit(source: Source, blocks: Sequence[int], settings: Settings) -> dict[int, 
         source.model(window[None], use_cache=False)
     for hook in hooks:
         hook.remove()
-    last, plain = torch.cat(given[-1]), plain_norm(norm)
-    return {block: ridge(plain(torch.cat(given[block])), last) for block in blocks}
+    last, maps = torch.cat(given[-1]), {}
+    for block in blocks:
+        maps[block] = FittedMap(plain_norm(source), parts.hidden_size, residual=False)
+        maps[block].fit(torch.cat(given[block]), last)
+    return maps
 
 
 def train(model: Path, head: str, run: Path, settings: Settings) -> Path:
@@ -213,7 +188,7 @@ def measure_all(model: Path, work: Path, numbers: Path, settings: Settings, head
     depth = hf_config.read_config(model).num_hidden_layers
     spans = objectives.build(depth, name="chunked", chunks=CHUNKS).usual.spans
     blocks = [span.last for span in spans][:-1]
-    fitted: dict[int, tuple[Tensor, Tensor]] = {}
+    fitted: dict[int, FittedMap] = {}
     for drafter in (LENS, FITTED, *(f"{head} heads, trained" for head in heads)):
         for block in blocks:
             name = f"{drafter}, block {block}"
@@ -226,7 +201,7 @@ def measure_all(model: Path, work: Path, numbers: Path, settings: Settings, head
                 fitted = fitted or fit(source, blocks, settings)
                 place, draft = hf_parts.anatomy(source.model.config).norm, source.draft
                 assert draft is not None
-                draft.set_submodule(place, Fitted(plain_norm(draft.get_submodule(place)), *fitted[block]))
+                draft.set_submodule(place, fitted[block])
             case = {"drafter": drafter, "block": block, "blocks": depth, **measure(source, settings)}
             found["cases"][name] = case
             write_text(numbers, json.dumps(found, indent=1) + "\n")

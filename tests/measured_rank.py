@@ -100,7 +100,7 @@ def _peak(config: Config, plan: Blueprint, pipeline_rank: int) -> int:
         mock = OneRank(pipeline_rank, pipeline, 0, 1, world.device, world.store, world.timeout, rounds=rounds)
         _tell_names_of_copies(config, plan, mock)
         with log_allocations() as log:
-            engine = build_engine(config, mock, plan, stream, {})
+            engine = build_engine(config, mock, plan, stream, {}, fit=False)
             for update in range(last + 1):
                 log.mark(str(update))
                 engine.train_batch()

@@ -24,7 +24,7 @@ BOOK = "data/books/valid/wuthering-heights.txt"
 
 WORKS = [
     *([QUICK, f"--objective.name={name}"] for name in METHODS),
-    *([QUICK, f"--head.kind={name}"] for name in HEADS),
+    *([QUICK, f"--head.kind={name}"] for name, row in HEADS.items() if not row.fitted),
     [QUICK, "--engine=deepspeed_pipeline"],
     [QUICK, "--engine", "deepspeed_pipeline"],
     [QUICK, "--train.steps=4"],

@@ -38,7 +38,8 @@ from lptransformer.config.schema import (
     translated,
 )
 from lptransformer.config.text import dump_yaml, parse_yaml, read_json, read_text
-from lptransformer.errors import ConfigError, ModelError, NoMeaningError
+from lptransformer.errors import ConfigError, ModelError, NoMeaningError, OptionError
+from lptransformer.methods import objectives
 from lptransformer.methods.codecs import CODECS
 from lptransformer.methods.heads import HEADS, followed
 from lptransformer.section import Section
@@ -55,6 +56,8 @@ SIZES = {
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
 }
 NEEDED_SIZES = ("family", "hidden_size", "num_layers")
+# Of a run that starts from a pretrained model, where the keys are not given.
+PRETRAINED_LEARNING_RATE, PRETRAINED_WARMUP = 1e-4, 5
 # What may be another on resume without changing what is computed.
 FREE_ON_RESUME = (
     "run.",
@@ -158,8 +161,10 @@ def _resolved(
     for key, _ in deepspeed_keys.entries(given["deepspeed"]):
         if not deepspeed_keys.is_known(key):
             raise _unknown(f"deepspeed.{key}", origin_of(f"deepspeed.{key}", origins))
-    for section in ROWS:
-        given[section] = _options_of_row(section, given[section], origin, origins)
+    given["objective"] = _options_of_row("objective", given["objective"], origin, origins)
+    if isinstance(given["model"].get("pretrained"), str) and not saved:
+        _fill_in_for_pretrained(given, origins)
+    given["head"] = _options_of_row("head", given["head"], origin, origins)
     codec = given["border"].get("codec", "none")
     if not isinstance(codec, str) or codec not in CODECS:
         raise _no_row("border.codec", codec, CODECS, origin_of("border.codec", origins))
@@ -178,6 +183,33 @@ def _validated(
     except ValidationError as error:
         unknown_first = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
         raise _wrong_value(unknown_first[0], kind, above, origin, origins) from None
+
+
+def _fill_in_for_pretrained(given: dict[str, Any], origins: dict[str, str]) -> None:
+    """The defaults of a run that starts from a pretrained model: each key by itself, where it is not given."""
+
+    def fill(section: str, key: str, value: Any) -> None:
+        if key not in given[section]:
+            given[section][key], origins[f"{section}.{key}"] = value, f"{BY_DEFAULT} with model.pretrained"
+
+    train, head, at = given["train"], given["head"], _at("model.pretrained", given, origins)
+    fill("train", "learning_rate", PRETRAINED_LEARNING_RATE)
+    if train.get("lr_scheduler") != "constant":  # which has no warm-up
+        steps = train.get("steps")
+        fill("train", "warmup_steps", min(PRETRAINED_WARMUP, steps) if type(steps) is int else PRETRAINED_WARMUP)
+    fill("optimizer", "weight_decay", 0.0)
+    folder = hub.folder(given["model"]["pretrained"], at)
+    num_layers = _pretrained_sizes(folder / "config.json", at)["num_layers"]
+    try:
+        auxiliary = objectives.build(num_layers, **given["objective"].model_dump()).heads[:-1]
+    except OptionError:  # the checks refuse it
+        return
+    if auxiliary:
+        fill("head", "kind", "fitted")
+    if auxiliary and head["kind"] == "fitted":
+        fill("head", "blocks", max(1, round(num_layers / 3)))
+        if head["blocks"] != 0:
+            fill("head", "train_blocks", True)
 
 
 def _options_of_row(section: str, values: dict[str, Any], origin: str, origins: dict[str, str]) -> Section:
@@ -406,9 +438,9 @@ def starter(pretrained: str | None, data: Sequence[str], valid: Sequence[str] = 
     given: dict[str, Any] = {"data": {"train": list(data) or ["text/*.txt"]}, "train": train}
     if pretrained is None:
         given["objective"] = {"chunks": 2}
-    else:  # copied heads harm it: config/checks.pretrained_warning
-        given |= {"model": {"pretrained": pretrained}, "objective": {"name": "backprop"}}
-        train["learning_rate"] = 1e-4
+    else:
+        given["model"] = {"pretrained": pretrained}
+        del train["warmup_steps"]
     known = to_dict(load(given))
     values: dict[str, Any] = {}
     for section, _, key in (key.partition(".") for key in STARTER):

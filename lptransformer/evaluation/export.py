@@ -27,7 +27,7 @@ from lptransformer.evaluation import model_card, trained_model
 from lptransformer.evaluation.trained_model import RunModel
 from lptransformer.models import adapters, exits, hf_config
 from lptransformer.models.stage import Stage
-from lptransformer.models.whole_model import check_logits, exit_model, tried_ids
+from lptransformer.models.whole_model import check_logits, exit_model, is_ordinary, tried_ids
 from lptransformer.run_folder import checkpoint, layout
 
 EXPORTED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -136,6 +136,12 @@ def _write(
     advance: Callable[[int], None],
 ) -> list[str]:
     config, ids = model.blueprint.model_config, tried_ids(model.blueprint)
+    if not is_ordinary(stages[-1]):
+        raise ModelError(
+            f"--exit {stages[-1].plan.last_block}: it is no ordinary model: in its fitted head a linear map stands "
+            "before copies of the last blocks or the readout, and the family has no place for it. `evaluate` and "
+            "`generate` take it with the whole model: export with --keep-exits"
+        )
     try:
         whole: Any = exit_model(model.blueprint, stages)
     except ModelError as error:

@@ -292,7 +292,7 @@ def goes_by_stage(target: Target, by_stage: ByStage, processes: int = 1, spare: 
 
 def _weights(blueprint: Blueprint, plan: StagePlan) -> int:
     """How many weights a group has, from those of a block and a head."""
-    costs = blueprint.costs
+    costs = blueprint.costs.after(plan.last_block)
     of_head = costs.head_parameters if plan.is_last else costs.auxiliary_parameters + costs.auxiliary_copied
     count = plan.num_blocks * costs.block_parameters + (of_head if plan.has_head else 0)
     return count + (costs.embedding_parameters if plan.is_first else 0)

@@ -8,7 +8,7 @@ read-only weights costs once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lptransformer.methods.heads import HEADS, HeadOptions
 
@@ -31,8 +31,9 @@ class ModelCosts:
     Forward FLOPs per token of one block, of the LM head, and of an auxiliary head with its extra blocks; backward FLOPs
     per token of the auxiliary head. Numbers of weights: of the embedding, one block, the head with its norm; of an
     auxiliary head those that are trained (they have gradients and optimizer state), those of them that are its readout,
-    and those that are read-only copies. `trained` says how many of all train (None: all). `tied_parameters` are those
-    of the readout that are the embedding's too, in a stage that holds both.
+    and those that are read-only. `trained` says how many of all train (None: all). `tied_parameters` are those of the
+    readout that are the embedding's too, in a stage that holds both. `fewer` are the costs with 0, 1, ... extra blocks,
+    as a fitted head has where few of the `num_blocks` of the model are above it (`after`).
     """
 
     block_flops: float
@@ -47,6 +48,16 @@ class ModelCosts:
     auxiliary_readout: int = 0
     tied_parameters: int = 0
     trained: TrainedWeights | None = None
+    num_blocks: int = 0
+    fewer: tuple[ModelCosts, ...] = ()
+
+    def after(self, block: int) -> ModelCosts:
+        """With the auxiliary head as it is after a block."""
+        above, trained = self.num_blocks - 1 - block, self.trained
+        costs = self.fewer[above] if 0 <= above < len(self.fewer) else self
+        if trained is None or block not in trained.auxiliary:
+            return costs
+        return replace(costs, trained=replace(trained, auxiliary={block: trained.auxiliary[block]}))
 
     def head_training_flops(self, is_last: bool) -> float:
         """FLOPs per token of a head's forward and backward pass: of the last one, or of an auxiliary one (the mean,
@@ -105,6 +116,7 @@ def model_costs(
     norm_parameters: int = 0,
     tied: bool = False,
     trained: TrainedWeights | None = None,
+    num_blocks: int = 0,
 ) -> ModelCosts:
     """The costs of a model whose auxiliary heads are as `head` says.
 
@@ -112,28 +124,37 @@ def model_costs(
     `readout_width` (None: of the hidden size). What stands beside it (norm, and where a family has them a projection
     and a bias) costs weights, but no FLOPs that count.
     """
-    width = readout_width or hidden_size
+    width, kind = readout_width or hidden_size, HEADS[head.kind]
     attention = 2 * sequence_length * hidden_size
     block_flops = 2.0 * block_parameters + attention
     full = width * vocab_size
-    readout = HEADS[head.kind].cost(head, width, vocab_size)
-    averaged, blocks = head.ema_decay is not None, head.blocks
+    readout = kind.cost(head, width, vocab_size)
     # Without a fraction the last position of a window is computed too, and has no label.
     fraction = head.token_fraction
     share = 1.0 if fraction == 1.0 else loss_positions(sequence_length, fraction) / sequence_length
-    block_backward = 2.0 * block_parameters * (1 if averaged else 2) + 2 * attention
-    blocks_trained, blocks_copied = (0, blocks) if averaged else (blocks, 0)
-    return ModelCosts(
-        block_flops=block_flops,
-        head_flops=2.0 * full,
-        auxiliary_flops=2.0 * readout.multiplied * share + blocks * block_flops,
-        auxiliary_backward_flops=2.0 * (2 * readout.multiplied - readout.copied) * share + blocks * block_backward,
-        embedding_parameters=embedding_parameters,
-        block_parameters=block_parameters,
-        head_parameters=norm_parameters + full,
-        auxiliary_parameters=norm_parameters + readout.trained + blocks_trained * block_parameters,
-        auxiliary_copied=readout.copied + blocks_copied * block_parameters,
-        auxiliary_readout=readout.vocabulary,
-        tied_parameters=full if tied else 0,
-        trained=trained,
-    )
+    block_backward = 2.0 * block_parameters * (1 + head.trains_blocks) + 2 * attention
+
+    def with_blocks(blocks: int) -> ModelCosts:
+        own, copied = (blocks, 0) if head.trains_blocks else (0, blocks)
+        map_flops, map_parameters = 0.0, 0
+        if kind.fitted:  # before extra blocks the map sees all positions, and has a norm beside theirs
+            map_flops = 2.0 * hidden_size**2 * (1.0 if blocks else share)
+            map_parameters = hidden_size**2 + hidden_size + (norm_parameters if blocks else 0)
+        backward = 2.0 * (2 * readout.multiplied - readout.copied) * share + blocks * block_backward + 2 * map_flops
+        return ModelCosts(
+            block_flops=block_flops,
+            head_flops=2.0 * full,
+            auxiliary_flops=2.0 * readout.multiplied * share + blocks * block_flops + map_flops,
+            auxiliary_backward_flops=backward,
+            embedding_parameters=embedding_parameters,
+            block_parameters=block_parameters,
+            head_parameters=norm_parameters + full,
+            auxiliary_parameters=norm_parameters + readout.trained + own * block_parameters + map_parameters,
+            auxiliary_copied=readout.copied + copied * block_parameters,
+            auxiliary_readout=readout.vocabulary,
+            tied_parameters=full if tied else 0,
+            trained=trained,
+        )
+
+    fewer = tuple(with_blocks(blocks) for blocks in range(head.blocks)) if kind.fitted else ()
+    return replace(with_blocks(head.blocks), num_blocks=num_blocks, fewer=fewer)

@@ -85,7 +85,7 @@ def spent(objective: Objective, costs: ModelCosts, updates: int, steps: int) -> 
 
 def _head(span: Span, objective: Objective, costs: ModelCosts) -> float:
     """Forward and backward of the head of a span; forward alone where neither it nor anything in the span trains."""
-    is_last = span.last == objective.num_blocks - 1
+    is_last, costs = span.last == objective.num_blocks - 1, costs.after(span.last)
     if costs.trained and not costs.trains(span.first, span.last) and not costs.trained_in_head(span.last, is_last):
         return costs.head_flops if is_last else costs.auxiliary_flops
     return costs.head_training_flops(is_last)

@@ -19,7 +19,7 @@ from lptransformer.section import Count, Fraction, Section, Whole
 class KindOptions(Section):
     kind: str = Field(
         default="private",
-        description="own norm and readout (private), a read-only copy of the last readout (shared), or low_rank",
+        description="own norm and readout (private), a copy of the last readout (shared), low_rank, or fitted",
     )
 
 
@@ -38,6 +38,11 @@ class HeadOptions(KindOptions):
         default=None, description="new weights, or copies of the model's own (null: model with model.pretrained)"
     )
 
+    @property
+    def trains_blocks(self) -> bool:
+        """Whether extra blocks are trained, where there are some."""
+        return self.ema_decay is None
+
 
 class RankOptions(KindOptions):
     rank: Count = Field(default=64, description="low_rank: width between norm and readout")
@@ -47,12 +52,22 @@ class LowRankOptions(HeadOptions, RankOptions):
     pass
 
 
+class FittedOptions(HeadOptions):
+    train_blocks: bool = Field(
+        default=False, description="fitted: the head's copies of the model's last blocks are trained, not frozen"
+    )
+
+    @property
+    def trains_blocks(self) -> bool:
+        return self.train_blocks
+
+
 @dataclass(frozen=True)
 class ReadoutCost:
     """What a readout takes, in numbers of weights.
 
     `multiplied` are those that every row is multiplied with; `trained` have gradients and optimizer state, `vocabulary`
-    of them are in the matrix with a row per token of the vocabulary; `copied` are read-only copies.
+    of them are in the matrix with a row per token of the vocabulary; `copied` are read-only: copies, or frozen.
     """
 
     multiplied: int
@@ -67,6 +82,7 @@ class HeadKind:
 
     `builder` names a function as head.BuildReadout describes it. `label` gives the kind in tables from the options.
     With `follows_readout` the head holds a read-only copy of the model's readout, refreshed as the last stage trains.
+    With `fitted` the head is a map fitted to a pretrained model, and the model's own last blocks, norm and readout.
     `check` raises OptionError for (options, hidden_size) that do not fit.
     """
 
@@ -75,6 +91,7 @@ class HeadKind:
     builder: str
     label: Callable[[Any], str]
     follows_readout: bool = False
+    fitted: bool = False
     check: Callable[[Any, int], None] = lambda options, hidden_size: None
 
 
@@ -86,6 +103,11 @@ def _private(options: HeadOptions, hidden_size: int, vocab_size: int) -> Readout
 def _shared(options: HeadOptions, hidden_size: int, vocab_size: int) -> ReadoutCost:
     full = hidden_size * vocab_size
     return ReadoutCost(full, 1, 0, copied=full)  # one weight: the temperature
+
+
+def _frozen(options: FittedOptions, hidden_size: int, vocab_size: int) -> ReadoutCost:
+    full = hidden_size * vocab_size
+    return ReadoutCost(full, 0, 0, copied=full)
 
 
 def _low_rank(options: LowRankOptions, hidden_size: int, vocab_size: int) -> ReadoutCost:
@@ -110,6 +132,9 @@ HEADS: dict[str, HeadKind] = {
         lambda options: f"low rank {options.rank}",
         check=_check_rank,
     ),
+    "fitted": HeadKind(
+        FittedOptions, _frozen, "lptransformer.models.head:frozen", lambda options: "fitted", fitted=True
+    ),
 }
 
 
@@ -123,7 +148,8 @@ def label(options: HeadOptions) -> str:
     """What an auxiliary head is, for tables."""
     words = [HEADS[options.kind].label(options)]
     if options.blocks:
-        words.append(f"{options.blocks} {'averaged ' if options.ema_decay is not None else ''}blocks")
+        how = "averaged " if options.ema_decay is not None else "" if options.trains_blocks else "frozen "
+        words.append(f"{options.blocks} {how}blocks")
     if options.token_fraction < 1:
         words.append(f"{options.token_fraction:.0%} of the tokens")
     return ", ".join(words)
@@ -134,3 +160,15 @@ def followed(options: HeadOptions) -> Literal["last", "next"] | None:
     if HEADS[options.kind].follows_readout:
         return "last"
     return None if options.ema_decay is None else "next"
+
+
+def blocks_like(options: HeadOptions, block: int, num_blocks: int) -> range:
+    """The blocks of the model that the extra blocks of the head after `block` are like.
+
+    Those that follow it, because some families have blocks of several kinds; where fewer follow, the model's last:
+    beyond its depth the library knows no kind. A fitted head has the model's last ones, at most those above it.
+    """
+    if HEADS[options.kind].fitted:
+        return range(max(block + 1, num_blocks - options.blocks), num_blocks)
+    start = min(block + 1, num_blocks - options.blocks)
+    return range(start, start + options.blocks)

@@ -51,7 +51,7 @@ def rank_sizes(objective: Objective, pipeline: int, costs: ModelCosts) -> list[i
         reaching = [span for phase in objective.phases for span in phase.spans if block in span]
         down = any(costs.trains(span.first, block - 1) for span in reaching)
         backward = costs.backward_flops(block, block, down) if block in trained else 0
-        head_flops = costs.head_training_flops(block == num_blocks - 1) if block in heads else 0
+        head_flops = costs.after(block).head_training_flops(block == num_blocks - 1) if block in heads else 0
         cost_up_to.append(cost_up_to[-1] + costs.block_flops + backward + head_flops)
 
     best: dict[int, tuple[int, float, list[int]]] = {0: (0, 0.0, [])}  # blocks placed -> (crossing, cost, sizes)
@@ -76,6 +76,29 @@ def _gradients_across(phase: Phase, block: int) -> int:
         span for span in phase.spans if block + 1 in span and any(phase.weight(span, b) > 0 for b in range(block + 1))
     ]
     return len({span.first if phase.own_weight is None else span for span in down})
+
+
+def balanced_chunks(num_blocks: int, chunks: int, costs: ModelCosts) -> list[int]:
+    """Blocks of every chunk so that the costliest, its head counted, is as cheap as can be, and the others are near.
+
+    By dynamic programming over where a chunk ends: (greatest cost, sum of squared costs) only grows with the prefix.
+    """
+
+    def cost(first: int, last: int) -> float:
+        head = costs.after(last).head_training_flops(last == num_blocks - 1)
+        return 3 * (last - first + 1) * costs.block_flops + head
+
+    best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}  # blocks placed -> (greatest, squares, sizes)
+    for chunk in range(chunks):
+        reached: dict[int, tuple[float, float, list[int]]] = {}
+        for placed, (greatest, squares, sizes) in best.items():
+            for last in range(placed, num_blocks - (chunks - chunk - 1)):
+                own = cost(placed, last)
+                candidate = max(greatest, own), squares + own**2, [*sizes, last - placed + 1]
+                if last + 1 not in reached or candidate < reached[last + 1]:
+                    reached[last + 1] = candidate
+        best = reached
+    return best[num_blocks][2]
 
 
 def cut(
@@ -125,6 +148,7 @@ def _trains(first: int, last: int, objective: Objective, costs: ModelCosts) -> b
 
 def weights_of(stage: StagePlan, costs: ModelCosts) -> tuple[int, int]:
     """Own weights and read-only copies of a stage."""
+    costs = costs.after(stage.last_block)
     auxiliary = stage.has_head and not stage.is_last
     own = stage.num_blocks * costs.block_parameters + stage.is_first * costs.embedding_parameters
     own += costs.head_parameters if stage.is_last else auxiliary * costs.auxiliary_parameters
@@ -180,5 +204,5 @@ def stage_rows(
 
 def _flops(stage: StagePlan, costs: ModelCosts) -> float:
     """Forward FLOPs per token."""
-    of_head = costs.head_flops if stage.is_last else costs.auxiliary_flops
+    of_head = costs.head_flops if stage.is_last else costs.after(stage.last_block).auxiliary_flops
     return stage.num_blocks * costs.block_flops + stage.has_head * of_head

@@ -7,7 +7,7 @@ in one place.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,20 @@ from lptransformer.methods import objectives
 from lptransformer.methods.codecs import CODECS
 from lptransformer.methods.cost import ModelCosts, TrainedWeights, model_costs
 from lptransformer.methods.dtypes import DTYPES
-from lptransformer.methods.gradient_flow import Duty, Flow, clip_groups, copy_lags, crossing, duties, flows
-from lptransformer.methods.heads import HeadOptions, followed
+from lptransformer.methods.gradient_flow import (
+    Duty,
+    Flow,
+    borders_carry_gradients,
+    clip_groups,
+    copy_lags,
+    crossing,
+    duties,
+    flows,
+)
+from lptransformer.methods.heads import HEADS, HeadOptions, followed
 from lptransformer.methods.objectives import Objective
 from lptransformer.methods.spans import Phase
-from lptransformer.methods.stages import StagePlan, cut
+from lptransformer.methods.stages import StagePlan, balanced_chunks, cut
 from lptransformer.models import adapters, family_check, hf_config, hf_parts, router_loss
 from lptransformer.models.adapters import Adapters
 from lptransformer.models.hf_parts import Anatomy
@@ -184,9 +193,18 @@ def _laid_out(
         norm_parameters=parts.norm_parameters,
         tied=tied,
         trained=trained,
+        num_blocks=model_config.num_hidden_layers,
     )
+    config = _with_balanced_chunks(config, model_config.num_hidden_layers, costs)
     objective = objectives.build(model_config.num_hidden_layers, **config.objective.model_dump())
     stages = tuple(cut(objective, config.parallel.pipeline, costs, config.parallel.partition))
+    if zero_stage(config) == 3 and borders_carry_gradients(objective, stages):  # of chunks that were balanced here
+        sizes = [span.last - span.first + 1 for span in objective.usual.spans]
+        raise ConfigError(
+            f"{config.at('deepspeed.zero_optimization.stage')} with {config.at('parallel.partition')}: chunks of "
+            f"{sizes} blocks, balanced with fitted heads counted, would cross from one pipeline rank to the next; "
+            "remove the partition, or give objective.chunks the same lengths"
+        )
     rounds = train.micro_batches_per_update // config.parallel.data
     between = [stage.index for stage in stages if stage.has_head and not stage.is_last]
     return Blueprint(
@@ -214,6 +232,21 @@ def _laid_out(
         freeze=tuple(train.freeze),
         adapters=found,
     )
+
+
+def _with_balanced_chunks(config: Config, num_blocks: int, costs: ModelCosts) -> Config:
+    """With fitted heads, which cost much, a number of chunks becomes their lengths: balanced, heads counted.
+
+    Where they end lies with the model and the head alone, never with the placement, nor with what is frozen.
+    """
+    usual = objectives.build(num_blocks, **config.objective.model_dump()).usual.spans
+    if not HEADS[config.head.kind].fitted or not isinstance(config.value("objective.chunks"), int):
+        return config
+    if any(after.first <= span.last for span, after in zip(usual, usual[1:], strict=False)):
+        return config  # runs that other losses train too are as equal as they can be
+    sizes = balanced_chunks(num_blocks, len(usual), replace(costs, trained=None))
+    options = config.objective.model_copy(update={"chunks": sizes})
+    return config.model_copy(update={"objective": options})
 
 
 def _phase_plan(phase: Phase, stages: tuple[StagePlan, ...]) -> PhasePlan:

@@ -1,8 +1,8 @@
 """LM heads, auxiliary and final: from hidden states to the loss, and to logits.
 
 A head is, in this order: extra Transformer blocks (none by default), a norm, for low rank a map to few dimensions, and
-the readout to the vocabulary with the loss behind it. What of it follows other stages' weights and is not trained is a
-buffer; `Head.copies` lists those, and `Head.refresh` takes what came in.
+the readout to the vocabulary with the loss behind it. What of it is not trained is a buffer: what follows other stages'
+weights (`Head.copies` lists those, and `Head.refresh` takes what came in), and what stays as it was (`Head.frozen`).
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class StageLoss(Protocol):
 
 CROSS_ENTROPY = "cross_entropy"  # the term of an LM head, a negative log-likelihood
 ROUTER = "router"  # the term of a stage's mixtures of experts, a loss of the micro-batch
+RIDGE = 1e-2  # the penalty of a fit, of the mean of the diagonal of its normal equations
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,57 @@ class SharedReadout(nn.Module):
         return token_cross_entropy(rows, self.weight, labels, self.chunk_tokens, self.rule, self.bias)
 
 
+class FittedMap(nn.Module):
+    """Hidden states x [..., H] to W norm(x) + b, with `residual` to x + W norm(x) + b; W and b are 0 until fitted.
+
+    From what one block of a pretrained model gives to what stands further up in it. engine/fitting.py has the data; a
+    head of the kind `fitted` trains it on.
+    """
+
+    def __init__(self, norm: nn.Module, hidden_size: int, residual: bool) -> None:
+        super().__init__()
+        self.norm = norm
+        self.linear = nn.utils.skip_init(nn.Linear, hidden_size, hidden_size, device=torch.get_default_device())
+        for parameter in self.linear.parameters():
+            nn.init.zeros_(parameter)
+        self.residual = residual
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        mapped: Tensor = self.linear(self.norm(hidden_states))
+        return hidden_states + mapped if self.residual else mapped
+
+    @torch.no_grad()
+    def fit(self, hidden_states: Tensor, wanted: Tensor) -> None:
+        """Let the map take hidden states [n, H] to those that are `wanted` [n, H], as near as can be."""
+        outputs = wanted.double() - hidden_states.double() if self.residual else wanted
+        weight, bias = ridge(self.norm(hidden_states), outputs)
+        self.linear.weight.copy_(weight)
+        self.linear.bias.copy_(bias)
+
+
+@torch.no_grad()
+def ridge(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """W [out, in] and b [out] of outputs [n, out] = W inputs [n, in] + b by ridge regression, all in fp64.
+
+    Centred, so that b is not penalised; W is, by RIDGE of the mean of the diagonal.
+    """
+    x, y = inputs.double(), outputs.double()
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x, y = x - x_mean, y - y_mean
+    gram = x.T @ x
+    gram.diagonal().add_((RIDGE * gram.diagonal().mean()).clamp(min=1e-30))  # of rows that are all alike it is 0
+    weight = torch.linalg.solve(gram, x.T @ y).T
+    return weight, y_mean - weight @ x_mean
+
+
 class Head(nn.Module):
     """Norm and readout, with extra blocks before the norm and a map to few dimensions after it where they are given.
 
     The last stage's head holds the model's own norm and full readout; an auxiliary head is whatever the configuration
     says (2012.03837, section 3: an auxiliary network per chunk). `blocks` is a piece of the model (models/split.py)
-    that owns nothing but blocks; with an `ema_decay` in `copies` they are read-only.
+    that owns nothing but blocks; with an `ema_decay` in `copies` they are read-only. A fitted head has a FittedMap
+    before its blocks, `map`, or without blocks as its `norm`. `frozen` are the names below the head of what stays as it
+    was.
     """
 
     def __init__(
@@ -157,14 +203,18 @@ class Head(nn.Module):
         blocks: nn.Module | None = None,
         down: nn.Linear | None = None,
         copies: Sequence[Copy] = (),
+        map: FittedMap | None = None,
+        frozen: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        # The order in which parameters are listed: blocks, norm, down, readout, temperature.
+        # The order in which parameters are listed: map, blocks, norm, down, readout, temperature.
+        self.map = map
         self.blocks = blocks
         self.norm = norm
         self.down = down
         self.readout = readout
         self.copies = tuple(copies)
+        self.frozen = tuple(frozen)
         averaged = [copy.target for copy in self.copies if copy.decay > 0]
         if averaged:
             self.average = _Average({name: self._below(name) for name in averaged})
@@ -201,15 +251,30 @@ class Head(nn.Module):
             held.copy_(tensor)
 
     def cast_copies(self, dtype: torch.dtype) -> None:
-        """Bring read-only copies to the dtype of the weights beside them; averages stay precise.
+        """Bring what is read-only to the dtype of the weights beside it; averages stay precise.
 
         DeepSpeed casts parameters and leaves buffers as they are.
         """
-        for copy in self.copies:
-            owner, _, name = copy.target.removeprefix("head.").rpartition(".")
-            setattr(self.get_submodule(owner), name, self._below(copy.target).to(dtype))
+        for target in (*(copy.target for copy in self.copies), *self.frozen):
+            self._put(target, self._below(target).to(dtype))
+
+    def share_frozen(self, held: dict[str, Tensor]) -> None:
+        """Use the frozen tensors that another head of this process has brought into `held`, and bring the others."""
+        for name in self.frozen:
+            self._put(name, held.setdefault(name, self._below(name)))
+
+    @property
+    def fitted(self) -> FittedMap | None:
+        """The map that is fitted to a pretrained model, of a head that has one."""
+        return self.norm if isinstance(self.norm, FittedMap) else self.map
+
+    def _put(self, target: str, tensor: Tensor) -> None:
+        owner, _, name = target.removeprefix("head.").rpartition(".")
+        setattr(self.get_submodule(owner), name, tensor)
 
     def _through_blocks(self, hidden_states: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        if self.map is not None:
+            hidden_states = self.map(hidden_states)
         if self.blocks is None:
             return hidden_states
         return self.blocks(inputs_embeds=hidden_states, use_cache=False, **placed(position_ids)).last_hidden_state
@@ -312,11 +377,13 @@ class Material:
 
 
 class BuiltReadout(NamedTuple):
-    """A readout, the map before it where there is one, and what of them are copies of other stages' weights."""
+    """A readout, the map before it where there is one; what of them are copies of other stages' weights, and the names
+    below the head of what stays as it was."""
 
     readout: Readout | SharedReadout
     down: nn.Linear | None = None
     copies: tuple[Copy, ...] = ()
+    frozen: tuple[str, ...] = ()
 
 
 class BuildReadout(Protocol):
@@ -347,6 +414,15 @@ def shared(options: HeadOptions, material: Material) -> BuiltReadout:
     names = [f"head.readout.{name}" for name, _ in readout.named_buffers()]
     copies = tuple(Copy(name, name, material.depth - 1) for name in names)
     return BuiltReadout(readout, down[0] if down else None, copies)
+
+
+def frozen(options: HeadOptions, material: Material) -> BuiltReadout:
+    """The model's readout as it was before training."""
+    *down, own = material.model_maps()
+    readout = Readout.of(own, material.chunk_tokens, material.rule)
+    names = [f"readout.{name}" for name in make_read_only(readout)]
+    names += [f"down.{name}" for projection in down for name in make_read_only(projection)]
+    return BuiltReadout(readout, down[0] if down else None, frozen=tuple(names))
 
 
 def low_rank(options: LowRankOptions, material: Material) -> BuiltReadout:

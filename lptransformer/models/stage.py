@@ -5,6 +5,7 @@ The gradient does not stop here but where a stage hands over to the next: engine
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 from lptransformer.errors import OptionError, RunError
 from lptransformer.methods.cost import TrainedWeights
 from lptransformer.methods.gradient_flow import Duty
+from lptransformer.methods.heads import HEADS, blocks_like
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models import adapters, hf_config
 from lptransformer.models.head import (
     CROSS_ENTROPY,
     ROUTER,
     Copy,
+    FittedMap,
     Head,
     LossBatch,
     LossTerm,
@@ -161,7 +164,8 @@ def make_stage(
     if not plan.has_head:
         return Stage(plan, own.base, None, own.router_loss)
     if not plan.is_last:
-        init = blueprint.head.init or ("scratch" if pretrained is None else "model")
+        fitted = HEADS[blueprint.head.kind].fitted
+        init = blueprint.head.init or ("scratch" if pretrained is None and not fitted else "model")
         as_model = init == "model" and seed is not None  # without a seed the shapes are all that counts
         head = _auxiliary_head(plan.last_block, blueprint, seed, as_model, piece)
     else:
@@ -221,17 +225,23 @@ def _auxiliary_head(
         new=made.linear,
         model_maps=model_maps,
     )
-    read, down, copies = build_readout(options, material)
+    read, down, copies, frozen = build_readout(options, material)
+    fitted = HEADS[options.kind].fitted
     if options.blocks == 0:
-        return Head(norm, read, down=down, copies=copies)
+        if fitted:
+            norm = FittedMap(made.norm, parts.hidden_size, residual=False)
+        return Head(norm, read, down=down, copies=copies, frozen=frozen)
 
-    # Where fewer blocks follow, the model's last: beyond its depth the library knows no kind of block.
-    start = min(block + 1, depth - options.blocks)
-    like = range(start, start + options.blocks)
+    like = blocks_like(options, block, depth)
     if as_model or decay is not None:
         blocks = piece(like, False, False).base
     else:
         blocks = new_head_blocks(config, parts, block, like, seed)
+    if fitted:
+        lead = FittedMap(copy.deepcopy(made.norm), parts.hidden_size, residual=True)
+        if not options.trains_blocks:
+            frozen = (*frozen, *(f"blocks.{name}" for name in make_read_only(blocks)))
+        return Head(norm, read, blocks=blocks, down=down, map=lead, frozen=frozen)
     averaged: list[Copy] = []
     if decay is not None:
         for name in make_read_only(blocks):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -28,12 +29,37 @@ FOLDED = ("readout.weight", "readout.bias", "readout.temperature", "down.weight"
 def exit_model(blueprint: Blueprint, stages: Sequence[Stage]) -> PreTrainedModel:
     """The causal LM up to the exit of the last of these stages (fp32), on their weights: what is not folded is shared.
 
-    Raises ModelError where that is no ordinary model of its family.
+    The map of a fitted head runs in a hook, so the model is no ordinary one of its family (`is_ordinary`). Raises
+    ModelError where the rest is none either.
     """
     parts, last = blueprint.parts, stages[-1]
-    weights = whole_weights(parts, (stage.state_dict() for stage in stages))
+    of_stages = [dict(stage.state_dict()) for stage in stages]
+    fitted = last.head.fitted if last.head is not None else None
+    if fitted is not None:  # without blocks it stands for the final norm, and has that in it
+        rest = {name.replace("head.norm.norm.", "head.norm."): one for name, one in of_stages[-1].items()}
+        of_stages[-1] = {name: rest[name] for name in rest if not name.startswith(("head.map.", "head.norm.linear."))}
+    weights = whole_weights(parts, of_stages)
     blocks = [*range(last.plan.last_block + 1), *_blocks_of_head(parts, last.state_dict())]
-    return whole_model(cut_config(blueprint.model_config, blocks), weights)
+    model = whole_model(cut_config(blueprint.model_config, blocks), weights)
+    if fitted is not None:
+        behind = parts.projection or parts.lm_head
+        mapped = fitted if fitted.residual else fitted.linear
+        before = f"{parts.blocks}.{last.plan.last_block + 1}" if fitted.residual else behind
+        model.fitted_map = mapped  # so that it goes to devices and dtypes with the model
+        model.get_submodule(before).register_forward_pre_hook(partial(_mapped, mapped), with_kwargs=True)
+    return model
+
+
+def is_ordinary(stage: Stage) -> bool:
+    """Whether the model up to the exit of a stage is one of its family."""
+    return stage.head is None or stage.head.fitted is None
+
+
+def _mapped(mapped: nn.Module, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+    """Before a module: its hidden states through the map, the rest as it is."""
+    if args:
+        return (mapped(args[0]), *args[1:]), named
+    return args, named | {"hidden_states": mapped(named["hidden_states"])}
 
 
 def whole_weights(parts: Anatomy, of_stages: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

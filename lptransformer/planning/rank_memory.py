@@ -51,7 +51,8 @@ class StageTensors:
     """What a stage is made of: numbers of its weights, and of those that are `frozen`; among the others of the largest
     tensor, and of those that decay (of two and more dimensions; each group of the optimizer is one flat tensor under
     ZeRO). `buffer_bytes` are of read-only copies and other buffers. `copies` are (block, bytes) of the weights that its
-    head follows: the block is counted from the stage's last one, None for the last block of the model.
+    head follows: the block is counted from the stage's last one, None for the last block of the model. `shared` are the
+    bytes of what a fitted head reads and never trains, by name: heads of one process share what has the same name.
     """
 
     trained: bool
@@ -61,6 +62,7 @@ class StageTensors:
     buffer_bytes: int
     copies: tuple[tuple[int | None, int], ...] = ()
     frozen: int = 0
+    shared: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def training(self) -> int:
@@ -387,7 +389,7 @@ def predict(
             walks.append(_Walk(states, of_phase, duty, stages, hidden_bytes, batch, short - 1, rounds - short))
             for action in actions:
                 walks[-1].do(action)
-        found.append(_summed(walks, states.values(), on_their_way, messages))
+        found.append(_summed(walks, states.values(), on_their_way - _shared(local, tensors), messages))
     return found
 
 
@@ -444,6 +446,13 @@ def _on_their_way(
             elif target in here:
                 arriving += size * (waiting + 1)
     return arriving + sum(size * versions for (_, size), versions in kept.items())
+
+
+def _shared(local: Sequence[StagePlan], tensors: Sequence[StageTensors]) -> int:
+    """Bytes of frozen tensors that are there once, and were counted in several heads of a rank."""
+    of_heads = [tensors[stage.index].shared for stage in local]
+    once = {name: size for shared in of_heads for name, size in shared.items()}
+    return sum(sum(shared.values()) for shared in of_heads) - sum(once.values())
 
 
 def _furthest(of_phases: Sequence[Sequence[Flow]], stages: Sequence[StagePlan]) -> int:

@@ -267,7 +267,7 @@ def pipeline_flops(objective: Objective, costs: ModelCosts, ranks: int, micro_ba
         seconds = []
         for stage in stages:
             forward = stage.num_blocks * costs.block_flops
-            head = costs.head_training_flops(stage.is_last)
+            head = costs.after(stage.last_block).head_training_flops(stage.is_last)
             seconds.append(StageSeconds(forward + stage.has_head * head, 2 * forward, forward))
         alone = Objective(objective.num_blocks, phase, delayed=objective.delayed)
         timeline = simulate(alone, stages, seconds, micro_batches=micro_batches, updates=16)

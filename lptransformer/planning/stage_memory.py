@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from lptransformer.methods import cost
 from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.gradient_flow import Duty, copy_lags, duties
-from lptransformer.methods.heads import followed
+from lptransformer.methods.heads import blocks_like, followed
 from lptransformer.methods.objectives import Objective
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models import cross_entropy, hf_parts
@@ -134,13 +134,15 @@ class EmptyStages:
     def _kind(self, stage: StagePlan) -> Hashable:
         if not self.alike:
             return stage
-        ends = stage.is_first, stage.is_last, stage.has_head, stage.trained
-        of = self.blueprint.costs.trained
+        head, of = self.blueprint.head, self.blueprint.costs.trained
         counted = of and (
             of.blocks[stage.first_block : stage.last_block + 1][-COUNTED:],
             of.auxiliary.get(stage.last_block),
         )
-        return min(stage.num_blocks, COUNTED), *ends, counted
+        # A fitted head has no more blocks than are above it.
+        of_head = len(blocks_like(head, stage.last_block, self.blueprint.objective.num_blocks)) * stage.has_head
+        ends = stage.is_first, stage.is_last, stage.has_head, stage.trained
+        return min(stage.num_blocks, COUNTED), *ends, of_head, counted
 
     def _empty(self, stage: StagePlan) -> tuple[Stage, StageTensors, StageTensors]:
         """A stage without memory; what it is made of, and what its last block is."""
@@ -158,7 +160,9 @@ class EmptyStages:
                 )
                 for copy in (empty.head.copies if empty.head is not None else ())
             )
-            whole = replace(_made_of(empty, stage.trained), copies=copies)
+            shared = empty.head.frozen if empty.head is not None else ()
+            sizes = {name: empty.get_buffer(f"head.{name}").nbytes for name in shared}
+            whole = replace(_made_of(empty, stage.trained), copies=copies, shared=sizes)
             self._stages[kind] = empty, whole, _made_of(self._blocks(empty)[-1], stage.trained)
         return self._stages[kind]
 

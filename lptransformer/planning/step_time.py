@@ -93,7 +93,8 @@ def stage_seconds(
     found, waits = [], []
     for stage in stages:
         pull = device.compute_seconds(work.micro_batch_tokens * stage.num_blocks * costs.block_flops, work.dtype)
-        head = device.compute_seconds(work.micro_batch_tokens * costs.head_training_flops(stage.is_last), work.dtype)
+        head_flops = costs.after(stage.last_block).head_training_flops(stage.is_last)
+        head = device.compute_seconds(work.micro_batch_tokens * head_flops, work.dtype)
         head *= stage.has_head
         forward = pull + (head if ours else head / 3)
         below = any(other.trained for other in stages[: stage.index])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lptransformer import hub
 from lptransformer.config.checks import check_world_size
@@ -19,11 +20,13 @@ from lptransformer.engine.deepspeed_pipeline import Built, PipelineBaseline
 from lptransformer.engine.deepspeed_stage import FrozenStage, TrainedStage, deepspeed_config
 from lptransformer.engine.engine import LocalUpdateEngine
 from lptransformer.engine.executor import LocalStage
+from lptransformer.engine.fitting import fit_heads
 from lptransformer.engine.interface import EngineOptions, Stream, TrainingEngine, ValidSet
 from lptransformer.engine.optimizer import build_lr_scheduler, build_optimizer
 from lptransformer.engine.process_groups import World, join, translate_lost_processes
 from lptransformer.errors import ConfigError
 from lptransformer.methods.dtypes import DTYPES
+from lptransformer.methods.heads import HEADS
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models import blueprint as blueprints
 from lptransformer.models import family_check
@@ -70,7 +73,7 @@ def start(config: Config, resume: bool = False, force: bool = False) -> tuple[Tr
         seed=config.train.seed,
         micro_batch_size=blueprint.micro_batch_size,
     )
-    engine = build_engine(config, world, blueprint, stream, data.valid)
+    engine = build_engine(config, world, blueprint, stream, data.valid, fit=not resume)
 
     def describe_run(folder: Path, overwrite: bool) -> None:
         model = blueprint.model_config.to_dict()
@@ -131,9 +134,18 @@ def prepare_once(config: Config, world: World) -> Prepared:
 
 
 def build_engine(
-    config: Config, world: World, blueprint: Blueprint, stream: Stream, valid: Mapping[str, ValidSet]
+    config: Config,
+    world: World,
+    blueprint: Blueprint,
+    stream: Stream,
+    valid: Mapping[str, ValidSet],
+    *,
+    fit: bool = True,
 ) -> TrainingEngine:
-    """The engine that the configuration names, over a stream of micro-batches and validation sets."""
+    """The engine that the configuration names, over a stream of micro-batches and validation sets.
+
+    Without `fit` fitted heads are left as they are: a checkpoint has their weights.
+    """
     train, dtype = config.train, DTYPES[config.train.dtype]
     torch_dtype: torch.dtype = getattr(torch, dtype.name)
     ds_config = deepspeed_config(
@@ -148,16 +160,25 @@ def build_engine(
 
     def make(plan: StagePlan) -> Stage:
         stage = for_training(make_stage(plan, blueprint, seed=train.seed, pretrained=pretrained), blueprint)
-        return stage.to(world.device, torch_dtype if train.dtype == "fp64" else None)
+        return stage.to(world.device)
 
     def with_optimizer(stage: Stage) -> Built:
         optimizer = build_optimizer(stage.parameters(), config.optimizer, train.learning_rate)
         return stage, optimizer, build_lr_scheduler(optimizer, train.lr_scheduler, train.steps, train.warmup_steps)
 
+    made: dict[int, Stage] = {}  # stages that were made early
+    if fit and HEADS[blueprint.head.kind].fitted:
+        made = {plan.index: make(plan) for plan in blueprint.stages if plan.pipeline_rank == world.pipeline_rank}
+        fit_heads(world, blueprint, made, stream)
+    frozen: dict[str, Tensor] = {}  # what heads of this process share
+
     def build(plan: StagePlan) -> LocalStage:
-        stage = make(plan)
+        stage = made.pop(plan.index) if made else make(plan)
+        if train.dtype == "fp64":
+            stage.to(torch_dtype)
         if stage.head is not None:
             stage.head.cast_copies(torch_dtype)  # DeepSpeed casts the parameters
+            stage.head.share_frozen(frozen)
         if not plan.trained:
             return FrozenStage(stage, torch_dtype)
         return TrainedStage(*with_optimizer(stage), ds_config, train.grad_clip, blueprint.objective.delayed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -25,6 +26,8 @@ from lptransformer.engine.interface import Report, TrainingEngine, UpdateResult
 from lptransformer.engine.p2p import Control
 from lptransformer.engine.process_groups import World, translate_lost_processes
 from lptransformer.errors import LostProcessError, RunError, TrainingError
+from lptransformer.methods.heads import label
+from lptransformer.models.blueprint import Blueprint
 from lptransformer.planning.dry_run import print_stages
 from lptransformer.processes import forget_launchers, launched_rank, on_stop_signals
 from lptransformer.run_folder import checkpoint, layout
@@ -133,6 +136,23 @@ def check_shared(folder: Path, world: World) -> None:
         )
 
 
+def in_force(config: Config, blueprint: Blueprint) -> str:
+    """One line on how a pretrained model is trained further, and what else there is."""
+    train, sizes = config.train, [span.last - span.first + 1 for span in blueprint.objective.usual.spans]
+    heads = f", heads {label(blueprint.head)}" if len(blueprint.objective.heads) > 1 else ""
+    inside = [
+        below.last_block
+        for below, above in itertools.pairwise(blueprint.stages)
+        if below.pipeline_rank != above.pipeline_rank and any(p.crossing(above.index) for p in blueprint.phases)
+    ]
+    crossed = f"; gradients cross from rank to rank behind the blocks {inside}" if inside else ""
+    return (
+        f"from {config.model.pretrained}: {config.objective.name}, losses over {sizes} blocks{heads}; learning rate "
+        f"{train.learning_rate:g}, {train.lr_scheduler}, warm-up {train.warmup_steps}, weight decay "
+        f"{config.optimizer.weight_decay:g}{crossed}. By backprop: objective.name=backprop (delayed: one update late)"
+    )
+
+
 def due(config: Config, update: int, until: int | None = None) -> Control:
     """What follows an update, as configured. The last update, or that of `until`, is followed by everything."""
     train = config.train
@@ -221,6 +241,8 @@ class Reporter:
         self.trace = TraceWriter(folder) if config.run.trace else None
         self.progress = Progress(until or config.train.steps, self.stages)
         print_stages(f"run folder: {folder}", config, engine.blueprint)
+        if config.model.pretrained is not None:
+            self.progress.message(in_force(config, engine.blueprint))
         if warning := pretrained_warning(config):
             self.progress.message(warning)
 

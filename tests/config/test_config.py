@@ -169,7 +169,7 @@ def test_yaml_shows_every_key_that_has_a_meaning() -> None:
     shown = {key for key in PLAIN if key in sections}
     shown |= {f"{section}.{key}" for section in SECTIONS for key in sections[section]}
     unshown = {"optimizer.momentum", "head.rank", "objective.trained_blocks"}
-    unshown |= {f"objective.{key}" for key in ("overlap", "own_weight", "first_head")}
+    unshown |= {f"objective.{key}" for key in ("overlap", "own_weight", "first_head")} | {"head.train_blocks"}
     assert {key for key in known_keys() if not key.startswith("deepspeed.")} - shown == unshown
 
 
@@ -675,21 +675,22 @@ def test_pretrained_sizes(tmp_path: Path) -> None:
     assert to_dict(load(to_dict(config), saved=True)) == to_dict(config)
 
 
-HEADS, RATE = "heads are copied from it (head.init = ", "is above 0.0003"
-TO_BACKPROP, TO_LOW_RATE = "Set objective.name=backprop", "train.learning_rate=1e-4"
-LOW = "train.learning_rate=3e-4"
+COPIED, NEW, RATE = "heads are copied from it (head.kind = ", "heads begin from scratch", "is above 0.0003"
+TO_FITTED, TO_LOW_RATE = "Set head.kind=fitted (or objective.name=backprop)", "train.learning_rate=1e-4"
+HIGH, PRIVATE = "train.learning_rate=4e-4", "head.kind=private"
 
 
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        ((), [HEADS, RATE, TO_BACKPROP, TO_LOW_RATE]),
-        (("objective.name=greedy", "head.init=model", LOW), [HEADS, TO_BACKPROP, TO_LOW_RATE]),
-        (("head.init=scratch", "train.learning_rate=4e-4"), [RATE, TO_LOW_RATE]),
-        (("objective.name=backprop",), [RATE, TO_LOW_RATE]),
-        (("objective.name=backprop", LOW), []),
-        (("objective.chunks=1", LOW), []),  # the model's own head alone
-        (("head.init=scratch", LOW), []),
+        ((), []),
+        ((PRIVATE, HIGH), [COPIED, RATE, TO_FITTED, TO_LOW_RATE]),
+        (("objective.name=greedy", PRIVATE, "head.init=model"), [COPIED, TO_FITTED]),
+        ((PRIVATE, "head.init=scratch"), [NEW, TO_FITTED]),
+        (("objective.name=backprop", HIGH), [RATE, TO_LOW_RATE]),
+        (("objective.name=backprop",), []),
+        (("objective.chunks=1",), []),  # the model's own head alone
+        (("head.kind=fitted", "train.learning_rate=3e-4"), []),
     ],
 )
 def test_what_harms_a_pretrained_model_is_said(tmp_path: Path, overrides: tuple[str, ...], parts: list[str]) -> None:
@@ -699,9 +700,57 @@ def test_what_harms_a_pretrained_model_is_said(tmp_path: Path, overrides: tuple[
         assert warning is None
         return
     assert warning is not None and "\n" not in warning
-    says(warning, "before 46 and 36, backprop 30 and 38", "42 and 46", "57 and 327", *parts)
-    assert not any(part in warning for part in (HEADS, RATE, TO_BACKPROP) if part not in parts)
+    says(warning, "before 46 and 36, backprop 30 and 38", "fitted heads 31 and 37", "42 and 46", "57 and 327", *parts)
+    assert not any(part in warning for part in (COPIED, NEW, RATE, TO_FITTED) if part not in parts)
     assert pretrained_warning(load(DATA)) is None, "a new model"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "others"),
+    [
+        ("", {}),
+        ("head.kind=private", {"head.kind": "private", "head.blocks": 0, "head.train_blocks": None}),
+        ("head.kind=fitted head.blocks=0", {"head.blocks": 0, "head.train_blocks": False}),
+        ("head.blocks=1", {"head.blocks": 1}),
+        ("head.train_blocks=false", {"head.train_blocks": False}),
+        ("objective.name=greedy train.learning_rate=2e-4", {"train.learning_rate": 2e-4, "objective.chunks": None}),
+        ("objective.name=backprop", {"objective.chunks": None, "head.kind": "private", "head.blocks": 0}),
+        ("objective.chunks=1", {"objective.chunks": 1, "head.kind": "private", "head.blocks": 0}),
+        ("train.lr_scheduler=constant", {"train.lr_scheduler": "constant", "train.warmup_steps": 0}),
+        ("train.steps=3 optimizer.weight_decay=0.1", {"train.warmup_steps": 3, "optimizer.weight_decay": 0.1}),
+    ],
+)
+def test_what_is_not_given_beside_a_pretrained_model(tmp_path: Path, overrides: str, others: dict[str, Any]) -> None:
+    """Key by key: one that is given replaces itself, and what would have no meaning beside it."""
+    start = (f"model.pretrained={model_folder(tmp_path)}", "data.sequence_length=64", *overrides.split())
+    config = load(DATA, start)  # of six blocks
+    wanted = {"objective.chunks": 2, "head.kind": "fitted", "head.blocks": 2, "head.train_blocks": True}
+    wanted |= {"train.learning_rate": 1e-4, "train.lr_scheduler": "cosine", "train.warmup_steps": 5}
+    wanted |= {"optimizer.weight_decay": 0.0, **others}
+    if wanted["head.kind"] == "private":
+        wanted["head.train_blocks"] = None
+    assert {key: config.value(key) for key in wanted} == wanted
+    assert to_dict(load(to_dict(config))) == to_dict(config) == to_dict(load(to_dict(config), saved=True))
+    if not overrides:
+        assert config.at("head.kind") == "head.kind = 'fitted' (by default with model.pretrained)"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ("head.init=model", ("head.init = 'model'", "has no meaning with head.kind = 'fitted'", "are the model's")),
+        ("head.ema_decay=0.9 head.blocks=1", ("head.ema_decay = 0.9", "has no meaning with head.kind = 'fitted'")),
+        ("head.train_blocks=true head.blocks=0", ("head.train_blocks = True", "head.blocks = 0", "give 1 or more")),
+        ("head.rank=8", ("head.rank = 8", "has no meaning with head.kind = 'fitted'")),
+        ("head.blocks=7", ("head.blocks = 7", "at most 6")),
+        ("head.refresh_every=2", ("head.refresh_every = 2", "nothing to refresh")),
+    ],
+)
+def test_what_a_fitted_head_leaves_open(tmp_path: Path, overrides: str, parts: tuple[str, ...]) -> None:
+    source = {**DATA, "model": {"pretrained": str(model_folder(tmp_path))}, "head": {"kind": "fitted"}}
+    source["data"] = DATA["data"] | {"sequence_length": 64}
+    says(message(source, *overrides.split()), *parts)
+    load(source, ["head.blocks=6", "head.train_blocks=true", "head.token_fraction=0.5"])
 
 
 def test_pretrained_of_another_family(tmp_path: Path) -> None:

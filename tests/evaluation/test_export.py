@@ -499,11 +499,21 @@ def test_a_start_that_harms_a_pretrained_model_says_so_once(pool: Pool, tmp_path
         "train": {"steps": 1, "micro_batch_size": 1, "micro_batches_per_update": 1, "lr_scheduler": "constant"},
         "run": {"dir": str(tmp_path / "one")},
     }
-    first, second = pool.run(2, _train, raw)
+    first, second = pool.run(2, _train, raw, "head.kind=private", "train.learning_rate=1e-3")
     (line,) = [line for line in first.splitlines() if "heads are copied from it" in line]
     assert "train.learning_rate=1e-4" in line and "57 and 327" in line and "warning" not in second
-    gentle = ("objective.name=backprop", "train.learning_rate=1e-4", f"run.dir={tmp_path / 'two'}")
-    assert not any("warning" in printed for printed in pool.run(2, _train, raw, *gentle))
+    first, second = pool.run(2, _train, raw, f"run.dir={tmp_path / 'two'}")
+    assert "warning" not in first + second and "By backprop" not in second
+    said = " ".join(first.split())
+    assert (
+        "chunked, losses over [2, 2] blocks, heads fitted, 1 blocks; learning rate 0.0001, constant, warm-up 0" in said
+    )
+    assert "weight decay 0. By backprop: objective.name=backprop" in said and "cross" not in said
+    gentle = ("objective.name=backprop", f"run.dir={tmp_path / 'three'}")
+    (first, second) = pool.run(2, _train, raw, *gentle)
+    said = " ".join(first.split())
+    assert "warning" not in first + second and "backprop, losses over [4] blocks; learning rate 0.0001" in said
+    assert "gradients cross from rank to rank behind the blocks [1]" in said
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from saved_runs import FEW, make_run
+from saved_runs import FEW, TEXT, make_run
 from tiers import full, slow
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -28,6 +28,7 @@ from lptransformer.evaluation import generate as generation
 from lptransformer.evaluation import trained_model
 from lptransformer.evaluation.export import export_run
 from lptransformer.evaluation.generate import Sampling, Source, chat_ids, generate, open_source, prompt_ids
+from lptransformer.evaluation.perplexity import evaluate_run
 from lptransformer.evaluation.trained_model import RunModel
 from lptransformer.models.head import factorised
 from lptransformer.run_folder import checkpoint
@@ -39,6 +40,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "low_rank": {"kind": "low_rank", "rank": 24},
     "shared": {"kind": "shared"},
     "blocks": {"blocks": 1},
+    "fitted": {"kind": "fitted", "blocks": 0},
+    "fitted, blocks": {"kind": "fitted", "blocks": 2},
 }
 CHAT = "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '|' }}{% endfor %}a:"
 LOGIT_LENS = "logit lens"
@@ -54,8 +57,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 def make(folder: Path, head: str) -> Path:
     """A run of four blocks with an exit after each, whose exits agree now and then; or its export, without them."""
-    options = HEADS.get(head, {})
-    run = make_run(folder, model=LLAMA, head=options, chunks=4)
+    options, model = HEADS.get(head, {}), LLAMA
+    if head.startswith("fitted"):
+        export_run(make_run(folder / "before", model=LLAMA), folder / "model")
+        model = {"pretrained": str(folder / "model"), **dict.fromkeys(FEW)}
+    run = make_run(folder, model=model, head=options, chunks=4)
     if head == "low_rank":  # a random one would agree with nobody
         path = checkpoint.stage_folder(run, 10, 2) / checkpoint.WEIGHTS
         own, last = checkpoint.load_file(path), checkpoint.read_weights(checkpoint.stage_folder(run, 10, 3))
@@ -93,6 +99,8 @@ def test_an_exit_goes_on_with_the_likeliest_token_of_its_stages(head: str, made:
             for _ in range(8):
                 logits = stages_up_to(own, block).logits(torch.tensor([expected]))
                 expected.append(int(logits[0, -1].argmax()))
+                if expected[-1] in source.ends:
+                    break
             assert generate(source, ids, 8).ids == expected[len(ids) :]
 
 
@@ -473,12 +481,35 @@ def test_a_folder_s_exit_without_a_head_is_a_logit_lens(folder: Path, capsys: py
     assert "lens" not in spoken(capsys, *plain)[1]
 
 
-def test_exits_that_are_kept_beside_a_folder_generate(made: Made, tmp_path: Path) -> None:
-    run = made("blocks")
+@pytest.mark.parametrize(("head", "layers"), [("blocks", (4, 3)), ("fitted", (3, 2)), ("fitted, blocks", (4, 4))])
+def test_exits_that_are_kept_beside_a_folder_generate(
+    head: str, layers: tuple[int, int], made: Made, tmp_path: Path
+) -> None:
+    run = made(head)
     export_run(run, tmp_path / "exported", keep_exits=True)
     kept = open_source(tmp_path / "exported", exit_block=2, draft_block=1)
-    assert not kept.notes and len(kept.model.model.layers) == 4 and len(kept.draft.model.layers) == 3  # type: ignore
+    assert not kept.notes and (len(kept.model.model.layers), len(kept.draft.model.layers)) == layers  # type: ignore
     assert generate(kept, [70, 71], 8).ids == generate(open_source(run, exit_block=2), [70, 71], 8).ids
+
+
+@pytest.mark.parametrize("head", ["fitted", "fitted, blocks"])
+def test_a_fitted_exit_is_measured_whole_and_is_no_model_of_its_own(head: str, made: Made, tmp_path: Path) -> None:
+    run, text = made(head), tmp_path / "text.txt"
+    with pytest.raises(ModelError, match="--exit 1: .* a linear map stands before .* export with --keep-exits"):
+        export_run(run, tmp_path / "exit", exit_block=1)
+    assert not list(tmp_path.iterdir())
+    export_run(run, tmp_path / "exported", keep_exits=True)
+    text.write_text(TEXT)
+    measured = [evaluate_run(one, [str(text)], window=16) for one in (run, tmp_path / "exported")]
+    of_run, of_folder = ([one["nll_per_token"] for one in each["exits"]] for each in measured if each is not None)
+    assert len(of_run) == 4 and of_folder == of_run
+    generating = open_source(run, exit_block=1).model
+    ids = torch.randint(3, 259, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = stages_up_to(trained_model.load(run, 10), 1).logits(ids)
+        assert torch.allclose(generating(ids).logits, logits, atol=1e-4)
+        getattr(generating.fitted_map, "linear", generating.fitted_map).weight += 0.1
+        assert not torch.allclose(generating(ids).logits, logits, atol=1e-2)
 
 
 REFUSED: list[tuple[list[str], str]] = [

@@ -26,19 +26,23 @@ HEADS: dict[str, dict[str, Any]] = {
     "shared, a third": {"kind": "shared", "token_fraction": 0.3},
     "private, 2 blocks": {"blocks": 2},
     "shared, 1 block, a third": {"kind": "shared", "blocks": 1, "token_fraction": 0.3},
+    "fitted, a third": {"kind": "fitted", "token_fraction": 0.3},
+    "fitted, 1 block": {"kind": "fitted", "blocks": 1},
+    "fitted, 3 trained blocks, 2 above": {"kind": "fitted", "blocks": 3, "train_blocks": True, "token_fraction": 0.3},
     "low rank, 2 averaged blocks": {"kind": "low_rank", "rank": 8, "blocks": 2, "ema_decay": 0.5},
 }
 
 
 def head(**options: Any) -> Head:
-    blueprint = small_blueprint(CONFIG, head=options, length=LENGTH)
+    blueprint = small_blueprint(CONFIG, head=options, length=LENGTH, chunks=[2, 2])
     found = make_stage(blueprint.stages[0], blueprint, seed=0).head
     assert found is not None
     return found
 
 
 def costs(**options: Any) -> ModelCosts:
-    return small_blueprint(CONFIG, head=options, length=LENGTH).costs
+    """With the head after the second of four blocks."""
+    return small_blueprint(CONFIG, head=options, length=LENGTH, chunks=[2, 2]).costs.after(1)
 
 
 def measured(one: Head, fraction: float) -> tuple[float, float]:
@@ -58,11 +62,11 @@ def measured(one: Head, fraction: float) -> tuple[float, float]:
 def test_flops_of_a_head(name: str) -> None:
     """To the last one: torch counts all pairs of positions in attention where half of them count, and no norms."""
     options = HEADS[name]
-    counted, blocks = costs(**options), options.get("blocks", 0)
+    counted, blocks = costs(**options), min(options.get("blocks", 0), 2)
     forward, backward = measured(head(**options), options.get("token_fraction", 1.0))
     half_of_attention, norms = blocks * 2 * LENGTH * HIDDEN, blocks * 2 * 2 * HIDDEN
     assert forward == counted.auxiliary_flops + half_of_attention - norms
-    passes = 1 if "ema_decay" in options else 2
+    passes = 1 if "ema_decay" in options or (options.get("kind") == "fitted" and "train_blocks" not in options) else 2
     assert backward == counted.auxiliary_backward_flops + 2 * half_of_attention - passes * norms
 
 
@@ -71,9 +75,8 @@ def test_weights_of_a_head(name: str) -> None:
     options = HEADS[name]
     one, counted = head(**options), costs(**options)
     assert counted.auxiliary_parameters == sum(parameter.numel() for parameter in one.parameters())
-    assert counted.auxiliary_copied == sum(
-        one.get_buffer(copied.target.removeprefix("head.")).numel() for copied in one.copies
-    )
+    read_only = {copied.target.removeprefix("head.") for copied in one.copies} | set(one.frozen)
+    assert counted.auxiliary_copied == sum(one.get_buffer(name).numel() for name in read_only)
 
 
 def test_weights_of_the_model() -> None:

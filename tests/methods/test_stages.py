@@ -22,9 +22,9 @@ from objective_cases import (
 
 from lptransformer.errors import ConfigError
 from lptransformer.methods.cost import ModelCosts, model_costs
-from lptransformer.methods.heads import HeadOptions
+from lptransformer.methods.heads import FittedOptions, HeadOptions
 from lptransformer.methods.objectives import Objective, build
-from lptransformer.methods.stages import StagePlan, cut, rank_sizes, stage_rows
+from lptransformer.methods.stages import StagePlan, balanced_chunks, cut, rank_sizes, stage_rows
 
 COSTS = ModelCosts(block_flops=3.0, head_flops=5.0, auxiliary_flops=4.0)
 
@@ -224,3 +224,22 @@ def test_the_table_for_people() -> None:
 def test_the_table_shows_what_is_not_trained() -> None:
     rows = stage_rows(cut(build(4, "last", trained_blocks=1), 2, COSTS, [2, 2]), COSTS, "private", 16)
     assert [row["head"] for row in rows] == ["none, not trained", "none, not trained", "the model's own"]
+
+
+@pytest.mark.parametrize(("chunks", "blocks"), [(2, 0), (2, 3), (3, 3), (4, 5), (1, 2)])
+def test_chunks_with_fitted_heads_are_balanced(chunks: int, blocks: int) -> None:
+    """Against all ways to cut, with heads whose blocks are fewer near the top."""
+    num_blocks, head = 9, FittedOptions(kind="fitted", blocks=blocks, train_blocks=blocks > 0)
+    costs = model_costs(1000, 8, 300, 16, head, num_blocks=num_blocks)
+
+    def costliest(sizes: tuple[int, ...]) -> float:
+        lasts = [sum(sizes[: number + 1]) - 1 for number in range(len(sizes))]
+        heads = [costs.after(last).head_training_flops(last == num_blocks - 1) for last in lasts]
+        return max(3 * size * costs.block_flops + head for size, head in zip(sizes, heads, strict=True))
+
+    ways = [way for way in itertools.product(range(1, num_blocks + 1), repeat=chunks) if sum(way) == num_blocks]
+    found = balanced_chunks(num_blocks, chunks, costs)
+    assert sum(found) == num_blocks and costliest(tuple(found)) == min(map(costliest, ways))
+    if blocks == 3:
+        fewer = model_costs(1000, 8, 300, 16, FittedOptions(kind="fitted", blocks=2, train_blocks=True))
+        assert costs.after(num_blocks - 3).auxiliary_flops == fewer.auxiliary_flops < costs.after(0).auxiliary_flops

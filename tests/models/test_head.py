@@ -53,6 +53,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "low rank, more blocks than follow": {"kind": "low_rank", "rank": 5, "blocks": 4},
     "private, averaged blocks": {"blocks": 2, "ema_decay": 0.75},
     "shared, followed blocks": {"kind": "shared", "blocks": 3, "ema_decay": 0.0},
+    "fitted": {"kind": "fitted"},
+    "fitted, 2 frozen blocks": {"kind": "fitted", "blocks": 2},
+    "fitted, more blocks than follow": {"kind": "fitted", "blocks": 4, "train_blocks": True},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_family = pytest.mark.parametrize("name", CONFIGS)
@@ -112,6 +115,9 @@ def plain_logits(name: str, one: Head, hidden_states: Tensor) -> Tensor:
     that has no others, in their order."""
     state = {**dict(one.named_parameters()), **dict(one.named_buffers())}
     blocks = "h" if name == "gpt2" else "layers"
+    if "map.linear.weight" in state:
+        mapped = one.map.norm(hidden_states) @ state["map.linear.weight"].T + state["map.linear.bias"]
+        hidden_states = hidden_states + mapped
     numbers = sorted({int(key.split(".")[2]) for key in state if key.startswith(f"blocks.{blocks}.")})
     if numbers:
         config = copy.deepcopy(CONFIGS[name])
@@ -129,7 +135,10 @@ def plain_logits(name: str, one: Head, hidden_states: Tensor) -> Tensor:
             weights["wpe.weight"] = torch.zeros_like(model.wpe.weight)
         inputs = {"inputs_embeds": hidden_states, "use_cache": False}
         hidden_states = torch.func.functional_call(model, weights, kwargs=inputs).last_hidden_state
-    rows = one.norm(hidden_states)
+    if "norm.linear.weight" in state:
+        rows = one.norm.norm(hidden_states) @ state["norm.linear.weight"].T + state["norm.linear.bias"]
+    else:
+        rows = one.norm(hidden_states)
     if one.down is not None:
         rows = rows @ state["down.weight"].T
     logits = rows @ state["readout.weight"].T
@@ -190,16 +199,20 @@ def test_parameters_are_listed_blocks_first_and_temperature_last() -> None:
     assert order(kind="low_rank", rank=5, blocks=1) == ["blocks", "norm", "down", "readout"]
     shared = [name for name, _ in head(kind="shared", blocks=2, ema_decay=0.5).named_parameters()]
     assert shared == ["norm.weight", "readout.temperature"]
+    assert order(kind="fitted", blocks=1, train_blocks=True) == ["map", "blocks", "norm"]
 
 
 @every_kind
 def test_what_is_copied_is_kept_and_everything_else_is_trained(kind: str) -> None:
     options = KINDS[kind]
     one = head(**options)
+    shake(one)  # without it the norm before a map of zeros has a gradient of zeros
     blocks = {name for name in one.state_dict() if name.startswith("blocks.")}
-    read_only = blocks if "ema_decay" in options else set()
-    read_only |= {"readout.weight"} if options.get("kind") == "shared" else set()
-    assert {copied.target for copied in one.copies} == {f"head.{name}" for name in read_only}
+    is_fitted = options.get("kind") == "fitted"
+    read_only = blocks if "ema_decay" in options or (is_fitted and "train_blocks" not in options) else set()
+    read_only |= {"readout.weight"} if options.get("kind") in ("shared", "fitted") else set()
+    copied, frozen = {copied.target for copied in one.copies}, {f"head.{name}" for name in one.frozen}
+    assert (frozen if is_fitted else copied) == {f"head.{name}" for name in read_only} and not (copied and frozen)
     trained = {name for name, _ in one.named_parameters()}
     averages = {f"average.{name.removeprefix('blocks.')}" for name in blocks if options.get("ema_decay", 0) > 0}
     assert set(one.state_dict()) == trained | read_only | averages and not trained & read_only
@@ -320,15 +333,18 @@ def test_an_average_is_not_rounded_to_bf16() -> None:
     assert one.float().get_buffer(f"average.{name}").dtype == torch.float32
 
 
-def test_copies_are_cast_to_go_with_bf16_weights() -> None:
+@pytest.mark.parametrize(
+    "kind", [{"kind": "shared", "ema_decay": 0.5}, {"kind": "fitted"}], ids=lambda one: one["kind"]
+)
+def test_what_is_read_only_is_cast_to_go_with_bf16_weights(kind: dict[str, Any]) -> None:
     """DeepSpeed casts parameters alone."""
-    one = head(kind="shared", blocks=1, ema_decay=0.5)
+    one = head(**kind, blocks=1)
     for parameter in one.parameters():
         parameter.data = parameter.data.bfloat16()
     one.cast_copies(torch.bfloat16)
     loss_of(one, *problem(torch.bfloat16)).loss.backward()
     assert {tensor.dtype for name, tensor in one.state_dict().items() if "average" not in name} == {torch.bfloat16}
-    assert {tensor.dtype for name, tensor in one.state_dict().items() if "average" in name} == {torch.float32}
+    assert all(tensor.dtype == torch.float32 for name, tensor in one.state_dict().items() if "average" in name)
 
 
 def test_no_gradient_goes_through_a_refresh() -> None:
@@ -399,6 +415,39 @@ def test_a_head_that_starts_as_the_model_copies_it(name: str, from_folder: bool,
     shared = head(name, pretrained=folder, kind="shared", **options)
     assert _same(shared.norm, own.norm) and torch.equal(shared.readout.weight, own.readout.weight)
     assert shared.readout.temperature == 1.0  # type: ignore[union-attr]
+
+
+@every_family
+@pytest.mark.parametrize("blocks", [0, 2, 4])
+def test_a_fitted_head_has_the_models_last_blocks_and_a_map_of_nothing(
+    name: str, blocks: int, folders: dict[str, Path]
+) -> None:
+    last = stage(name, pretrained=folders[name], index=1)
+    one = head(name, pretrained=folders[name], kind="fitted", blocks=blocks)
+    assert one.fitted is not None and not any(weight.any() for weight in one.fitted.linear.parameters())
+    assert torch.equal(one.readout.weight, head_of(last).readout.weight)
+    rows, own = problem(torch.float32)[0], one.fitted.norm
+    assert _same(own, stage(name, kind="fitted", seed=3).head.fitted.norm)  # type: ignore[union-attr]
+    assert torch.equal(own(rows), head(name).norm(rows))  # as the family begins: of weight 1
+    if blocks == 0:
+        assert one.norm is one.fitted and torch.equal(one.fitted(rows), torch.zeros_like(rows))
+        return
+    assert torch.equal(one.fitted(rows), rows) and _same(one.norm, head_of(last).norm) and one.blocks is not None
+    held = {key.split(".")[1] for key in one.blocks.state_dict()}
+    assert held == {str(block) for block in range(max(BLOCK + 1, DEPTH - blocks), DEPTH)}
+    weights = last.body.state_dict()
+    assert all(torch.equal(weights[key], tensor) for key, tensor in one.blocks.state_dict().items())
+
+
+def test_heads_of_a_process_share_what_is_frozen() -> None:
+    blueprint = small_blueprint(CONFIGS["llama"], chunks=[1, 2, 2], head={"kind": "fitted", "blocks": 2}, length=LENGTH)
+    made = [head_of(make_stage(plan, blueprint, seed=0)) for plan in blueprint.stages[:2]]
+    held: dict[str, Tensor] = {}
+    for one in made:
+        one.share_frozen(held)
+    lower, upper = (dict(one.named_buffers()) for one in made)
+    assert set(made[0].frozen) == set(made[1].frozen) == set(held) and "blocks.layers.4.mlp.up_proj.weight" in held
+    assert all(lower[name].data_ptr() == upper[name].data_ptr() for name in held)
 
 
 @every_family
@@ -490,7 +539,7 @@ def test_a_stage_is_loaded_from_its_checkpoint(kind: str) -> None:
     assert _same(one, again) and not again.training
     copies = head_of(one).copies
     assert head_of(again).copies == copies
-    name = copies[0].target if copies else "head.norm.weight"
+    name = copies[0].target if copies else f"head.{list(head_of(one).state_dict())[-1]}"
     lacking = {key: tensor for key, tensor in one.state_dict().items() if key != name}
     with pytest.raises(RunError, match=rf"{name} is missing in the checkpoint"):
         load_stage(blueprint.stages[0], blueprint, lacking)
@@ -572,10 +621,11 @@ REFUSED = [
     ),
     ("head.token_fraction=0.5 objective.name=last objective.chunks=null", "head.token_fraction = 0.5", "'last'"),
     ("head.blocks=1 objective.chunks=1", "head.blocks = 1", "no head but the model's"),
+    ("head.kind=fitted", f"head.kind = 'fitted' {CLI} without model.pretrained", "give its folder"),
     ("head.init=model objective.name=delayed objective.chunks=null", "head.init = 'model'", "'delayed'"),
 ]
 WRONG = [
-    ("head.kind=privat", "head.kind = 'privat'", "private, shared, low_rank", "did you mean private?"),
+    ("head.kind=privat", "head.kind = 'privat'", "private, shared, low_rank, fitted", "did you mean private?"),
     ("head.ema_decay=1", "head.ema_decay = 1", "a number, 0 or more and below 1, or null"),
     ("head.token_fraction=0", "head.token_fraction = 0", "a number above 0, up to 1"),
     ("head.token_fraction=1.5", "head.token_fraction = 1.5", "a number above 0, up to 1"),

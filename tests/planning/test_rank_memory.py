@@ -15,6 +15,7 @@ from random_tokens import RandomTokens
 from lptransformer.config.load import load
 from lptransformer.config.schema import Config
 from lptransformer.methods.gradient_flow import duties
+from lptransformer.methods.heads import FittedOptions
 from lptransformer.methods.objectives import Objective, backprop, chunked
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models.blueprint import Blueprint, make_blueprint
@@ -87,6 +88,22 @@ def check_against_the_engine(overrides: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("case", EXACT)
 def test_predicted_bytes_are_those_of_the_engine(case: str) -> None:
     check_against_the_engine(EXACT[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_predicted_bytes_of_fitted_heads_are_those_of_the_engine(blocks: int) -> None:
+    """Three heads, in one process and in two: what is frozen is there once in each."""
+    for ranks in (1, 2):
+        config, _ = loaded("objective.chunks=4", f"parallel.pipeline={ranks}")
+        config.head = FittedOptions(kind="fitted", blocks=blocks)  # which a configuration takes of a trained model only
+        plan = make_blueprint(config, V, None)
+        found = predicted(config, plan)
+        for rank, memory in enumerate(found):
+            assert memory.peak == pytest.approx(peak_bytes(config, plan, rank), rel=0.01)
+        counted = sum(EmptyStages(plan).tensors(stage).buffer_bytes for stage in plan.stages)
+        assert sum(memory.copies for memory in found) < counted
+        assert predicted(config, plan, alike=True) == found
 
 
 @pytest.mark.slow

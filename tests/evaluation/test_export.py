@@ -591,6 +591,6 @@ def test_a_model_that_stayed_tied_comes_back_tied(keys: str, pool: Pool, tmp_pat
     with torch.no_grad():
         assert torch.equal(exported(ids).logits, trained_model.load(tmp_path / "run", 2).logits(ids))
     evaluated = evaluate_run(tmp_path / "run")
-    (row,) = [row for row in read_metrics(tmp_path / "run") if "evaluation" in row]
+    *_, row = (row for row in read_metrics(tmp_path / "run") if "evaluation" in row)
     assert evaluated is not None
     assert evaluated["exits"][0]["perplexity"] == pytest.approx(row["exits"][0]["perplexity"], rel=1e-6)

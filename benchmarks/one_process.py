@@ -1,18 +1,25 @@
 """What the engine costs: all stages in one process, against the plain loop that it equals bit for bit.
 
     OMP_NUM_THREADS=1 python benchmarks/one_process.py       # writes docs/benchmarks/one_process.{json,md}
+    OMP_NUM_THREADS=1 python benchmarks/one_process.py --pretrained FOLDER      # one_process_pretrained.json, and .md
 
 The plain loop is the network of tests/reference.py, torch and transformers only: for every micro-batch and every run of
 blocks forward, loss, backward; then clip every run, one AdamW for all. The engine does the same with a DeepSpeed engine
 per stage. Both take the same tokens, the same chunks of logits, the same number of threads. The repetitions are
 interleaved, and each ratio is of two updates that followed one another. Wall time and processor time of the process
 (user and system) are reported: on a machine that does other work only the second one says anything, and little.
+
+With `--pretrained` a real model (benchmarks/pretrained.py) is fine-tuned instead, and plain is what transformers' users
+write: model(input_ids, labels).loss, backward, clip, AdamW. Here peak memory counts too, to the byte
+(benchmarks/allocations.py): weights, gradients, optimizer and all that an update takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import platform
 import statistics
 import sys
@@ -22,8 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from allocations import log_allocations
 from random_tokens import RandomTokens
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from lptransformer.config.checks import micro_batch_size
 from lptransformer.config.load import load
@@ -46,6 +55,12 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 MICRO_BATCHES = (1, 4)
 METHODS = {"backprop": 1, "chunked 2": 2, "chunked 4": 4}
+SHAPES = ("2x256", "4x512")  # rows and tokens of a micro-batch, one in an update
+FINE_TUNED: dict[str, tuple[str, ...]] = {
+    "backprop, tied": ("objective.name=backprop", "model.tie=keep"),
+    "backprop": ("objective.name=backprop",),
+    "chunked 2": (),
+}
 Update = Callable[[], object]
 
 
@@ -161,8 +176,7 @@ def measure(repeats: int, sizes: Sequence[str], numbers: Sequence[int]) -> dict[
                 found.append({**row, "plain": plain_times, "engine": engine_times})
             print(name, micro_batches, "done", file=sys.stderr)
     leave(world)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-    return {"machine": machine, "repeats": repeats, "sizes": SIZES, "rows": found}
+    return {"machine": _machine(), "repeats": repeats, "sizes": SIZES, "rows": found}
 
 
 def table(found: dict[str, Any]) -> ResultTable:
@@ -190,13 +204,117 @@ def table(found: dict[str, Any]) -> ResultTable:
     return ResultTable("one-process", title, columns, tuple(rows))
 
 
+# ---- a real model, fine-tuned
+
+
+def plain_fine_tuning(folder: str, rows: int, window: int) -> Update:
+    """What a user of transformers writes; the model's own matrix is embedding and readout, where it is tied."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    stream, updates = RandomTokens(rows, window, model.config.vocab_size), itertools.count()
+
+    def one_update() -> None:
+        ids = stream.batch(next(updates)).input_ids
+        model(input_ids=ids, labels=ids).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return one_update
+
+
+def fine_tuning(folder: str, contender: str, rows: int, window: int) -> Update:
+    """An update of `contender`, of the engine or plain, in this process."""
+    if contender == "plain":
+        return plain_fine_tuning(folder, rows, window)
+    sizes = {"micro_batch_size": rows, "micro_batches_per_update": 1, "steps": 100_000, "lr_scheduler": "constant"}
+    data = {"train": "unused", "sequence_length": window}
+    config = load({"model": {"pretrained": folder}, "data": data, "train": sizes}, FINE_TUNED[contender])
+    blueprint = make_blueprint(config, None, None)
+    stream = RandomTokens(rows, window, blueprint.parts.vocab_size)
+    return build_engine(config, join(1, 1, 600), blueprint, stream, {}).train_batch
+
+
+def peak_of(folder: str, contender: str, rows: int, window: int) -> int:
+    """Bytes at the peak of the second update, when the optimizer has its state."""
+    use_fair_share_of_cores()
+    with log_allocations() as log:
+        one_update = fine_tuning(folder, contender, rows, window)
+        one_update()
+        log.mark("second")
+        one_update()
+        log.mark("end")
+    return log.peak(0, 1)
+
+
+def seconds_beside_plain(
+    folder: str, contender: str, rows: int, window: int, repeats: int
+) -> list[list[tuple[float, float]]]:
+    """Wall and processor seconds of updates, plain and of the contender, in turns."""
+    use_fair_share_of_cores()
+    pair = [fine_tuning(folder, one, rows, window) for one in ("plain", contender)]
+    times: list[list[tuple[float, float]]] = [[], []]
+    for repeat in range(repeats + 1):
+        for which in (0, 1) if repeat % 2 == 0 else (1, 0):
+            taken = seconds_of(pair[which])
+            if repeat > 0:
+                times[which].append(taken)
+    return times
+
+
+def measure_pretrained(folder: str, repeats: int, shapes: Sequence[str]) -> dict[str, Any]:
+    found = []
+    for shape, contender in itertools.product(shapes, ["plain", *FINE_TUNED]):
+        rows, window = map(int, shape.split("x"))
+        row: dict[str, Any] = {"rows": rows, "window": window, "contender": contender}
+        with multiprocessing.get_context("spawn").Pool(1) as alone:
+            row["peak_bytes"] = alone.apply(peak_of, (folder, contender, rows, window))
+        if contender != "plain":
+            with multiprocessing.get_context("spawn").Pool(1) as alone:
+                arguments = (folder, contender, rows, window, repeats)
+                row["plain"], row["engine"] = alone.apply(seconds_beside_plain, arguments)
+        found.append(row)
+        print(shape, contender, "done", file=sys.stderr)
+    return {"machine": _machine(), "repeats": repeats, "rows": found}
+
+
+def table_pretrained(found: dict[str, Any]) -> ResultTable:
+    plain = {(one["rows"], one["window"]): one["peak_bytes"] for one in found["rows"] if one["contender"] == "plain"}
+    rows = []
+    for one in found["rows"]:
+        shape = one["rows"], one["window"]
+        cells = [f"{one['peak_bytes'] / 2**20:,.0f}", f"{one['peak_bytes'] / plain[shape]:.3f}"]
+        if "engine" in one:
+            before, after = ([taken[1] for taken in one[who]] for who in ("plain", "engine"))
+            ratios = sorted(b / a for a, b in zip(before, after, strict=True))
+            speeds = [f"{shape[0] * shape[1] / statistics.median(times):.1f}" for times in (before, after)]
+            cells += [*speeds, f"{statistics.median(ratios):.3f}", f"{ratios[0]:.3f}-{ratios[-1]:.3f}"]
+        rows.append((f"{shape[0]} x {shape[1]}", one["contender"], *cells, *[None] * (6 - len(cells))))
+    columns = ("tokens", "training", "peak MiB", "of plain", "plain tokens per CPU s", "its own", "CPU time of plain's")
+    title = f"SmolLM2-135M, fp32; {found['machine']}, {found['repeats']} interleaved repetitions"
+    return ResultTable("pretrained", title, (*columns, "lowest-highest"), tuple(rows))
+
+
+def _machine() -> str:
+    return f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The engine in one process against a plain loop.", allow_abbrev=False)
-    parser.add_argument("--repeats", type=int, default=31, help="repetitions of every update (default: 31)")
+    parser.add_argument("--repeats", type=int, help="repetitions of every update (default: 31; of a real model 5)")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="which models (default: all)")
     parser.add_argument("--micro-batches", nargs="+", type=int, default=MICRO_BATCHES, help="of an update")
     parser.add_argument("--out", default=str(FOLDER), metavar="DIR", help="folder of one_process.json and .md")
+    parser.add_argument("--pretrained", metavar="FOLDER", help="fine-tune this model instead")
+    shapes = "rows x tokens of its micro-batches (default: %(default)s)"
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="ROWSxTOKENS", help=shapes)
     args = parser.parse_args()
+    if args.pretrained:
+        of_real = measure_pretrained(args.pretrained, args.repeats or 5, args.shapes)
+        (Path(args.out) / "one_process_pretrained.json").write_text(json.dumps(of_real) + "\n")
+        update(Path(args.out) / "one_process.md", [table_pretrained(of_real)], prefix="pretrained")
+        return
+    args.repeats = args.repeats or 31
     found, out = measure(args.repeats, args.sizes, args.micro_batches), Path(args.out)
     (out / "one_process.json").write_text(json.dumps(found) + "\n")
     update(out / "one_process.md", [table(found)])

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -39,6 +40,26 @@ def test_one_process_measures_updates_whose_losses_are_the_plain_loop_s(tmp_path
     assert [row["method"] for row in rows] == ["backprop", "chunked 2", "chunked 4"]
     assert all(len(row["plain"]) == len(row["engine"]) == 2 for row in rows)
     assert (tmp_path / "one_process.md").read_text().count("| small | 1 |") == 3
+
+
+@pytest.mark.full  # seven processes
+def test_fine_tuning_in_one_process_is_measured_beside_plain_transformers(tmp_path: Path) -> None:
+    sizes: dict[str, int] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 64}
+    config = LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    flags = ("--pretrained", str(tmp_path / "model"), "--repeats=1", "--shapes", "1x16", "--out", str(tmp_path))
+    run_benchmark("one_process.py", *flags)
+    plain, *rows = json.loads((tmp_path / "one_process_pretrained.json").read_text())["rows"]
+    assert [plain["contender"], *(row["contender"] for row in rows)] == [
+        "plain",
+        "backprop, tied",
+        "backprop",
+        "chunked 2",
+    ]
+    readout = 4 * 4 * 32 * 64  # weight, gradient and two moments
+    tied, untied = rows[0]["peak_bytes"], rows[1]["peak_bytes"]
+    assert untied - tied == pytest.approx(readout, rel=0.3) and all(len(row["engine"]) == 1 for row in rows)
+    assert (tmp_path / "one_process.md").read_text().count("| 1 x 16 |") == 4
 
 
 @pytest.mark.slow

@@ -289,7 +289,7 @@ def test_families_generate_and_draft(family: str, tmp_path: Path, monkeypatch: p
 def test_a_family_that_cannot_take_a_token_back_does_not_draft(tmp_path: Path) -> None:
     kinds = {"attn_layer_period": 2, "attn_layer_offset": 1}
     model = {"pretrained": str(folder_of("Jamba", tmp_path / "model", **kinds)), **dict.fromkeys(FEW)}
-    run = make_run(tmp_path, model=model)
+    run = make_run(tmp_path, model=model, head={"kind": "private"})
     assert len(generate(open_source(run, exit_block=1), [70, 71], 5).ids) == 5
     with pytest.raises(ModelError, match="--draft 1: JambaForCausalLM keeps a state in which no token can be taken ba"):
         open_source(run, draft_block=1)
@@ -299,7 +299,7 @@ def test_a_head_s_block_at_a_place_of_another_kind_is_refused(tmp_path: Path) ->
     """Attention is in every second block: those like blocks 2 and 3 would stand at places 3 and 4."""
     kinds = {"attn_layer_period": 2, "attn_layer_offset": 1}
     model = {"pretrained": str(folder_of("Jamba", tmp_path / "model", **kinds)), **dict.fromkeys(FEW)}
-    run = make_run(tmp_path, model=model, head={"blocks": 2}, chunks=4)
+    run = make_run(tmp_path, model=model, head={"kind": "private", "blocks": 2}, chunks=4)
     with pytest.raises(ModelError, match="--exit 2: it cannot generate: its weights are of no JambaForCausalLM: "):
         open_source(run, exit_block=2)
 
@@ -310,7 +310,7 @@ def test_a_head_s_block_keeps_its_kind(family: str, tmp_path: Path) -> None:
     last one, is what the head after block 2 has one like."""
     folder = folder_of(family, tmp_path / "model")
     model = {"pretrained": str(folder), **dict.fromkeys(FEW)}
-    run = make_run(tmp_path, model=model, head={"blocks": 1}, chunks=4)
+    run = make_run(tmp_path, model=model, head={"kind": "private", "blocks": 1}, chunks=4)
     own = trained_model.load(run, 10)
     for block in (0, 2):
         source, ids = open_source(run, exit_block=block), torch.tensor([list(range(60, 76))])

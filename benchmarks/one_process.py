@@ -37,6 +37,8 @@ from transformers import AutoModelForCausalLM
 from lptransformer.config.checks import micro_batch_size
 from lptransformer.config.load import load
 from lptransformer.config.schema import Config
+from lptransformer.engine.deepspeed_stage import TrainedStage
+from lptransformer.engine.engine import LocalUpdateEngine
 from lptransformer.engine.process_groups import join, leave
 from lptransformer.models.blueprint import make_blueprint
 from lptransformer.processes import use_fair_share_of_cores
@@ -207,7 +209,7 @@ def table(found: dict[str, Any]) -> ResultTable:
 # ---- a real model, fine-tuned
 
 
-def plain_fine_tuning(folder: str, rows: int, window: int) -> Update:
+def plain_fine_tuning(folder: str, rows: int, window: int) -> tuple[Update, list[nn.Module]]:
     """What a user of transformers writes; the model's own matrix is embedding and readout, where it is tied."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
@@ -220,11 +222,11 @@ def plain_fine_tuning(folder: str, rows: int, window: int) -> Update:
         optimizer.step()
         optimizer.zero_grad()
 
-    return one_update
+    return one_update, [model]
 
 
-def fine_tuning(folder: str, contender: str, rows: int, window: int) -> Update:
-    """An update of `contender`, of the engine or plain, in this process."""
+def fine_tuning(folder: str, contender: str, rows: int, window: int) -> tuple[Update, list[nn.Module]]:
+    """An update of `contender`, of the engine or plain, in this process; and what it trains."""
     if contender == "plain":
         return plain_fine_tuning(folder, rows, window)
     sizes = {"micro_batch_size": rows, "micro_batches_per_update": 1, "steps": 100_000, "lr_scheduler": "constant"}
@@ -232,19 +234,26 @@ def fine_tuning(folder: str, contender: str, rows: int, window: int) -> Update:
     config = load({"model": {"pretrained": folder}, "data": data, "train": sizes}, FINE_TUNED[contender])
     blueprint = make_blueprint(config, None, None)
     stream = RandomTokens(rows, window, blueprint.parts.vocab_size)
-    return build_engine(config, join(1, 1, 600), blueprint, stream, {}).train_batch
+    engine = build_engine(config, join(1, 1, 600), blueprint, stream, {})
+    assert isinstance(engine, LocalUpdateEngine)
+    return engine.train_batch, [one.engine.module for one in engine.local.values() if isinstance(one, TrainedStage)]
 
 
 def peak_of(folder: str, contender: str, rows: int, window: int) -> int:
-    """Bytes at the peak of the second update, when the optimizer has its state."""
+    """Bytes at the peak of the second update, when the optimizer has its state.
+
+    The weights are counted by themselves: they are read as parts of the file, which torch takes for one allocation.
+    """
     use_fair_share_of_cores()
+    one_update, modules = fine_tuning(folder, contender, rows, window)
+    weights = [tensor for module in modules for tensor in itertools.chain(module.parameters(), module.buffers())]
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in weights}
     with log_allocations() as log:
-        one_update = fine_tuning(folder, contender, rows, window)
         one_update()
         log.mark("second")
         one_update()
         log.mark("end")
-    return log.peak(0, 1)
+    return sum(held.values()) + log.peak(0, 1)
 
 
 def seconds_beside_plain(
@@ -252,7 +261,7 @@ def seconds_beside_plain(
 ) -> list[list[tuple[float, float]]]:
     """Wall and processor seconds of updates, plain and of the contender, in turns."""
     use_fair_share_of_cores()
-    pair = [fine_tuning(folder, one, rows, window) for one in ("plain", contender)]
+    pair = [fine_tuning(folder, one, rows, window)[0] for one in ("plain", contender)]
     times: list[list[tuple[float, float]]] = [[], []]
     for repeat in range(repeats + 1):
         for which in (0, 1) if repeat % 2 == 0 else (1, 0):

@@ -46,6 +46,18 @@ def conversation(*, system: str | None = None) -> list[dict[str, str]]:
     return messages
 
 
+# One conversation, in every form that it may have in a row.
+FORMS: dict[str, dict[str, Any]] = {
+    "messages": {"messages": conversation()[:2]},
+    "conversations": {
+        "conversations": [{"from": "human", "value": ASKED[0]}, {"from": "gpt", "value": SAID[0]}],
+        "id": 3,
+    },
+    "alpaca": {"instruction": ASKED[0], "input": "", "output": SAID[0]},
+    "prompt": {"prompt": ASKED[0], "completion": SAID[0]},
+}
+
+
 def save_tokenizer(folder: Path, kind: str, *, text: str = TEXT, vocab_size: int = 340, **changed: Any) -> Path:
     """A byte-level BPE of a few merges. `changed`: arguments of the library's class, None for what it has not."""
     template, special, _ = KINDS[kind]

@@ -11,7 +11,7 @@ from lptransformer.data.prepare import Options, Prepared, prepare_all
 from lptransformer.data.token_set import TokenSet
 from lptransformer.data.train_stream import TrainStream
 from lptransformer.errors import ConfigError, DataError
-from tests.small_chat import ASKED, CHATML, KINDS, SAID, conversation, save_tokenizer, taught
+from tests.small_chat import CHATML, FORMS, KINDS, SAID, conversation, save_tokenizer, taught
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +59,6 @@ def test_labels_are_on_every_answer_and_the_token_that_ends_it(
     whole = made(tmp_path, folders[kind], file, loss_on="all")
     (every,) = whole.batches(1)
     assert every.label_tokens == len(expected) - 1 and token_set.folder != whole.folder
-
-
-FORMS: dict[str, dict[str, Any]] = {
-    "messages": {"messages": conversation()[:2]},
-    "conversations": {
-        "conversations": [{"from": "human", "value": ASKED[0]}, {"from": "gpt", "value": SAID[0]}],
-        "id": 3,
-    },
-    "alpaca": {"instruction": ASKED[0], "input": "", "output": SAID[0]},
-    "prompt": {"prompt": ASKED[0], "completion": SAID[0]},
-}
 
 
 @pytest.mark.parametrize("form", FORMS)

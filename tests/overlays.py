@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def overlay(name: str, folder: Path) -> Path:
@@ -13,3 +15,23 @@ def overlay(name: str, folder: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     subprocess.run([*pip, "--target", str(folder), "-r", str(pins)], check=True)
     return folder
+
+
+def with_overlay(folder: str, job: Callable[..., Any], *args: Any) -> Any:
+    """A job in a process that finds its packages there."""
+    sys.path.append(folder)
+    try:
+        return job(*args)
+    finally:
+        sys.path.remove(folder)
+
+
+def peft_logits(base: Path, adapter: Path, ids: Any) -> Any:
+    """Those [b, T, V] of a model folder with an adapter of peft on it; for a process that finds peft."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    with torch.no_grad():
+        return model.eval()(ids).logits

@@ -8,6 +8,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from lptransformer.data import tokenizer
+from lptransformer.data.token_set import Batch
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -43,7 +46,19 @@ def conversation(*, system: str | None = None) -> list[dict[str, str]]:
     return messages
 
 
-def save_tokenizer(folder: Path, kind: str, **changed: Any) -> Path:
+# One conversation, in every form that it may have in a row.
+FORMS: dict[str, dict[str, Any]] = {
+    "messages": {"messages": conversation()[:2]},
+    "conversations": {
+        "conversations": [{"from": "human", "value": ASKED[0]}, {"from": "gpt", "value": SAID[0]}],
+        "id": 3,
+    },
+    "alpaca": {"instruction": ASKED[0], "input": "", "output": SAID[0]},
+    "prompt": {"prompt": ASKED[0], "completion": SAID[0]},
+}
+
+
+def save_tokenizer(folder: Path, kind: str, *, text: str = TEXT, vocab_size: int = 340, **changed: Any) -> Path:
     """A byte-level BPE of a few merges. `changed`: arguments of the library's class, None for what it has not."""
     template, special, _ = KINDS[kind]
     made = Tokenizer(models.BPE())
@@ -51,11 +66,22 @@ def save_tokenizer(folder: Path, kind: str, **changed: Any) -> Path:
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    made.train_from_iterator([TEXT], trainer)
+    made.train_from_iterator([text], trainer)
     options = {"bos_token": special[0], "eos_token": special[1], "additional_special_tokens": special[2:]}
     options |= {"chat_template": template, **changed}
     options = {key: value for key, value in options.items() if value is not None}
     PreTrainedTokenizerFast(tokenizer_object=made, **options).save_pretrained(folder)
     return folder
+
+
+def taught(batch: Batch, row: int, ours: tokenizer.Tokenizer) -> list[str]:
+    """The text of every stretch of labels in a row."""
+    labels, found = batch.labels[row].tolist(), [[]]
+    for label in labels:
+        if label >= 0:
+            found[-1].append(label)
+        elif found[-1]:
+            found.append([])
+    return [ours.decode(ids) for ids in found if ids]

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import small_run
 import yaml
+from small_chat import save_tokenizer
 from small_run import CONFIG, TEXT
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -28,6 +29,9 @@ from lptransformer.engine.process_groups import leave
 from lptransformer.errors import DataError
 from lptransformer.training import this_host
 from lptransformer.training.launcher import run
+
+SMALL_LLAMA = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+SMALL_LLAMA |= {"vocab_size": 340, "max_position_embeddings": 64}
 
 
 @pytest.fixture
@@ -100,6 +104,45 @@ def test_bad_text(folder: Path, capsys: pytest.CaptureFixture[str], content: byt
     (folder / "bad.txt").write_bytes(content)
     message = refused(capsys, "train", "c.yaml", "--data.train=bad.txt")
     assert all(part in message for part in parts), message
+    assert not (folder / "run").exists()
+
+
+ASKED, SAID = {"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}
+GOOD, EMPTY = {"messages": [ASKED, SAID]}, {"role": "assistant", "content": " "}
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "parts"),
+    [
+        ('{"messages": [', [], ["bad.jsonl, line 2", "JSON"]),
+        ({"messages": [ASKED, ASKED, SAID]}, [], ["bad.jsonl, line 2", "roles user, user, assistant", "alternate"]),
+        ({"messages": [ASKED, EMPTY]}, [], ["bad.jsonl, line 2", "message 2 is an empty answer"]),
+        (
+            GOOD,
+            ["--data.fields={messages: talk}"],
+            ["bad.jsonl", "has the fields 'messages', not 'talk'", "data.fields"],
+        ),
+        (GOOD, ["--model.pretrained=adapter"], ["model.pretrained = 'adapter'", "an adapter", "merge it"]),
+        (GOOD, ["--lora.rank=2", "--lora.targets=[c_attn]"], ["lora.targets = ['c_attn']", "there are down_proj"]),
+    ],
+    ids=["broken row", "order of roles", "empty answer", "no such field", "adapter alone", "no such target"],
+)
+def test_bad_fine_tuning(
+    folder: Path, capsys: pytest.CaptureFixture[str], row: object, options: list[str], parts: list[str]
+) -> None:
+    """From a chat model's folder whose weights nobody gets to, with a good conversation before each bad one."""
+    LlamaConfig(**SMALL_LLAMA).save_pretrained(save_tokenizer(folder / "model", "mistral"))
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "own/model"}')
+    rows = [json.dumps(GOOD), row if isinstance(row, str) else json.dumps(row)]
+    (folder / "bad.jsonl").write_text("\n".join(rows))
+    before = snapshot(folder)
+    start = ["--model.pretrained=model", *(f"--model.{key}=null" for key in CONFIG["model"])]
+    start += ["--data.tokenizer=null", "--data.train=bad.jsonl", "--data.valid=null", "--data.sequence_length=40"]
+    message = refused(capsys, "train", "c.yaml", *start, *options)
+    assert all(part in message for part in parts), message
+    written = [Path(one).relative_to(folder).parts for one in snapshot(folder).keys() - before.keys()]
+    assert all(len(one) == 1 or one[1].startswith("tokenizer-") for one in written), "the cache has a whole tokenizer"
     assert not (folder / "run").exists()
 
 

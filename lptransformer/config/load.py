@@ -208,8 +208,8 @@ def _fill_in_for_pretrained(given: dict[str, Any], origins: dict[str, str]) -> N
         fill("head", "kind", "fitted")
     if auxiliary and head["kind"] == "fitted":
         fill("head", "blocks", max(1, round(num_layers / 3)))
-        if head["blocks"] != 0:
-            fill("head", "train_blocks", True)
+        if head["blocks"] != 0:  # with LoRA adapters and maps alone train, for memory
+            fill("head", "train_blocks", given["lora"].get("rank") is None)
 
 
 def _options_of_row(section: str, values: dict[str, Any], origin: str, origins: dict[str, str]) -> Section:

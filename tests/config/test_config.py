@@ -713,6 +713,8 @@ def test_what_harms_a_pretrained_model_is_said(tmp_path: Path, overrides: tuple[
         ("head.kind=fitted head.blocks=0", {"head.blocks": 0, "head.train_blocks": False}),
         ("head.blocks=1", {"head.blocks": 1}),
         ("head.train_blocks=false", {"head.train_blocks": False}),
+        ("lora.rank=4", {"head.train_blocks": False}),
+        ("lora.rank=4 head.train_blocks=true", {}),
         ("objective.name=greedy train.learning_rate=2e-4", {"train.learning_rate": 2e-4, "objective.chunks": None}),
         ("objective.name=backprop", {"objective.chunks": None, "head.kind": "private", "head.blocks": 0}),
         ("objective.chunks=1", {"objective.chunks": 1, "head.kind": "private", "head.blocks": 0}),
@@ -900,9 +902,11 @@ assert not slow, slow
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.name)
-def test_every_shipped_configuration_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the top of the checkout; the exported model that fine-tuning starts from is made by the reader first."""
+def test_every_shipped_configuration_loads(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the top of the checkout; the model that fine-tuning starts from, and conversations, are the reader's."""
     monkeypatch.chdir(path.parent.parent)
-    overrides = ["--model.pretrained=null"] if path.name == "finetune.yaml" else []
+    fine = path.name.startswith("finetune-")
+    overrides = [f"--model.pretrained={model_folder(tmp_path)}", "--data.sequence_length=64"] if fine else []
     config = load(path, overrides)
-    assert all(sorted(Path().glob(glob)) for source in config.data.train.values() for glob in source.files)
+    if path.name != "finetune-chat.yaml":
+        assert all(sorted(Path().glob(glob)) for source in config.data.train.values() for glob in source.files)

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lptransformer.data import tokenizer
 from lptransformer.data.prepare import Options, Prepared, prepare_all
-from lptransformer.data.token_set import Batch, TokenSet
+from lptransformer.data.token_set import TokenSet
 from lptransformer.data.train_stream import TrainStream
 from lptransformer.errors import ConfigError, DataError
-from tests.small_chat import ASKED, CHATML, KINDS, SAID, conversation, save_tokenizer
+from tests.small_chat import CHATML, FORMS, KINDS, SAID, conversation, save_tokenizer, taught
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +31,6 @@ def prepared(folder: Path, name: Path | str, file: str, length: int = 200, valid
 
 def made(*arguments: Any, **keys: Any) -> TokenSet:
     return prepared(*arguments, **keys).train[0].tokens
-
-
-def taught(batch: Batch, row: int, ours: tokenizer.Tokenizer) -> list[str]:
-    """The text of every stretch of labels in a row."""
-    labels, found = batch.labels[row].tolist(), [[]]
-    for label in labels:
-        if label >= 0:
-            found[-1].append(label)
-        elif found[-1]:
-            found.append([])
-    return [ours.decode(ids) for ids in found if ids]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,17 +59,6 @@ def test_labels_are_on_every_answer_and_the_token_that_ends_it(
     whole = made(tmp_path, folders[kind], file, loss_on="all")
     (every,) = whole.batches(1)
     assert every.label_tokens == len(expected) - 1 and token_set.folder != whole.folder
-
-
-FORMS: dict[str, dict[str, Any]] = {
-    "messages": {"messages": conversation()[:2]},
-    "conversations": {
-        "conversations": [{"from": "human", "value": ASKED[0]}, {"from": "gpt", "value": SAID[0]}],
-        "id": 3,
-    },
-    "alpaca": {"instruction": ASKED[0], "input": "", "output": SAID[0]},
-    "prompt": {"prompt": ASKED[0], "completion": SAID[0]},
-}
 
 
 @pytest.mark.parametrize("form", FORMS)

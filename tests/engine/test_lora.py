@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from distributed import Pool
-from engine_jobs import load_config, open_engine
+from engine_jobs import load_config, open_engine, optimizer_tensors
 from measured_rank import peak_bytes
-from overlays import overlay
+from overlays import overlay, peft_logits, with_overlay
 from parity import largest_difference
 from saved_runs import make_run
 from test_frozen import BACKPROP, PRETRAINED, TWO, plain_training, tied_folder, whole_and_resumed
@@ -36,15 +35,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def peft(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(overlay("peft", tmp_path_factory.mktemp("peft")))
-
-
-def with_peft(folder: str, job: Callable[..., Any], *args: Any) -> Any:
-    """A job in a process that finds peft there."""
-    sys.path.append(folder)
-    try:
-        return job(*args)
-    finally:
-        sys.path.remove(folder)
 
 
 def peft_model(folder: Path, rank: int, targets: list[str], depth: int) -> Any:
@@ -91,7 +81,7 @@ def test_it_is_peft_on_the_whole_model(
     overrides = (*PRETRAINED, *LORA, f"model.pretrained={tmp_path / 'model'}", BACKPROP)
     overrides += (f"lora.targets=[{', '.join(TARGETS[family])}]", f"train.dtype={dtype}")
     placed = (*overrides, f"deepspeed.zero_optimization.stage={zero}", f"parallel.pipeline={pipeline}")
-    found = pool.run(pipeline, with_peft, peft, partial(whole_and_resumed, folder=str(tmp_path)), placed)
+    found = pool.run(pipeline, with_overlay, peft, partial(whole_and_resumed, folder=str(tmp_path)), placed)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).state_dict()
     held: dict[str, Tensor] = {}
     for whole, continued, _ in found:
@@ -104,7 +94,7 @@ def test_it_is_peft_on_the_whole_model(
     for name, one in held.items():
         if ".lora_" not in name and not name.startswith("head."):
             assert torch.equal(one, base[name].to(one.dtype)), name
-    (answer,) = pool.run(1, with_peft, peft, plain_lora, tmp_path / "model", TARGETS[family], overrides)
+    (answer,) = pool.run(1, with_overlay, peft, plain_lora, tmp_path / "model", TARGETS[family], overrides)
     norms, wanted = answer
     reports = [report.grad_norm for report in found[0][0].reports[0]]
     assert reports == (norms if zero == 0 else pytest.approx(norms, rel=1e-5 if dtype == "fp32" else 0.1))
@@ -129,8 +119,8 @@ def chunked(overrides: tuple[str, ...]) -> dict[str, Tensor]:
 def test_auxiliary_heads_train_beside_them_on_any_placement(pool: Pool, peft: str, tmp_path: Path) -> None:
     tied_folder("llama", tmp_path / "model")
     overrides = (*PRETRAINED, *LORA, f"model.pretrained={tmp_path / 'model'}", TWO, "head.blocks=1")
-    (one,) = pool.run(1, with_peft, peft, chunked, overrides)
-    lower, upper = pool.run(2, with_peft, peft, chunked, (*overrides, "parallel.pipeline=2"))
+    (one,) = pool.run(1, with_overlay, peft, chunked, overrides)
+    lower, upper = pool.run(2, with_overlay, peft, chunked, (*overrides, "parallel.pipeline=2"))
     assert one.keys() == lower.keys() | upper.keys()
     assert all(torch.equal(weight, (lower | upper)[name]) for name, weight in one.items())
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).state_dict()
@@ -140,20 +130,40 @@ def test_auxiliary_heads_train_beside_them_on_any_placement(pool: Pool, peft: st
     assert one["0/body.layers.1.mlp.up_proj.lora_B.weight"].any()
 
 
+def what_trains(overrides: tuple[str, ...]) -> tuple[set[str], dict[str, int], int]:
+    """The weights that three updates change, how many numbers each has, and how many numbers moments have."""
+    engine = open_engine(overrides)
+    stages = engine.local.items()
+    before = {f"{index}/{name}": one.clone() for index, stage in stages for name, one in stage.weights().items()}
+    for _ in range(3):
+        engine.train_batch()
+    after = {f"{index}/{name}": one for index, stage in stages for name, one in stage.weights().items()}
+    moments = sum(one.numel() for _, stage in stages for one in optimizer_tensors(stage) if one.dim() > 0)
+    engine.close()
+    changed = {name for name, one in after.items() if not torch.equal(one, before[name])}
+    return changed, {name: one.numel() for name, one in after.items()}, moments
+
+
+def test_beside_a_fitted_head_adapters_and_its_map_alone_train(pool: Pool, peft: str, tmp_path: Path) -> None:
+    """With the defaults of a pretrained model: the blocks of the head are frozen, and nothing frozen has a moment."""
+    tied_folder("llama", tmp_path / "model")
+    overrides = (*PRETRAINED, *LORA, f"model.pretrained={tmp_path / 'model'}", "objective.chunks=2")
+    config = load_config(overrides)
+    assert (config.head.kind, config.head.blocks, config.value("head.train_blocks")) == ("fitted", 1, False)
+    ((changed, sizes, moments),) = pool.run(1, with_overlay, peft, what_trains, overrides)
+    wanted = {name for name in sizes if name.endswith((".lora_A.weight", ".lora_B.weight"))}
+    assert len(wanted) == 4 * 7 * 2, "seven linear maps in each of four blocks"
+    maps = {"0/head.map.norm.weight", "0/head.map.linear.weight", "0/head.map.linear.bias", "0/head.norm.weight"}
+    assert changed == wanted | maps
+    assert moments == 2 * sum(sizes[name] for name in changed)
+
+
 def train_run(raw: dict[str, Any]) -> str:
     from lptransformer.training.train import train
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         train(load(raw))
     return printed.getvalue()
-
-
-def peft_logits(base: Path, folder: Path, ids: Tensor) -> Tensor:
-    from peft import PeftModel
-
-    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
-    with torch.no_grad():
-        return model.eval()(ids).logits
 
 
 @pytest.mark.parametrize(("family", "tied"), [("llama", True), ("gpt2", False)])
@@ -173,7 +183,7 @@ def test_exports_merged_and_as_a_peft_folder(pool: Pool, peft: str, tmp_path: Pa
         "train": {"steps": 5, "micro_batch_size": 2, "micro_batches_per_update": 1, "lr_scheduler": "constant"},
         "run": {"dir": str(tmp_path / "run")},
     }
-    printed, _ = pool.run(2, with_peft, peft, train_run, raw)
+    printed, _ = pool.run(2, with_overlay, peft, train_run, raw)
     assert "weights train" in printed and "lora.rank = 4" in printed
     assert "peft" not in sys.modules
     assert export_run(tmp_path / "run", tmp_path / "out").notes == ()
@@ -185,7 +195,7 @@ def test_exports_merged_and_as_a_peft_folder(pool: Pool, peft: str, tmp_path: Pa
     with torch.no_grad():
         assert torch.equal(exported(ids).logits, own)
         assert largest_difference(model(ids).logits, own) > 0.01, "it has learnt something"
-    (logits,) = pool.run(1, with_peft, peft, peft_logits, tmp_path / "model", tmp_path / "adapter", ids)
+    (logits,) = pool.run(1, with_overlay, peft, peft_logits, tmp_path / "model", tmp_path / "adapter", ids)
     assert largest_difference(logits, own) < 1e-5
 
 
@@ -203,6 +213,6 @@ def test_its_memory_is_predicted(pool: Pool, peft: str, tmp_path: Path, zero: in
     tied_folder("llama", tmp_path / "model")
     overrides = (*PRETRAINED, *LORA, f"model.pretrained={tmp_path / 'model'}", TWO, "parallel.pipeline=2")
     overrides += (f"deepspeed.zero_optimization.stage={zero}", "deepspeed.zero_optimization.reduce_bucket_size=9000")
-    (found,) = pool.run(1, with_peft, peft, predicted_and_measured, overrides)
+    (found,) = pool.run(1, with_overlay, peft, predicted_and_measured, overrides)
     for expected, measured in found:
         assert expected == pytest.approx(measured, rel=0.1)

@@ -21,8 +21,9 @@ import pytest
 import torch
 from distributed import Pool
 from saved_runs import TEXT, WINDOW, make_run, write_text
+from small_chat import FORMS, save_tokenizer
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lptransformer.__main__ import parser
 from lptransformer.data.token_set import Batch
@@ -233,6 +234,31 @@ def test_of_examples_the_answers_alone_are_scored(tmp_path: Path, scratch: Path)
     with pytest.raises(UserError, match="pairs holds examples with answers: models are compared on the bytes of a te"):
         evaluate_run(run, [str(file)], compare=run)
     assert not list(scratch.iterdir())
+
+
+def test_a_model_folder_on_conversations_of_any_form(tmp_path: Path) -> None:
+    """Nobody says which fields there are; the answers are scored as the library scores them."""
+    chatml = str(save_tokenizer(tmp_path / "chatml", "chatml"))
+    run = make_run(tmp_path, model={"max_position_embeddings": 80}, tokenizer=chatml)
+    export_run(run, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = FORMS["messages"]["messages"]
+    asked, whole = (
+        tokenizer.apply_chat_template(some, tokenize=True, return_dict=False, add_generation_prompt=ask)
+        for some, ask in ((messages[:1], True), (messages, False))
+    )
+    end = whole.index(tokenizer.convert_tokens_to_ids("<|im_end|>"), len(asked)) + 1
+    labels = torch.full((1, len(whole)), -100)
+    labels[0, len(asked) : end] = torch.tensor(whole[len(asked) : end])
+    with torch.no_grad():
+        wanted = model(torch.tensor([whole]), labels=labels).loss.item()
+    for name, row in FORMS.items():
+        file = write_text(tmp_path / f"{name}.jsonl", json.dumps(row))
+        for place in (tmp_path / "out", run):
+            found = evaluated(place, [str(file)], window=80)["exits"][-1]
+            assert found["nll_per_token"] == pytest.approx(wanted, rel=1e-6), (name, place)
+            assert found["tokens"] == end - len(asked)
 
 
 def test_several_sets(tmp_path: Path) -> None:

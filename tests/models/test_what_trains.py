@@ -134,7 +134,9 @@ def test_adapters_train_in_place_of_the_model(tmp_path: Path) -> None:
     both = 4 * 2 * (8 + 8) + 3 * 2 * (8 + 12)
     found = with_lora(tmp_path)
     assert found.adapters is not None and found.adapters.alpha == 4 and len(found.adapters.targets) == 4 * 7
-    assert found.costs.trained == TrainedWeights(0, (both,) * 4, 0, {1: 8 + 8 * V})
+    assert found.costs.trained == TrainedWeights(
+        0, (both,) * 4, 0, {1: 8 + (8 * 8 + 8) + 8}
+    )  # a map and its norm, the norm
     few = with_lora(tmp_path, "--lora.targets=[q_proj, mlp.down_proj]", "--train.freeze=[head.*, '*.1.*.lora_A.*']")
     one = 2 * (8 + 8) + 2 * (12 + 8)
     assert few.costs.trained == TrainedWeights(0, (one, one - 2 * 8 - 2 * 12, one, one), 0, {1: 0})

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import finetune_prototypes as prototypes
 import finetune_report
 import torch
-from finetune_report import BACKPROP, BEFORE, COPIED, NOVEL, SETS, Record
+from finetune_report import BACKPROP, BEFORE, COPIED, NOVEL, PIPELINED, SETS, Record
 from torch import Tensor
 
 import lptransformer
@@ -64,7 +64,6 @@ OTHERS = ("little-dorrit", "chat")
 FINALISTS = ("chunked-2-fitted-10-trained", "chunked-2-fitted-10-trained-middle", "chunked-4-fitted-10-trained")
 RATE, RATES, SEEDS = 1e-4, (5e-5, 1e-4, 2e-4), (0, 1, 2)
 MUON_RATES = (RATE, 4 * RATE)  # the first steps of AdamW have size 1, those of Muon 0.2
-PIPELINED = 4  # micro-batches of an update for which memory is predicted beside one
 HELD_CHARACTERS = 7  # per token that is held out, at most
 
 
@@ -115,9 +114,11 @@ def recipes(depth: int) -> dict[str, Recipe]:
         "chunked-2-fitted-0": Recipe(chunked(2, 0, False)),
         "chunked-2-fitted-3-trained": Recipe(chunked(2, 3, True)),
         "chunked-2-fitted-6-frozen": Recipe(chunked(2, 6, False)),
+        "chunked-2-fitted-9-trained": Recipe(chunked(2, 9, True)),
         "chunked-2-fitted-10-frozen": Recipe(chunked(2, 10, False)),
         "chunked-2-fitted-10-trained": Recipe(ten),
         "chunked-2-fitted-10-trained-middle": Recipe(chunked(middle, 10, True)),
+        "chunked-4-fitted-6-trained": Recipe(chunked(4, 6, True), ranks=(4,)),
         "chunked-4-fitted-10-trained": Recipe(chunked(4, 10, True), ranks=(4,)),
         "overlapping-4-fitted-6-frozen": Recipe(
             chunked(4, 6, False, objective__name="overlapping", objective__overlap=1), ranks=(4,)

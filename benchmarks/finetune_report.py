@@ -25,6 +25,7 @@ NOVEL = "moby-dick"  # that of the recipes
 BEFORE, BACKPROP, COPIED = "before", "backprop", "copied-heads"
 SETS = ("choose", "report", "old")
 MIB = 2**20
+PIPELINED = 4  # micro-batches of an update for which memory is predicted beside one
 AIMS = ((2, 1.0, 0.7), (4, 3.0, 0.5))  # chunks, percent of perplexity, share of backprop's serial FLOPs
 
 
@@ -145,11 +146,9 @@ def _costs(groups: Groups) -> ResultTable:
     base, found = groups.at(groups.updates[0]) if groups.updates else (None, [])
     for one in found:
         for on in one["ranks"]:
-            beside = None if base is None else activations(base, on["ranks"])
-            own = activations(one, on["ranks"])
             row: tuple[Any, ...] = (one["recipe"], on["ranks"], "+".join(map(str, one["chunks"])))
             row += (f"{one['flops']['total'] / one['flops']['backprop_total']:.2f}", f"{serial(one):.2f}")
-            row += tuple(None if size is None else f"{size:,.0f}" for size in (own, beside))
+            row += (_activations(one, on["ranks"]), None if base is None else _activations(base, on["ranks"]))
             row += (f"{one['trained_weights'] / 1e6:.1f}", f"{one['optimizer_bytes'] / MIB:,.0f}")
             row += tuple(f"{on[key] / MIB:.2f}" for key in ("up_bytes", "gradient_bytes", "target_bytes"))
             rows.append(row)
@@ -166,6 +165,11 @@ def _costs(groups: Groups) -> ResultTable:
     return ResultTable(
         "costs", "FLOPs over those of backprop, heads counted; an update of one window", columns, tuple(rows)
     )
+
+
+def _activations(record: Record, ranks: int) -> str | None:
+    sizes = [activations(record, ranks, many) for many in (1, PIPELINED)]
+    return " / ".join(f"{size:,.0f}" for size in sizes if size is not None) or None
 
 
 def _rates(groups: Groups) -> ResultTable:

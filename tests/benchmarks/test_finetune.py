@@ -34,12 +34,12 @@ def record(recipe: str, losses: list[float], old: float = 2.0, **more: Any) -> d
     found |= {"nll": {"choose": losses, "report": losses, "old": [old, old]}, "chunks": [11, 19]}
     found |= {"flops": {"total": 3.0, "serial": 1.4, "backprop_total": 2.0, "backprop_serial": 2.0}}
     found |= {"optimizer_bytes": 3 * 2**20, "trained_weights": 10**6}
-    on = {"ranks": 2, "activations": {"1": [2**20, 2**21], "4": [0, 0]}, "up_bytes": 2**20}
+    on = {"ranks": 2, "activations": {"1": [2**20, 2**21], "4": [2**21, 2**22]}, "up_bytes": 2**20}
     return found | {"ranks": [on | {"gradient_bytes": 0, "target_bytes": 0}]} | more
 
 
 def backprop(losses: list[float], **more: Any) -> dict[str, Any]:
-    on = {"ranks": 2, "activations": {"1": [2**22, 2**21], "4": [0, 0]}, "up_bytes": 2**20}
+    on = {"ranks": 2, "activations": {"1": [2**22, 2**21], "4": [2**23, 0]}, "up_bytes": 2**20}
     on |= {"gradient_bytes": 2**20, "target_bytes": 0}
     whole = {"total": 2.0, "serial": 2.0, "backprop_total": 2.0, "backprop_serial": 2.0}
     return record("backprop", losses, flops=whole, ranks=[on], chunks=[30], **more)
@@ -58,7 +58,7 @@ def test_differences_are_paired_by_window_and_aims_are_judged_at_the_rate_that_d
         ("near", "2 MiB, 4 of backprop", "hit"),
         ("near", "+2 MiB", "said"),
     ]
-    assert costs.rows[1][:7] == ("near", 2, "11+19", "1.50", "0.70", "2", "4")
+    assert costs.rows[1][:7] == ("near", 2, "11+19", "1.50", "0.70", "2 / 4", "4 / 8")
     assert [(row[2], row[-1]) for row in rates.rows] == [("5e-05", "no"), ("0.0001", "yes")]
     assert finetune_report._front([(0.7, 3.0), (0.5, 4.0), (0.6, 5.0), (1.0, 2.9)]) == [(0.5, 4), (0.7, 3), (1.0, 2.9)]
 
@@ -77,7 +77,7 @@ def test_later_parts_take_what_did_best_on_the_text_to_choose_by(tmp_path: Path)
     study = finetune.Study(tmp_path, tmp_path, tmp_path, tmp_path, tmp_path, folder=tmp_path)
     study.recipes = finetune.recipes(30)
     first, second = study.parts()
-    assert len(first) == 20 and [run.rate for run in second[:3]] == [5e-5, 1e-4, 2e-4]
+    assert len(first) == 22 and [run.rate for run in second[:3]] == [5e-5, 1e-4, 2e-4]
     study.records.mkdir()
     for number, run in enumerate(second):
         losses = {"choose": [3.0 - 0.1 * number if number < 5 else 9.0], "report": [3.0 + number]}

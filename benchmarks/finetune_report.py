@@ -78,8 +78,8 @@ def serial(record: Record) -> float:
 
 
 def crosses(record: Record) -> bool:
-    """Whether a gradient crosses a border."""
-    return any(one["gradient_bytes"] > 0 for one in record["ranks"])
+    """Whether a gradient crosses a border, where the model is cut."""
+    return len(record["chunks"]) == 1 or any(one["gradient_bytes"] > 0 for one in record["ranks"])
 
 
 def activations(record: Record, ranks: int, micro_batches: int = 1) -> float | None:

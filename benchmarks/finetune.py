@@ -414,7 +414,7 @@ def run_all(study: Study, only: str, processes: int, flags: Sequence[str]) -> in
             child.wait()
         raise SystemExit(130)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in (signal.SIGINT, signal.SIGTERM) if processes else ():
         signal.signal(signum, end)
 
     def collect(most: int) -> None:
@@ -434,13 +434,13 @@ def run_all(study: Study, only: str, processes: int, flags: Sequence[str]) -> in
                 write(study, run)
                 continue
             collect(processes - 1)
-            said(f"{run.name}: begins")
             log_of(study, run).parent.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, __file__, *flags, "--one", json.dumps(run)]
             with open(log_of(study, run), "wb") as log:
                 one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
                 child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=one_thread)
             children[child] = run
+            said(f"{run.name}: begins")
         collect(0)  # the next part may depend on it
     return len(failed)
 

@@ -166,8 +166,8 @@ def test_a_study_that_is_ended_ends_its_runs(tmp_path: Path) -> None:
         while driver.stderr.readline().count("begins") == 0:
             assert driver.poll() is None
         children = psutil.Process(driver.pid).children()
-        assert children
         driver.send_signal(signal.SIGTERM)
         assert driver.wait(60) == 130
+    assert children
     assert not any(child.is_running() for child in children)
     assert not list((tmp_path / "finetune").glob("*.json"))

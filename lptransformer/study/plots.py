@@ -139,7 +139,7 @@ def draw_costs(chosen: Sequence[Choice], name: str, baseline: Choice | None, out
     if left_out:
         axes.set_title(f"above the axis: {', '.join(left_out)}", loc="left", fontsize=8, color="0.3")
     figure.draw_without_rendering()  # the layout decides how far points are from each other
-    _label_points(axes, [(spent, loss, choice.method) for choice, loss, spent in shown])
+    label_points(axes, [(spent, loss, choice.method) for choice, loss, spent in shown])
     return save(figure, out / f"cost-{name}", svg)
 
 
@@ -150,7 +150,7 @@ def _spent(choice: Choice, name: str) -> float:
     return fmean(last) if last else 0.0
 
 
-def _label_points(axes: Axes, points: Sequence[tuple[float, Estimate, str]]) -> list[Text]:
+def label_points(axes: Axes, points: Sequence[tuple[float, Estimate, str]]) -> list[Text]:
     """A label near every point (x, y, text): the nearest of many places where it covers no label, point or whisker."""
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox

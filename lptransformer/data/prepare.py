@@ -258,7 +258,7 @@ def _write_rows(folder: Path, windows: Iterable[Window], vocab_size: int, addres
 
     def tables() -> Iterator[dict[str, tuple[np.ndarray, Sequence[int]]]]:
         for some in _batched(windows, _ROWS_PER_CHUNK):
-            lists = zip(*some, strict=True)
+            lists = zip(*(one[:3] for one in some), strict=True)  # ids, labelled, starts
             yield {
                 name: (np.concatenate(column), [0, *np.cumsum([len(one) for one in column]).tolist()])
                 for name, column in zip(kinds, lists, strict=True)

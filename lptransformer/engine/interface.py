@@ -97,7 +97,7 @@ def telling_of_wrong_data(call: Callable[Concatenate[Any, P], R]) -> Callable[Co
             store.set(DATA_KEY, str(error))
             store.set("all done", "")  # who has come to its end already does not wait
             raise
-        except LostProcessError:
+        except (LostProcessError, RuntimeError):  # a collective of replicas raises the latter
             with contextlib.suppress(dist.DistError):  # the store may have gone
                 self.check_data()
             raise

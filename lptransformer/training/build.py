@@ -95,11 +95,13 @@ def initialize(
 
 @contextlib.contextmanager
 def leaving_where_refused() -> Iterator[None]:
-    """A program may mend what was refused and call again."""
+    """A program may mend what was refused and call again; a world that was there before stays."""
+    before = torch.distributed.is_initialized()
     try:
         yield
     except UserError:
-        leave()
+        if not before:
+            leave()
         raise
 
 

@@ -279,10 +279,11 @@ TWO, REPLICAS = ("parallel.pipeline=2", "objective.chunks=2"), ("parallel.data=2
 
 
 def test_other_rows_in_another_process_end_the_run(folder: Path, pool: Pool) -> None:
-    answers = pool.run(2, train_on_rows, "later", TWO, 5)
-    for kind, message in answers:
+    """Every process says the same, also one that has come to its end."""
+    for kind, message in pool.run(2, train_on_rows, "later", TWO, 5):
         assert kind == "DataError", message
-        says(message, "update 4, micro-batch 0: pipeline rank 1 (process 1) has other rows", "every process", "same")
+        finder = "pipeline rank 1 (process 1)"
+        says(message, f"update 4, micro-batch 0: {finder} has other rows", "every process", "same order")
 
 
 @pytest.mark.parametrize(
@@ -367,9 +368,13 @@ def test_validation_rows(folder: Path) -> None:
     rows = make_rows(5, seed=1)
     given = {"train_data": make_rows(8), "valid_data": {"held out": rows}, "model": small_model()}
     with initialize({**PRETRAINED, "objective": {"name": "backprop"}}, **given) as engine:
+        with pytest.raises(ConfigError):
+            initialize(CONFIG)  # what is refused leaves this one alone
+        engine.train_batch()
+        model = engine.pretrained_model()
         (report,) = (one for one in engine.eval_batch("held out") if isinstance(one, EvaluationReport))
     with torch.no_grad():
-        loss = small_model()(**padded(rows)).loss.item()
+        loss = model(**padded(rows)).loss.item()
     assert report.nll_sum is not None
     assert report.nll_sum / report.label_tokens == pytest.approx(loss, rel=1e-6)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lptransformer.config.epochs import steps
 from lptransformer.config.schema import Config
 from lptransformer.data.token_set import IGNORE_INDEX, Batch
 from lptransformer.data.train_stream import TrainStream
@@ -94,7 +95,7 @@ def train(config: Config, prototype: str | None) -> Trained:
             schedule.step()
 
     waiting: tuple[Batch, Tensor] | None = None  # the batch before, and the final exit's rows [b, T, H]
-    for index in range(config.train.steps):
+    for index in range(steps(config)):
         batch = stream.batch(index)
         hidden_states = batch.input_ids
         for number, stage in enumerate(stages):
@@ -165,7 +166,7 @@ def _apart(trained: dict[str, nn.Parameter], blueprint: Blueprint, prototype: st
 
 def _schedule(optimizer: torch.optim.Optimizer, config: Config) -> torch.optim.lr_scheduler.LRScheduler:
     train = config.train
-    return build_lr_scheduler(optimizer, train.lr_scheduler, train.steps, train.warmup_steps)
+    return build_lr_scheduler(optimizer, train.lr_scheduler, steps(config), train.warmup_steps)
 
 
 # ---- what it costs

@@ -23,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lptransformer.config.checks import micro_batch_size
+from lptransformer.config.epochs import steps
 from lptransformer.config.load import load
 from lptransformer.config.schema import Config
 from lptransformer.data.prepare import Prepared, prepare_all
@@ -73,11 +74,11 @@ def plain(config: Config, data: Prepared, tied: bool) -> dict[str, Any]:
     torch.manual_seed(train.seed)
     model = AutoModelForCausalLM.from_config(hf_config)
     optimizer = build_optimizer(model.parameters(), config.optimizer, train.learning_rate)
-    lr_scheduler = build_lr_scheduler(optimizer, train.lr_scheduler, train.steps, train.warmup_steps)
+    lr_scheduler = build_lr_scheduler(optimizer, train.lr_scheduler, steps(config), train.warmup_steps)
     sources = [source.tokens for source in data.train]
     stream = TrainStream(sources, None, seed=train.seed, micro_batch_size=micro_batch_size(config))
     started = time.perf_counter()
-    for update in range(train.steps):
+    for update in range(steps(config)):
         for number in range(train.micro_batches_per_update):
             ids = stream.batch(update * train.micro_batches_per_update + number).input_ids
             (model(ids, labels=ids).loss / train.micro_batches_per_update).backward()
@@ -93,7 +94,7 @@ def plain(config: Config, data: Prepared, tied: bool) -> dict[str, Any]:
 
 def _positions(config: Config) -> int:
     train = config.train
-    rows = train.steps * train.micro_batches_per_update * micro_batch_size(config)
+    rows = steps(config) * train.micro_batches_per_update * micro_batch_size(config)
     return rows * (config.data.sequence_length - 1)
 
 

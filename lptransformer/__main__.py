@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from lptransformer.errors import LostProcessError, TrainingError, UserError
 from lptransformer.run_folder import layout
 from lptransformer.training.launcher import (
     add_training_flags,
-    check_until,
     end_written,
     exit_code,
     launch,
@@ -177,17 +177,17 @@ def add_by_stage(sub: argparse.ArgumentParser) -> None:
 def train(args: argparse.Namespace) -> None:
     config = read_config(args)
     auto = config.train.micro_batch_size == "auto"
-    if auto and args.resume:
-        from lptransformer.training.memory import size_of_run_folder
+    if args.resume and (auto or config.train.epochs is not None):
+        from lptransformer.training.memory import as_resumed
 
-        config = size_of_run_folder(config)
+        config = as_resumed(config)
     assert config.run.dir is not None
     folder = Path(config.run.dir)
     # Everything that one process can check and prepare is done before others are started.
     layout.check(folder, config, args.resume, args.overwrite)
     if args.resume:
         hub.keep_to(layout.hub_commits(folder))
-    check_until(config, args.until, args.resume)
+    layout.check_until(config, args.until, args.resume)
     import torch
 
     from lptransformer.data.prepare import prepare_all
@@ -350,6 +350,10 @@ def sweep(args: argparse.Namespace) -> None:
         )
     from lptransformer.study.sweep import run_sweep
 
+    if any(run.config.train.epochs is not None for run in checked.runs):  # which takes their text
+        from lptransformer.training.memory import counted
+
+        checked = replace(checked, runs=tuple(replace(run, config=counted(run.config)) for run in checked.runs))
     run_sweep(checked, args.processes, args.dry_run)
 
 

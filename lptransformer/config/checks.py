@@ -192,12 +192,16 @@ def _one_stage(config: Config, of_run: Objective) -> Iterator[str]:
 
 def _train(config: Config) -> Iterator[str | ConfigError]:
     train, at = config.train, config.at
+    if train.steps is not None and train.epochs is not None:
+        typed = config.is_typed("train.steps") and not config.is_typed("train.epochs")
+        keys = ("train.epochs", "train.steps") if typed else ("train.steps", "train.epochs")
+        yield _no_meaning(config, *keys, why=", which says how long the run is")
     if train.micro_batches_per_update % config.parallel.data:
         yield (
             f"{at('train.micro_batches_per_update')} is not a multiple of {at('parallel.data')}: every replica takes "
             "as many micro-batches of an update"
         )
-    if train.warmup_steps > train.steps:
+    if train.steps is not None and train.warmup_steps > train.steps:
         message = f"{at('train.warmup_steps')} is more than {at('train.steps')}"
         yield NoMeaningError(message, ["train.warmup_steps"], ["train.steps"], instead=train.steps)
     if train.warmup_steps and train.lr_scheduler == "constant":
@@ -221,7 +225,7 @@ def _trace(config: Config) -> Iterator[str | ConfigError]:
         yield f"{at('run.trace')}: updates are counted from 1; give [1, {last}]"
     if first > last:
         yield f"{at('run.trace')}: the first update to trace comes before the last; give [{last}, {first}]"
-    if last > config.train.steps:
+    if config.train.steps is not None and last > config.train.steps:
         message = f"{at('run.trace')}: the last update to trace is above {at('train.steps')}"
         yield NoMeaningError(message, ["run.trace"], ["train.steps"])
     if config.engine == "deepspeed_pipeline":
@@ -260,13 +264,13 @@ def _depth(config: Config, num_layers: int, layers: str) -> Iterator[str | Confi
 
 
 def _hybrid(config: Config) -> Iterator[ConfigError]:
-    options, at = config.objective, config.at
-    if not isinstance(options, objectives.HybridOptions):
+    options, at, steps = config.objective, config.at, config.train.steps
+    if not isinstance(options, objectives.HybridOptions) or steps is None:
         return
-    if options.backprop_every is not None and options.backprop_every > config.train.steps:
+    if options.backprop_every is not None and options.backprop_every > steps:
         message = f"{at('objective.backprop_every')} is more than {at('train.steps')}: no update would be a global one"
         yield NoMeaningError(message, ["objective.backprop_every"], ["train.steps"])
-    if options.backprop_share > 0 and round(options.backprop_share * config.train.steps) == 0:
+    if options.backprop_share > 0 and round(options.backprop_share * steps) == 0:
         message = f"{at('objective.backprop_share')} of {at('train.steps')} is no update: give more, or 0"
         yield NoMeaningError(message, ["objective.backprop_share"], ["train.steps"])
 

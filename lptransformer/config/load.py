@@ -22,6 +22,7 @@ from lptransformer.config.checks import check
 from lptransformer.config.schema import (
     ALSO_CALLED,
     BY_DEFAULT,
+    BY_PROGRAM,
     COMMAND_LINE,
     ONLY_WITH,
     PLAIN,
@@ -70,13 +71,20 @@ FREE_ON_RESUME = (
 )
 
 
-def load(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, saved: bool = False) -> Config:
+def load(
+    source: str | Path | dict[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    saved: bool = False,
+    given: Mapping[str, Any] | None = None,
+) -> Config:
     """The checked configuration from a YAML file or a mapping, with overrides such as "--train.steps=200".
 
     Values of overrides are YAML; they reach into mappings (deepspeed.zero_optimization.stage=2). What is null by
     default and follows from other keys is filled in: run.dir, max_position_embeddings, and for model.pretrained the
     sizes in its config.json and its tokenizer. `saved` says that a run folder holds it: keys may have their old names,
-    and the sizes of model.pretrained are there, so no model folder is opened.
+    and the sizes of model.pretrained are there, so no model folder is opened. `given` are dotted keys with values that
+    a program has as arguments of its own: they win over overrides, and count as typed.
 
     What an override leaves without meaning gives way, where it was not typed too: `notes` of the configuration has a
     line for each (`--objective.name=backprop` over a file that sets objective.chunks).
@@ -97,6 +105,10 @@ def load(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, 
     sections = _admit(raw, origin, origins)
     for text in overrides:
         _override(sections, text, origins)
+    for key, value in (given or {}).items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+        origins[key] = BY_PROGRAM
     notes: list[str] = []
     while True:
         try:
@@ -355,7 +367,9 @@ def _wrong_value(
 
 def _resolve(config: Config, source: str | Path | dict[str, Any], saved: bool) -> None:
     """Fills in what follows from other keys or from model.pretrained."""
-    model = config.model
+    model, train = config.model, config.train
+    if train.epochs is not None and "steps" not in train.model_fields_set:
+        train.steps = None
     if config.run.dir is None:
         config.run.dir = f"runs/{'run' if isinstance(source, dict) else Path(source).stem}"
     if model.pretrained is None:

@@ -37,9 +37,11 @@ from lptransformer.section import (
 )
 
 # Where a value came from, beside files.
-COMMAND_LINE, BY_DEFAULT = "on the command line", "by default"
+COMMAND_LINE, BY_PROGRAM, BY_DEFAULT = "on the command line", "given to initialize", "by default"
 # Code that needs the number takes it from config/checks.micro_batch_size.
 BatchSize = Annotated[Count | Literal["auto"], "a whole number, 1 or more, or auto"]
+MaybeSteps = Annotated[Count | None, "a whole number, 1 or more"]
+MaybeEpochs = Annotated[Annotated[float, Field(gt=0)] | None, "a number above 0, or null"]
 _SOURCES = "a glob, a list of globs, or a mapping of names to globs or to {files, weight, format, fields, valid}"
 Format = Literal["auto", "text", "chat", "completion"]
 _FIELDS = "{text: COLUMN}, {messages: COLUMN} or {prompt: COLUMN, completion: COLUMN}"
@@ -212,7 +214,13 @@ class OptimizerSection(Section):
 
 
 class TrainSection(Section):
-    steps: Count = Field(default=1000, description="updates of every stage")
+    # Code that needs the number takes it from config/epochs.steps: where `epochs` is given there is none yet.
+    steps: MaybeSteps = Field(default=1000, description="updates of every stage")
+    epochs: MaybeEpochs = Field(
+        default=None,
+        description="in place of steps: how often all training windows are seen, a number such as 3 or 1.5; the "
+        "updates are counted when the run starts",
+    )
     micro_batch_size: BatchSize = Field(
         default=8, description="windows per micro-batch; auto: the largest power of two that fits into memory"
     )
@@ -267,7 +275,7 @@ def origin_of(key: str, origins: dict[str, str]) -> str:
 
 
 def is_typed(key: str, origins: dict[str, str]) -> bool:
-    return origin_of(key, origins).endswith(COMMAND_LINE)
+    return origin_of(key, origins).endswith((COMMAND_LINE, BY_PROGRAM))
 
 
 class Config(Section):
@@ -309,7 +317,7 @@ class Config(Section):
         return value
 
     def is_typed(self, key: str) -> bool:
-        """Whether it came from the command line, or follows from what did."""
+        """Whether it came from the command line or a program's arguments, or follows from what did."""
         return is_typed(key, self._origins)
 
     def at(self, key: str) -> str:
@@ -343,6 +351,7 @@ RENAMED = {
 ALSO_CALLED = {
     **dict.fromkeys(("lr", "max_lr", "learning_rate"), "train.learning_rate"),
     **dict.fromkeys(("max_steps", "num_steps", "updates", "iterations", "train_iters"), "train.steps"),
+    **dict.fromkeys(("num_train_epochs", "num_epochs", "n_epochs", "max_epochs"), "train.epochs"),
     **dict.fromkeys(("batch_size", "per_device_train_batch_size", "bs"), "train.micro_batch_size"),
     **dict.fromkeys(("gradient_accumulation_steps", "grad_accum"), "train.micro_batches_per_update"),
     **dict.fromkeys(("seq_len", "seq_length", "block_size", "context_length", "max_length"), "data.sequence_length"),

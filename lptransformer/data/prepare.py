@@ -30,6 +30,7 @@ from lptransformer.data.readers import MANIFEST, Source, describe, documents, ex
 from lptransformer.data.rows import Advance
 from lptransformer.data.token_set import TokenSet, Window, fitting, require_full_window
 from lptransformer.data.tokenizer import Tokenizer
+from lptransformer.data.train_stream import TrainStream
 from lptransformer.errors import ConfigError, DataError
 
 _FORMAT = 1  # part of every content address: raise it when what is written changes
@@ -257,7 +258,7 @@ def _write_rows(folder: Path, windows: Iterable[Window], vocab_size: int, addres
 
     def tables() -> Iterator[dict[str, tuple[np.ndarray, Sequence[int]]]]:
         for some in _batched(windows, _ROWS_PER_CHUNK):
-            lists = zip(*some, strict=True)
+            lists = zip(*(one[:3] for one in some), strict=True)  # ids, labelled, starts
             yield {
                 name: (np.concatenate(column), [0, *np.cumsum([len(one) for one in column]).tolist()])
                 for name, column in zip(kinds, lists, strict=True)
@@ -473,6 +474,16 @@ class Prepared:
             "valid": {name: str(tokens.folder.absolute()) for name, tokens in self.valid.items()},
         }
 
+    def stream(self, seed: int, micro_batch_size: int) -> TrainStream:
+        """The micro-batches of a run over the training sets."""
+        sets, weights = [one.tokens for one in self.train], [one.weight for one in self.train]
+        return TrainStream(sets, weights, seed, micro_batch_size)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """The windows of an epoch, of a mixture as its weights make one."""
+        return self.stream(0, 1).rows_per_epoch
+
 
 def check_ids(ids: Iterable[np.ndarray], source: Source, where: str, tokenizer: Tokenizer, embedded: int) -> None:
     """Raise DataError where a text, whose `ids` come from this source, uses one that the model does not embed.
@@ -521,14 +532,19 @@ def prepare_all(
 
     train, valid, format, fields: see `parse_all`; options: see `Options`. vocab_size counts for the tokenizer
     "sentencepiece" alone, which is trained on the text of `train` (or is the one that made the prepared sets in
-    `train`). Ids of a text must be below `embedded`; None: the model embeds all.
+    `train`); without `train` (None) a program has the rows of training, and there is no such tokenizer. Ids
+    of a text must be below `embedded`; None: the model embeds all.
     Raises DataError or ConfigError for all that can be wrong with the sources, also a training set without one full
     window.
     """
     how = Options(**options)
     tokenizers.check_name(tokenizer)
     train_sources, valid_sources = parse_all(train, valid, format, fields)
-    if not train_sources:
+    if train is None and tokenizer == tokenizers.SENTENCEPIECE:
+        raise ConfigError(
+            "data.tokenizer is sentencepiece, which is trained on training text, and train_data has none: give another"
+        )
+    if train is not None and not train_sources:
         raise ConfigError("data.train: names no text; give a glob, a list of globs or a mapping of names to globs")
     if tokenizer != tokenizers.SENTENCEPIECE:
         opened = tokenizers.load(tokenizer)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,17 +48,24 @@ class Batch:
         """How many positions have a label."""
         return int((self.labels != IGNORE_INDEX).sum())
 
+    @cached_property
+    def digest(self) -> int:
+        """A checksum of ids and labels, above 0: by it processes see that they train on the same rows."""
+        return zlib.crc32(self.labels.numpy().tobytes(), zlib.crc32(self.input_ids.numpy().tobytes())) or 1
+
 
 class Window(NamedTuple):
-    """One row of a set, up to sequence_length tokens. ids: uint16 or int32 [tokens].
+    """One row of a set, up to sequence_length tokens. ids: uint16, int32 or int64 [tokens].
 
     labelled: uint8 [tokens], 1 where a token is to be predicted (never the first one); None: all but the first.
     starts: int32 [documents], where those begin, the first at 0; None where documents are not isolated.
+    labels: int64 [tokens], what is to be predicted in place of each id, -100 for nothing; None: the ids.
     """
 
     ids: np.ndarray
     labelled: np.ndarray | None = None
     starts: np.ndarray | None = None
+    labels: np.ndarray | None = None
 
 
 class Column(NamedTuple):
@@ -181,22 +190,27 @@ def _column(lists: Sequence[Any]) -> Column:
     return Column(values, offsets)
 
 
+def label_count(window: Window) -> int:
+    """The labels of a window, of which no token is without one by `labelled`."""
+    return int((window.labels[1:] != IGNORE_INDEX).sum()) if window.labels is not None else len(window.ids) - 1
+
+
 def make_batch(windows: Sequence[Window], micro_batch_size: int, sequence_length: int) -> Batch:
     import torch
 
     shape = (micro_batch_size, sequence_length)
     input_ids = torch.zeros(shape, dtype=torch.int64)  # [b, T]
     labels = torch.full_like(input_ids, IGNORE_INDEX)  # [b, T]
-    for number, (row, labelled, _) in enumerate(windows):
+    for number, (row, labelled, _, wanted) in enumerate(windows):
         ids = torch.from_numpy(row.astype(np.int64))
         input_ids[number, : len(ids)] = ids
-        labels[number, : len(ids) - 1] = ids[1:]
+        labels[number, : len(ids) - 1] = (ids if wanted is None else torch.from_numpy(wanted))[1:]
         if labelled is not None:
             labels[number, : len(ids) - 1][torch.from_numpy(labelled[1:] == 0)] = IGNORE_INDEX
     if all(window.starts is None for window in windows):
         return Batch(input_ids, labels)
     positions = np.zeros(shape, np.int64)
-    for number, (row, _, starts) in enumerate(windows):
+    for number, (row, _, starts, _) in enumerate(windows):
         positions[number] = positions_of([0] if starts is None else starts, len(row), sequence_length)
     return Batch(input_ids, labels, torch.from_numpy(positions))
 

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from lptransformer.data.token_set import Batch, TokenSet, make_batch, require_full_window
+from lptransformer.data.token_set import Batch, TokenSet, Window, make_batch, require_full_window
 from lptransformer.errors import DataError
+
+
+class RowSet(Protocol):
+    """Rows by their number: data/token_set.TokenSet, data/given_rows.GivenRows."""
+
+    @property
+    def sequence_length(self) -> int: ...
+
+    @property
+    def full_rows(self) -> int:
+        """Rows that training uses, 1 or more."""
+        ...
+
+    def window(self, index: int) -> Window: ...
+
+    def label_counts(self, rows: Iterable[int]) -> Sequence[int] | np.ndarray: ...
 
 
 class TrainStream:
@@ -19,13 +36,14 @@ class TrainStream:
     """
 
     def __init__(
-        self, sets: Sequence[TokenSet], weights: Sequence[float | None] | None, seed: int, micro_batch_size: int
+        self, sets: Sequence[RowSet], weights: Sequence[float | None] | None, seed: int, micro_batch_size: int
     ) -> None:
-        """Raises DataError for a set without a full window. Weights are all numbers above 0, or all None."""
+        """Raises DataError for a token set without a full window. Weights are all numbers above 0, or all None."""
         assert sets and micro_batch_size > 0 and seed >= 0
         assert len({token_set.sequence_length for token_set in sets}) == 1, "sets of different sequence length"
         for token_set in sets:
-            require_full_window(token_set)
+            if isinstance(token_set, TokenSet):
+                require_full_window(token_set)
         rows = [token_set.full_rows for token_set in sets]
         given = [weight for weight in weights or [] if weight is not None]
         assert len(given) in (0, len(sets)), "a weight for every set, or for none"

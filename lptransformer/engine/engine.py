@@ -25,6 +25,7 @@ from lptransformer.engine.interface import (
     UpdateResult,
     ValidSet,
     gather_reports,
+    telling_of_wrong_data,
 )
 from lptransformer.engine.p2p import Control, Frame, Header, Kind, Neighbours, open_channels
 from lptransformer.engine.process_groups import World, any_replica
@@ -78,6 +79,7 @@ class LocalUpdateEngine(TrainingEngine):
 
     # ------------------------------------------------------------------------------------------ the calls
 
+    @telling_of_wrong_data
     def train_batch(self) -> UpdateResult:
         """See TrainingEngine. No stage waits for another's optimizer."""
         started, waited = time.perf_counter(), self.waited_seconds
@@ -102,6 +104,7 @@ class LocalUpdateEngine(TrainingEngine):
         self._stop_when_skipping(reports, done)
         return UpdateResult(self.update, done.control, reports)
 
+    @telling_of_wrong_data
     @torch.no_grad()
     def eval_batch(
         self, name: str, advance: Callable[[int], None] = lambda done: None, *, stoppable: bool = True

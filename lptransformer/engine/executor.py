@@ -16,6 +16,7 @@ from lptransformer.engine.clipping import ClipGroup, local_clip_groups
 from lptransformer.engine.deepspeed_stage import FrozenStage, StepResult, TrainedStage
 from lptransformer.engine.p2p import Control, Header, Kind, Neighbours
 from lptransformer.engine.process_groups import World
+from lptransformer.errors import DataError
 from lptransformer.methods.gradient_flow import Duty
 from lptransformer.methods.schedule import RECV_B, RECV_F, SEND_B, SEND_F, Action, Pattern, one_update
 from lptransformer.models.blueprint import Blueprint
@@ -263,6 +264,12 @@ class Executor:
         update, micro_batch = self._of(action)
         header, hidden_states = self.neighbours.below.receive()
         self._check(header, Kind.TRAIN, update, micro_batch)
+        if header.digest not in (0, self._batch(micro_batch).digest):
+            raise DataError(
+                f"update {update.number + 1}, micro-batch {header.micro_batch}: pipeline rank "
+                f"{self.world.pipeline_rank} (process {self.world.global_rank}) has other rows than the one below: "
+                "every process must be given the same training data, in the same order"
+            )
         update.control |= header.control
         self._hidden[action.stage - 1, micro_batch] = hidden_states
 
@@ -271,7 +278,8 @@ class Executor:
         update, micro_batch = self._of(action)
         if self.world.pipeline_rank == 0 and (micro_batch + 1) % self.rounds == 0:
             update.control = self.decide()
-        header = Header(Kind.TRAIN, update.number, self.index(micro_batch), update.control)
+        digest = self._batch(micro_batch).digest
+        header = Header(Kind.TRAIN, update.number, self.index(micro_batch), update.control, digest)
         self.neighbours.above.send(header, self._hidden.pop((action.stage, micro_batch)))
 
     def _receive_gradient(self, stage: LocalStage, action: Action) -> None:

@@ -20,6 +20,7 @@ from lptransformer.data.token_set import IGNORE_INDEX, Batch
 from lptransformer.engine.interface import Stream
 from lptransformer.engine.p2p import translate_broken_channel
 from lptransformer.engine.process_groups import World, translate_lost_processes
+from lptransformer.errors import DataError
 from lptransformer.methods.heads import HEADS
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.head import FittedMap
@@ -134,7 +135,12 @@ def _first_tokens(blueprint: Blueprint, stream: Stream) -> Iterator[tuple[Batch,
             tokens = ((number + 1) * rows - after["offset"]) // after["epoch"] * length
         if done >= min(tokens, FIT_TOKENS):
             return
-        batch = stream.batch(number)
+        try:
+            batch = stream.batch(number)
+        except DataError:
+            if number == 0:
+                raise
+            return  # rows without a length have ended; what is wrong with a row is said when it is its turn
         counted = torch.arange(done, done + rows * length).view(rows, length) < min(tokens, FIT_TOKENS)
         labelled = batch.labels != IGNORE_INDEX
         counted[:, 1:] &= labelled.flip(1).cummax(1).values.flip(1)[:, :-1]  # what is behind the last label is padding

@@ -7,21 +7,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lptransformer.data.token_set import Batch, whole_rounds
 from lptransformer.engine.p2p import Control
 from lptransformer.engine.process_groups import World, leave
-from lptransformer.errors import RunError
+from lptransformer.errors import DataError, LostProcessError, RunError
 from lptransformer.methods.cost import labels_seen
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models.adapters import merged
@@ -31,6 +34,9 @@ from lptransformer.processes import peak_memory_bytes
 from lptransformer.run_folder import checkpoint, layout
 from lptransformer.run_folder.metrics import EvaluationReport, StageReport, TraceReport, report_from_dict
 
+P = ParamSpec("P")
+R = TypeVar("R")
+DATA_KEY = "wrong data"  # in the store: what a process found
 Report = StageReport | EvaluationReport | TraceReport
 
 
@@ -76,6 +82,27 @@ class EngineOptions:
     max_skipped_updates: int
     channel: str = "gloo"
     trace: Sequence[int] | None = None
+
+
+def telling_of_wrong_data(call: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """A call of an engine in which what one process finds wrong with its rows ends all: the others raise the same
+    DataError, not that a process has gone."""
+
+    @wraps(call)
+    def told(self: TrainingEngine, *args: P.args, **named: P.kwargs) -> R:
+        store = self.world.store
+        try:
+            return call(self, *args, **named)
+        except DataError as error:
+            store.set(DATA_KEY, str(error))
+            store.set("all done", "")  # who has come to its end already does not wait
+            raise
+        except (LostProcessError, RuntimeError):  # a collective of replicas raises the latter
+            with contextlib.suppress(dist.DistError):  # the store may have gone
+                self.check_data()
+            raise
+
+    return told
 
 
 class TrainingEngine(ABC):
@@ -164,14 +191,21 @@ class TrainingEngine(ABC):
         elif self.world.pipeline_rank == 0:
             self._requested |= control
 
+    @telling_of_wrong_data
     def close(self) -> list[Report]:
         """Leave the run, when every process has come to its end; returns the last reports on global rank 0."""
         self._finish()
         self.world.wait_for_the_end()
+        self.check_data()
         reports = gather_reports(self.world, []) if self.world.global_rank == 0 else []
         self._release()
         leave(self.world)
         return reports
+
+    def check_data(self) -> None:
+        """Raises DataError where another process has found something wrong with its rows."""
+        if self.world.store.check([DATA_KEY]):
+            raise DataError(self.world.store.get(DATA_KEY).decode())
 
     @property
     def global_steps(self) -> int:
@@ -202,6 +236,8 @@ class TrainingEngine(ABC):
             self.close()
             return
         self._release()
+        if isinstance(error, DataError):
+            self.world.leave_the_store()
         leave(self.world)
 
     @property

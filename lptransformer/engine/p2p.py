@@ -50,6 +50,7 @@ class Header:
     update: int
     micro_batch: int
     control: Control = Control.NOTHING
+    digest: int = 0  # of the micro-batch's rows (data/token_set.Batch.digest), 0 where none is told
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ class Sender:
     def send(self, header: Header, tensor: Tensor) -> None:
         """Start sending; returns once the message before this one has left."""
         self.flush()
-        ints = torch.tensor([header.kind, header.update, header.micro_batch, header.control] + [0] * (HEADER_INTS - 4))
-        self.buffer[:HEADER_BYTES].view(torch.int64).copy_(ints)
+        ints = [header.kind, header.update, header.micro_batch, header.control, header.digest]
+        padded = torch.tensor(ints + [0] * (HEADER_INTS - len(ints)))
+        self.buffer[:HEADER_BYTES].view(torch.int64).copy_(padded)
         self.frame.write(self.buffer, tensor)
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             if self.stream:
@@ -144,10 +146,10 @@ class Receiver:
         if self.stream:  # wait() has only ordered the current stream behind the transfer
             torch.cuda.current_stream(self.frame.device).synchronize()
         self.waited_seconds += time.perf_counter() - started
-        kind, update, micro_batch, control, *_ = buffer[:HEADER_BYTES].cpu().view(torch.int64).tolist()
+        kind, update, micro_batch, control, digest, *_ = buffer[:HEADER_BYTES].cpu().view(torch.int64).tolist()
         tensor = self.frame.read(buffer)
         self._post(buffer)
-        return Header(Kind(kind), update, micro_batch, Control(control)), tensor
+        return Header(Kind(kind), update, micro_batch, Control(control), digest), tensor
 
 
 @contextlib.contextmanager

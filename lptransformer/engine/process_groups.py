@@ -92,7 +92,7 @@ class World:
         except UserError:
             first = self.store.add(REFUSED, 1) == 1
             self.store.set("all started", "")
-            self._leave_the_store()
+            self.leave_the_store()
             if first:
                 raise
             raise SystemExit(UserError.exit_code) from None
@@ -101,10 +101,10 @@ class World:
                 if not self.store.check([REFUSED]):
                     raise
         if self.store.check([REFUSED]):
-            self._leave_the_store()
+            self.leave_the_store()
             raise SystemExit(UserError.exit_code)
 
-    def _leave_the_store(self) -> None:
+    def leave_the_store(self) -> None:
         """Global rank 0 keeps the store until the others have left it, or for a while: some may be stuck."""
         if self.global_rank != 0:
             self.store.queue_push("leaving", "")

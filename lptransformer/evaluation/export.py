@@ -65,7 +65,7 @@ def export_run(
     _check_empty(out)
     update = trained_model.find_update(run, step)
     if not (run / layout.TOKENIZER).is_dir():
-        raise RunError(f"{run} has no folder {layout.TOKENIZER}: a run keeps its tokenizer there")
+        raise RunError(f"{run} has no folder {layout.TOKENIZER}: {layout.WITHOUT_TOKENIZER}")
     with bar("exporting", 2 * len(checkpoint.stage_folders(run, update))) as advance:  # reading, then writing
         model = trained_model.load(run, update, advance=advance)
         stages = model.stages[: stage_of_exit(model, exit_block).plan.index + 1]

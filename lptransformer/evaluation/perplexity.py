@@ -178,7 +178,7 @@ def tokenizer_folder(target: Target) -> Path:
     if target.update is None:
         return target.folder
     if not (target.folder / layout.TOKENIZER).is_dir():
-        raise RunError(f"{target.folder} has no folder {layout.TOKENIZER}: a run keeps its tokenizer there")
+        raise RunError(f"{target.folder} has no folder {layout.TOKENIZER}: {layout.WITHOUT_TOKENIZER}")
     return target.folder / layout.TOKENIZER
 
 

@@ -63,6 +63,7 @@ class Blueprint:
     `copy_lags` in updates of those whose head holds read-only copies, `codecs` of those whose output is encoded for the
     next one. Sizes: windows in a micro-batch, tokens in a window, micro-batches in an update (over all replicas). With
     `tied` embedding and readout are one matrix in training; weights that a pattern of `freeze` names do not train.
+    `steps` is 0 where the updates of `train.epochs` are not counted yet.
     Where there are `adapters` they train in place of the model's own weights.
     """
 
@@ -222,7 +223,7 @@ def _laid_out(
         dtype=train.dtype,
         zero_stage=zero_stage(config),
         seed=train.seed,
-        steps=train.steps,
+        steps=train.steps or 0,
         replicas=config.parallel.data,
         micro_batch_size=windows,
         sequence_length=length,

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from lptransformer import files
 from lptransformer.errors import ModelError
@@ -183,19 +183,10 @@ def pieces(whole: Any, config: Any, parts: Anatomy, cut: Sequence[range]) -> lis
     made = []
     for blocks in cut:
         final = blocks.stop == config.num_hidden_layers
-        piece = split.new_piece(config, parts, blocks, blocks.start == 0, final, None)
-        for below, module in _named(parts, piece).items():
-            module.load_state_dict({name: state[f"{below}.{name}"] for name in module.state_dict()})
+        piece = split.copied_piece(state, config, parts, blocks, blocks.start == 0, final)
         piece.base.eval()
         made.append(piece)
     return made
-
-
-def _named(parts: Anatomy, piece: Piece) -> dict[str, nn.Module]:
-    """The modules of a piece by their names in the whole model."""
-    named = {parts.base: piece.base, parts.norm: piece.norm, parts.projection: piece.projection}
-    named[parts.lm_head] = piece.readout
-    return {name: module for name, module in named.items() if name is not None and module is not None}
 
 
 def hidden_states(joined: Sequence[Piece], ids: Tensor, **named: Any) -> Tensor:
@@ -212,7 +203,7 @@ def _gradients(parts: Anatomy, joined: Sequence[Piece]) -> dict[str, Tensor]:
     return {
         f"{below}.{name}": torch.zeros_like(weight) if weight.grad is None else weight.grad
         for piece in joined
-        for below, module in _named(parts, piece).items()
+        for below, module in split.named_modules(piece, parts).items()
         for name, weight in module.named_parameters()
     }
 

@@ -1,13 +1,16 @@
-"""Configurations of Hugging Face causal language models: new ones, of a folder, of a run; empty models of them."""
+"""Configurations of Hugging Face causal language models: new ones, of a folder, of a run, of a model in memory; empty
+models of them."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
@@ -72,6 +75,37 @@ def read_config(folder: str | Path) -> Any:
     if why := _no_causal_lm(config):
         raise ModelError(f"{where}: {why}")
     return for_training(config)
+
+
+def described(model: Any, scratch: Path) -> tuple[Path, dict[str, Tensor]]:
+    """A folder below `scratch` with what `save_pretrained` writes of a model but its weights; those as they are in
+    memory, not copied, by name.
+
+    Raises ModelError for what is no plain causal LM of the library.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"model is a {type(model).__name__}: give a folder, OWNER/NAME, or a transformers causal LM")
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], model.dtype
+    folder = scratch / (Path(model.name_or_path).name or type(model).__name__)
+    folder.mkdir()
+    (folder / "config.json").write_text(config.to_json_string())
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.to_json_file(folder / "generation_config.json")
+    read, name = read_config(folder), type(model).__name__
+    right = model_class(read)
+    if name != right.__name__:
+        raise ModelError(f"model is a {name}: what is trained is its causal LM, {right.__name__}")
+    weights = model.state_dict()
+    for wanted, shape in ((one, weight.shape) for one, weight in empty_model(right, read).state_dict().items()):
+        found = weights.get(wanted)
+        if found is None or found.shape != shape or found.is_meta or not found.is_floating_point():
+            has = "none" if found is None else f"one of {found.dtype}, {tuple(found.shape)}, on {found.device}"
+            raise ModelError(
+                f"model, a {name}: for the weight {wanted} {tuple(shape)} it has {has}: give a model without adapters, "
+                "quantization or offloading"
+            )
+    return folder, weights
 
 
 def _no_causal_lm(config: Any) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from lptransformer import hub
 from lptransformer.errors import ModelError
@@ -170,6 +170,23 @@ def new_head_blocks(config: Any, parts: Anatomy, block: int, like: range, seed: 
             with _seeded(seed, f"head {block} block {number}"):
                 model.get_submodule(f"{parts.blocks}.{index}").apply(model._init_weights)
     return _finish(model, parts, False).base
+
+
+def named_modules(piece: Piece, parts: Anatomy) -> dict[str, nn.Module]:
+    """The modules of a piece by their names in the whole model."""
+    named = {parts.base: piece.base, parts.norm: piece.norm, parts.projection: piece.projection}
+    named[parts.lm_head] = piece.readout
+    return {name: module for name, module in named.items() if name is not None and module is not None}
+
+
+def copied_piece(
+    weights: Mapping[str, Tensor], config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool
+) -> Piece:
+    """The owned parts, fp32 on the CPU, with copies of what a whole model's `state_dict()` has for them."""
+    piece = new_piece(config, parts, blocks, embedding, final, None)
+    for below, module in named_modules(piece, parts).items():
+        module.load_state_dict({name: weights[f"{below}.{name}"] for name in module.state_dict()})
+    return piece
 
 
 def load_piece(folder: str | Path, config: Any, parts: Anatomy, blocks: range, embedding: bool, final: bool) -> Piece:

@@ -39,12 +39,13 @@ from lptransformer.models.head import (
 )
 from lptransformer.models.hf_parts import Anatomy
 from lptransformer.models.router_loss import RouterLoss
-from lptransformer.models.split import Piece, load_piece, new_head, new_head_blocks, new_piece
+from lptransformer.models.split import Piece, copied_piece, load_piece, new_head, new_head_blocks, new_piece
 
 if TYPE_CHECKING:
     from lptransformer.models.blueprint import Blueprint
 
 Pull = Callable[[Tensor], Tensor]
+Pretrained = str | Path | Mapping[str, Tensor]  # a model folder, or the `state_dict()` of a whole model
 
 
 class StageOutput(NamedTuple):
@@ -152,9 +153,9 @@ def _pull(hidden_states: Tensor, inputs: Tensor, gradient: Tensor) -> Tensor:
 
 
 def make_stage(
-    plan: StagePlan, blueprint: Blueprint, *, seed: int | None, pretrained: str | Path | None = None
+    plan: StagePlan, blueprint: Blueprint, *, seed: int | None, pretrained: Pretrained | None = None
 ) -> Stage:
-    """A stage in fp32 on the CPU: new, or from the tensors it owns in the model folder `pretrained`.
+    """A stage in fp32 on the CPU: new, or from the tensors it owns of the model `pretrained`.
 
     An auxiliary head is what the blueprint says; the last stage's head is the model's own. With `seed` None the weights
     of a new stage are for the caller to fill in.
@@ -179,14 +180,16 @@ def empty_head(block: int, blueprint: Blueprint) -> Head:
 
 
 def _pieces(
-    blueprint: Blueprint, seed: int | None, pretrained: str | Path | None
+    blueprint: Blueprint, seed: int | None, pretrained: Pretrained | None
 ) -> Callable[[range, bool, bool], Piece]:
-    """What gives parts of the model by blocks, embedding and final norm and readout: new ones, or those of a folder."""
+    """What gives parts of the model by blocks, embedding and final norm and readout: new ones, or those of a model."""
     config, parts = blueprint.model_config, blueprint.parts
 
     def piece(blocks: range, embedding: bool, final: bool) -> Piece:
         if pretrained is None:
             return new_piece(config, parts, blocks, embedding, final, seed)
+        if isinstance(pretrained, Mapping):
+            return copied_piece(pretrained, config, parts, blocks, embedding, final)
         return load_piece(pretrained, config, parts, blocks, embedding, final)
 
     return piece

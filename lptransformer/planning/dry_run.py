@@ -32,7 +32,7 @@ def dry_run(config: Config) -> None:
     """
     blueprint = unprepared(config)
     print_stages(f"dry run: {config.run.dir} is not touched", config, blueprint)
-    print(_flops_text(blueprint))
+    print(_flops_text(config, blueprint))
     if config.engine != "local":
         print(
             f"{config.at('engine')}: the memory of DeepSpeed's own pipeline is not predicted; the same with "
@@ -78,9 +78,11 @@ def _precision(config: Config, blueprint: Blueprint, **how: Any) -> Precision:
     return precision(blueprint.dtype, optimizer, deepspeed, zero_stage=zero_stage, replicas=replicas, **how)
 
 
-def _flops_text(blueprint: Blueprint) -> str:
+def _flops_text(config: Config, blueprint: Blueprint) -> str:
     steps = blueprint.steps
     tokens = blueprint.micro_batches * blueprint.micro_batch_size * blueprint.sequence_length
+    if not steps:
+        return f"an update: {tokens} tokens; {config.at('train.epochs')}: its updates are counted when the run starts"
     total = flops.spent(blueprint.objective, blueprint.costs, steps, steps).total * tokens
     return f"an update: {tokens} tokens, {total / steps:.3g} FLOPs; {steps} updates: {total:.3g} FLOPs"
 

@@ -10,6 +10,7 @@ from glob import glob
 from typing import TYPE_CHECKING, Any
 
 from lptransformer.config.checks import micro_batch_size
+from lptransformer.config.epochs import steps
 from lptransformer.config.schema import Config
 from lptransformer.errors import ConfigError, UserError
 from lptransformer.methods.codecs import CODECS
@@ -85,7 +86,7 @@ def make(
     compared = not objective.is_backprop and len(objective.trained) == objective.num_blocks
     own = f"{_method(config)}, as configured" if compared else None
     options: dict[str, Any] = {"zero_stage": blueprint.zero_stage}
-    options |= {"head": label(blueprint.head), "steps": blueprint.steps}
+    options |= {"head": label(blueprint.head), "steps": steps(config)}
     methods, bounds = candidates.methods(work, cluster, own, objective, **options)
     if not methods:
         raise ConfigError(no_split)

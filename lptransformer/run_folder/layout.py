@@ -28,12 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from lptransformer import files, hub
+from lptransformer.config.epochs import steps
 from lptransformer.config.load import load, resume_differences, to_dict, to_yaml
 from lptransformer.config.schema import Config
-from lptransformer.errors import RunError
+from lptransformer.errors import ConfigError, RunError
 
 CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL = "config.yaml", "environment.json", "tokenizer", "data.json", "model.json"
 ENDED, PRETRAINED = "ended.json", "pretrained"
+WITHOUT_TOKENIZER = "a run keeps its tokenizer there; one on rows of a program has that which data.tokenizer names"
 COMMAND_VARIABLE = "LPTRANSFORMER_COMMAND"  # what a person typed, for the processes that a launcher starts
 # All that a run can leave in its folder: what --overwrite removes, and nothing else.
 CONTENTS = (
@@ -80,17 +82,32 @@ def check(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
     from lptransformer.run_folder import checkpoint
 
     done = checkpoint.latest(folder)
-    if done >= config.train.steps:
-        message = f"{folder} is complete: {done} updates of train.steps = {config.train.steps}; nothing to resume"
+    if done >= steps(config):
+        message = f"{folder} is complete: {done} updates of train.steps = {steps(config)}; nothing to resume"
         raise RunError(message, command=f"report {folder}")
+
+
+def check_until(config: Config, until: int | None, resume: bool) -> None:
+    """Raises RunError when --until names no update of the run, or one that the run to be resumed has done already."""
+    if until is None:
+        return
+    if config.train.steps is not None and not 1 <= until <= config.train.steps:
+        raise RunError(f"--until={until}: give an update from 1 to train.steps = {config.train.steps}")
+    if resume:
+        from lptransformer.run_folder import checkpoint
+
+        assert config.run.dir is not None
+        done = checkpoint.latest(config.run.dir)
+        if done >= until:
+            raise RunError(f"--until={until}: {config.run.dir} already has {done} updates; nothing to resume")
 
 
 def _is_complete(folder: Path, config: Config) -> bool:
     """Whether the run there has all of its updates, as far as its folder says so."""
     try:
         ended = json.loads((folder / ENDED).read_text())
-        return ended["how"] == "finished" and ended["update"] >= config.train.steps
-    except (OSError, ValueError, KeyError):
+        return ended["how"] == "finished" and ended["update"] >= steps(config)
+    except (OSError, ValueError, KeyError, ConfigError):
         return False
 
 
@@ -110,7 +127,7 @@ def create(
     folder: Path,
     config: Config,
     model_config: Mapping[str, Any],
-    tokenizer_folder: Path,
+    tokenizer_folder: Path | None,
     data: Mapping[str, Any],
     overwrite: bool,
 ) -> None:
@@ -119,7 +136,8 @@ def create(
         raise RunError(f"run.dir is {folder}: another run has started there meanwhile; choose another --run.dir=...")
     remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(tokenizer_folder, folder / TOKENIZER)
+    if tokenizer_folder is not None:
+        shutil.copytree(tokenizer_folder, folder / TOKENIZER)
     (folder / DATA).write_text(json.dumps(data, indent=1) + "\n")
     (folder / MODEL).write_text(json.dumps(model_config, indent=1) + "\n")
     if config.model.pretrained is not None:

@@ -46,9 +46,9 @@ def build(run: Path, identity: Mapping[str, Any] | None = None) -> Record:
     return {
         "format": FORMAT,
         **{key: identity[key] for key in IDENTITY if key in identity},
-        "complete": done >= train.steps,
+        "complete": done >= blueprint.steps,
         "updates": done,
-        "steps": train.steps,
+        "steps": blueprint.steps,
         "tokens_per_update": positions,
         "seconds": _short(updates[-1]["seconds"]),
         "tokens_per_second": _short(median(row["tokens_per_second"] for row in steady)),

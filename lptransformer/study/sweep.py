@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lptransformer import files
+from lptransformer.config.epochs import steps
 from lptransformer.config.load import resume_differences, to_dict
 from lptransformer.console import print_table
 from lptransformer.data.prepare import prepare_all
@@ -143,14 +144,14 @@ class Supervisor:
         """The updates of a method's runs."""
         if self.sweep.halving is not None:
             return planned_updates(settings, self.sweep.halving)
-        return sum(self.runs[name].config.train.steps for members in settings.values() for name in members)
+        return sum(steps(self.runs[name].config) for members in settings.values() for name in members)
 
     def _decide(self) -> None:
         """Target and status of every run that no process is working on."""
         failed = {state.name for state in self.states.values() if state.status == FAILED}
         for settings in self.sweep.methods.values():
             names = [name for members in settings.values() for name in members]
-            target = {name: self.runs[name].config.train.steps for name in names}
+            target = {name: steps(self.runs[name].config) for name in names}
             if self.sweep.halving is not None:
                 target = targets(settings, self.sweep.halving, self._score_at, failed)
             for name in names:
@@ -160,7 +161,7 @@ class Supervisor:
                     continue
                 if state.target not in self.scores[name]:
                     state.status = WAITING
-                elif state.target == self.runs[name].config.train.steps:
+                elif state.target == steps(self.runs[name].config):
                     state.status = DONE
                 else:
                     state.status = DROPPED if max(target.values()) > state.target else AT_RUNG
@@ -182,7 +183,7 @@ class Supervisor:
             flags = ["--resume"]
         else:
             flags = ["--overwrite"] if layout.holds_run(run.folder) else []
-        flags += [f"--until={state.target}"] if state.target < run.config.train.steps else []
+        flags += [f"--until={state.target}"] if state.target < steps(run.config) else []
         threads = max(1, len(os.sched_getaffinity(0)) // (self.processes * run.processes))
         with (run.folder / LOG).open("ab") as log:
             begin = log.tell()

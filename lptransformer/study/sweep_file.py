@@ -189,6 +189,9 @@ def _halving(file: Path, raw: Any, runs: Sequence[Run]) -> Halving:
     if type(keep) not in (int, float) or not 0 < keep < 1:
         raise ConfigError(f"{where}: keep is {keep!r}: a share between 0 and 1")
     for run in runs:
+        if run.config.train.epochs is not None:
+            at = run.config.at("train.epochs")
+            raise ConfigError(f"{where} counts updates, and run {run.name} has {at}: give train.steps")
         if run.config.train.steps != updates[-1]:
             raise ConfigError(
                 f"{where}: the last of updates is {updates[-1]}, but run {run.name} has "

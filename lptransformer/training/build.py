@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,68 +15,118 @@ from torch import Tensor
 
 from lptransformer import hub
 from lptransformer.config.checks import check_world_size
-from lptransformer.config.load import load
+from lptransformer.config.epochs import steps, with_steps
+from lptransformer.config.load import load, to_dict
 from lptransformer.config.schema import Config
+from lptransformer.data import given_rows
 from lptransformer.data.prepare import Prepared, prepare_all
+from lptransformer.data.tokenizer import SENTENCEPIECE
+from lptransformer.data.tokenizer import load as load_tokenizer
 from lptransformer.data.train_stream import TrainStream
 from lptransformer.engine.deepspeed_pipeline import Built, PipelineBaseline
 from lptransformer.engine.deepspeed_stage import FrozenStage, TrainedStage, deepspeed_config
 from lptransformer.engine.engine import LocalUpdateEngine
 from lptransformer.engine.executor import LocalStage
-from lptransformer.engine.fitting import fit_heads
+from lptransformer.engine.fitting import FIT_TOKENS, fit_heads
 from lptransformer.engine.interface import EngineOptions, Stream, TrainingEngine, ValidSet
 from lptransformer.engine.optimizer import build_lr_scheduler, build_optimizer
-from lptransformer.engine.process_groups import World, join, translate_lost_processes
-from lptransformer.errors import ConfigError
+from lptransformer.engine.process_groups import World, join, leave, translate_lost_processes
+from lptransformer.errors import ConfigError, DataError, UserError
 from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.heads import HEADS
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models import blueprint as blueprints
 from lptransformer.models import family_check
 from lptransformer.models.blueprint import Blueprint
+from lptransformer.models.hf_config import described
 from lptransformer.models.stage import Stage, for_training, make_stage
 from lptransformer.processes import launched_size, use_fair_share_of_cores
 from lptransformer.run_folder import layout
-from lptransformer.training.memory import agreed
+from lptransformer.training.memory import Given, agreed
 from lptransformer.training.this_host import check_host
 
 
 def initialize(
-    source: str | Path | dict[str, Any] | Config, overrides: Sequence[str] = (), *, force: bool = False
+    source: str | Path | dict[str, Any] | Config,
+    overrides: Sequence[str] = (),
+    *,
+    train_data: Any = None,
+    valid_data: Mapping[str, Any] | None = None,
+    model: Any = None,
+    force: bool = False,
 ) -> TrainingEngine:
     """The engine of this process, from a YAML file or a dictionary; training data is prepared where it is missing.
 
     Every process of the run calls this. Then `engine.train_batch()`, `engine.eval_batch(name)`,
     `engine.save_checkpoint(folder)`, `engine.load_checkpoint(folder)`, and `engine.close()` at the end.
+
+    `train_data` takes the place of data.train: a datasets.Dataset, a list, or any iterable of rows {input_ids, labels},
+    the same in every process; labels as in Hugging Face (not shifted, -100 for none; without them the ids). What has a
+    length is shuffled in every epoch as text is, an iterable is read in order and resumes by skipping. `valid_data` are
+    validation sets of such rows by name, each with a length. `model` takes the place of model.pretrained: a folder,
+    OWNER/NAME, or a causal LM of transformers in memory, whose weights are copied.
+
     With `force` it starts even where the memory is predicted not to do. Raises ConfigError, DataError or ModelError for
     what the caller can mend.
     """
-    return start(source if isinstance(source, Config) else load(source, overrides), force=force)[0]
+    if valid_data is not None and train_data is None:
+        raise ConfigError("valid_data goes with train_data; beside text give data.valid")
+    given: dict[str, Any] = {} if train_data is None else {"data.train": "train_data"}
+    weights: Mapping[str, Tensor] | None = None
+    with leaving_where_refused(), contextlib.ExitStack() as until_the_end:
+        if isinstance(model, str | Path):
+            given["model.pretrained"] = str(model)
+        elif model is not None:
+            scratch = until_the_end.enter_context(tempfile.TemporaryDirectory(prefix="lptransformer-"))
+            folder, weights = described(model, Path(scratch))
+            given["model.pretrained"] = str(folder)
+        if not isinstance(source, Config):
+            config = load(source, overrides, given=given)
+        else:
+            config = load(to_dict(source), given=given) if given else source
+        if train_data is not None:
+            engine = start_on_rows(config, train_data, valid_data or {}, weights, force)
+        else:
+            if weights is not None and config.data.tokenizer == config.model.pretrained:
+                raise ConfigError("model is in memory and has no tokenizer for data.train: give data.tokenizer")
+            engine = start(config, force=force, weights=weights)[0]
+        # config.json of a model in memory is read until the run has a folder.
+        weakref.finalize(engine, until_the_end.pop_all().close)
+        return engine
 
 
-def start(config: Config, resume: bool = False, force: bool = False) -> tuple[TrainingEngine, Prepared, Config]:
+@contextlib.contextmanager
+def leaving_where_refused() -> Iterator[None]:
+    """A program may mend what was refused and call again; a world that was there before stays."""
+    before = torch.distributed.is_initialized()
+    try:
+        yield
+    except UserError:
+        if not before:
+            leave()
+        raise
+
+
+def start(
+    config: Config, resume: bool = False, force: bool = False, weights: Mapping[str, Tensor] | None = None
+) -> tuple[TrainingEngine, Prepared, Config]:
     """Join the world, see that the run fits, prepare the data, build this process's stages.
 
     The configuration that is returned has a number for `train.micro_batch_size: auto`, when `resume` is given that of
-    the run folder. With `force` nobody asks whether the run fits.
+    the run folder, and for train.epochs. With `force` nobody asks whether the run fits. `weights` are those of
+    model.pretrained where they are in memory.
     """
-    check_world_size(config, launched_size())
-    check_host(config)
-    use_fair_share_of_cores()
-    world = join_world(config)
+    world = enter(config)
     with translate_lost_processes():
         config = agreed(config, world, resume, force)
-        fetch_once(config, world)
+        if weights is None:
+            fetch_once(config, world)
         data = prepare_once(config, world)
+        config = counted_once(config, world, data.rows_per_epoch)
     blueprint = blueprints.make_blueprint(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
     check_isolation(config, blueprint, data)
-    stream = TrainStream(
-        [source.tokens for source in data.train],
-        [source.weight for source in data.train],
-        seed=config.train.seed,
-        micro_batch_size=blueprint.micro_batch_size,
-    )
-    engine = build_engine(config, world, blueprint, stream, data.valid, fit=not resume)
+    stream = data.stream(config.train.seed, blueprint.micro_batch_size)
+    engine = build_engine(config, world, blueprint, stream, data.valid, weights, fit=not resume)
 
     def describe_run(folder: Path, overwrite: bool) -> None:
         model = blueprint.model_config.to_dict()
@@ -81,6 +134,105 @@ def start(config: Config, resume: bool = False, force: bool = False) -> tuple[Tr
 
     engine.describe_run = describe_run
     return engine, data, config
+
+
+def start_on_rows(
+    config: Config,
+    train_data: Any,
+    valid_data: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None,
+    force: bool,
+) -> TrainingEngine:
+    """`start` on rows that a program has, with the sets of data.valid beside those of `valid_data`.
+
+    The vocabulary is that of a pretrained model; of a new one that of data.tokenizer, else data.vocab_size.
+    """
+    if not isinstance(config.data.valid, dict):
+        raise ConfigError(f"{config.at('data.valid')}: of train_data nothing is held out: give valid_data or files")
+    if twice := sorted(valid_data.keys() & config.data.valid.keys()):
+        raise ConfigError(f"valid_data and data.valid have both a set {twice[0]}: give one of them another name")
+    world = enter(config)
+    with translate_lost_processes():
+        if weights is None:
+            fetch_once(config, world)
+        beside = prepare_beside_rows(config, world)
+        tokenizer = beside.tokenizer if beside else None
+        size = tokenizer.vocab_size if tokenizer else config.data.vocab_size
+        end_of_text_id = tokenizer.end_of_text_id if tokenizer else None
+        length, vocab_size = config.data.sequence_length, blueprints.embedded(config) or size
+        rows = given_rows.sized(train_data, length, vocab_size)
+        valid = given_rows.valid_sets(valid_data, length, vocab_size)
+        many = None if rows is None else rows.full_rows
+
+        def draw(config: Config) -> Blueprint:
+            return blueprints.make_blueprint(config, size, end_of_text_id)
+
+        config = counted_once(agreed(config, world, False, force, Given(draw, many)), world, many)
+    blueprint = draw(config)
+    if beside is not None:
+        check_isolation(config, blueprint, beside)
+    sizes = {"micro_batch_size": blueprint.micro_batch_size, "micro_batches": blueprint.micro_batches}
+    stream: Stream = (
+        given_rows.RowsInOrder(train_data, length, vocab_size, **sizes, kept_rows=-(-FIT_TOKENS // length))
+        if rows is None
+        else TrainStream([rows], None, config.train.seed, blueprint.micro_batch_size)
+    )
+    check_same_rows(world, stream, many)
+    engine = build_engine(config, world, blueprint, stream, {**(beside.valid if beside else {}), **valid}, weights)
+
+    def describe_run(folder: Path, overwrite: bool) -> None:
+        model, tokenizer_folder = blueprint.model_config.to_dict(), beside.tokenizer_folder if beside else None
+        data = beside.folders() if beside else {"train": {}, "valid": {}}
+        layout.create(folder, config, model, tokenizer_folder, data, overwrite)
+
+    engine.describe_run = describe_run
+    return engine
+
+
+def enter(config: Config) -> World:
+    """Join the world, when this host can do it."""
+    check_world_size(config, launched_size())
+    check_host(config)
+    use_fair_share_of_cores()
+    return join_world(config)
+
+
+def counted_once(config: Config, world: World, rows: int | None) -> Config:
+    """The configuration with a number for train.epochs, of `rows` windows each; global rank 0 says it, or what is
+    wrong with it."""
+    if config.train.epochs is None:
+        return config
+
+    def count() -> str:
+        found = with_steps(config, rows)
+        print(found.at("train.steps"), flush=True)
+        return str(found.train.steps)
+
+    world.decided_by_the_first("steps", count)
+    return with_steps(config, rows)
+
+
+def check_same_rows(world: World, stream: Stream, many: int | None) -> None:
+    """Raises DataError, on global rank 0 alone, where processes have other rows, as far as their number and the first
+    micro-batch show; later ones are compared as they come (engine/executor)."""
+    try:
+        own = f"{many} rows {stream.batch(0).digest}"
+    except DataError as error:
+        own = f"wrong {error}"
+    world.store.set(f"rows/{world.global_rank}", own)
+
+    def compare() -> str:
+        found = [world.store.get(f"rows/{rank}").decode() for rank in range(world.size)]
+        if wrong := next((one for one in found if one.startswith("wrong ")), None):
+            raise DataError(wrong.removeprefix("wrong "))
+        if other := next((rank for rank, one in enumerate(found) if one != found[0]), None):
+            raise DataError(
+                f"train_data of process {other} has another first micro-batch, or another number of rows, than that of "
+                "process 0: every process must be given the same rows, in the same order"
+            )
+        return ""
+
+    world.decided_by_the_first("rows", compare)
 
 
 def check_isolation(config: Config, blueprint: Blueprint, data: Prepared) -> None:
@@ -119,10 +271,22 @@ def pretrained_folder(config: Config) -> Path | None:
     return None if pretrained is None else hub.folder(pretrained, config.at("model.pretrained"), weights=True)
 
 
-def prepare_once(config: Config, world: World) -> Prepared:
+def prepare_beside_rows(config: Config, world: World) -> Prepared | None:
+    """Tokenizer and validation sets beside rows of a program; None where nothing names or needs a tokenizer."""
+    data = config.data
+    named = data.tokenizer not in (SENTENCEPIECE, config.model.pretrained)
+    if not named and not data.valid:
+        try:
+            load_tokenizer(data.tokenizer)
+        except UserError:  # none to be trained, and the model's folder may have none
+            return None
+    return prepare_once(config, world, rows=True)
+
+
+def prepare_once(config: Config, world: World, rows: bool = False) -> Prepared:
     """Global rank 0 prepares first; the others then find what it made (or make it, where they share no disk), from the
-    same commits of data sets of the hub."""
-    sources = config.data.model_dump()
+    same commits of data sets of the hub. With `rows` a program has those of training."""
+    sources = config.data.model_dump() | ({"train": None} if rows else {})
     embedded = blueprints.embedded(config)
 
     def prepared() -> str:
@@ -139,12 +303,14 @@ def build_engine(
     blueprint: Blueprint,
     stream: Stream,
     valid: Mapping[str, ValidSet],
+    weights: Mapping[str, Tensor] | None = None,
     *,
     fit: bool = True,
 ) -> TrainingEngine:
     """The engine that the configuration names, over a stream of micro-batches and validation sets.
 
-    Without `fit` fitted heads are left as they are: a checkpoint has their weights.
+    `weights` are those of model.pretrained where they are in memory. Without `fit` fitted heads are left as they are: a
+    checkpoint has their weights.
     """
     train, dtype = config.train, DTYPES[config.train.dtype]
     torch_dtype: torch.dtype = getattr(torch, dtype.name)
@@ -156,7 +322,7 @@ def build_engine(
         grad_clip=train.grad_clip,
     )
 
-    pretrained = pretrained_folder(config)
+    pretrained = pretrained_folder(config) if weights is None else weights
 
     def make(plan: StagePlan) -> Stage:
         stage = for_training(make_stage(plan, blueprint, seed=train.seed, pretrained=pretrained), blueprint)
@@ -164,7 +330,7 @@ def build_engine(
 
     def with_optimizer(stage: Stage) -> Built:
         optimizer = build_optimizer(stage.parameters(), config.optimizer, train.learning_rate)
-        return stage, optimizer, build_lr_scheduler(optimizer, train.lr_scheduler, train.steps, train.warmup_steps)
+        return stage, optimizer, build_lr_scheduler(optimizer, train.lr_scheduler, steps(config), train.warmup_steps)
 
     made: dict[int, Stage] = {}  # stages that were made early
     if fit and HEADS[blueprint.head.kind].fitted:

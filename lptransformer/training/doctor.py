@@ -350,7 +350,8 @@ def checkpoint_bytes(config: Config) -> int:
     zero, data = zero_stage(config), config.parallel.data
     weights = sum(rank.weights * (data if zero == 3 else 1) for rank in ranks)
     optimizer = sum(rank.optimizer * (data if zero > 0 else 1) for rank in ranks)
-    many = 1 + (config.train.steps - 1) // config.checkpoint.every if config.checkpoint.every else 1
+    updates = config.train.steps or 1  # of train.epochs nobody knows yet
+    many = 1 + (updates - 1) // config.checkpoint.every if config.checkpoint.every else 1
     return many * (weights + optimizer)
 
 

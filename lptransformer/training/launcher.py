@@ -47,21 +47,6 @@ def read_config(args: argparse.Namespace) -> Config:
     return config
 
 
-def check_until(config: Config, until: int | None, resume: bool) -> None:
-    """Raises RunError when --until names no update of the run, or one that the run to be resumed has done already."""
-    if until is None:
-        return
-    if not 1 <= until <= config.train.steps:
-        raise RunError(f"--until={until}: give an update from 1 to train.steps = {config.train.steps}")
-    if resume:
-        from lptransformer.run_folder import checkpoint
-
-        assert config.run.dir is not None
-        done = checkpoint.latest(config.run.dir)
-        if done >= until:
-            raise RunError(f"--until={until}: {config.run.dir} already has {done} updates; nothing to resume")
-
-
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> None:
     """Parse, run, and turn errors into one line and an exit code."""
     words = with_equals(sys.argv[1:] if arguments is None else arguments)
@@ -245,7 +230,7 @@ def worker(args: argparse.Namespace) -> None:
     args.config = args.config or args.config_option
     config = read_config(args)
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
-    check_until(config, args.until, args.resume and os.environ.get("RANK", "0") == "0")
+    layout.check_until(config, args.until, args.resume and os.environ.get("RANK", "0") == "0")
     from lptransformer.processes import watch_launchers
     from lptransformer.training.train import train
 

@@ -13,15 +13,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lptransformer.config.checks import zero_stage
+from lptransformer.config.epochs import with_steps
 from lptransformer.config.schema import Config
 from lptransformer.data.prepare import Prepared, prepare_all
-from lptransformer.data.train_stream import TrainStream
 from lptransformer.errors import ConfigError
 from lptransformer.models import blueprint as blueprints
 from lptransformer.models.blueprint import Blueprint
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lptransformer.engine.process_groups import World  # with DeepSpeed, which takes seconds
 
 
+Draw = Callable[[Config], Blueprint]
 SMALLER = "A smaller model, more pipeline ranks or a higher ZeRO stage"
 
 
@@ -62,6 +63,13 @@ class Need:
         return f"{what} {_gib(self.needed)} (predicted) of the {_gib(self.pool.free)} that {self.pool.name} has free"
 
 
+class Given(NamedTuple):
+    """Of rows that a program has: what draws a blueprint, and how many there are (None: nobody knows)."""
+
+    draw: Draw
+    rows: int | None
+
+
 def size_of_run_folder(config: Config) -> Config:
     """The configuration with the number that the run folder run.dir has for `auto`; as it is where there is no run.
 
@@ -74,9 +82,33 @@ def size_of_run_folder(config: Config) -> Config:
     return with_size(config, layout.read_config(folder).train.micro_batch_size)
 
 
-def agreed(config: Config, world: World, resume: bool = False, force: bool = False) -> Config:
+def counted(config: Config) -> Config:
+    """The configuration with train.steps for train.epochs; prepares the text for that where it is missing.
+
+    Raises DataError or ConfigError for the text.
+    """
+    if config.train.epochs is None:
+        return config
+    return with_steps(config, prepare_all(**config.data.model_dump()).rows_per_epoch)
+
+
+def as_resumed(config: Config) -> Config:
+    """The configuration of a run to be resumed with the numbers for `auto` and for train.epochs, which is counted anew:
+    so another number of epochs is seen as another number of updates. As it is where there is no run.
+
+    Raises RunError where the folder cannot be read, and what `counted` does.
+    """
+    assert config.run.dir is not None
+    there = (Path(config.run.dir) / layout.CONFIG).is_file()
+    return counted(size_of_run_folder(config)) if there else config
+
+
+def agreed(
+    config: Config, world: World, resume: bool = False, force: bool = False, given: Given | None = None
+) -> Config:
     """The configuration with a number for `auto`, the same in every process; all processes of the run call this.
 
+    `given` is what is known of rows that a program has in place of text.
     Raises ConfigError where the run does not fit (with `force` that is not asked, but for `auto`) and DataError for
     the training text, in global rank 0; the others leave.
     """
@@ -89,10 +121,15 @@ def agreed(config: Config, world: World, resume: bool = False, force: bool = Fal
         found = [json.loads(world.store.get(f"memory/{rank}")) for rank in range(world.size)]
         sized = size_of_run_folder(config) if resume else config
         if sized.train.micro_batch_size == "auto":
-            blueprint, rows = of_prepared(config, prepare_all(**config.data.model_dump()))
+            blueprint, rows = (
+                of_prepared(config, prepare_all(**config.data.model_dump()))
+                if given is None
+                else (given.draw(with_size(config, 1)), given.rows)
+            )
             sized = largest(config, blueprint, pools(found), rows)
         elif not force:
-            refuse_what_does_not_fit(sized, unprepared(sized), pools(found))
+            draw = unprepared if given is None else given.draw
+            refuse_what_does_not_fit(sized, draw(sized), pools(found), draw)
         return str(sized.train.micro_batch_size)
 
     size = world.decided_by_the_first("micro_batch_size", decide)
@@ -127,10 +164,9 @@ def for_this_host(config: Config, blueprint: Blueprint, rows: int | None = None,
 
 def of_prepared(config: Config, data: Prepared) -> tuple[Blueprint, int]:
     """What is built, and the windows of an epoch."""
-    stream = TrainStream([one.tokens for one in data.train], [one.weight for one in data.train], 0, 1)
     tokenizer = data.tokenizer
     blueprint = blueprints.make_blueprint(with_size(config, 1), tokenizer.vocab_size, tokenizer.end_of_text_id)
-    return blueprint, stream.rows_per_epoch
+    return blueprint, data.rows_per_epoch
 
 
 def need(config: Config, blueprint: Blueprint, shared: Sequence[Pool], *, alike: bool = False) -> Need:
@@ -141,11 +177,13 @@ def need(config: Config, blueprint: Blueprint, shared: Sequence[Pool], *, alike:
     return max(needs, key=lambda one: one.share)
 
 
-def refuse_what_does_not_fit(config: Config, blueprint: Blueprint, shared: Sequence[Pool]) -> None:
+def refuse_what_does_not_fit(
+    config: Config, blueprint: Blueprint, shared: Sequence[Pool], draw: Draw = unprepared
+) -> None:
     """Raises ConfigError with what is needed, what is there, and what would fit."""
     now = need(config, blueprint, shared, alike=True)
     if now.share > 1.0:
-        keys = what_would_fit(config, blueprint, shared)
+        keys = what_would_fit(config, blueprint, shared, draw)
         raise ConfigError(
             f"{config.at('train.micro_batch_size')} with {config.at('data.sequence_length')} does not fit: {now}. "
             f"{' and '.join(keys) or SMALLER} would; --force starts it anyway (in Python force=True)",
@@ -153,7 +191,7 @@ def refuse_what_does_not_fit(config: Config, blueprint: Blueprint, shared: Seque
         )
 
 
-def what_would_fit(config: Config, blueprint: Blueprint, shared: Sequence[Pool]) -> list[str]:
+def what_would_fit(config: Config, blueprint: Blueprint, shared: Sequence[Pool], draw: Draw = unprepared) -> list[str]:
     """Keys with values: the largest micro-batch, else the longest window, that fits; nothing where none does."""
     size, length = blueprint.micro_batch_size, blueprint.sequence_length
 
@@ -162,7 +200,7 @@ def what_would_fit(config: Config, blueprint: Blueprint, shared: Sequence[Pool])
         if smaller.model.max_position_embeddings == smaller.data.sequence_length:
             smaller.model.max_position_embeddings = length
         smaller.data.sequence_length = length
-        return need(smaller, unprepared(smaller), shared, alike=True).share <= 1.0
+        return need(smaller, draw(smaller), shared, alike=True).share <= 1.0
 
     if (found := next((one for one in _halves(size) if fits(one, length)), None)) is not None:
         return [f"train.micro_batch_size={found}"]

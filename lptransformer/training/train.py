@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from lptransformer import hub
 from lptransformer.config.checks import pretrained_warning
+from lptransformer.config.epochs import steps
 from lptransformer.config.schema import Config
 from lptransformer.console import bar
 from lptransformer.data.prepare import Prepared
@@ -38,7 +39,7 @@ from lptransformer.run_folder.trace import TraceWriter
 from lptransformer.run_folder.trackers import check_installed
 from lptransformer.store import several_hosts
 from lptransformer.training.build import start
-from lptransformer.training.memory import size_of_run_folder
+from lptransformer.training.memory import as_resumed
 from lptransformer.training.progress import Progress
 
 FAILED_KEY = "failed"  # in the store: a process has failed, and was not lost
@@ -57,11 +58,12 @@ def train(
     folder = Path(config.run.dir)
     if launched_rank() == 0:
         check_installed(config.run.trackers)
-        layout.check(folder, size_of_run_folder(config) if resume else config, resume, overwrite)
+        layout.check(folder, as_resumed(config) if resume else config, resume, overwrite)
         if resume:
             hub.keep_to(layout.hub_commits(folder))
     engine, data, config = start(config, resume, force)
     with engine.world.starting():  # a run folder appears only when every process has got this far
+        layout.check_until(config, until, resume=False)  # of train.epochs the number is known now
         if several_hosts(engine.world.size):
             check_shared(folder, engine.world)
         if resume:
@@ -75,7 +77,7 @@ def train(
             assert engine.describe_run is not None
             engine.describe_run(folder, overwrite)
     reporter = Reporter(engine, config, data, folder, resume, until)
-    target = until or config.train.steps
+    target = until or steps(config)
     with noting_the_end(engine, folder, target), translate_lost_processes(), reporter, stopping_cleanly(engine):
         if engine.update == 0 and config.model.pretrained is not None:
             evaluate(engine, reporter)  # what training makes of the model shows in comparison alone
@@ -91,7 +93,7 @@ def train(
             if result.control & Control.STOP:
                 break
         reporter.take(engine.close())
-        if config.run.export is not None and engine.world.global_rank == 0 and engine.update >= config.train.steps:
+        if config.run.export is not None and engine.world.global_rank == 0 and engine.update >= steps(config):
             for line in export(folder, config.run.export):
                 reporter.progress.message(line)
     reporter.say_what_is_next(engine.update)
@@ -156,7 +158,7 @@ def in_force(config: Config, blueprint: Blueprint) -> str:
 def due(config: Config, update: int, until: int | None = None) -> Control:
     """What follows an update, as configured. The last update, or that of `until`, is followed by everything."""
     train = config.train
-    if update >= (until or train.steps):
+    if update >= (until or steps(config)):
         return Control.EVALUATE | Control.SAVE | Control.STOP
     control = Control.NOTHING
     if train.eval_every and update % train.eval_every == 0:
@@ -223,7 +225,7 @@ class Reporter:
         self.open = engine.world.global_rank == 0
         if not self.open:
             return
-        self.folder, self.steps = folder, config.train.steps
+        self.folder, self.steps = folder, steps(config)
         self.stages = [(plan.index, plan.first_block, plan.last_block) for plan in engine.stages]
         tokens, seconds = 0, 0.0
         if resume:
@@ -239,7 +241,7 @@ class Reporter:
         self.micro_batches = {name: -(-many // at_once) for name, many in windows.items()}
         self.writer = MetricsWriter(folder, engine.update if resume else None, config.run.trackers)
         self.trace = TraceWriter(folder) if config.run.trace else None
-        self.progress = Progress(until or config.train.steps, self.stages)
+        self.progress = Progress(until or self.steps, self.stages)
         print_stages(f"run folder: {folder}", config, engine.blueprint)
         if config.model.pretrained is not None:
             self.progress.message(in_force(config, engine.blueprint))

@@ -227,7 +227,9 @@ def test_unknown_section(tmp_path: Path) -> None:
     says(message(path), f"unknown key trian (in {path})", "did you mean train?")
     says(message({**DATA, "steps": 5}), "unknown key steps (in the given mapping)", "did you mean train.steps?")
     says(message({**DATA, "xyzzy": 5}), "unknown key xyzzy", "valid are model, data, parallel")
-    says(message({**DATA, "train": {"xyzzy": 5}}), "unknown key train.xyzzy", "valid are steps, micro_batch_size")
+    says(
+        message({**DATA, "train": {"xyzzy": 5}}), "unknown key train.xyzzy", "valid are steps, epochs, micro_batch_size"
+    )
     says(message(write(tmp_path, "on: {}\n")), "unknown key True")
 
 

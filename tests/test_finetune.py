@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from own_checkout import ROOT, make_checkout, run
 from small_chat import save_tokenizer
 from transformers import AutoModelForCausalLM
 
+from lptransformer.__main__ import parser
 from lptransformer.config.load import load
 from lptransformer.evaluation import trained_model
 from lptransformer.evaluation.export import export_run
 from lptransformer.run_folder import checkpoint
 from lptransformer.run_folder.metrics_log import read_metrics
+from lptransformer.training.launcher import run as run_command
 from lptransformer.training.train import train
 
 pytestmark = pytest.mark.slow
@@ -63,7 +66,7 @@ def checkout(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "sequence_length": 128,
         },
         "objective": {"name": "backprop"},
-        "train": {"steps": 200, "micro_batch_size": 16, "micro_batches_per_update": 1, "learning_rate": 4e-3},
+        "train": {"steps": 150, "micro_batch_size": 16, "micro_batches_per_update": 1, "learning_rate": 4e-3},
         "run": {"dir": "runs/before"},
     }
     pool.run(1, quietly, raw, ("train.warmup_steps=20",), str(place), timeout=300)
@@ -79,14 +82,19 @@ def peft(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(overlay("peft", tmp_path_factory.mktemp("peft")))
 
 
-def as_the_page_says(checkout: Path, name: str, **variables: str) -> list[str]:
-    """Its commands on runs/NAME, in order; the training is shortened. What each prints."""
-    printed = []
+def as_the_page_says(checkout: Path, name: str, **variables: str) -> str:
+    """Its commands on runs/NAME, in order; the training is shortened, and the others run in this process. What the last
+    one prints."""
+    printed = io.StringIO()
     for command in (one for one in COMMANDS if f"runs/{name}" in one):
-        shorter = f" --train.steps={STEPS}" if " train " in command else ""
-        shell = f"set -eu; source .venv/bin/activate; {command}{shorter}"
-        printed.append(run(checkout, "bash", "-c", shell, timeout=400, **variables))
-    return printed
+        python, *words = shlex.split(command)
+        if words[2] == "train":
+            run(checkout, python, *words, f"--train.steps={STEPS}", timeout=400, **variables)
+            continue
+        printed = io.StringIO()
+        with contextlib.chdir(checkout), contextlib.redirect_stdout(printed):
+            run_command(parser(), words[2:])
+    return printed.getvalue()
 
 
 def perplexities(run_folder: Path) -> tuple[float, float]:
@@ -98,7 +106,7 @@ def perplexities(run_folder: Path) -> tuple[float, float]:
 
 
 def test_every_command_of_the_page_is_run_here() -> None:
-    assert all(re.search(r"runs/(text|chat|lora)", command) for command in COMMANDS)
+    assert all(re.match(r"python -m lptransformer .*runs/(text|chat|lora)\b", command) for command in COMMANDS)
     configs = {path.name for path in (ROOT / "configs").glob("finetune-*.yaml")}
     assert configs == set(re.findall(r"finetune-\w+\.yaml", " ".join(COMMANDS)))
     assert all("--parallel.pipeline=2" in command for command in COMMANDS if " train " in command)
@@ -106,7 +114,7 @@ def test_every_command_of_the_page_is_run_here() -> None:
 
 def test_text(checkout: Path, pool: Pool) -> None:
     """Better than before, and better than with heads that are copied from the model."""
-    _, compared = as_the_page_says(checkout, "text")
+    compared = as_the_page_says(checkout, "text")
     before, after = perplexities(checkout / "runs/text")
     assert after < before
     assert "difference" in compared

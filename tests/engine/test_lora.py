@@ -118,7 +118,8 @@ def chunked(overrides: tuple[str, ...]) -> dict[str, Tensor]:
 
 def test_auxiliary_heads_train_beside_them_on_any_placement(pool: Pool, peft: str, tmp_path: Path) -> None:
     tied_folder("llama", tmp_path / "model")
-    overrides = (*PRETRAINED, *LORA, f"model.pretrained={tmp_path / 'model'}", TWO, "head.blocks=1")
+    overrides = (*PRETRAINED, *LORA, f"model.pretrained={tmp_path / 'model'}", TWO)
+    overrides += ("head.kind=private", "head.blocks=1")
     (one,) = pool.run(1, with_overlay, peft, chunked, overrides)
     lower, upper = pool.run(2, with_overlay, peft, chunked, (*overrides, "parallel.pipeline=2"))
     assert one.keys() == lower.keys() | upper.keys()
@@ -180,7 +181,8 @@ def test_exports_merged_and_as_a_peft_folder(pool: Pool, peft: str, tmp_path: Pa
         "objective": {"chunks": 2},
         "parallel": {"pipeline": 2},
         "lora": {"rank": 4},
-        "train": {"steps": 5, "micro_batch_size": 2, "micro_batches_per_update": 1, "lr_scheduler": "constant"},
+        "train": {"steps": 5, "micro_batch_size": 2, "micro_batches_per_update": 1, "lr_scheduler": "constant"}
+        | {"learning_rate": 1e-3},
         "run": {"dir": str(tmp_path / "run")},
     }
     printed, _ = pool.run(2, with_overlay, peft, train_run, raw)

@@ -6,7 +6,7 @@ import math
 from fractions import Fraction
 
 from lptransformer.config.checks import check
-from lptransformer.config.schema import Config
+from lptransformer.config.schema import BY_DEFAULT, Config
 from lptransformer.errors import ConfigError
 
 
@@ -36,6 +36,8 @@ def with_steps(config: Config, rows: int | None) -> Config:
     counted = config.model_copy(deep=True)
     counted.train.steps = math.ceil(Fraction(str(train.epochs)) * rows / windows)  # 1.1 is 1.1 here
     counted.train.epochs = None
+    if counted._origins.get("train.warmup_steps", "").startswith(BY_DEFAULT):  # that of a pretrained model
+        counted.train.warmup_steps = min(train.warmup_steps, counted.train.steps)
     what = f"{train.epochs:g} epochs of {rows} windows, {windows} in an update"
     counted._origins["train.steps"] = f"from train.epochs: {what}"
     check(counted)

@@ -10,6 +10,7 @@ import refusals
 import small_run
 import yaml
 from refusals import says
+from transformers import LlamaConfig
 
 from lptransformer.__main__ import parser
 from lptransformer.config.epochs import steps, with_steps
@@ -50,6 +51,15 @@ def test_the_number_is_not_taken_before_it_is_known() -> None:
     again = load(yaml.safe_load(to_yaml(config)))
     assert (again.train.steps, again.train.epochs) == (None, 2.0)
     assert load(DATA).train.steps == 1000 and with_steps(load(DATA), None).train.steps == 1000
+
+
+def test_a_warm_up_that_nobody_gave_is_no_longer_than_the_run(tmp_path: Path) -> None:
+    LlamaConfig(num_hidden_layers=4, hidden_size=8, num_attention_heads=2).save_pretrained(tmp_path)
+    raw: dict[str, Any] = {**DATA, "model": {"pretrained": str(tmp_path)}, "train": {"epochs": 1}}
+    sizes = ["--train.micro_batch_size=1", "--train.micro_batches_per_update=4"]
+    assert with_steps(load(raw, sizes), 12).train.warmup_steps == 3
+    with pytest.raises(ConfigError, match="train.warmup_steps = 4"):
+        with_steps(load(raw, [*sizes, "--train.warmup_steps=4"]), 12)
 
 
 def test_the_two_keys_exclude_each_other() -> None:

@@ -4,8 +4,8 @@
 token windows and a manifest. A folder is built under another name and renamed when it is complete, so what is there
 is whole, and several processes may prepare at once.
 
-A set of text has its documents one behind the other in full windows. A set of examples (data/chat) has rows that hold
-whole examples, as many as fit, in order; it says which tokens carry a label, and where documents begin.
+A set of text has its documents one behind the other in full windows. A set of examples says which tokens carry a
+label, and where documents begin. data/windows makes both.
 """
 
 from __future__ import annotations
@@ -17,216 +17,26 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lptransformer.console import bar
-from lptransformer.data import chat, rows
+from lptransformer.data import chat, rows, windows
 from lptransformer.data import tokenizer as tokenizers
 from lptransformer.data.readers import MANIFEST, Source, describe, documents, examples, is_text, layout, parse_all
-from lptransformer.data.rows import Advance
 from lptransformer.data.token_set import TokenSet, Window, fitting, require_full_window
 from lptransformer.data.tokenizer import Tokenizer
 from lptransformer.data.train_stream import TrainStream
+from lptransformer.data.windows import Counts, WindowOptions
 from lptransformer.errors import ConfigError, DataError
 
 _FORMAT = 1  # part of every content address: raise it when what is written changes
 _EXAMPLES = 2  # the format of sets with labels of their own or isolated documents, and of all addresses with options
 _DATA_FILE = "data-00000-of-00001.arrow"
 _TOKENIZER_FILE = "tokenizer_config.json"  # every tokenizer folder has it
-_BLOCK = 1 << 22  # characters encoded at a time
 _ROWS_PER_CHUNK = 1024
-_TOGETHER = 256  # examples encoded at a time
-
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How documents become windows: keys of the section `data`."""
-
-    loss_on: str = "answers"
-    long_rows: str = "truncate"
-    bos: str = "auto"
-    isolate_documents: bool | None = None
-
-    def isolates(self, text: bool) -> bool:
-        """Whether no document of a source, of text or of examples, sees another one."""
-        return not text if self.isolate_documents is None else self.isolate_documents
-
-    def begins(self, tokenizer: Tokenizer) -> bool:
-        """Whether the begin-of-text token stands before every document. Raises ConfigError where there is none."""
-        if self.bos == "always" and tokenizer.backend.bos_token_id is None:
-            raise ConfigError("data.bos is always, and the tokenizer has no token for the begin of a text")
-        return self.bos == "always" or (self.bos == "auto" and tokenizer.adds_begin)
-
-
-@dataclass
-class _Counts:
-    tokens: int = 0
-    bytes: int = 0
-    words: int = 0
-    documents: int = 0
-    long_rows: int = 0  # examples longer than a window
-    left_out: int = 0  # examples, or pieces of them, in which nothing would be learnt
-
-
-def _tokens(
-    source: Source, tokenizer: Tokenizer, options: Options, counts: _Counts, advance: Advance
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The ids of all documents of a text, int32 [some], with end_of_text_id between them, and uint8 [some], 1 where one
-    begins; fills in `counts`."""
-    end = np.array([tokenizer.end_of_text_id or 0], np.int32)
-    begin = np.array([tokenizer.backend.bos_token_id] if options.begins(tokenizer) else [], np.int32)
-
-    def counted(blocks: Iterable[str]) -> Iterator[str]:
-        for block in blocks:
-            counts.bytes += len(block.encode())
-            counts.words += len(block.split())
-            yield block
-
-    def encoded() -> tuple[np.ndarray, np.ndarray]:
-        arrays = iter(tokenizer.encode_many([piece for piece in waiting if isinstance(piece, str)]))
-        parts, starts, total = [], [], 0
-        for piece in waiting:
-            starts += [total] if piece is begin else []
-            parts.append(next(arrays) if isinstance(piece, str) else piece)
-            total += len(parts[-1])
-        first = np.zeros(total, np.uint8)
-        first[[start for start in starts if start < total]] = 1
-        return np.concatenate(parts), first
-
-    waiting: list[str | np.ndarray] = []  # pieces of text, and what stands between and before documents
-    characters = 0
-    for blocks in documents(source, advance):
-        for number, piece in enumerate(tokenizer.pieces(counted(blocks))):
-            if number == 0:
-                if counts.documents:
-                    waiting.append(_ending(end, tokenizer, source))
-                waiting.append(begin)
-                counts.documents += 1
-            waiting.append(piece)
-            characters += len(piece)
-            if characters >= _BLOCK:
-                yield encoded()
-                waiting, characters = [], 0
-    if waiting:
-        yield encoded()
-
-
-def _ending(end: np.ndarray, tokenizer: Tokenizer, source: Source) -> np.ndarray:
-    """`end`. Raises DataError where the tokenizer has no end-of-text token."""
-    if tokenizer.end_of_text_id is None:
-        raise DataError(
-            f"{source.name}: its documents need an end-of-text token between them, and the tokenizer has none: name "
-            "one as eos_token in its tokenizer_config.json, or give another data.tokenizer"
-        )
-    return end
-
-
-def _windows(parts: Iterable[tuple[np.ndarray, np.ndarray]], sequence_length: int) -> Iterator[Window]:
-    """Full windows of isolated documents, the last one shorter, from what `_tokens` gives: the first token of a
-    document has nothing that it could be predicted from."""
-
-    def window(ids: np.ndarray, first: np.ndarray) -> Window:
-        starts = np.union1d([0], np.flatnonzero(first)).astype(np.int32)
-        labelled = np.ones(len(ids), np.uint8)
-        labelled[starts] = 0
-        return Window(ids, labelled, starts)
-
-    rest = np.empty((2, 0), np.int32)
-    for part in parts:
-        rest = np.concatenate([rest, np.stack(part)], axis=1)
-        whole = rest.shape[1] // sequence_length * sequence_length
-        for start in range(0, whole, sequence_length):
-            yield window(*rest[:, start : start + sequence_length])
-        rest = rest[:, whole:]
-    if rest.size:
-        yield window(*rest)
-
-
-def _batched(items: Iterable[Item], many: int) -> Iterator[list[Item]]:
-    """itertools.batched, which Python 3.11 lacks."""
-    rest = iter(items)
-    while some := list(islice(rest, many)):
-        yield some
-
-
-def _encoded_examples(
-    source: Source, tokenizer: Tokenizer, options: Options, counts: _Counts, advance: Advance
-) -> Iterator[chat.Encoded]:
-    """The examples of a source with what stands before and behind them; fills in `counts`.
-
-    A completion ends with the end-of-text token, which carries a label. A conversation ends as the template ends it;
-    where documents are not isolated that token follows, without a label. What begins a conversation is the template's
-    affair too, unless data.bos says otherwise.
-    """
-    everything = options.loss_on == "all"
-    begins, begin = options.begins(tokenizer), tokenizer.backend.bos_token_id
-    for some in _batched(examples(source, tokenizer.has_template, advance), _TOGETHER):
-        texts, plain = [], []
-        for place, prompt, completion in some:
-            plain.append(isinstance(prompt, str))
-            if isinstance(prompt, str):
-                spans = [(0 if everything else len(prompt), len(prompt) + len(completion))]
-                texts.append(chat.Rendered(prompt + completion, spans))
-            else:
-                texts.append(chat.rendered(prompt, tokenizer, place, everything))
-        for is_plain, (text, _), (ids, labelled) in zip(plain, texts, chat.encoded(texts, tokenizer), strict=True):
-            has_begin = begin is not None and len(ids) > 0 and ids[0] == begin
-            if options.bos == "never" and has_begin:
-                ids, labelled = ids[1:], labelled[1:]
-            if (begins if is_plain else options.bos == "always") and not has_begin:
-                ids, labelled = np.insert(ids, 0, begin), np.insert(labelled, 0, 0)
-            if is_plain or not options.isolates(text=False):
-                end = _ending(np.array([tokenizer.end_of_text_id or 0]), tokenizer, source)
-                ids, labelled = np.append(ids, end), np.append(labelled, is_plain)
-            counts.documents += 1
-            counts.bytes += len(text.encode())
-            counts.words += len(text.split())
-            yield chat.Encoded(ids.astype(np.int32), labelled.astype(np.uint8))
-
-
-def _packed(
-    encoded: Iterable[chat.Encoded], tokenizer: Tokenizer, options: Options, sequence_length: int, counts: _Counts
-) -> Iterator[Window]:
-    """Rows of whole examples, each in the current row if it fits, else in the next one. One that is longer than a row
-    is truncated or split, as the options say; what has no label left is left out. Fills in `counts`."""
-    row: list[chat.Encoded] = []
-
-    def joined() -> Window:
-        starts = np.cumsum([0, *(len(one.ids) for one in row[:-1])]).astype(np.int32)
-        ids, labelled = (np.concatenate(parts) for parts in zip(*row, strict=True))
-        return Window(ids, labelled, starts)
-
-    def without(ids: np.ndarray) -> None:
-        text = tokenizer.decode(ids)
-        counts.bytes -= len(text.encode())
-        counts.words -= len(text.split())
-
-    for ids, labelled in encoded:
-        begins = range(0, len(ids), sequence_length)
-        if len(begins) > 1:
-            counts.long_rows += 1
-            if options.long_rows == "truncate":
-                begins = begins[:1]
-                without(ids[sequence_length:])
-        for start in begins:
-            piece = chat.Encoded(ids[start : start + sequence_length], labelled[start : start + sequence_length].copy())
-            piece.labelled[0] = 0
-            if not piece.labelled.any():
-                counts.left_out += 1
-                without(piece.ids)
-                continue
-            if sum(len(one.ids) for one in row) + len(piece.ids) > sequence_length:
-                yield joined()
-                row.clear()
-            row.append(piece)
-    if row:
-        yield joined()
 
 
 def _write_windows(
@@ -252,12 +62,12 @@ def _write_windows(
     return _write_tables(folder, tables(), {"input_ids": _kind(vocab_size)}, vocab_size, address)
 
 
-def _write_rows(folder: Path, windows: Iterable[Window], vocab_size: int, address: str) -> int:
+def _write_rows(folder: Path, rows_of_set: Iterable[Window], vocab_size: int, address: str) -> int:
     """Write windows with their labels and the starts of their documents; returns the number of rows."""
     kinds = {"input_ids": _kind(vocab_size), "labelled": np.dtype(np.uint8), "starts": np.dtype(np.int32)}
 
     def tables() -> Iterator[dict[str, tuple[np.ndarray, Sequence[int]]]]:
-        for some in _batched(windows, _ROWS_PER_CHUNK):
+        for some in windows.batched(rows_of_set, _ROWS_PER_CHUNK):
             lists = zip(*(one[:3] for one in some), strict=True)  # ids, labelled, starts
             yield {
                 name: (np.concatenate(column), [0, *np.cumsum([len(one) for one in column]).tolist()])
@@ -348,7 +158,7 @@ def _part_and_columns(source: Source, has_template: bool) -> dict[str, Any]:
     return found
 
 
-def _options(source: Source, tokenizer: Tokenizer, options: Options, text: bool) -> dict[str, Any]:
+def _options(source: Source, tokenizer: Tokenizer, options: WindowOptions, text: bool) -> dict[str, Any]:
     """What decides a token set beside the files, the tokenizer and the length; nothing for whole, plain text."""
     found = _part_and_columns(source, tokenizer.has_template)
     begins = options.begins(tokenizer)
@@ -372,7 +182,7 @@ def prepare(
     sequence_length: int,
     cache: str | Path,
     progress: bool = True,
-    options: Options = Options(),  # noqa: B008 (it cannot be changed)
+    options: WindowOptions = WindowOptions(),  # noqa: B008 (it cannot be changed)
 ) -> TokenSet:
     """The token set of a source: opened when it is prepared already, made below `cache` when it is not.
 
@@ -387,17 +197,17 @@ def prepare(
     folder = Path(cache) / f"{source.name}-{address}"
     plain = text and not options.isolates(text)
     if not (folder / MANIFEST).is_file():
-        counts = _Counts()
+        counts = Counts()
         with (
             _new_folder(folder, MANIFEST) as unfinished,
             bar(f"tokenising {source.name}", _bytes_of(source.files), in_bytes=True, shown=progress) as advance,
         ):
             if text:
-                parts = _tokens(source, tokenizer, options, counts, advance)
-                windows = _windows(parts, sequence_length)
+                parts = windows.text_tokens(source, tokenizer, options, counts, advance)
+                rows_of_set = windows.isolated_windows(parts, sequence_length)
             else:
-                encoded = _encoded_examples(source, tokenizer, options, counts, advance)
-                windows = _packed(encoded, tokenizer, options, sequence_length, counts)
+                encoded = windows.encoded_examples(source, tokenizer, options, counts, advance)
+                rows_of_set = windows.packed(encoded, tokenizer, options, sequence_length, counts)
 
             def noted(parts: Iterable[Any]) -> Iterator[Any]:
                 for part in parts:
@@ -408,7 +218,7 @@ def prepare(
                 ids = (part[0] for part in noted(parts))
                 many = _write_windows(unfinished, ids, sequence_length, tokenizer.vocab_size, address)
             else:
-                many = _write_rows(unfinished, noted(windows), tokenizer.vocab_size, address)
+                many = _write_rows(unfinished, noted(rows_of_set), tokenizer.vocab_size, address)
             if many == 0:
                 raise DataError(f"{source.name}: {_nothing(source, counts, sequence_length)}")
             manifest: dict[str, Any] = {
@@ -435,13 +245,13 @@ def prepare(
     return prepared
 
 
-def _nothing(source: Source, counts: _Counts, sequence_length: int) -> str:
+def _nothing(source: Source, counts: Counts, sequence_length: int) -> str:
     if counts.documents:
         return f"no example has an answer within a window of data.sequence_length = {sequence_length} tokens"
     return f"data.valid = {source.held_out} leaves no document for this part ({source.part}) of {source.files[0]}"
 
 
-def _of_long_rows(name: str, manifest: Mapping[str, Any], options: Options) -> str:
+def _of_long_rows(name: str, manifest: Mapping[str, Any], options: WindowOptions) -> str:
     many, of, length = manifest["long_rows"], manifest["documents"], manifest["sequence_length"]
     out = manifest["left_out"]
     done, left = "truncated" if options.long_rows == "truncate" else "split", ""
@@ -500,10 +310,10 @@ def check_ids(ids: Iterable[np.ndarray], source: Source, where: str, tokenizer: 
     if found < embedded:
         return
     for path in source.files:
-        alone, options = replace(source, files=(path,), held_out=None, part=None), Options(bos="never")
-        made = _tokens if is_text(alone, tokenizer.has_template) else _encoded_examples
+        alone, options = replace(source, files=(path,), held_out=None, part=None), WindowOptions(bos="never")
+        made = windows.text_tokens if is_text(alone, tokenizer.has_template) else windows.encoded_examples
         if (
-            of_file := largest(one[0] for one in made(alone, tokenizer, options, _Counts(), lambda read: None))
+            of_file := largest(one[0] for one in made(alone, tokenizer, options, Counts(), lambda read: None))
         ) >= embedded:
             where, found = str(path), of_file
             break
@@ -530,14 +340,14 @@ def prepare_all(
 ) -> Prepared:
     """Make what is missing below `cache`, and open all of it; the arguments are the keys of the section `data`.
 
-    train, valid, format, fields: see `parse_all`; options: see `Options`. vocab_size counts for the tokenizer
+    train, valid, format, fields: see `parse_all`; options: see `WindowOptions`. vocab_size counts for the tokenizer
     "sentencepiece" alone, which is trained on the text of `train` (or is the one that made the prepared sets in
     `train`); without `train` (None) a program has the rows of training, and there is no such tokenizer. Ids
     of a text must be below `embedded`; None: the model embeds all.
     Raises DataError or ConfigError for all that can be wrong with the sources, also a training set without one full
     window.
     """
-    how = Options(**options)
+    how = WindowOptions(**options)
     tokenizers.check_name(tokenizer)
     train_sources, valid_sources = parse_all(train, valid, format, fields)
     if train is None and tokenizer == tokenizers.SENTENCEPIECE:

@@ -30,12 +30,12 @@ import torch.distributed as dist
 
 from lptransformer import hub
 from lptransformer.console import bar, print_table
-from lptransformer.data import prepare as preparing
 from lptransformer.data.prepare import check_ids, prepare
 from lptransformer.data.readers import MANIFEST, Source, is_text, parse_all, parse_sources
 from lptransformer.data.token_set import TokenSet
 from lptransformer.data.tokenizer import Tokenizer
 from lptransformer.data.tokenizer import load as load_tokenizer
+from lptransformer.data.windows import WindowOptions
 from lptransformer.errors import DataError, RunError, TrainingError, UserError
 from lptransformer.evaluation import paired, protocols, trained_model
 from lptransformer.evaluation.protocols import PROTOCOLS, Options, Scoring, of_token_set
@@ -231,7 +231,7 @@ def _score(
         if not text:
             if protocol != "blocks" or (source.prepared and options.bos):
                 raise UserError(f"{what}: that is for --protocol blocks, without --bos")
-            how = _as_trained(target)
+            how = WindowOptions() if target.update is None else _as_trained(target.folder)
             one = of_token_set(prepare(source, tokenizer, options.window, scratch, launched_rank() == 0, how))
         else:
             one = PROTOCOLS[protocol].score(source, tokenizer, options)
@@ -274,12 +274,10 @@ def _of_run(section: Any, name: str) -> Source:
     return parse_all({of: train[of]}, {} if isinstance(valid, dict) else valid, **how)[1][0]
 
 
-def _as_trained(target: Target) -> preparing.Options:
-    """How a run makes windows of documents; the defaults for a model folder."""
-    if target.update is None:
-        return preparing.Options()
-    section = layout.read_config(target.folder).data
-    return preparing.Options(section.loss_on, section.long_rows, section.bos, section.isolate_documents)
+def _as_trained(run: Path) -> WindowOptions:
+    """How a run makes windows of documents."""
+    section = layout.read_config(run).data
+    return WindowOptions(section.loss_on, section.long_rows, section.bos, section.isolate_documents)
 
 
 def valid_sets(run: Path, tokenizer: Tokenizer, scratch: Path) -> dict[str, TokenSet]:
@@ -301,8 +299,8 @@ def valid_sets(run: Path, tokenizer: Tokenizer, scratch: Path) -> dict[str, Toke
                     f"validation set {name} of {run}: it is not in {folder} any more, and its text is not there to "
                     f"prepare it again ({error}): give a text with --data"
                 ) from None
-        how = preparing.Options(section.loss_on, section.long_rows, section.bos, section.isolate_documents)
-        sets[name] = prepare(source, tokenizer, section.sequence_length, cache, launched_rank() == 0, how)
+        windows = _as_trained(run)
+        sets[name] = prepare(source, tokenizer, section.sequence_length, cache, launched_rank() == 0, windows)
         if source.files and sets[name].folder.name != Path(folder).name:  # folders are named after their contents
             raise DataError(
                 f"validation set {name} of {run}: it is not in {folder} any more, and its text "

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_chat import CHATML, FORMS, KINDS, SAID, conversation, save_tokenizer, taught
 
-from lptransformer.data.prepare import Options, Prepared, prepare_all
+from lptransformer.data.prepare import Prepared, prepare_all
 from lptransformer.data.token_set import TokenSet
 from lptransformer.data.train_stream import TrainStream
+from lptransformer.data.windows import WindowOptions
 from lptransformer.errors import ConfigError, DataError
-from tests.small_chat import CHATML, FORMS, KINDS, SAID, conversation, save_tokenizer, taught
 
 
 @pytest.fixture(scope="module")
@@ -262,4 +263,4 @@ def test_text_and_examples_are_two_sources(tmp_path: Path) -> None:
         made(tmp_path, "bytes", f"{tmp_path}/*.*")
     with pytest.raises(DataError, match=r"a\.txt: is read as plain text, and data\.format is chat"):
         made(tmp_path, "bytes", f"{tmp_path}/a.txt", format="chat")
-    assert Options().isolates(text=False) and not Options().isolates(text=True)
+    assert WindowOptions().isolates(text=False) and not WindowOptions().isolates(text=True)

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lptransformer.data import prepare as preparing
-from lptransformer.data import readers, rows, tokenizer, train_stream
+from lptransformer.data import readers, rows, tokenizer, train_stream, windows
 from lptransformer.data.prepare import prepare, prepare_all
 from lptransformer.data.readers import parse_sources
 from lptransformer.data.token_set import TokenSet
@@ -108,7 +108,7 @@ def test_reading_in_blocks_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
     path = write(tmp_path / "a.txt", text)
     ours = BYTES if kind == "bytes" else tokenizer.train_sentencepiece([text], 400, tmp_path / "tokenizer")
     whole = prepare(one(path), ours, 32, tmp_path / "whole")
-    for module in (rows, preparing):
+    for module in (rows, windows):
         monkeypatch.setattr(module, "_BLOCK", 7)
     monkeypatch.setattr(preparing, "_ROWS_PER_CHUNK", 3)
     monkeypatch.setattr(tokenizer, "PIECE_CHARACTERS", 300)
@@ -171,7 +171,7 @@ def test_the_second_time_everything_is_found(tmp_path: Path, monkeypatch: pytest
 
 def test_an_interrupted_prepare_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.txt", prose())
-    for module in (rows, preparing):
+    for module in (rows, windows):
         monkeypatch.setattr(module, "_BLOCK", 100)
     encode, calls = tokenizer.Tokenizer.encode_many, []
 
@@ -379,7 +379,7 @@ def test_sources_of_another_form_are_refused(tmp_path: Path, spec: Any, says: st
 def test_a_broken_file_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, says: str, kind: str, block: int
 ) -> None:
-    for module in (rows, preparing):
+    for module in (rows, windows):
         monkeypatch.setattr(module, "_BLOCK", block)
     write(tmp_path / "texts" / name, content)
     with pytest.raises(DataError, match=says) as caught:

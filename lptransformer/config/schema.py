@@ -63,7 +63,7 @@ class Source(Section):
 
     files: Globs
     weight: Annotated[Annotated[float, Field(gt=0)] | None, "a number above 0"] = None
-    format: Format | None = None
+    format: Annotated[Format | None, "auto, text, chat or completion"] = None
     fields: Annotated[Fields | None, _FIELDS] = None
     valid: Annotated[HeldOut | None, "a share between 0 and 1"] = None
 

@@ -33,7 +33,11 @@ class Encoded(NamedTuple):
 
 def template_address(tokenizer: Tokenizer) -> str:
     """Of the template that renders, for content addresses."""
-    return hashlib.sha256(str(tokenizer.backend.get_chat_template()).encode()).hexdigest()
+    try:
+        template = tokenizer.backend.get_chat_template()
+    except ValueError as error:  # several by name, and none of them the default
+        raise DataError(f"the tokenizer's chat template: {str(error).strip().splitlines()[0]}") from None
+    return hashlib.sha256(str(template).encode()).hexdigest()
 
 
 def rendered(messages: Sequence[Message], tokenizer: Tokenizer, place: str, everything: bool) -> Rendered:
@@ -60,6 +64,8 @@ def rendered(messages: Sequence[Message], tokenizer: Tokenizer, place: str, ever
     whole = render(len(messages), False)
     if everything:
         return Rendered(whole, [(0, len(whole))])
+    if messages[0]["role"] == "assistant":
+        raise DataError(f"{place}: begins with an answer, and there is nothing that it answers: leave that message out")
     spans = []
     for number, one in enumerate(messages):
         if one["role"] != "assistant":
@@ -83,13 +89,19 @@ def _with_end(answer: str, tokenizer: Tokenizer) -> int:
     return len(trimmed) if ends else len(answer)
 
 
+def _end(text: str, first: int, last: int) -> int:
+    """Where the text of a token ends: an added token can swallow white space behind it (rstrip), which is not its."""
+    own = text[first:last].rstrip()
+    return first + len(own) if own else last
+
+
 def encoded(examples: Sequence[Rendered], tokenizer: Tokenizer) -> Iterator[Encoded]:
     """The ids of each text, and those of the tokens whose text ends in a span carry a label."""
     if tokenizer.backend.is_fast and not tokenizer.is_bytes:
         texts = [one.text for one in examples]
         encodings = tokenizer.backend.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
         for one, encoding in zip(examples, encodings, strict=True):
-            ends = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)[:, 1]
+            ends = np.array([_end(one.text, first, last) for first, last in encoding.offsets], np.int64)
             labelled = np.zeros(len(ends), np.uint8)
             for first, last in one.spans:
                 labelled[(first < ends) & (ends <= last)] = 1

@@ -68,7 +68,7 @@ class RowsInOrder:
         self.rows, self.sequence_length, self.vocab_size = rows, sequence_length, vocab_size
         self.micro_batch_size, self.micro_batches, self.kept_rows = micro_batch_size, micro_batches, kept_rows
         self._left = iter(rows)
-        self._read = 0  # rows so far, those that were skipped too
+        self._read, self._ended = 0, False  # rows so far, those that were skipped too
         self._updates: dict[int, list[Window]] = {}  # the newest ones: of the one before labels are asked for once more
 
     def batch(self, index: int) -> Batch:
@@ -103,6 +103,8 @@ class RowsInOrder:
     def _read_update(self, update: int) -> list[Window]:
         many = self.micro_batches * self.micro_batch_size
         if self._read > update * many:
+            if self._ended:
+                raise self._too_few()
             if self._once:
                 raise DataError(
                     f"train_data is an iterator that was read up to row {self._read - 1} already, and update "
@@ -124,13 +126,17 @@ class RowsInOrder:
             try:
                 row = next(self._left if self._once else self._again())
             except StopIteration:
-                raise DataError(
-                    f"train_data ended after {self._read} rows, and an update takes "
-                    f"{self.micro_batches * self.micro_batch_size}: give more rows, fewer train.steps, or what can be "
-                    "read again (a list, a datasets.Dataset)"
-                ) from None
+                self._ended = True
+                raise self._too_few() from None
         self._read += 1
         return row
+
+    def _too_few(self) -> DataError:
+        return DataError(
+            f"train_data ended after {self._read} rows, and an update takes "
+            f"{self.micro_batches * self.micro_batch_size}: give more rows, fewer train.steps, or what can be read "
+            "again (a list, a datasets.Dataset)"
+        )
 
     def _again(self) -> Iterator[Any]:
         self._left = iter(self.rows)

@@ -24,6 +24,7 @@ from lptransformer.errors import ConfigError, DataError
 MANIFEST = "manifest.json"  # what makes a folder a prepared token set
 FORMATS = ("auto", "text", "chat", "completion")
 FIELDS = ("text", "messages", "prompt", "completion")
+ALPACA = ("instruction", "input", "output")  # a row may have no input
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}  # ShareGPT's
 _SPACE = re.compile(r"\s")
 
@@ -209,12 +210,13 @@ def _columns(source: Source, names: Sequence[str]) -> tuple[str, tuple[str, ...]
             for name in ([given["messages"]] if "messages" in given else ["messages", "conversations"])
         ),
         ("pair", (given.get("prompt", "prompt"), given.get("completion", "completion"))),
-        ("pair", ("instruction", "input", "output") if "input" in names else ("instruction", "output")),
+        ("pair", ALPACA),
     ]
     if given:  # those that are said
         choices = [choice for choice in choices if set(choice[1]) == set(given.values())]
     fitting = {"auto": ("text", "chat", "pair"), "text": ("text",), "chat": ("chat", "pair"), "completion": ("pair",)}
-    return next((one for one in choices if one[0] in fitting[source.format] and set(one[1]) <= set(names)), None)
+    there = {*names, "input"} if "instruction" in names else set(names)
+    return next((one for one in choices if one[0] in fitting[source.format] and set(one[1]) <= there), None)
 
 
 def is_text(source: Source, has_template: bool) -> bool:
@@ -281,6 +283,8 @@ def examples(source: Source, has_template: bool, advance: Advance) -> Iterator[t
                 if len(columns) == 1:
                     yield row.place, _messages(row, columns[0]), ""
                     continue
+                if columns == ALPACA and row.values.get("input") is None:
+                    row.values["input"] = ""
                 *prompts, completion = (_string(row, column) for column in columns)
                 prompt = "\n\n".join(text for text in prompts if text)
                 if not completion.strip():
@@ -316,7 +320,7 @@ def _messages(row: Row, column: str) -> list[Message]:
         place = f"{row.place}: message {number}"
         if not isinstance(one, dict):
             raise DataError(f"{place} is {reading.short(one)}: it must have a role and a content")
-        if "from" in one and "value" in one:
+        if isinstance(one.get("from"), str) and "value" in one:
             one = {"role": ROLES.get(one["from"], one["from"]), "content": one["value"]}
         role, content = one.get("role"), one.get("content")
         if not isinstance(role, str) or not isinstance(content, str):

@@ -148,7 +148,7 @@ def _jsonl(path: Path, advance: Advance, _columns: Sequence[str] | None) -> Iter
                     yield _object(json.loads(text), place, "\\ud" in text.lower())
             except UnicodeDecodeError as error:
                 raise _not_utf8(path, offset + error.start) from error
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # numbers of thousands of digits too
                 raise DataError(f"{place}: not JSON: {error}") from error
             offset += len(line)
 
@@ -168,7 +168,7 @@ def _json(path: Path, advance: Advance, _columns: Sequence[str] | None) -> Itera
         place = f"{path}, row {number}"
         try:
             value, at = decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{place}: not JSON: {error}") from error
         yield _object(value, place, True)
         at = _after_blanks(text, at)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,11 @@ class WindowOptions:
     long_rows: str = "truncate"
     bos: str = "auto"
     isolate_documents: bool | None = None
+
+    @classmethod
+    def of(cls, section: Any) -> WindowOptions:
+        """Those of a section `data`."""
+        return cls(section.loss_on, section.long_rows, section.bos, section.isolate_documents)
 
     def isolates(self, text: bool) -> bool:
         """Whether no document of a source, of text or of examples, sees another one."""

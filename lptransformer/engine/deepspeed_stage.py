@@ -323,8 +323,8 @@ class FrozenStage:
             checkpoint.finish_stage(folder)
 
     def load(self, folder: Path) -> None:
-        """Its weights follow from the configuration; copies in its head do not."""
-        if self.copies:
+        """Its weights follow from the configuration; copies in its head, and a map that was fitted, do not."""
+        if self.copies or (self.stage.head is not None and self.stage.head.fitted is not None):
             of_head = checkpoint.read_weights(folder, lambda name: name.startswith("head."))
             self.stage.load_state_dict(of_head, strict=False)
 

@@ -133,7 +133,7 @@ class TrainingEngine(ABC):
         of one."""
         key = update, fraction, replica
         if key not in self._label_tokens:
-            self._label_tokens = {old: n for old, n in self._label_tokens.items() if abs(old[0] - update) == 1}
+            self._label_tokens = {old: n for old, n in self._label_tokens.items() if abs(old[0] - update) <= 1}
             many, replicas = self.blueprint.micro_batches, self.blueprint.replicas
             own = range(update * many + (replica or 0), (update + 1) * many, 1 if replica is None else replicas)
             counts = (count for index in own for count in self.stream.label_counts(index))

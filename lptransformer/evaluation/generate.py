@@ -140,7 +140,7 @@ def open_source(
         draft.generation_config.num_assistant_tokens = draft_tokens
         draft.generation_config.num_assistant_tokens_schedule = "constant"
         draft.generation_config.assistant_confidence_threshold = 0.0  # else the library ends drafts of its own accord
-    begin = (tokenizer.backend.bos_token_id,) if target.update is None and tokenizer.adds_begin else ()
+    begin = (tokenizer.backend.bos_token_id,) if trained_model.windowing(target).begins(tokenizer) else ()
     where = f"{folder} has no head of its own there, so its norm and readout stand behind that block (logit lens)"
     notes = [f"exit after block {block}: {where}" for block, kind, _ in exits if kind == LENS]
     return Source(model, draft, tokenizer, begin, ends, target.longest, tuple(notes))

@@ -32,6 +32,7 @@ from lptransformer import hub
 from lptransformer.console import bar, print_table
 from lptransformer.data.prepare import check_ids, prepare
 from lptransformer.data.readers import MANIFEST, Source, is_text, parse_all, parse_sources
+from lptransformer.data.rows import column_names, kind
 from lptransformer.data.token_set import TokenSet
 from lptransformer.data.tokenizer import Tokenizer
 from lptransformer.data.tokenizer import load as load_tokenizer
@@ -40,6 +41,7 @@ from lptransformer.errors import DataError, RunError, TrainingError, UserError
 from lptransformer.evaluation import paired, protocols, trained_model
 from lptransformer.evaluation.protocols import PROTOCOLS, Options, Scoring, of_token_set
 from lptransformer.evaluation.trained_model import DTYPES, ByStage, Target, token_nlls
+from lptransformer.models import family_check
 from lptransformer.processes import (
     host_memory,
     launched_rank,
@@ -195,7 +197,8 @@ def scorings(
     as_trained = _options(first, tokenizers[0], "blocks", None, None, "auto")
     if not data and first.update is not None and protocol == "blocks" and options[0] == as_trained:
         valid = valid_sets(first.folder, tokenizers[0], scratch)
-        found = [{name: of_token_set(one) for name, one in valid.items()}]
+        prefix = tokenizers[0].backend.bos_token if options[0].bos else None
+        found = [{name: of_token_set(one, prefix) for name, one in valid.items()}]
     else:
         sources = list(_sources(first, data))
         found = [
@@ -221,18 +224,25 @@ def _score(
         what = f"{type(tokenizer.backend).__name__} does not say where in a text its tokens are: that takes a"
         raise DataError(f"--compare: the tokenizer of {target.folder}, {what} tokenizer.json")
     sets: dict[str, Scoring] = {}
-    embedded = trained_model.vocabulary(target)
+    embedded, how = trained_model.vocabulary(target), trained_model.windowing(target)
     for name, source in sources:
         text = source.prepared is None and is_text(source, tokenizer.has_template)
-        what = f"{source.prepared} is a prepared set" if source.prepared else f"{name} holds examples with answers"
-        if not text and options.pieces:
-            why = "models are compared on the bytes of a text, and it holds none: give the text with --data FILES"
-            raise UserError(f"{what}: {why}")
-        if not text:
-            if protocol != "blocks" or (source.prepared and options.bos):
+        apart = text and protocol == "blocks" and how.isolates(text)
+        what = f"{name} holds examples with answers"
+        if source.prepared or apart:
+            what = (
+                f"{source.prepared} is a prepared set" if source.prepared else f"{name}: its documents are kept apart"
+            )
+        if (not text or apart) and options.pieces:
+            why = "models are compared on the bytes of a text, one stream: give a text with --data FILES"
+            raise UserError(f"{what}{', as in training' if apart else ''}: {why}")
+        if not text or apart:
+            if protocol != "blocks" or (source.prepared and options.bos and not how.begins(tokenizer)):
                 raise UserError(f"{what}: that is for --protocol blocks, without --bos")
-            how = WindowOptions() if target.update is None else _as_trained(target.folder)
-            one = of_token_set(prepare(source, tokenizer, options.window, scratch, launched_rank() == 0, how))
+            token_set = prepare(source, tokenizer, options.window, scratch, launched_rank() == 0, how)
+            if token_set.isolated:
+                family_check.check(trained_model.config_of(target), apart=True)
+            one = of_token_set(token_set, tokenizer.backend.bos_token if options.bos else None)
         else:
             one = PROTOCOLS[protocol].score(source, tokenizer, options)
             if options.pieces and one.pieces is None:
@@ -250,8 +260,8 @@ def _sources(target: Target, data: Sequence[str] | None) -> Iterator[tuple[str, 
         (source,) = parse_sources(one, name, where="--data")
         if source.prepared is not None:
             name = str(TokenSet.open(source.prepared).manifest.get("name", name))
-        elif target.update is not None and layout.read_config(target.folder).data.format == "completion":
-            source = source if is_text(source, has_template=True) else replace(source, format="completion")
+        elif target.update is not None:
+            source = _as_rows_of_run(source, layout.read_config(target.folder).data)
         yield name, source
     if data:
         return
@@ -264,6 +274,17 @@ def _sources(target: Target, data: Sequence[str] | None) -> Iterator[tuple[str, 
         yield name, _of_run(section, name)
 
 
+def _as_rows_of_run(source: Source, section: Any) -> Source:
+    """A text that is read as the run reads its own, where it has the columns for that."""
+    rows = [path for path in source.files if kind(path) != "text"]
+    columns = set(section.fields.values())
+    if columns and rows and all(columns <= set(column_names(path)) for path in rows):
+        return replace(source, format=section.format, fields=section.fields)
+    if section.format == "completion" and not is_text(source, has_template=True):
+        return replace(source, format="completion")
+    return source
+
+
 def _of_run(section: Any, name: str) -> Source:
     """The text of one of a run's validation sets, which may be a part of its training text."""
     data = section.model_dump()
@@ -272,12 +293,6 @@ def _of_run(section: Any, name: str) -> Source:
         return parse_sources({name: valid[name]}, "valid", **how)[0]
     of = name if name in train else "train"
     return parse_all({of: train[of]}, {} if isinstance(valid, dict) else valid, **how)[1][0]
-
-
-def _as_trained(run: Path) -> WindowOptions:
-    """How a run makes windows of documents."""
-    section = layout.read_config(run).data
-    return WindowOptions(section.loss_on, section.long_rows, section.bos, section.isolate_documents)
 
 
 def valid_sets(run: Path, tokenizer: Tokenizer, scratch: Path) -> dict[str, TokenSet]:
@@ -299,8 +314,9 @@ def valid_sets(run: Path, tokenizer: Tokenizer, scratch: Path) -> dict[str, Toke
                     f"validation set {name} of {run}: it is not in {folder} any more, and its text is not there to "
                     f"prepare it again ({error}): give a text with --data"
                 ) from None
-        windows = _as_trained(run)
-        sets[name] = prepare(source, tokenizer, section.sequence_length, cache, launched_rank() == 0, windows)
+        sets[name] = prepare(
+            source, tokenizer, section.sequence_length, cache, launched_rank() == 0, WindowOptions.of(section)
+        )
         if source.files and sets[name].folder.name != Path(folder).name:  # folders are named after their contents
             raise DataError(
                 f"validation set {name} of {run}: it is not in {folder} any more, and its text "

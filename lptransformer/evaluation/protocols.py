@@ -120,12 +120,13 @@ class Protocol:
     bos: bool = False
 
 
-def of_token_set(token_set: TokenSet) -> Scoring:
-    """`blocks` of a prepared set: disjoint windows, whose first tokens are not scored."""
+def of_token_set(token_set: TokenSet, prefix: str | None = None) -> Scoring:
+    """`blocks` of a prepared set: disjoint windows, whose first tokens are not scored; `prefix` is what begins every
+    document there."""
     ids = np.concatenate([np.asarray(chunk, np.int32) for chunk in token_set.chunks])
     counts = text_counts(token_set.manifest)
     if "labelled" not in token_set.columns:
-        return Scoring(ids, disjoint(len(ids), token_set.sequence_length), counts)
+        return Scoring(ids, disjoint(len(ids), token_set.sequence_length), counts, prefix)
     rows = [token_set.window(index) for index in range(len(token_set))]
     ends = np.cumsum([len(row.ids) for row in rows])
     windows = [
@@ -136,7 +137,7 @@ def of_token_set(token_set: TokenSet) -> Scoring:
         starts = np.zeros(len(ids), np.uint8)
         for window, row in zip(windows, rows, strict=True):
             starts[window.start + np.asarray(row.starts)] = 1
-    return Scoring(ids, _array(windows), counts, None, None, np.concatenate([row.labelled for row in rows]), starts)
+    return Scoring(ids, _array(windows), counts, prefix, None, np.concatenate([row.labelled for row in rows]), starts)
 
 
 def disjoint(tokens: int, window: int) -> np.ndarray:

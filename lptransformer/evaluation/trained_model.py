@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from lptransformer import hub
 from lptransformer.console import megabytes
 from lptransformer.data.token_set import IGNORE_INDEX, Batch
+from lptransformer.data.windows import WindowOptions
 from lptransformer.errors import ConfigError, ModelError, RunError, UserError
 from lptransformer.methods.heads import label
 from lptransformer.methods.stages import StagePlan
@@ -187,12 +188,22 @@ def blueprint_of_target(target: Target) -> Blueprint:
     return blueprint_of(target.folder)
 
 
+def windowing(target: Target) -> WindowOptions:
+    """How documents become windows, as the run was trained; the defaults for a model folder."""
+    return WindowOptions() if target.update is None else WindowOptions.of(layout.read_config(target.folder).data)
+
+
 def vocabulary(target: Target) -> int:
     """The ids that the model embeds. Raises UserError where its configuration is damaged."""
-    if target.update is not None:
-        return blueprint_of(target.folder).parts.vocab_size
-    size: int = hf_config.read_config(target.folder).vocab_size
+    size: int = config_of(target).vocab_size
     return size
+
+
+def config_of(target: Target) -> Any:
+    """The configuration of the Hugging Face model. Raises UserError where it is damaged."""
+    if target.update is not None:
+        return blueprint_of(target.folder).model_config
+    return hf_config.read_config(target.folder)
 
 
 def load_target(target: Target, device: torch.device) -> RunModel:

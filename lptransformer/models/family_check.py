@@ -73,7 +73,7 @@ def _try(config: Any, apart: bool) -> None:
         if apart and (off := leak(whole.eval())) > TOLERANCE:
             raise ModelError(
                 f"{type(whole).__name__} does not keep the documents of a window apart (data.isolate_documents): those "
-                f"before it change a document's logits (by {off:.2g} of the largest)"
+                f"before it change a document's logits (by {off:.2g} of the largest): give data.isolate_documents=false"
             )
 
 

@@ -87,7 +87,8 @@ def described(model: Any, scratch: Path) -> tuple[Path, dict[str, Tensor]]:
         raise ModelError(f"model is a {type(model).__name__}: give a folder, OWNER/NAME, or a transformers causal LM")
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], model.dtype
-    folder = scratch / (Path(model.name_or_path).name or type(model).__name__)
+    name = Path(model.name_or_path).name
+    folder = scratch / (type(model).__name__ if name in ("", "..") else name)
     folder.mkdir()
     (folder / "config.json").write_text(config.to_json_string())
     if model.can_generate() and model.generation_config is not None:

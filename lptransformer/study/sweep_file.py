@@ -30,6 +30,7 @@ from lptransformer.config.schema import Config
 from lptransformer.config.text import parse_yaml, read_text
 from lptransformer.errors import ConfigError, UserError
 from lptransformer.methods import objectives
+from lptransformer.methods.heads import HEADS
 from lptransformer.study.halving import Halving
 
 KEYS = ("base", "dir", "set", "grid", "methods", "halving", "score", "checkpoints")
@@ -213,6 +214,8 @@ def _score(file: Path, raw: Any, runs: Sequence[Run]) -> Score:
         if name not in run.config.data.valid_names:
             there = ", ".join(run.config.data.valid_names) or "none"
             raise ConfigError(f"{where}: set is {name!r}: the validation sets of run {run.name} are: {there}")
+        if exit_block != "last" and HEADS[run.config.head.kind].fitted:
+            raise ConfigError(f"{where}: exit is {exit_block}: run {run.name} balances its chunks when it starts: last")
         heads = objective_of(run.config).heads
         if exit_block != "last" and exit_block not in heads:
             raise ConfigError(f"{where}: exit is {exit_block}: run {run.name} has heads after the blocks {list(heads)}")

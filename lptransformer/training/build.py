@@ -123,8 +123,8 @@ def start(
             fetch_once(config, world)
         data = prepare_once(config, world)
         config = counted_once(config, world, data.rows_per_epoch)
-    blueprint = blueprints.make_blueprint(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
-    check_isolation(config, blueprint, data)
+        blueprint = blueprints.make_blueprint(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
+        world.decided_by_the_first("isolation", lambda: check_isolation(config, blueprint, data))
     stream = data.stream(config.train.seed, blueprint.micro_batch_size)
     engine = build_engine(config, world, blueprint, stream, data.valid, weights, fit=not resume)
 
@@ -168,9 +168,9 @@ def start_on_rows(
             return blueprints.make_blueprint(config, size, end_of_text_id)
 
         config = counted_once(agreed(config, world, False, force, Given(draw, many)), world, many)
-    blueprint = draw(config)
-    if beside is not None:
-        check_isolation(config, blueprint, beside)
+        blueprint = draw(config)
+        if beside is not None:
+            world.decided_by_the_first("isolation", lambda: check_isolation(config, blueprint, beside))
     sizes = {"micro_batch_size": blueprint.micro_batch_size, "micro_batches": blueprint.micro_batches}
     stream: Stream = (
         given_rows.RowsInOrder(train_data, length, vocab_size, **sizes, kept_rows=-(-FIT_TOKENS // length))
@@ -235,17 +235,18 @@ def check_same_rows(world: World, stream: Stream, many: int | None) -> None:
     world.decided_by_the_first("rows", compare)
 
 
-def check_isolation(config: Config, blueprint: Blueprint, data: Prepared) -> None:
-    """Raises ConfigError or ModelError where documents are to be kept apart and would not be."""
+def check_isolation(config: Config, blueprint: Blueprint, data: Prepared) -> str:
+    """Nothing. Raises ConfigError or ModelError where documents are to be kept apart and would not be."""
     sets = [*(one.tokens for one in data.train), *data.valid.values()]
     if not any(tokens.isolated for tokens in sets):
-        return
+        return ""
     if config.engine == "deepspeed_pipeline":
         raise ConfigError(
             "engine=deepspeed_pipeline hands no positions through its stages, so documents are not kept apart: use "
             "engine=local, or data.isolate_documents=false"
         )
     family_check.check(blueprint.model_config, apart=True)
+    return ""
 
 
 def join_world(config: Config) -> World:

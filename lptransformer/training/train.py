@@ -230,8 +230,7 @@ class Reporter:
         tokens, seconds = 0, 0.0
         if resume:
             before = [r for r in read_metrics(folder) if "stages" in r and r["update"] <= engine.update]
-            tokens = engine.update * engine.blueprint.label_tokens
-            seconds = before[-1]["seconds"] if before else 0.0
+            tokens, seconds = (before[-1]["tokens"], before[-1]["seconds"]) if before else (0, 0.0)
         texts = {name: text_counts(token_set.manifest) for name, token_set in data.valid.items()}
         self.aggregator = Aggregator(
             self.stages, engine.world.data_size, texts, update=engine.update, tokens=tokens, seconds=seconds

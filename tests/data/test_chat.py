@@ -79,6 +79,26 @@ def test_every_form_of_a_conversation_is_the_same(tmp_path: Path, folders: dict[
         assert made(tmp_path, folders["llama"], other, fields=fields).row(0).tolist() == wanted.row(0).tolist()
 
 
+def test_an_end_that_takes_in_the_white_space_behind_it_carries_a_label(tmp_path: Path) -> None:
+    """As some tokenizers declare theirs: a model that never learns its end goes on for ever."""
+    folder = save_tokenizer(tmp_path / "strips", "chatml")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    next(one for one in content["added_tokens"] if one["content"] == "<|im_end|>")["rstrip"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    done = prepared(tmp_path, folder, write(tmp_path / "a.jsonl", {"messages": conversation()}))
+    assert taught(next(done.train[0].tokens.batches(1)), 0, done.tokenizer) == [f"{one}<|im_end|>" for one in SAID]
+
+
+def test_an_instruction_may_have_no_input(tmp_path: Path, folders: dict[str, Path]) -> None:
+    rows = [{"instruction": "A"}, {"instruction": "B", "input": "b"}, {"instruction": "C", "input": None}]
+    rows = [{**row, "output": "x"} for row in rows]
+    plain = [{"prompt": prompt, "completion": "x"} for prompt in ("A", "B\n\nb", "C")]
+    for some in (rows, rows[1:], rows[::-1][:2]):
+        same = [one for row in some for one in plain if one["prompt"][0] == row["instruction"]]
+        found = [made(tmp_path, folders["llama"], write(tmp_path / "a.jsonl", *one)).chunks[0] for one in (some, same)]
+        assert found[0].tolist() == found[1].tolist()
+
+
 def test_completions_without_a_template_end_with_the_end_of_text(tmp_path: Path, folders: dict[str, Path]) -> None:
     file = write(tmp_path / "a.jsonl", {"prompt": "2 + 2 =", "completion": " 4"}, {"prompt": "1 =", "completion": " 1"})
     done = prepared(tmp_path, folders["llama"], file, format="completion")
@@ -218,6 +238,12 @@ FORGETS = CHATML.replace("m['content']", "(m['content'] if loop.last or m['role'
         ({"messages": []}, "chatml", r"'messages' is \[\]: it must be a list of messages"),
         ({"message": [USER, BOT]}, "chatml", "'messages' is null: it must be a list of messages"),
         ({"messages": [USER]}, "chatml", "holds no answer of an assistant"),
+        ({"messages": [BOT, USER, BOT]}, "chatml", "begins with an answer, and there is nothing that it answers"),
+        (
+            {"messages": [{"from": ["gpt"], "value": "x"}]},
+            "chatml",
+            "message 1 is .*must have a role and a content",
+        ),
         ({"messages": [USER, USER, BOT]}, "mistral", "does not take the roles user, user, assistant: roles must alter"),
         ({"messages": [USER, BOT, USER, BOT]}, "forgets", "what is before message 2 differently when more follows"),
     ],

@@ -126,6 +126,8 @@ def test_text_is_unpacked_and_loses_its_mark(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "x"}, 3]', r"a\.json, row 2: 3 is not an object"),
         ("a.json", b"[]", r"a\.json: holds no row"),
         ("a.json", b'{"text": "\\ud800"}', r"a\.json, row 1: half of a surrogate pair"),
+        ("a.json", b'{"text": ' + b"9" * 5000 + b"}", r"a\.json, row 1: not JSON: Exceeds the limit"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", r"a\.jsonl, line 1: not JSON: Exceeds the limit"),
         ("a.csv", b"id,text\n1,x\n2\n", r"a\.csv, row 2: 1 cells, where the first line names 2"),
         ("a.csv", b'id,text\n1,x\n2,"y', r"a\.csv, row 2: unexpected end of data"),
         ("a.csv", b"id,text\n1,x\xff\n", r"a\.csv: not UTF-8 text"),

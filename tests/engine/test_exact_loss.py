@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import reference
@@ -14,6 +16,8 @@ from distributed import Pool
 from engine_jobs import load_config, make_stream, train
 from parity import compare, expected, gather, learning_rates, runs_of, whole_model_config
 from tiers import slow
+
+from lptransformer.engine.interface import TrainingEngine
 
 LABELS = (1, 7, 0, 200)
 LONG = ("data.sequence_length=128", "model.num_layers=4", "train.steps=4")
@@ -49,6 +53,24 @@ def test_it_is_the_plain_loop_bit_for_bit(
     got = gather(trained)
     tolerance = 1e-10 if "train.dtype=fp64" in more else 0.0  # pulls add up gradients in another order
     compare(got, expected(overrides, UPDATES, LABELS, **formulas), tolerance)
+
+
+def test_labels_are_counted_once_an_update() -> None:
+    class Counting:
+        calls = 0
+
+        def label_counts(self, index: int) -> list[int]:
+            self.calls += 1
+            return [index, 7]
+
+    stream = Counting()
+    engine: Any = SimpleNamespace(stream=stream, blueprint=SimpleNamespace(micro_batches=4, replicas=1))
+    engine._label_tokens = {}
+    for update in (0, 1, 0, 1, 2):
+        for fraction in (1.0, 0.5, 1.0, 0.5):
+            TrainingEngine.label_tokens(engine, update, fraction)
+    assert stream.calls == 3 * 4 * 2, "of every update, of four micro-batches, for two heads"
+    assert TrainingEngine.label_tokens(engine, 2, 1.0) == 8 + 9 + 10 + 11 + 4 * 7
 
 
 def _train(overrides: tuple[str, ...]) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,20 @@ from distributed import Pool
 from engine_jobs import VOCAB_SIZE, Trained, load_config, make_stream, open_engine, optimizer_tensors, train
 from parity import compare, expected, gather, largest_difference, learning_rates, optimizer_options
 from reference import make_optimizer
+from safetensors.torch import save_file
 from tiers import slow
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM
 
-from lptransformer.engine.deepspeed_stage import TrainedStage
+from lptransformer.engine.deepspeed_stage import FrozenStage, TrainedStage
+from lptransformer.methods.heads import FittedOptions
 from lptransformer.models import hf_config, hf_parts
+from lptransformer.models.blueprint import make_blueprint
+from lptransformer.models.stage import for_training, make_stage
 from lptransformer.models.whole_model import whole_weights
+from lptransformer.run_folder import checkpoint
 
 UPDATES = 3
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_layers": 4, "num_heads": 2, "intermediate_size": None}
@@ -108,6 +114,19 @@ def test_every_zero_stage_trains_the_rest_and_continues(pool: Pool, tmp_path: Pa
         order = "accumulate_then_average" if stage < 2 else "average_then_accumulate"
         wanted = expected(plain, 4, replicas=2, averaging=order)
         compare(gather([whole for whole, *_ in found]), wanted, norm_tolerance=1e-6)
+
+
+def test_a_map_that_was_fitted_is_loaded_where_nothing_trains(tmp_path: Path) -> None:
+    config = load_config(("objective.chunks=2",))
+    config.head = FittedOptions(kind="fitted", blocks=1)  # which a configuration takes of a trained model only
+    blueprint = make_blueprint(config, 64, None)
+    plan = replace(blueprint.stages[0], trained=False)
+    saved, fresh = (for_training(make_stage(plan, blueprint, seed=0), blueprint) for _ in range(2))
+    assert saved.head is not None and saved.head.fitted is not None
+    torch.nn.init.constant_(saved.head.fitted.linear.weight, 0.5)
+    save_file(saved.state_dict(), tmp_path / checkpoint.WEIGHTS)
+    FrozenStage(fresh, torch.float32).load(tmp_path)
+    assert fresh.head is not None and fresh.head.fitted is not None and (fresh.head.fitted.linear.weight == 0.5).all()
 
 
 # --------------------------------------------------------------------------------------------- tied

@@ -20,7 +20,8 @@ import psutil
 import pytest
 import torch
 from distributed import Pool
-from saved_runs import TEXT, WINDOW, make_run, write_text
+from families import TRAINED
+from saved_runs import FEW, TEXT, WINDOW, make_run, write_text
 from small_chat import FORMS, save_tokenizer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,11 +29,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lptransformer.__main__ import parser
 from lptransformer.data.token_set import Batch
 from lptransformer.data.tokenizer import load as load_tokenizer
-from lptransformer.errors import DataError, RunError, UserError
+from lptransformer.errors import DataError, ModelError, RunError, UserError
 from lptransformer.evaluation import trained_model
 from lptransformer.evaluation.export import export_run
+from lptransformer.evaluation.generate import open_source
 from lptransformer.evaluation.perplexity import evaluate_run, print_evaluations, to_json
-from lptransformer.run_folder import checkpoint
+from lptransformer.run_folder import checkpoint, layout
 from lptransformer.training.launcher import run as run_command
 
 ROOT = Path(__file__).parents[2]
@@ -234,6 +236,30 @@ def test_of_examples_the_answers_alone_are_scored(tmp_path: Path, scratch: Path)
     with pytest.raises(UserError, match="pairs holds examples with answers: models are compared on the bytes of a te"):
         evaluate_run(run, [str(file)], compare=run)
     assert not list(scratch.iterdir())
+
+
+def test_texts_are_read_and_windowed_as_the_run_was_trained(tmp_path: Path) -> None:
+    """Documents kept apart, a column of another name, a begin-of-text token; a prepared set of them too."""
+    texts = "".join(json.dumps({"body": TEXT[:many]}) + "\n" for many in (40, 25, 60, 31))
+    file, chatml = write_text(tmp_path / "texts.jsonl", texts), str(save_tokenizer(tmp_path / "chatml", "chatml"))
+    data = {"train": str(file), "valid": {"own": str(file)}, "fields": {"text": "body"}, "tokenizer": chatml}
+    run = make_run(tmp_path, data={**data, "isolate_documents": True, "bos": "always"})
+    own, given = evaluated(run), evaluated(run, [str(file)])
+    (prepared,) = layout.read_data(run)["valid"].values()
+    for one in (given, evaluated(run, [prepared])):
+        assert one["exits"] == own["exits"] and one["prefix"] == own["prefix"] == "<|endoftext|>"
+    assert open_source(run).begin == (0,)
+    with pytest.raises(UserError, match="texts: its documents are kept apart, as in training: models are compared"):
+        evaluate_run(run, [str(file)], compare=run)
+
+
+def test_a_family_that_leaks_does_not_score_conversations(tmp_path: Path) -> None:
+    file = write_text(tmp_path / "pairs.jsonl", json.dumps({"prompt": "a", "completion": "b"}))
+    config = type(TRAINED["OPT"])(**TRAINED["OPT"].to_dict() | {"vocab_size": 259})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    run = make_run(tmp_path, model={"pretrained": str(tmp_path / "model"), **dict.fromkeys(FEW)})
+    with pytest.raises(ModelError, match="OPTForCausalLM does not keep the documents of a window apart"):
+        evaluate_run(run, [str(file)])
 
 
 def test_a_model_folder_on_conversations_of_any_form(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lptransformer.config.load import load, to_yaml
 from lptransformer.engine.process_groups import leave
 from lptransformer.errors import ConfigError
 from lptransformer.run_folder import checkpoint, layout
+from lptransformer.run_folder.metrics_log import read_metrics
 from lptransformer.training.launcher import run
 
 DATA = {"data": {"train": "t.txt"}}
@@ -128,6 +130,18 @@ def test_a_run_keeps_the_number_and_is_the_run_of_that_number(folder: Path, caps
     says(text, "is complete: 3 updates of train.steps = 3")
     text = refused(capsys, "train", "c.yaml", "--resume", "--train.epochs=0.1")
     says(text, "cannot be resumed", "train.steps: 3 in the run, 6 now")
+
+
+def test_label_tokens_go_on_where_they_were(folder: Path) -> None:
+    """Of completions windows have unlike numbers of labels."""
+    rows = [json.dumps({"prompt": "a", "completion": "b" * number}) for number in range(1, 15)]
+    (folder / "pairs.jsonl").write_text("\n".join(rows))
+    pairs = ["train", "c.yaml", "--data.train=pairs.jsonl", "--data.valid=null", "--train.epochs=1"]
+    for more in (["--until=1"], ["--resume"], ["--run.dir=whole"]):
+        run(parser(), [*pairs, *more])
+        leave()
+    resumed, whole = ([row["tokens"] for row in read_metrics(folder / name)] for name in ("run", "whole"))
+    assert resumed == whole and len(set(whole)) == len(whole) > 1
 
 
 def test_nothing_is_started_where_the_number_contradicts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,8 @@ def pretend(rank: int, size: int, rounds: int, shared_heads: list[int], last_sta
     """
     store = dist.HashStore()
     store.set("hub commits", "decided {}")
-    store.set("prepared", "decided yes")
+    store.set("prepared", "decided {}")
+    store.set("isolation", "decided ")
     store.set("micro_batch_size", "decided 0")
     for other in range(size):
         store.set(f"memory/{other}", json.dumps([f"GPU {other}", 2**50]))

@@ -215,8 +215,9 @@ class Executor:
                 block, (rows, length, _) = self.local[index].plan.last_block, self.blueprint.hidden_shape
                 drawn = token_positions(self.blueprint.seed, block, number, rows, length, fraction, batch.labels)
                 positions = drawn.to(self.world.device)
-        here = batch.to(self.world.device)
-        return LossBatch(here.labels, scale, positions, 1.0 / self.rounds, here.position_ids)
+        apart, device = batch.position_ids, self.world.device
+        position_ids = None if apart is None else apart.to(device)
+        return LossBatch(batch.labels.to(device), scale, positions, 1.0 / self.rounds, position_ids)
 
     def handed_over(self, index: int, hidden_states: Tensor) -> Tensor:
         """A stage's output as the next stage receives it, detached."""

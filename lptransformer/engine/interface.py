@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from lptransformer.run_folder.metrics import EvaluationReport, StageReport, Trac
 
 P = ParamSpec("P")
 R = TypeVar("R")
+ASKING_SECONDS = 2.0
 DATA_KEY = "wrong data"  # in the store: what a process found
 Report = StageReport | EvaluationReport | TraceReport
 
@@ -98,8 +100,8 @@ def telling_of_wrong_data(call: Callable[Concatenate[Any, P], R]) -> Callable[Co
             store.set("all done", "")  # who has come to its end already does not wait
             raise
         except (LostProcessError, RuntimeError):  # a collective of replicas raises the latter
-            with contextlib.suppress(dist.DistError):  # the store may have gone
-                self.check_data()
+            if wrong := self.wrong_data(ASKING_SECONDS):
+                raise DataError(wrong) from None
             raise
 
     return told
@@ -195,17 +197,29 @@ class TrainingEngine(ABC):
     def close(self) -> list[Report]:
         """Leave the run, when every process has come to its end; returns the last reports on global rank 0."""
         self._finish()
-        self.world.wait_for_the_end()
-        self.check_data()
+        self.world.wait_for_all("done")
+        if wrong := self.wrong_data(None):
+            raise DataError(wrong)
+        self.world.leave_at_the_end()
         reports = gather_reports(self.world, []) if self.world.global_rank == 0 else []
         self._release()
         leave(self.world)
         return reports
 
-    def check_data(self) -> None:
-        """Raises DataError where another process has found something wrong with its rows."""
-        if self.world.store.check([DATA_KEY]):
-            raise DataError(self.world.store.get(DATA_KEY).decode())
+    def wrong_data(self, seconds: float | None) -> str | None:
+        """What another process has found wrong with its rows; None also where the store has not answered so long: its
+        host may have gone."""
+        found: list[str] = []
+
+        def ask() -> None:
+            with contextlib.suppress(dist.DistError):
+                if self.world.store.check([DATA_KEY]):
+                    found.append(self.world.store.get(DATA_KEY).decode())
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(seconds)
+        return found[0] if found else None
 
     @property
     def global_steps(self) -> int:

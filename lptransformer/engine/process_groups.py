@@ -42,7 +42,6 @@ class World:
     store: dist.Store
     timeout: timedelta
     groups: list[dist.ProcessGroup] = field(default_factory=list)
-    environment: dict[str, str | None] = field(default_factory=dict)  # variables that join() set, as they were before
 
     @property
     def global_rank(self) -> int:
@@ -113,13 +112,11 @@ class World:
         while self.store.queue_len("leaving") < self.size - 1 and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    def wait_for_the_end(self) -> None:
-        """Return when every process has come to its end, on global rank 0 after the others have left the store.
+    def leave_at_the_end(self) -> None:
+        """Leave the store, when every process has come to its end; global rank 0 keeps it, so it goes last.
 
-        Nobody leaves before all are done: a connection that closes early can lose what its peer has not read. Global
-        rank 0 keeps the store, so it goes last.
+        Nobody leaves before all are done: a connection that closes early can lose what its peer has not read.
         """
-        self.wait_for_all("done")
         if self.global_rank != 0:
             self.store.queue_push("leaving", "")
             return
@@ -139,6 +136,9 @@ class World:
         return group
 
 
+_before: dict[str, str | None] = {}  # variables that join() sets, as they were before
+
+
 def join(pipeline: int, data: int, timeout_seconds: float, *, together: bool = False) -> World:
     """Join the world of this process's pipeline rank. Works under `deepspeed`, `torchrun`, and without a launcher.
 
@@ -147,7 +147,8 @@ def join(pipeline: int, data: int, timeout_seconds: float, *, together: bool = F
     (check_world_size in config/checks.py has the message for the user).
     """
     timeout = timedelta(seconds=timeout_seconds)
-    before = {name: os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_RANK", INTERFACE_VARIABLE)}
+    for name in ("WORLD_SIZE", "LOCAL_RANK", INTERFACE_VARIABLE):
+        _before.setdefault(name, os.environ.get(name))
     with translate_lost_processes():
         met = meet(timeout)
     size, store, global_rank = met.size, met.store, met.rank
@@ -170,7 +171,7 @@ def join(pipeline: int, data: int, timeout_seconds: float, *, together: bool = F
     # ZeRO 3 refuses a group that is smaller than what the launcher's variable says: here the group is the world.
     os.environ["WORLD_SIZE"] = str(size)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    return World(pipeline_rank, pipeline, data_rank, data, device, store, timeout, environment=before)
+    return World(pipeline_rank, pipeline, data_rank, data, device, store, timeout)
 
 
 @contextlib.contextmanager
@@ -211,10 +212,11 @@ def leave(world: World | None = None) -> None:
     """Leave all groups and forget DeepSpeed's module state, so that the process can join another world."""
     if world is not None:
         world.groups.clear()
-        for name, value in world.environment.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+    for name, value in _before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    _before.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
     deepspeed.comm.comm.cdb = None

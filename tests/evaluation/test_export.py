@@ -548,13 +548,15 @@ def test_a_second_run_starts_from_the_export_and_gets_better_on_another_book(poo
     assert one is not None and two is not None
     assert (one["step"], two["step"]) == (150, 100)
     assert one["exits"][0]["tokens"] == two["exits"][0]["tokens"]
-    for before, after in zip(one["exits"], two["exits"], strict=True):
-        assert after["perplexity"] < 0.97 * before["perplexity"] < 200
+    before, after = (found["exits"][-1]["perplexity"] for found in (one, two))  # the first exit has another head
+    assert after < 0.9 * before < 100
 
     rows = {name: read_metrics(tmp_path / name) for name in ("one", "two")}
     # The second run begins where the first one ended, on a book that is a little different; a new model has 6 nats.
-    assert rows["two"][0]["stages"][-1]["loss"] < one["exits"][-1]["nll_per_token"] + 0.4
-    assert rows["one"][0]["stages"][-1]["loss"] > 5.9
+    first, second = (
+        next(row for row in rows[name] if "stages" in row)["stages"][-1]["loss"] for name in ("one", "two")
+    )
+    assert second < one["exits"][-1]["nll_per_token"] + 0.4 and first > 5.9
     # The evaluation at the end of training and the one from the checkpoint are the same.
     for name, results in (("one", one), ("two", two)):
         last = [row for row in rows[name] if "evaluation" in row][-1]

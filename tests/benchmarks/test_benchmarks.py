@@ -71,7 +71,7 @@ def test_a_machine_is_measured_as_an_entry_of_the_table_of_devices() -> None:
     assert float(entry["flops"]["fp32"]) > 1e6 and float(entry["memory_bandwidth"]) > 1e6
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_profile_of_a_step_accounts_for_all_of_its_time(tmp_path: Path) -> None:
     run_benchmark("step_profile.py", "--updates=2", "--out", str(tmp_path))
     lines = (tmp_path / "step_profile.md").read_text().splitlines()

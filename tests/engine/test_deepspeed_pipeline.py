@@ -419,7 +419,7 @@ def test_a_signal_stops_it_and_it_resumes(tmp_path: Path) -> None:
     assert len(whole) == 200 and [s["loss"] for s in whole] == [s["loss"] for s in resumed]
 
 
-@pytest.mark.slow
+@pytest.mark.full  # each starts the other engine too (training/test_launchers)
 def test_all_launchers_start_it(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(run_config(tmp_path)))
     bin_, launch = Path(sys.executable).parent, Path(__file__).parents[2] / "launch" / "train.py"

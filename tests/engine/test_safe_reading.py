@@ -25,6 +25,7 @@ from distributed import Pool
 from engine_jobs import load_config, open_engine
 from engine_jobs import train as train_locally
 from small_run import CONFIG, TEXT
+from tiers import full
 
 from lptransformer.data import tokenizer
 from lptransformer.errors import DataError, ModelError, RunError
@@ -94,7 +95,7 @@ def test_a_damaged_file_is_named(pool: Pool, tmp_path: Path, what: bytes | None)
 
 
 @pytest.mark.slow  # starts programs
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [1, full(0)])
 def test_the_command_line_refuses_in_one_line(tmp_path: Path, stage: int) -> None:
     """Two pipeline ranks, and the pickle in the stage of either."""
     (tmp_path / "text.txt").write_text(TEXT)

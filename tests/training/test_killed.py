@@ -91,7 +91,7 @@ LOST = ("lost a process", "failed", None)
     ("way", "victim", "ends", "codes"),
     [
         ("command", "command", ("stopped",), ()),
-        ("command", "runner", ("stopped",), (3,)),
+        full("command", "runner", ("stopped",), (3,)),
         full("command", "launcher", ("stopped",), (3,)),
         ("command", "worker", LOST, (1, 4)),
         ("deepspeed", "runner", ("stopped",), ()),

@@ -317,7 +317,10 @@ def test_not_a_number_and_infinity() -> None:
             "must be {text: COLUMN}, {messages: COLUMN} or",
         ),
         ({"a": {"files": "x", "valid": 1}}, "data.train.a.valid = 1 (in the given mapping): must be a share between"),
-        ({"a": {"files": "x", "format": "txt"}}, "data.train.a.format = 'txt' (in the given mapping): must be one of"),
+        (
+            {"a": {"files": "x", "format": "txt"}},
+            "data.train.a.format = 'txt' (in the given mapping): must be auto, text, chat or completion",
+        ),
     ],
 )
 def test_wrong_source(train: Any, shown: str) -> None:

@@ -88,6 +88,9 @@ class CheapHead(nn.Module):
     def cast_copies(self, dtype: torch.dtype) -> None:
         """There are none."""
 
+    def share_frozen(self, held: dict[str, Tensor]) -> None:
+        """There is nothing frozen."""
+
 
 def stages(sleeper: Sleeper, block_seconds: float) -> AbstractContextManager[Any]:
     """While it lasts, lptransformer.training.build makes stages that sleep."""

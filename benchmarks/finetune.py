@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 
 import finetune_prototypes as prototypes
 import finetune_report
+import psutil
 import torch
 from finetune_report import BACKPROP, BEFORE, COPIED, NOVEL, PIPELINED, SETS, Record
 from torch import Tensor
@@ -408,10 +409,10 @@ def run_all(study: Study, only: str, processes: int, flags: Sequence[str]) -> in
     failed: list[str] = []
 
     def end(*_: Any) -> None:
-        for child in children:
+        started = psutil.Process().children()  # one that has just begun is not among `children` yet
+        for child in started:
             child.terminate()
-        for child in children:
-            child.wait()
+        psutil.wait_procs(started)
         raise SystemExit(130)
 
     for signum in (signal.SIGINT, signal.SIGTERM) if processes else ():

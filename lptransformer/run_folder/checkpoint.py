@@ -1,13 +1,13 @@
-"""A stage's state on disk: folders, complete markers, weights by name.
+"""The checkpoints of a run on disk: which there are, which of them count, and what keeps them whole.
 
-    <run>/checkpoints/step-00000300/stage-0/weights.safetensors   what evaluation and export read
-                                            state.json            counters, learning-rate schedule, place in the model
-                                            deepspeed/            optimizer state, written by DeepSpeed
-                                            others.safetensors    what else training needs to go on, if anything
-                                            complete              written last
+    <run>/checkpoints/step-00000300/           has this name when all of it is on disk
+                          complete             JSON: bytes and xxh3-128 of every file
+                          stage-0/             the files of a stage (run_folder/saved_stage.py)
+                      frozen-<sum>.safetensors weights that never change, once for all steps
+                      .step-00000400/          being written, or left by a run that was killed
 
-Every stage is written by its own processes at its own time, without waiting for the others: a checkpoint counts when
-all its stages are complete.
+Every stage is written by its own processes at its own time, without waiting for the others. Global rank 0 hears of
+each, and makes the checkpoint count.
 """
 
 from __future__ import annotations
@@ -16,119 +16,83 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
+from lptransformer import files
 from lptransformer.errors import RunError
-from lptransformer.methods.stages import StagePlan
 
-WEIGHTS, STATE, COMPLETE, DEEPSPEED = "weights.safetensors", "state.json", "complete", "deepspeed"
-OTHERS = "others.safetensors"
-FORMAT = 1  # of state.json; older files have no number
+COMPLETE = "complete"
+FORMAT = 2  # of a checkpoint and its state.json; 1 is DeepSpeed's files with a marker in every stage's folder
+Sums = Mapping[str, tuple[int, str]]
+"""Bytes and xxh3-128 of files, by their path below the folder of a checkpoint; those of frozen weights are beside it,
+so their paths begin with `../`."""
+
+
+def folder_of(run: str | Path, update: int) -> Path:
+    return Path(run) / "checkpoints" / f"step-{update:08d}"
+
+
+def unfinished_folder(run: str | Path, update: int) -> Path:
+    """Where a checkpoint is while it is written."""
+    return folder_of(run, update).with_name(f".step-{update:08d}")
 
 
 def stage_folder(run: str | Path, update: int, stage: int) -> Path:
-    return Path(run) / "checkpoints" / f"step-{update:08d}" / f"stage-{stage}"
+    return folder_of(run, update) / f"stage-{stage}"
 
 
-def begin_stage(folder: Path) -> None:
-    """An empty folder without a marker, also where an earlier, interrupted save left something."""
-    (folder / COMPLETE).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def finish(run: str | Path, update: int, sums: Sums, generation: int = 0) -> None:
+    """Make the checkpoint count, all of whose files are on disk; one that had its name is gone. On global rank 0."""
+    folder, final = unfinished_folder(run, update), folder_of(run, update)
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        if path.relative_to(folder).as_posix() not in sums:  # of a save that was interrupted here
+            path.unlink()
+    marker = {"format": FORMAT, "update": update, "generation": generation, "files": sums}
+    files.write_text(folder / COMPLETE, json.dumps(marker, indent=1) + "\n")
+    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        files.sync(path)
+    replaced = final.with_name(f".replaced-{final.name}")
+    if final.exists():
+        final.rename(replaced)
+    folder.rename(final)
+    files.sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_stage(
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    others: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Weights and state of a stage; finish_stage makes it count once all processes of the stage have written.
-
-    `others` are tensors that are no weights and that training needs to go on: versions of weights that come later, or
-    were before.
-    """
-    for name, tensors in ((WEIGHTS, weights), (OTHERS, others)):
-        if tensors:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / name)
-            (folder / name).chmod(folder.stat().st_mode & 0o666)  # safetensors writes files that nobody else may read
-    (folder / STATE).write_text(json.dumps(state, indent=1))
-
-
-def finish_stage(folder: Path) -> None:
-    for path in (folder / WEIGHTS, folder / STATE, folder / OTHERS):
-        if not path.exists():  # the last, where there is nothing else
-            continue
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    (folder / COMPLETE).touch()
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """What state.json says. Raises RunError when it is damaged."""
-    try:
-        state = json.loads((folder / STATE).read_text())
-        StagePlan(**state["plan"]), int(state["num_stages"])
-        written = int(state.get("format", 0))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{folder / STATE} cannot be read ({error}): choose another checkpoint") from None
-    if written > FORMAT:
-        raise RunError(
-            f"{folder / STATE} has format {written}, and this version reads {FORMAT} and older ones: use a newer one"
-        )
-    return state
-
-
-def read_weights(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
-    """The tensors of a stage with a wanted name, on the CPU. Raises RunError when the file is damaged."""
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{folder / WEIGHTS} cannot be read ({error}): choose another checkpoint") from None
-
-
-def read_others(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a stage that are no weights. Raises RunError when the file is damaged."""
-    try:
-        return load_file(folder / OTHERS) if (folder / OTHERS).exists() else {}
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{folder / OTHERS} cannot be read ({error}): choose another checkpoint") from None
-
-
-def describe(plan: StagePlan, num_stages: int, update: int, position: Mapping[str, int]) -> dict[str, Any]:
-    """What state.json says about where the stage belongs, and how far into the data (epoch, offset) it came."""
-    where = {"update": update, "position": dict(position), "num_stages": num_stages}
-    return {"format": FORMAT, **where, "plan": asdict(plan)}
+def remove_unfinished(run: str | Path) -> None:
+    """Remove what a run that was killed had begun to save. A checkpoint that was being replaced is there again."""
+    for replaced in (Path(run) / "checkpoints").glob(".replaced-*"):
+        whole = replaced.with_name(replaced.name.removeprefix(".replaced-"))
+        if whole.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(whole)
+    for pattern in (".step-*", ".frozen-*"):
+        for begun in (Path(run) / "checkpoints").glob(pattern):
+            shutil.rmtree(begun) if begun.is_dir() else begun.unlink()
 
 
 def complete_updates(run: str | Path) -> list[int]:
-    """The updates of the checkpoints whose stages are all complete, oldest first."""
+    """The updates of the checkpoints that count, oldest first."""
     updates = []
     for folder in sorted((Path(run) / "checkpoints").glob("step-*")):
         match = re.fullmatch(r"step-(\d{8,})", folder.name)
-        stages = [stage for stage in folder.glob("stage-*") if (stage / COMPLETE).exists()]
-        if match and stages and len(stages) == read_state(stages[0])["num_stages"]:
+        if match and ((folder / COMPLETE).is_file() or _older_is_complete(folder)):
             updates.append(int(match[1]))
     return updates
 
 
-def remove_newer(run: str | Path, update: int) -> None:
-    """Remove what a run has saved after `update`: stages of a trajectory that a resumed run may not follow."""
-    for folder in (Path(run) / "checkpoints").glob("step-*"):
-        if folder.name[5:].isdigit() and int(folder.name[5:]) > update:
-            shutil.rmtree(folder)
+def _older_is_complete(folder: Path) -> bool:
+    """Of format 1: every stage has a marker of its own."""
+    stages = [stage for stage in folder.glob("stage-*") if (stage / COMPLETE).exists()]
+    return bool(stages) and len(stages) == read_json(stages[0] / "state.json").get("num_stages")
 
 
 def latest(run: str | Path) -> int:
-    """The update of the newest complete checkpoint. Raises RunError when there is none."""
+    """The update of the newest checkpoint that counts. Raises RunError when there is none."""
     updates = complete_updates(run)
     if not updates:
         message = f"{run} holds no complete checkpoint: train first, or name another run folder"
@@ -136,11 +100,84 @@ def latest(run: str | Path) -> int:
     return updates[-1]
 
 
-def stage_folders(run: str | Path, update: int) -> list[Path]:
-    """The folders of a complete checkpoint's stages, in order."""
-    first = stage_folder(run, update, 0)
-    return [stage_folder(run, update, stage) for stage in range(read_state(first)["num_stages"])]
+def set_aside_newer(run: str | Path, update: int) -> list[Path]:
+    """Move what a run has saved after `update` to `checkpoints/set-aside`: stages of a trajectory that a resumed run
+    may not follow, or damaged. Returns where they are now."""
+    moved = []
+    for folder in sorted((Path(run) / "checkpoints").glob("step-*")):
+        if folder.name[5:].isdigit() and int(folder.name[5:]) > update:
+            aside = folder.parent / "set-aside"
+            aside.mkdir(exist_ok=True)
+            number = next(n for n in range(10**6) if not (aside / f"{folder.name}.{n}").exists())
+            folder.rename(aside / f"{folder.name}.{number}")
+            moved.append(aside / f"{folder.name}.{number}")
+    return moved
 
 
-def plan_of(folder: Path) -> StagePlan:
-    return StagePlan(**read_state(folder)["plan"])
+def read_sums(folder: Path) -> Sums:
+    """What the marker of a checkpoint says of its files; nothing for one of format 1.
+
+    Raises RunError where the marker is damaged, or of another step.
+    """
+    if not (folder / COMPLETE).is_file():
+        return {}
+    marker = read_json(folder / COMPLETE)
+    try:
+        written, update = int(marker["format"]), int(marker["update"])
+        sums = {str(path): (int(size), str(total)) for path, (size, total) in marker["files"].items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(folder / COMPLETE, f"{type(error).__name__} {error}") from None
+    if written > FORMAT:
+        raise RunError(
+            f"{folder / COMPLETE} has format {written}, and this version reads {FORMAT} and older ones: use a newer one"
+        )
+    if folder.name != f"step-{update:08d}":
+        raise _damaged(folder / COMPLETE, f"it was written after {update} updates")
+    return sums
+
+
+def check(folder: Path, paths: Iterable[str] | None = None) -> None:
+    """Compare files of a checkpoint (all of them, or some by their path below it) with their sums.
+
+    A file that was found good is not read again by this process, unless it has changed. Raises RunError.
+    """
+    sums = read_sums(folder)
+    for path in sums if paths is None else paths:
+        if not sums:  # of format 1
+            return
+        if path not in sums:
+            raise _damaged(folder / path, f"{COMPLETE} does not name it")
+        size, total = sums[path]
+        try:
+            found = (folder / path).stat()
+            if found.st_size != size:
+                raise _damaged(folder / path, f"it has {found.st_size} bytes, and {size} were written")
+            if _sum_of(folder / path, found.st_size, found.st_mtime_ns, found.st_ino) != total:
+                raise _damaged(folder / path, "its content is not what was written")
+        except OSError as error:
+            raise _damaged(folder / path, error.strerror or str(error)) from None
+
+
+@lru_cache(maxsize=4096)
+def _sum_of(path: Path, *_state: int) -> str:
+    return files.sum_of(path)
+
+
+def _damaged(path: Path, why: str) -> RunError:
+    return RunError(f"{path} is damaged ({why}): choose another checkpoint")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises RunError where there is no JSON object."""
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        return content
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}): choose another checkpoint") from None
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(os.lstat(path).st_size for path in folder.rglob("*") if path.is_file())

@@ -13,7 +13,8 @@ from lptransformer.config.load import load
 from lptransformer.data.prepare import prepare_all
 from lptransformer.models.blueprint import make_blueprint
 from lptransformer.models.stage import make_stage
-from lptransformer.run_folder import checkpoint, layout
+from lptransformer.run_folder import checkpoint, layout, saved_stage
+from lptransformer.run_folder.saved_stage import StageContent
 
 WINDOW = 16
 TEXT = "The moor was wide, and the wind had a voice of its own; who heard it once never lost it. " * 12
@@ -72,15 +73,16 @@ def make_run(
     model_config = blueprint.model_config.to_dict()
     layout.create(run, config, model_config, prepared.tokenizer_folder, {"valid": valid_sets}, ["a test"])
     for update in updates:
+        sums: dict[str, Any] = {}
         for plan in blueprint.stages:
             stage = make_stage(plan, blueprint, seed=update, pretrained=config.model.pretrained)
-            place = checkpoint.stage_folder(run, update, plan.index)
-            checkpoint.begin_stage(place)
             weights = {name: _shaken(name, tensor, update) for name, tensor in stage.state_dict().items()}
             weights = {name: weight.to(dtype) for name, weight in weights.items()}
             position = {"epoch": 0, "offset": update}
-            checkpoint.write_stage(place, weights, checkpoint.describe(plan, len(blueprint.stages), update, position))
-            checkpoint.finish_stage(place)
+            state = saved_stage.describe(plan, len(blueprint.stages), update, position, config.train.dtype)
+            content = StageContent(state=state, weights=weights)
+            sums |= saved_stage.write(run, update, plan.index, 0, content)
+        checkpoint.finish(run, update, sums)
     return run
 
 

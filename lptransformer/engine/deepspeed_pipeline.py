@@ -37,16 +37,18 @@ from lptransformer.engine.interface import (
     TrainingEngine,
     UpdateResult,
     ValidSet,
-    gather_reports,
 )
+from lptransformer.engine.optimizer import continue_schedule, hyperparameters, restore
 from lptransformer.engine.p2p import Control
 from lptransformer.engine.process_groups import World
+from lptransformer.engine.saving import Save
 from lptransformer.errors import LostProcessError, RunError, TrainingError
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.head import CROSS_ENTROPY, LossBatch
 from lptransformer.models.stage import Stage
 from lptransformer.run_folder import checkpoint
+from lptransformer.run_folder.saved_stage import DEEPSPEED, SavedStage, StageContent
 from lptransformer.store import STOP_KEY
 
 EVALUATED_AT_ONCE = 8  # micro-batches: between them a stop is seen
@@ -137,7 +139,7 @@ class PipelineBaseline(TrainingEngine):
             seconds=time.perf_counter() - started,
             idle_seconds=self._waited_seconds - waited if self.world.device.type == "cpu" else math.nan,
         )
-        reports = gather_reports(self.world, [report])
+        reports = self._gather([report])
         self.skipped_in_a_row = 0 if math.isfinite(mean_loss) and not skipped else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= self.options.max_skipped_updates:
             raise TrainingError(
@@ -162,51 +164,50 @@ class PipelineBaseline(TrainingEngine):
             with _translate_gloo_errors():
                 asked = self._stop_requested or self.world.store.check([STOP_KEY])
                 if stoppable and any(self._on_any_process([asked])):
-                    return gather_reports(self.world, [])
+                    return self._gather([])
                 self.engine.eval_batch(batches, bcast_loss=False, num_micro_batches=count)
             advance(count)
         nll_sum = sum(loss.item() for loss in self._loss_sums)
-        return gather_reports(self.world, [self._evaluation_report(name, self.plan, nll_sum, label_tokens)])
+        return self._gather([self._evaluation_report(name, self.plan, nll_sum, label_tokens)])
 
-    def _save(self, run: Path) -> None:
-        """DeepSpeed's own files are beside those of the stages: it reads one folder that all processes see."""
-        folder = checkpoint.stage_folder(run, self.update, self.plan.index)
-        state = {
-            **self._description(self.plan),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "skipped_in_a_row": self.skipped_in_a_row,
-        }
-        first_replica = self.world.data_rank == 0
+    def _begin_save(self, run: Path) -> Save:
+        """Here and now: DeepSpeed's own files, which it reads in one folder that all processes see, are beside the
+        stages'."""
+        save = Save(run, self.update, self.world.global_rank)
+        own = checkpoint.unfinished_folder(run, self.update) / DEEPSPEED
         with _translate_gloo_errors():
-            if first_replica:
-                checkpoint.begin_stage(folder)
             if self.world.global_rank == 0:
-                shutil.rmtree(folder.parent / checkpoint.DEEPSPEED, ignore_errors=True)
+                shutil.rmtree(own, ignore_errors=True)
             dist.barrier()
-            self.engine.save_checkpoint(str(folder.parent / checkpoint.DEEPSPEED), tag="state", save_latest=False)
-            if first_replica:
-                checkpoint.write_stage(folder, self._weights()[0], state)
+            self.engine.save_checkpoint(str(own), tag="state", save_latest=False)
             dist.barrier()
-        if first_replica:
-            checkpoint.finish_stage(folder)
+        state = {**self._description(self.plan), "skipped_in_a_row": self.skipped_in_a_row}
+        save.write(self.world.data_rank, [(self.plan.index, StageContent(state=state, weights=self._weights()[0]))])
+        if self.world.global_rank == 0:
+            save.add_folder(own)
+        return save
 
     def _weights(self) -> list[dict[str, Tensor]]:
         return [{name: weight.detach().cpu() for name, weight in self.stage.named_parameters()}]
 
+    def _to_load(self, run: Path, update: int) -> list[Path]:
+        return [checkpoint.stage_folder(run, update, self.plan.index)]
+
     def _load(self, run: Path, update: int) -> None:
         """Raises RunError where another engine has written the checkpoint."""
-        folder = checkpoint.stage_folder(run, update, self.plan.index)
-        state = checkpoint.read_state(folder)
-        self._check_position(folder, update)
-        if not (folder.parent / checkpoint.DEEPSPEED).is_dir():
+        (folder,) = self._to_load(run, update)
+        saved = SavedStage(folder)
+        if not saved.is_of_pipeline_engine:
             raise RunError(
                 f"{folder.parent} was not written by engine: deepspeed_pipeline, which can only resume its own"
             )
-        self.engine.load_checkpoint(str(folder.parent / checkpoint.DEEPSPEED), tag="state")
-        self.skipped_in_a_row = state["skipped_in_a_row"]
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        for group, learning_rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = learning_rate
+        inside = [path for path in checkpoint.read_sums(folder.parent) if path.startswith(f"{DEEPSPEED}/")]
+        checkpoint.check(folder.parent, inside)
+        given = hyperparameters(self.optimizer)
+        self.engine.load_checkpoint(str(folder.parent / DEEPSPEED), tag="state")
+        self.skipped_in_a_row = saved.state["skipped_in_a_row"]
+        restore(self.optimizer, given)
+        continue_schedule(self.lr_scheduler, update)
 
     def _decide(self) -> Control:
         """What follows this update: whatever was requested on any process."""

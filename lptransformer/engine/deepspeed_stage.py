@@ -32,11 +32,15 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lptransformer.config.deepspeed_keys import bucket_elements
+from lptransformer.engine import optimizer_state
+from lptransformer.engine.optimizer import continue_schedule, hyperparameters, restore
 from lptransformer.errors import RunError
 from lptransformer.models.adapters import saved_name
 from lptransformer.models.head import Copy, LossBatch
 from lptransformer.models.stage import Stage, StageOutput
-from lptransformer.run_folder import checkpoint
+from lptransformer.run_folder.saved_stage import DEEPSPEED, FP32, Frozen, Pieces, SavedStage, StageContent, read_others
+
+BEFORE = "before"  # of a parameter: its weight one update before
 
 
 def deepspeed_config(
@@ -131,7 +135,8 @@ class TrainedStage:
         self.skipped_in_a_row = 0
         self._norm = torch.zeros(())  # what this update is clipped by
         # Those that train; to walk the modules takes time in every update.
-        self.parameters = [weight for weight in stage.parameters() if weight.requires_grad]
+        self._names = {saved_name(name): one for name, one in stage.named_parameters() if one.requires_grad}
+        self.parameters = list(self._names.values())
         self.engine, *_ = deepspeed.initialize(
             model=stage, optimizer=optimizer, config=_with_bucket(config, self.parameters), dist_init_required=False
         )
@@ -243,39 +248,106 @@ class TrainedStage:
         found = self.tensors(self.engine.module.state_dict().keys())
         return {saved_name(name): tensor.cpu() for name, tensor in found.items()}
 
-    def save(self, folder: Path, description: dict[str, Any], pending: Mapping[str, Tensor]) -> None:
-        """Write the stage's folder, with the copies that are not in use yet; all replicas call this together."""
-        first_replica = dist.get_rank() == 0
-        if first_replica:
-            checkpoint.begin_stage(folder)
-        dist.barrier()
-        self.engine.save_checkpoint(str(folder / checkpoint.DEEPSPEED), tag="state", save_latest=False)
-        weights = self.weights()
-        state = {
-            **description,
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "skipped_in_a_row": self.skipped_in_a_row,
-        }
-        if first_replica:
-            before = self.versions.state() if self.versions is not None else {}
-            checkpoint.write_stage(folder, weights, state, {**before, **pending})
-        dist.barrier()
-        if first_replica:
-            checkpoint.finish_stage(folder)
+    def frozen(self) -> Frozen:
+        """Its weights that never change; at ZeRO 3 all replicas call this together."""
+        names = _frozen_names(self.engine.module)
+        return Frozen(_saved(self.tensors(names) if self.zero_stage == 3 else _detached(self.engine.module, names)))
 
-    def load(self, folder: Path) -> None:
-        """Continue from a folder that `save` wrote at the same ZeRO stage and number of replicas.
+    def content(self, description: dict[str, Any], copies: Mapping[str, Tensor]) -> StageContent:
+        """What this replica saves of the stage beside `frozen`, with the copies that are not in use yet: no collective.
+
+        The tensors are those in use: whoever keeps them past the next update copies them.
+        """
+        first, module = dist.get_rank() == 0, self.engine.module
+        pieces = Pieces(shapes={name: tuple(_shape(weight)) for name, weight in self._names.items()})
+        for piece in optimizer_state.owned(self.engine, self._names) if first or self.zero_stage else []:
+            kinds = optimizer_state.tensors(self.optimizer, piece)
+            if self.zero_stage == 3 or piece.flat.dtype != piece.parameter.dtype:
+                kinds[FP32] = piece.of(piece.flat)
+            if self.versions is not None:
+                kinds[BEFORE] = self.versions.before_of(piece.parameter).view(-1)
+            pieces.flat |= {f"{kind}/{piece.name}": tensor for kind, tensor in kinds.items()}
+            pieces.start[piece.name] = piece.start
+            if (steps := optimizer_state.step(self.optimizer, piece)) is not None:
+                pieces.steps[piece.name] = steps
+        if not first:
+            return StageContent(pieces)
+        there = set(module.state_dict(keep_vars=True)) - _frozen_names(module)
+        whole = _saved(_detached(module, there))
+        if self.zero_stage == 3:
+            whole = {name: tensor for name, tensor in whole.items() if name not in self._names}
+        state = {**description, "skipped_in_a_row": self.skipped_in_a_row}
+        return StageContent(pieces, state, whole, dict(copies))
+
+    def load(self, saved: SavedStage) -> None:
+        """Continue from what any number of replicas saved at any ZeRO stage; all replicas call this together.
 
         Raises RunError when a file is damaged, or would execute code when read.
         """
-        self.engine.load_checkpoint(str(folder / checkpoint.DEEPSPEED), tag="state")
+        if saved.is_older:
+            self._load_older(saved.folder)
+        else:
+            self._load_weights(saved)
+            optimizer_state.load(self.optimizer, optimizer_state.owned(self.engine, self._names), saved)
+            if self.versions is not None:
+                self.versions.load({weight: saved.part(BEFORE, name) for name, weight in self._names.items()})
+        self.skipped_in_a_row = saved.state["skipped_in_a_row"]
+        continue_schedule(self.lr_scheduler, saved.state["update"])
+
+    def _load_weights(self, saved: SavedStage) -> None:
+        optimizer, module = self.engine.optimizer, self.engine.module
+        beside = {
+            name: one for name, one in module.state_dict(keep_vars=True).items() if saved_name(name) not in self._names
+        }
+        if self.zero_stage == 3:
+            optimizer.checkpoint_event_prologue()
+        for piece in optimizer_state.owned(self.engine, self._names) if self.zero_stage else []:
+            piece.of(piece.flat).copy_(saved.exact(piece.name, piece.start, piece.numel))
+        if self.zero_stage == 3:
+            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            optimizer.checkpoint_event_epilogue()
+            frozen = [one for one in beside.values() if isinstance(one, nn.Parameter)]
+            with deepspeed.zero.GatheredParameters(frozen, modifier_rank=0):
+                _fill(beside, saved)
+            return
+        for name, weight in self._names.items():
+            weight.data.copy_(saved.exact(name))
+        _fill(beside, saved)
+
+    def _load_older(self, folder: Path) -> None:
+        """From DeepSpeed's own files, at the same ZeRO stage and number of replicas."""
+        given = hyperparameters(self.optimizer)
+        self.engine.load_checkpoint(str(folder / DEEPSPEED), tag="state")
+        restore(self.optimizer, given)
         if self.versions is not None:
-            self.versions.load(checkpoint.read_others(folder))
-        state = checkpoint.read_state(folder)
-        self.skipped_in_a_row = state["skipped_in_a_row"]
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        for group, learning_rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = learning_rate
+            before = read_others(folder)
+            self.versions.load({one: before[f"before.{number}"] for number, one in enumerate(self.parameters)})
+
+
+def _shape(weight: nn.Parameter) -> torch.Size:
+    return getattr(weight, "ds_shape", weight.shape)  # at ZeRO 3 the tensor itself is empty
+
+
+def _frozen_names(stage: Stage) -> set[str]:
+    """The tensors that never change."""
+    weights = {name for name, one in stage.named_parameters(remove_duplicate=False) if not one.requires_grad}
+    return weights | ({f"head.{name}" for name in stage.head.frozen} if stage.head is not None else set())
+
+
+def _detached(stage: Stage, names: Collection[str]) -> dict[str, Tensor]:
+    return {name: one.detach() for name, one in stage.state_dict(keep_vars=True).items() if name in names}
+
+
+def _saved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Under their names in a checkpoint."""
+    return {saved_name(name): tensor for name, tensor in tensors.items()}
+
+
+def _fill(tensors: Mapping[str, Tensor], saved: SavedStage) -> None:
+    """Tensors by their names in the stage, with what a checkpoint has."""
+    for name, tensor in tensors.items():
+        tensor.data.copy_(saved.weight(saved_name(name)))
 
 
 class FrozenStage:
@@ -315,18 +387,24 @@ class FrozenStage:
         found = self.tensors(self.stage.state_dict().keys())
         return {saved_name(name): tensor.cpu() for name, tensor in found.items()}
 
-    def save(self, folder: Path, description: dict[str, Any], pending: Mapping[str, Tensor]) -> None:
-        """Write the stage's folder; all replicas call this together."""
-        if dist.get_rank() == 0:
-            checkpoint.begin_stage(folder)
-            checkpoint.write_stage(folder, self.weights(), description, pending)
-            checkpoint.finish_stage(folder)
+    def frozen(self) -> Frozen:
+        """As of TrainedStage: all but the copies in its head."""
+        return Frozen(
+            _saved(_detached(self.stage, set(self.stage.state_dict()) - {copy.target for copy in self.copies}))
+        )
 
-    def load(self, folder: Path) -> None:
-        """Its weights follow from the configuration; copies in its head, and a map that was fitted, do not."""
-        if self.copies or (self.stage.head is not None and self.stage.head.fitted is not None):
-            of_head = checkpoint.read_weights(folder, lambda name: name.startswith("head."))
-            self.stage.load_state_dict(of_head, strict=False)
+    def content(self, description: dict[str, Any], copies: Mapping[str, Tensor]) -> StageContent:
+        """As of TrainedStage."""
+        if dist.get_rank() > 0:
+            return StageContent()
+        state = {**description, "skipped_in_a_row": 0}
+        return StageContent(
+            Pieces(), state, _saved(_detached(self.stage, {one.target for one in self.copies})), dict(copies)
+        )
+
+    def load(self, saved: SavedStage) -> None:
+        """Raises RunError when a file is damaged."""
+        _fill(self.stage.state_dict(keep_vars=True), saved)
 
 
 def combine_norms(norms: Tensor, zero_stage: int) -> Tensor:
@@ -367,11 +445,12 @@ class TwoVersions:
         with torch.autograd._unsafe_preserve_version_counter(tuple(self.parameters)):
             yield
 
-    def state(self) -> dict[str, Tensor]:
-        """The weights of one update before, by number; the current ones are saved with the stage."""
-        return {f"before.{number}": data for number, data in enumerate(self.before)}
+    def before_of(self, parameter: nn.Parameter) -> Tensor:
+        """A weight as it was one update before."""
+        return next(data for one, data in zip(self.parameters, self.before, strict=True) if one is parameter)
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, before: Mapping[nn.Parameter, Tensor]) -> None:
+        """The weights of one update before; the current ones are loaded with the stage."""
         self.show(before=False)
-        for number, data in enumerate(self.before):
-            data.copy_(state[f"before.{number}"])
+        for parameter, data in zip(self.parameters, self.before, strict=True):
+            data.copy_(before[parameter])

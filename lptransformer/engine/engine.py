@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lptransformer.console import megabytes
 from lptransformer.engine.deepspeed_stage import TrainedStage
 from lptransformer.engine.executor import Executor, LocalStage, Update, plan_phases
 from lptransformer.engine.interface import (
@@ -24,20 +25,22 @@ from lptransformer.engine.interface import (
     TrainingEngine,
     UpdateResult,
     ValidSet,
-    gather_reports,
     telling_of_wrong_data,
 )
 from lptransformer.engine.p2p import Control, Frame, Header, Kind, Neighbours, open_channels
 from lptransformer.engine.process_groups import World, any_replica
+from lptransformer.engine.saving import HostCopies, Save
 from lptransformer.engine.weight_copies import WeightCopies
-from lptransformer.errors import TrainingError
+from lptransformer.errors import RunError, TrainingError
 from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.border_codec import make_codec
 from lptransformer.models.head import LossBatch
-from lptransformer.run_folder import checkpoint
+from lptransformer.processes import host_memory
+from lptransformer.run_folder import checkpoint, saved_stage
 from lptransformer.run_folder.metrics import StageReport, TraceReport
+from lptransformer.run_folder.saved_stage import Frozen, SavedStage, StageContent
 from lptransformer.run_folder.trace import COPIES, Tracer
 from lptransformer.store import STOP_KEY
 
@@ -75,6 +78,8 @@ class LocalUpdateEngine(TrainingEngine):
         self.weight_copies = WeightCopies(
             world, self.stages, self.local, blueprint.copy_lags, blueprint.head.refresh_every
         )
+        self._host_copies, self._in_foreground = HostCopies(), False
+        self._frozen: dict[tuple[Path, int], Frozen] = {}
         self._tracer = self._make_tracer(*options.trace) if options.trace else None
 
     # ------------------------------------------------------------------------------------------ the calls
@@ -100,7 +105,7 @@ class LocalUpdateEngine(TrainingEngine):
         if self._stop_requested and self.world.pipeline_rank > 0:
             self.world.store.set(STOP_KEY, "")
         own: list[Report] = [self._report(index, done, seconds, idle_seconds) for index in self.local]
-        reports = gather_reports(self.world, [*own, *([self._trace(tracer, seconds)] if tracer else [])])
+        reports = self._gather([*own, *([self._trace(tracer, seconds)] if tracer else [])])
         self._stop_when_skipping(reports, done)
         return UpdateResult(self.update, done.control, reports)
 
@@ -148,30 +153,53 @@ class LocalUpdateEngine(TrainingEngine):
         for stage in self.local.values():
             stage.train(True)
         if control & Control.STOP:
-            return gather_reports(self.world, [])
+            return self._gather([])
         plans = {index: stage.plan for index, stage in self.local.items()}
-        return gather_reports(
-            self.world,
+        return self._gather(
             [self._evaluation_report(name, plans[index], nll_sum, label_tokens) for index, nll_sum in sums.items()],
         )
 
-    def _save(self, run: Path) -> None:
+    def _begin_save(self, run: Path) -> Save:
         """No stage waits for another."""
-        for index, stage in self.local.items():
-            folder = checkpoint.stage_folder(run, self.update, index)
-            stage.save(folder, self._description(stage.plan), self.weight_copies.pending(index, self.update))
+        save = Save(run, self.update, self.world.global_rank)
+        contents = [(index, self._content(run, index)) for index in self.local]
+        needed = sum(content.num_bytes for _, content in contents) - self._host_copies.num_bytes
+        if needed > host_memory():
+            if not self._in_foreground:
+                self.on_problem(f"the copies of a save, {megabytes(needed)}, do not fit: training waits for it")
+            self._in_foreground = True
+            save.write(self.world.data_rank, ((i, self._host_copies.of(i, one, keep=False)) for i, one in contents))
+        else:
+            save.begin(self.world.data_rank, [(i, self._host_copies.of(i, one, keep=True)) for i, one in contents])
+        return save
+
+    def _content(self, run: Path, index: int) -> StageContent:
+        stage, copies = self.local[index], self.weight_copies
+        description = self._description(stage.plan) | {"copies_in_use": copies.in_use(index)}
+        content = stage.content(description, copies.pending(index, self.update))
+        if (run, index) not in self._frozen:
+            self._frozen[run, index] = stage.frozen()
+        content.frozen = self._frozen[run, index]
+        return content
 
     def _weights(self) -> list[dict[str, Tensor]]:
         return [stage.weights() for stage in self.local.values()]
 
+    def _to_load(self, run: Path, update: int) -> list[Path]:
+        return [checkpoint.stage_folder(run, update, index) for index in self.local]
+
     def _load(self, run: Path, update: int) -> None:
         assert self.executor.between_updates, "delayed gradients are in flight: load a checkpoint between updates only"
         self.weight_copies.close(self.update)
-        for index, stage in self.local.items():
-            folder = checkpoint.stage_folder(run, update, index)
-            self._check_position(folder, update)
-            stage.load(folder)
-            self.weight_copies.resume(index, update, checkpoint.read_others(folder))
+        for (index, stage), folder in zip(self.local.items(), self._to_load(run, update), strict=True):
+            saved = SavedStage(folder)
+            if saved.is_of_pipeline_engine:
+                raise RunError(f"{folder.parent} was written by engine: deepspeed_pipeline, which alone can resume it")
+            stage.load(saved)
+            if saved.is_older:
+                self.weight_copies.resume_older(index, update, saved_stage.read_others(folder))
+            else:
+                self.weight_copies.resume(index, update, saved.state["copies_in_use"], saved.copies())
 
     # ------------------------------------------------------------------------------------------ control
 

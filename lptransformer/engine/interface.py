@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,24 +24,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lptransformer import files
 from lptransformer.data.token_set import Batch, whole_rounds
 from lptransformer.engine.p2p import Control
-from lptransformer.engine.process_groups import World, leave
-from lptransformer.errors import DataError, LostProcessError, RunError
+from lptransformer.engine.process_groups import World, leave, translate_lost_processes
+from lptransformer.engine.saving import Commits, Save
+from lptransformer.errors import DataError, LostProcessError, RunError, TrainingError
 from lptransformer.methods.cost import labels_seen
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models.adapters import merged
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.whole_model import whole_model, whole_weights
 from lptransformer.processes import peak_memory_bytes
-from lptransformer.run_folder import checkpoint, layout
-from lptransformer.run_folder.metrics import EvaluationReport, StageReport, TraceReport, report_from_dict
+from lptransformer.run_folder import checkpoint, layout, saved_stage
+from lptransformer.run_folder.metrics import EvaluationReport, SavedReport, StageReport, TraceReport, report_from_dict
 
 P = ParamSpec("P")
 R = TypeVar("R")
 ASKING_SECONDS = 2.0
 DATA_KEY = "wrong data"  # in the store: what a process found
-Report = StageReport | EvaluationReport | TraceReport
+Report = StageReport | EvaluationReport | TraceReport | SavedReport
 
 
 class Stream(Protocol):
@@ -78,12 +82,14 @@ class UpdateResult:
 class EngineOptions:
     """Options of an engine beside the blueprint; they change no result.
 
-    `channel` is the backend between pipeline ranks, `trace` the first and last update to trace (counted from 1).
+    `channel` is the backend between pipeline ranks, `trace` the first and last update to trace (counted from 1). With
+    `stop_without_checkpoint` a save that fails ends the run.
     """
 
     max_skipped_updates: int
     channel: str = "gloo"
     trace: Sequence[int] | None = None
+    stop_without_checkpoint: bool = False
 
 
 def telling_of_wrong_data(call: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
@@ -126,6 +132,14 @@ class TrainingEngine(ABC):
         self.options = options
         self.update = 0
         self.describe_run: Callable[[Path, bool], None] | None = None
+        self.generation = 0  # of the start of the run, for the checkpoints
+        self.before_commit: Callable[[], None] = lambda: None  # on global rank 0, before a checkpoint counts
+        self.on_problem: Callable[[str], None] = _say
+        self.saving_seconds = 0.0  # what saves have kept this process from training
+        self._saving: Save | None = None
+        self._own_saved: list[SavedReport] = []
+        self._commits = Commits(world.size)
+        self._settled = self._looked = 0
         self._label_tokens: dict[tuple[int, float, int | None], int] = {}
         self._requested = Control.NOTHING
         self._stop_requested = False
@@ -163,13 +177,20 @@ class TrainingEngine(ABC):
         """
 
     def save_checkpoint(self, run: str | Path) -> None:
-        """Write the stages of this process below the run folder `run`.
+        """Begin to write the stages of this process below the run folder `run`; returns when they may change.
 
-        A folder that is no run folder yet becomes one, so that it can be evaluated and exported.
+        The checkpoint counts some time later, at the latest after `settle` or `close`. A folder that is no run folder
+        yet becomes one, so that it can be evaluated and exported.
         """
         if self.world.global_rank == 0 and self.describe_run is not None and not layout.holds_run(Path(run)):
             self.describe_run(Path(run), False)
-        self._save(Path(run))
+        files.make_folders(Path(run) / "checkpoints")
+        started = time.perf_counter()
+        if self._saving is not None:
+            self._saving.wait()  # one at a time
+            self._own_saved.append(self._saving.report())
+        self._saving = self._begin_save(Path(run))
+        self.saving_seconds += time.perf_counter() - started
 
     def load_checkpoint(self, run: str | Path, update: int | None = None) -> int:
         """Continue from a complete checkpoint of `run`, the newest one unless `update` says which.
@@ -178,10 +199,26 @@ class TrainingEngine(ABC):
         Raises RunError when there is none, or a file of it is damaged or would execute code when read; DataError when
         its place in the data is none of this stream's.
         """
-        update = checkpoint.latest(run) if update is None else update
+        self.settle()
+        self._finish_saves()
+        update = self._agreed_step(Path(run), update)
         self._load(Path(run), update)
         self.update = update
         return update
+
+    def settle(self) -> list[Report]:
+        """Wait until every process has written what it had begun to save; every process calls this.
+
+        Returns reports as `train_batch` does. Who keeps them calls this before `close`, after which the checkpoint
+        counts.
+        """
+        if self._saving is not None:
+            self._saving.wait()
+        own = self._gather([])
+        self._settled += 1
+        with translate_lost_processes():
+            self.world.wait_for_all(f"settled {self._settled}")
+        return self._gather([]) if self.world.global_rank == 0 else own
 
     def request(self, control: Control, urgent: bool = False) -> None:
         """Ask for something to follow the update under way. Pipeline rank 0 decides for all, elsewhere this is ignored.
@@ -196,12 +233,14 @@ class TrainingEngine(ABC):
     @telling_of_wrong_data
     def close(self) -> list[Report]:
         """Leave the run, when every process has come to its end; returns the last reports on global rank 0."""
+        settled = self.settle()
+        self._finish_saves()
         self._finish()
         self.world.wait_for_all("done")
         if wrong := self.wrong_data(None):
             raise DataError(wrong)
         self.world.leave_at_the_end()
-        reports = gather_reports(self.world, []) if self.world.global_rank == 0 else []
+        reports = settled + self._gather([]) if self.world.global_rank == 0 else []
         self._release()
         leave(self.world)
         return reports
@@ -262,7 +301,11 @@ class TrainingEngine(ABC):
     # ------------------------------------------------------------------------------------------ parts
 
     @abstractmethod
-    def _save(self, run: Path) -> None: ...
+    def _begin_save(self, run: Path) -> Save: ...
+
+    @abstractmethod
+    def _to_load(self, run: Path, update: int) -> list[Path]:
+        """The folders of the stages of a checkpoint that this process reads."""
 
     @abstractmethod
     def _load(self, run: Path, update: int) -> None: ...
@@ -270,6 +313,65 @@ class TrainingEngine(ABC):
     @abstractmethod
     def _weights(self) -> list[dict[str, Tensor]]:
         """Of every stage of this process, under the names of a checkpoint."""
+
+    def _gather(self, reports: list[Report]) -> list[Report]:
+        """`gather_reports`, and what has become of saves. On global rank 0 those count now of which all processes have
+        reported before: who writes reports down has written what belongs to them."""
+        if self.world.global_rank == 0:
+            self._finish_saves()
+        if self._saving is not None and self._saving.is_done:
+            self._own_saved.append(self._saving.report())
+            self._saving = None
+        told, self._own_saved = [*reports, *self._own_saved], []
+        arrived = gather_reports(self.world, told)
+        if self.world.global_rank == 0:
+            for report in arrived:
+                if isinstance(report, SavedReport):
+                    self._commits.take(report)
+        return [report for report in arrived if not isinstance(report, SavedReport)]
+
+    def _finish_saves(self) -> None:
+        """On global rank 0: make checkpoints count. Raises TrainingError where one was not saved and the run is to stop
+        for it."""
+        if self.world.global_rank != 0 or not self._commits.waiting:
+            return
+        self.before_commit()
+        for problem in self._commits.finish(self.generation):
+            if self.options.stop_without_checkpoint:
+                raise TrainingError(problem)
+            self.on_problem(problem)
+
+    def _agreed_step(self, run: Path, update: int | None) -> int:
+        """The newest checkpoint that every process finds whole, or that after `update` updates.
+
+        Raises RunError, in every process, where there is none.
+        """
+        self._looked += 1
+        key, world, damaged = f"checkpoints/{self._looked}", self.world, list[str]()
+        if world.global_rank == 0:
+            there = checkpoint.complete_updates(run)[::-1] if update is None else [update]
+            world.store.set(key, json.dumps(there))
+        for one in json.loads(world.store.get(key)):
+            world.store.set(f"{key}/{one}/{world.global_rank}", self._damage(run, one))
+            answers = [world.store.get(f"{key}/{one}/{rank}").decode() for rank in range(world.size)]
+            if not any(answers):
+                if damaged and world.global_rank == 0:
+                    self.on_problem(f"{damaged[0]}: going back to the checkpoint after {one} updates")
+                return one
+            damaged.append(next(answer for answer in answers if answer))
+        if not damaged:
+            return checkpoint.latest(run)  # which says that there is none
+        raise RunError(damaged[0])
+
+    def _damage(self, run: Path, update: int) -> str:
+        """What is wrong with the files of a checkpoint that this process would load; nothing where they are good."""
+        try:
+            for folder in self._to_load(run, update):
+                saved_stage.check(folder)
+                self._check_position(folder, update)
+        except RunError as error:
+            return str(error)
+        return ""
 
     def _finish(self) -> None:  # noqa: B027 - an engine that has nothing on its way
         """At the end of the run, before the others have ended: send and receive what is in transit."""
@@ -285,11 +387,11 @@ class TrainingEngine(ABC):
     def _description(self, plan: StagePlan) -> dict[str, Any]:
         """What state.json says of a stage."""
         position = self.stream.position(self.update * self.blueprint.micro_batches)
-        return checkpoint.describe(plan, len(self.stages), self.update, position)
+        return saved_stage.describe(plan, len(self.stages), self.update, position, self.blueprint.dtype)
 
     def _check_position(self, folder: Path, update: int) -> None:
         """The place in the data of a stage's checkpoint must be that of its update."""
-        position = checkpoint.read_state(folder)["position"]
+        position = saved_stage.read_state(folder)["position"]
         assert self.stream.index(position) == update * self.blueprint.micro_batches
 
     def _own_batches(self, name: str) -> Iterator[tuple[int, Batch]]:
@@ -333,6 +435,10 @@ class TrainingEngine(ABC):
             nll_sum=nll_sum if plan.has_head else None,
             label_tokens=label_tokens,
         )
+
+
+def _say(problem: str) -> None:
+    print(f"lptransformer: {problem}", file=sys.stderr, flush=True)
 
 
 def gather_reports(world: World, reports: list[Report]) -> list[Report]:

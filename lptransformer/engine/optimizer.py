@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,3 +34,20 @@ def build_optimizer(
 def build_lr_scheduler(optimizer: torch.optim.Optimizer, name: str, steps: int, warmup_steps: int) -> LRScheduler:
     """The learning rate of every update, from 0 to `steps`, by transformers' schedule of that name."""
     return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
+
+
+def continue_schedule(scheduler: LRScheduler, updates: int) -> None:
+    """The learning rate after so many updates, which depends on nothing else."""
+    scheduler.last_epoch = updates - 1
+    scheduler._step_count = updates + 1  # else it warns that no step of the optimizer came before
+    scheduler.step()
+
+
+def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Of every parameter group, all but its parameters: as configured, for `restore` after a load."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def restore(optimizer: torch.optim.Optimizer, given: list[dict[str, Any]]) -> None:
+    for group, values in zip(optimizer.param_groups, given, strict=True):
+        group.update(values)

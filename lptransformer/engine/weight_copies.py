@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,9 +78,7 @@ class CopyRoute:
         while self.applied < self.version(update):
             if not self.arrived:
                 self._receive()
-            parts = self.arrived.popleft().split([shape.numel() for shape, _ in self._shapes])
-            tensors = [part.view(shape) for part, (shape, _) in zip(parts, self._shapes, strict=True)]
-            self.target.refresh({target: one for (_, target), one in zip(self.names, tensors, strict=True)})
+            self.target.refresh(self._by_target(self.arrived.popleft()))
             self.applied += self.refresh_every
 
     def catch_up(self, updates: int) -> None:
@@ -89,6 +87,21 @@ class CopyRoute:
             newest = updates // self.refresh_every * self.refresh_every
             while self.applied + len(self.arrived) * self.refresh_every < newest:
                 self._receive()
+
+    def waiting(self) -> Iterator[tuple[int, str, Tensor]]:
+        """The versions that are here and not in use: number, target, tensor."""
+        for number, flat in enumerate(self.arrived, start=1):
+            for name, one in self._by_target(flat).items():
+                yield self.applied + number * self.refresh_every, name, one
+
+    def flat(self, version: int, pending: Mapping[str, Tensor]) -> Tensor:
+        """A version as `publish` takes it, from what `waiting` gave."""
+        return torch.cat([pending[f"{version}/{target}"].flatten() for _, target in self.names])
+
+    def _by_target(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = flat.split([shape.numel() for shape, _ in self._shapes])
+        named = zip(self.names, parts, self._shapes, strict=True)
+        return {target: part.view(shape) for (_, target), part, (shape, _) in named}
 
     def flush(self) -> None:
         """Wait until the version on the way has left."""
@@ -170,14 +183,31 @@ class WeightCopies:
             route.publish(made[source, names])
 
     def pending(self, stage: int, updates: int) -> dict[str, Tensor]:
-        """The versions that a stage holds and does not use yet; waits for those of the updates made."""
-        held = {source: route for (target, source), route in self.routes.items() if target == stage}
-        for route in held.values():
+        """The versions that a stage holds and does not use yet, as "version/target"; waits for those of the updates
+        made."""
+        held = [route for (target, _), route in self.routes.items() if target == stage]
+        for route in held:
             route.catch_up(updates)
-        return {f"copy.{source}.{i}": flat for source, route in held.items() for i, flat in enumerate(route.arrived)}
+        return {f"{version}/{name}": one for route in held for version, name, one in route.waiting()}
 
-    def resume(self, stage: int, updates: int, pending: Mapping[str, Tensor]) -> None:
-        """Continue after `updates` updates from what `pending` gave."""
+    def in_use(self, stage: int) -> int:
+        """The version that a stage uses: after so many updates. 0 where its head holds no copies."""
+        return max((route.applied for (target, _), route in self.routes.items() if target == stage), default=0)
+
+    def resume(self, stage: int, updates: int, in_use: int, pending: Mapping[str, Tensor]) -> None:
+        """Continue after `updates` updates from what `in_use` and `pending` gave, maybe with another lag.
+
+        Where a lag has become longer, the version in use stays until it is its turn again.
+        """
+        for (target, _), route in self.routes.items():
+            if target == stage:
+                versions = sorted({int(name.partition("/")[0]) for name in pending})
+                route.applied = in_use
+                route.arrived = deque(route.flat(version, pending) for version in versions)
+                route.use(max(0, updates - 1))
+
+    def resume_older(self, stage: int, updates: int, pending: Mapping[str, Tensor]) -> None:
+        """As `resume`, from a checkpoint of format 1."""
         for (target, source), route in self.routes.items():
             if target == stage:
                 route.applied = route.version(updates - 1) if updates else 0

@@ -28,7 +28,7 @@ from lptransformer.evaluation.trained_model import RunModel
 from lptransformer.models import adapters, exits, hf_config
 from lptransformer.models.stage import Stage
 from lptransformer.models.whole_model import check_logits, exit_model, is_ordinary, tried_ids
-from lptransformer.run_folder import checkpoint, layout
+from lptransformer.run_folder import layout, saved_stage
 
 EXPORTED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD = "5GB"  # the largest file of weights
@@ -66,7 +66,7 @@ def export_run(
     update = trained_model.find_update(run, step)
     if not (run / layout.TOKENIZER).is_dir():
         raise RunError(f"{run} has no folder {layout.TOKENIZER}: {layout.WITHOUT_TOKENIZER}")
-    with bar("exporting", 2 * len(checkpoint.stage_folders(run, update))) as advance:  # reading, then writing
+    with bar("exporting", 2 * len(saved_stage.folders(run, update))) as advance:  # reading, then writing
         model = trained_model.load(run, update, advance=advance)
         stages = model.stages[: stage_of_exit(model, exit_block).plan.index + 1]
         notes = _write(run, model, stages, out, tie, dtype, keep_exits, advance)
@@ -85,8 +85,8 @@ def export_adapter(run: Path, out: Path, step: int | None = None) -> Exported:
     if blueprint.adapters is None or pretrained is None:
         raise RunError(f"--adapter: {run} has none (lora.rank is null): export it without")
     weights: dict[str, Tensor] = {}
-    for folder in checkpoint.stage_folders(run, update):
-        weights |= checkpoint.read_weights(folder, lambda name: ".lora_" in name)
+    for folder in saved_stage.folders(run, update):
+        weights |= saved_stage.read_weights(folder, lambda name: ".lora_" in name)
     with _appearing(out) as unfinished:
         adapters.write(unfinished, weights, blueprint.adapters, blueprint.parts, pretrained)
     return Exported(update, (f"it belongs to {pretrained}",))

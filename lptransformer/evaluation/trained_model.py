@@ -28,7 +28,7 @@ from lptransformer.models.hf_config import saved_config
 from lptransformer.models.split import load_piece
 from lptransformer.models.stage import Stage, load_stage
 from lptransformer.processes import launched_rank, own_memory
-from lptransformer.run_folder import checkpoint, layout
+from lptransformer.run_folder import checkpoint, layout, saved_stage
 
 OWN, KEPT, LENS = "the model's own", "kept", "logit lens"
 GROUP_BYTES = 1 << 30  # the weights of a group of blocks in fp32; one that is larger has one block
@@ -84,7 +84,7 @@ def find(
 
 def _find_in_run(folder: Path, update: int, exit_block: int | None, dtype: str, flag: str) -> Target:
     config = layout.read_config(folder)
-    plans = [checkpoint.plan_of(one) for one in checkpoint.stage_folders(folder, update)]
+    plans = [saved_stage.plan_of(one) for one in saved_stage.folders(folder, update)]
     of_heads = label(config.head)
     found = [(plan.last_block, OWN if plan.is_last else of_heads, plan.index) for plan in plans if plan.has_head]
     chosen = tuple(one for one in found if exit_block in (None, one[0]))
@@ -325,7 +325,7 @@ def load(
 
 
 def _plans_of_run(run: Path, update: int, blueprint: Blueprint) -> list[StagePlan]:
-    plans = [checkpoint.plan_of(folder) for folder in checkpoint.stage_folders(run, update)]
+    plans = [saved_stage.plan_of(folder) for folder in saved_stage.folders(run, update)]
     blocks = [block for plan in plans for block in range(plan.first_block, plan.last_block + 1)]
     if blocks != list(range(blueprint.objective.num_blocks)):
         raise RunError(
@@ -338,7 +338,7 @@ def _plans_of_run(run: Path, update: int, blueprint: Blueprint) -> list[StagePla
 def _stage_of_run(run: Path, update: int, blueprint: Blueprint, plan: StagePlan) -> Stage:
     """A stage, or of its blocks those of `plan`, of which alone the tensors are read."""
     folder = checkpoint.stage_folder(run, update, plan.index)
-    whole = checkpoint.plan_of(folder)
+    whole = saved_stage.plan_of(folder)
     of_block = re.compile(rf"body\.{re.escape(blueprint.parts.blocks_in_base)}\.(\d+)\.")
 
     def wanted(name: str) -> bool:
@@ -351,6 +351,6 @@ def _stage_of_run(run: Path, update: int, blueprint: Blueprint, plan: StagePlan)
         return plan.first_block <= block <= plan.last_block
 
     try:
-        return load_stage(plan, blueprint, checkpoint.read_weights(folder, wanted))
+        return load_stage(plan, blueprint, saved_stage.read_weights(folder, wanted))
     except RunError as error:
         raise RunError(f"{folder}: {error}") from None

@@ -13,7 +13,6 @@ each, and makes the checkpoint count.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -26,7 +25,7 @@ from lptransformer.errors import RunError
 
 COMPLETE = "complete"
 FORMAT = 2  # of a checkpoint and its state.json; 1 is DeepSpeed's files with a marker in every stage's folder
-Sums = Mapping[str, tuple[int, str]]
+Sums = Mapping[str, list[int | str]]
 """Bytes and xxh3-128 of files, by their path below the folder of a checkpoint; those of frozen weights are beside it,
 so their paths begin with `../`."""
 
@@ -52,8 +51,7 @@ def finish(run: str | Path, update: int, sums: Sums, generation: int = 0) -> Non
             path.unlink()
     marker = {"format": FORMAT, "update": update, "generation": generation, "files": sums}
     files.write_text(folder / COMPLETE, json.dumps(marker, indent=1) + "\n")
-    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
-        files.sync(path)
+    files.sync(folder)
     replaced = final.with_name(f".replaced-{final.name}")
     if final.exists():
         final.rename(replaced)
@@ -124,7 +122,7 @@ def read_sums(folder: Path) -> Sums:
     marker = read_json(folder / COMPLETE)
     try:
         written, update = int(marker["format"]), int(marker["update"])
-        sums = {str(path): (int(size), str(total)) for path, (size, total) in marker["files"].items()}
+        sums: Sums = {str(path): [int(size), str(total)] for path, (size, total) in marker["files"].items()}
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(folder / COMPLETE, f"{type(error).__name__} {error}") from None
     if written > FORMAT:
@@ -176,8 +174,3 @@ def read_json(path: Path) -> dict[str, Any]:
         return content
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read ({error}): choose another checkpoint") from None
-
-
-def size_on_disk(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(os.lstat(path).st_size for path in folder.rglob("*") if path.is_file())

@@ -155,8 +155,24 @@ class TraceReport:
         return asdict(self)
 
 
-def report_from_dict(data: Mapping[str, Any]) -> StageReport | EvaluationReport | TraceReport:
+@dataclass(frozen=True)
+class SavedReport:
+    """What one process has written of a checkpoint of `run`: bytes and sums of its files, or what went wrong."""
+
+    run: str
+    update: int
+    global_rank: int
+    sums: dict[str, list[int | str]]
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def report_from_dict(data: Mapping[str, Any]) -> StageReport | EvaluationReport | TraceReport | SavedReport:
     """The inverse of `to_dict` of any report."""
+    if "sums" in data:
+        return SavedReport(**data)
     if "actions" in data:
         return TraceReport(**data)
     return EvaluationReport(**data) if "evaluation" in data else StageReport(**data)

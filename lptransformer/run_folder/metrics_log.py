@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,10 @@ class MetricsWriter:
                 self._columns = self._rewrite_csv(read_metrics(self.folder))
         for tracker in self._trackers:
             tracker.log(row["update"], scalars(row))
+
+    def sync(self) -> None:
+        """What was written so far is on the disk and outlives a power cut."""
+        os.fsync(self._jsonl.fileno())
 
     def close(self) -> None:
         self._jsonl.close()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from lptransformer.errors import RunError
 from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.stages import StagePlan
 from lptransformer.run_folder import checkpoint
-from lptransformer.run_folder.checkpoint import FORMAT
+from lptransformer.run_folder.checkpoint import FORMAT, Sums
 
 WEIGHTS, STATE, COPIES, DEEPSPEED = "weights.safetensors", "state.json", "copies.safetensors", "deepspeed"
 OTHERS = "others.safetensors"  # of format 1: copies, and the weights of one update before
@@ -51,18 +51,28 @@ class Pieces:
 
 
 @dataclass
+class Frozen:
+    """The weights of a stage that never change: `tensors` until they are written, then the `file` that all checkpoints
+    share, and its `record`."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    file: str | None = None
+    record: list[int | str] = field(default_factory=list)
+
+
+@dataclass
 class StageContent:
     """What one process writes of a stage: replica 0 all of this, others their `pieces` alone."""
 
     pieces: Pieces = field(default_factory=Pieces)
     state: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
-    frozen: dict[str, Tensor] = field(default_factory=dict)
     copies: dict[str, Tensor] = field(default_factory=dict)
+    frozen: Frozen = field(default_factory=Frozen)
 
     @property
     def num_bytes(self) -> int:
-        of_files = (self.pieces.flat, self.weights, self.frozen, self.copies)
+        of_files = (self.pieces.flat, self.weights, self.copies, self.frozen.tensors)
         return sum(tensor.nbytes for tensors in of_files for tensor in tensors.values())
 
 
@@ -72,15 +82,15 @@ def describe(plan: StagePlan, num_stages: int, update: int, position: Mapping[st
     return {"format": FORMAT, **where, "plan": asdict(plan)}
 
 
-def write(run: Path, update: int, stage: int, replica: int, content: StageContent) -> dict[str, tuple[int, str]]:
+def write(run: Path, update: int, stage: int, replica: int, content: StageContent) -> Sums:
     """Write a process's files of a stage, onto the disk, into a checkpoint that does not count yet.
 
     Returns the bytes and sums of its files for `checkpoint.finish`. Raises OSError.
     """
     step = checkpoint.unfinished_folder(run, update)
     folder = step / f"stage-{stage}"
-    folder.mkdir(parents=True, exist_ok=True)
-    sums = {}
+    files.make_folders(folder)
+    sums: dict[str, list[int | str]] = {}
 
     def put(name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         if tensors:
@@ -93,24 +103,26 @@ def write(run: Path, update: int, stage: int, replica: int, content: StageConten
     if replica == 0:
         put(WEIGHTS, content.weights)
         put(COPIES, content.copies)
-        frozen = _write_frozen(step.parent, stage, content.frozen) if content.frozen else None
-        if frozen is not None:
-            sums[f"../{frozen.name}"] = files.record(frozen)
-        state = {**content.state, "frozen": frozen and frozen.name}
+        if content.frozen.tensors:
+            _write_frozen(step.parent, stage, content.frozen)
+        if content.frozen.file is not None:
+            sums[f"../{content.frozen.file}"] = content.frozen.record
+        state = {**content.state, "frozen": content.frozen.file}
         files.write_text(folder / STATE, json.dumps(state, indent=1) + "\n")
         sums[f"{folder.name}/{STATE}"] = files.record(folder / STATE)
     files.sync(folder)
     return sums
 
 
-def _write_frozen(folder: Path, stage: int, tensors: Mapping[str, Tensor]) -> Path:
-    """Weights that never change are named by their content, so that all checkpoints share them."""
+def _write_frozen(folder: Path, stage: int, frozen: Frozen) -> None:
+    """The file is named by its content, so that stages and starts of a run that have the same share it."""
     begun = folder / f".frozen-{stage}"
-    _save(begun, tensors)
-    final = folder / f"frozen-{files.sum_of(begun)}.safetensors"
-    begun.replace(final)
+    _save(begun, frozen.tensors)
+    frozen.record = files.record(begun)
+    frozen.file = f"frozen-{frozen.record[1]}.safetensors"
+    begun.replace(folder / frozen.file)
     files.sync(folder)
-    return final
+    frozen.tensors = {}
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -124,7 +136,7 @@ def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """What state.json says. Raises RunError when it is damaged."""
-    _check(folder, STATE)
+    checkpoint.check(folder.parent, [f"{folder.name}/{STATE}"])
     state = checkpoint.read_json(folder / STATE)
     try:
         StagePlan(**state["plan"]), int(state["num_stages"])
@@ -158,108 +170,111 @@ def read_weights(folder: Path, wanted: Callable[[str], bool] = lambda name: True
 
 
 class SavedStage:
-    """A stage of a checkpoint, whose tensors are read by name, from whichever file has them."""
+    """A stage of a checkpoint, whose tensors are read by name, from whichever file has them. Every file is compared
+    with its sum before it is read."""
 
     def __init__(self, folder: Path) -> None:
         """Raises RunError where the folder is damaged."""
         self.folder = folder
         self.state = read_state(folder)
         self.plan = StagePlan(**self.state["plan"])
-        self._whole: dict[str, Path] = {}
-        self._pieces: list[tuple[Path, Pieces]] = []
+        self._opened: dict[Path, Any] = {}
         frozen = self.state.get("frozen")
-        for path in (folder / WEIGHTS, folder.parent.parent / str(frozen)):
-            if path.exists() or path.name == frozen:
-                with self._open(path) as file:
-                    self._whole |= dict.fromkeys(file.keys(), path)
-        for name in self._own_files("optimizer-*.safetensors"):
-            with self._open(folder / name) as file:
-                self._pieces.append((folder / name, _described(file, folder / name)))
-
-    def _own_files(self, pattern: str) -> list[str]:
-        """Those that the marker names: one that is missing is found."""
-        own = Path(self.folder.name)
-        named = [Path(path) for path in checkpoint.read_sums(self.folder.parent)]
-        return sorted(path.name for path in named if path.parent == own and path.match(pattern))
+        whole = [folder / WEIGHTS, *([folder.parent.parent / frozen] if frozen else [])]
+        if self.state.get("format", 0) > 1 and not (folder / WEIGHTS).exists():
+            whole.pop(0)  # all of it is frozen, or in pieces; where the marker names it, `check` finds it missing
+        self._whole = {name: path for path in whole for name in self._file(path).keys()}  # noqa: SIM118
+        of_optimizer = sorted(path for path in _own_files(folder) if path.name.startswith("optimizer-"))
+        self._pieces = [(path, _described(self._file(path), path)) for path in of_optimizer]
 
     @property
     def names(self) -> list[str]:
         """Of all weights and copies."""
-        of_pieces = {name for _, pieces in self._pieces for key in pieces.flat for name in [_name_of(key, FP32)] if name}
+        own = f"{FP32}/"
+        of_pieces = {key.removeprefix(own) for _, one in self._pieces for key in one.flat if key.startswith(own)}
         return sorted(self._whole.keys() | of_pieces)
 
     def weight(self, name: str) -> Tensor:
         """A tensor as training computes with it. Raises RunError."""
         if name in self._whole:
-            with self._open(self._whole[name]) as file:
-                return file.get_tensor(name)
+            return self._get(self._whole[name], name)
         dtype: torch.dtype = getattr(torch, DTYPES[self.state["dtype"]].name)
         return self.part(FP32, name).to(dtype)
 
-    def exact(self, name: str) -> Tensor:
-        """A tensor as the optimizer has it: in fp32 where it keeps one."""
-        return self.part(FP32, name) if FP32 in self.kinds(name) else self.weight(name)
+    def exact(self, name: str, start: int = 0, numel: int | None = None) -> Tensor:
+        """A weight, or a flat range of it, as the optimizer has it: in fp32 where it keeps one."""
+        if FP32 in self.kinds(name):
+            return self.part(FP32, name, start, numel)
+        weight = self.weight(name)
+        return weight if numel is None else weight.view(-1)[start : start + numel]
 
-    def shape(self, name: str) -> Shape:
-        if name in self._whole:
-            with self._open(self._whole[name]) as file:
-                return tuple(file.get_slice(name).get_shape())
-        return next(tuple(pieces.shapes[name]) for _, pieces in self._pieces if name in pieces.shapes)
+    @property
+    def is_older(self) -> bool:
+        """Whether it is of format 1, with its optimizer state in DeepSpeed's own files."""
+        return bool(self.state.get("format", 0) < FORMAT)
+
+    @property
+    def is_of_pipeline_engine(self) -> bool:
+        return (self.folder.parent / DEEPSPEED).is_dir()
 
     def kinds(self, name: str) -> list[str]:
         """The kinds of the optimizer's tensors that there are of a parameter."""
-        found = {key.partition("/")[0] for _, pieces in self._pieces for key in pieces.flat if key.endswith(f"/{name}")}
-        return sorted(kind for kind in found if any(f"{kind}/{name}" in pieces.flat for _, pieces in self._pieces))
+        keys = {key for _, pieces in self._pieces for key in pieces.flat}
+        return sorted(key.removesuffix(f"/{name}") for key in keys if key.partition("/")[2] == name)
 
     def step(self, name: str) -> float | None:
         """How many steps the optimizer has made with a parameter, where it counts them."""
         return next((pieces.steps[name] for _, pieces in self._pieces if name in pieces.steps), None)
 
     def part(self, kind: str, name: str, start: int = 0, numel: int | None = None) -> Tensor:
-        """Elements of one of the optimizer's tensors: a flat range, or all in the parameter's shape.
+        """Elements of one of the optimizer's tensors: a flat range, or all of it in the parameter's shape.
 
-        Raises RunError where the files do not have all of it.
+        Raises RunError where the files do not have all of them.
         """
-        key, shape = f"{kind}/{name}", self.shape(name)
-        size = torch.Size(shape).numel()
-        stop = size if numel is None else start + numel
-        found, out = 0, None
-        for path, pieces in self._pieces:
-            if key not in pieces.flat:
-                continue
-            begin, length = pieces.start[name], pieces.flat[key].numel()
+        key = f"{kind}/{name}"
+        held = [(path, one.start[name], one.flat[key].numel()) for path, one in self._pieces if key in one.flat]
+        shape = next(torch.Size(one.shapes[name]) for _, one in self._pieces if name in one.shapes)
+        stop = shape.numel() if numel is None else start + numel
+        found = []
+        for path, begin, length in sorted(held, key=lambda one: one[1]):
             low, high = max(start, begin), min(stop, begin + length)
-            if low >= high:
-                continue
-            with self._open(path) as file:
-                some = file.get_slice(key)[low - begin : high - begin]
-            if out is None:
-                out = torch.empty(stop - start, dtype=some.dtype)
-            out[low - start : high - start] = some
-            found += high - low
-        if out is None or found != stop - start:
-            raise RunError(f"{self.folder}: of {key} {found} of {stop - start} elements are there: choose another")
+            if low < high:
+                found.append(self._slice(path, key, low - begin, high - begin))
+        if sum(map(len, found)) != stop - start:
+            raise RunError(f"{self.folder} does not have all of {key}: choose another checkpoint")
+        out = torch.cat(found) if len(found) != 1 else found[0]
         return out if numel is not None else out.view(shape)
 
     def copies(self) -> dict[str, Tensor]:
         """Versions of other stages' weights that are not in use yet."""
         path = self.folder / COPIES
-        if not path.exists():
-            return {}
-        with self._open(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {name: self._get(path, name) for name in self._file(path).keys()} if path.exists() else {}  # noqa: SIM118
 
-    @contextlib.contextmanager
-    def _open(self, path: Path) -> Iterator[Any]:
-        if path.parent == self.folder:
-            _check(self.folder, path.name)
-        else:
-            checkpoint.check(self.folder.parent, [f"../{path.name}"])
-        try:
-            with safe_open(path, "pt") as file:
-                yield file
-        except (SafetensorError, OSError) as error:
-            raise RunError(f"{path} cannot be read ({error}): choose another checkpoint") from None
+    def _file(self, path: Path) -> Any:
+        if path not in self._opened:
+            inside = f"{self.folder.name}/{path.name}" if path.parent == self.folder else f"../{path.name}"
+            checkpoint.check(self.folder.parent, [inside])
+            with _readable(path):
+                self._opened[path] = safe_open(path, "pt")
+        return self._opened[path]
+
+    def _get(self, path: Path, name: str) -> Tensor:
+        with _readable(path):
+            tensor: Tensor = self._file(path).get_tensor(name)
+        return tensor
+
+    def _slice(self, path: Path, key: str, start: int, stop: int) -> Tensor:
+        with _readable(path):
+            tensor: Tensor = self._file(path).get_slice(key)[start:stop]
+        return tensor
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path} cannot be read ({error}): choose another checkpoint") from None
 
 
 def _described(file: Any, path: Path) -> Pieces:
@@ -272,20 +287,18 @@ def _described(file: Any, path: Path) -> Pieces:
         raise RunError(f"{path} cannot be read ({error!r}): choose another checkpoint") from None
 
 
-def _name_of(key: str, kind: str) -> str | None:
-    return key.removeprefix(f"{kind}/") if key.startswith(f"{kind}/") else None
-
-
-def _check(folder: Path, name: str) -> None:
-    checkpoint.check(folder.parent, [f"{folder.name}/{name}"])
+def _own_files(folder: Path) -> list[Path]:
+    """The files of a stage that the marker of its checkpoint names, so that one that is missing is found."""
+    return [
+        folder / path.name for path in map(Path, checkpoint.read_sums(folder.parent)) if path.parent.name == folder.name
+    ]
 
 
 def check(folder: Path) -> None:
     """Compare all files of a stage with their sums. Raises RunError."""
-    own = f"{folder.name}/"
     frozen = read_state(folder).get("frozen")
-    sums = checkpoint.read_sums(folder.parent)
-    checkpoint.check(folder.parent, [path for path in sums if path.startswith(own) or path == f"../{frozen}"])
+    own = [f"{folder.name}/{path.name}" for path in _own_files(folder)]
+    checkpoint.check(folder.parent, [*own, *([f"../{frozen}"] if frozen else [])])
 
 
 def read_others(folder: Path) -> dict[str, Tensor]:

@@ -179,7 +179,7 @@ class Supervisor:
         state.updates = resumable_at(run, state.target)
         if state.updates:
             # A newer one was saved just before the run was killed, and not evaluated.
-            checkpoint.remove_newer(run.folder, state.updates)
+            checkpoint.set_aside_newer(run.folder, state.updates)
             flags = ["--resume"]
         else:
             flags = ["--overwrite"] if layout.holds_run(run.folder) else []

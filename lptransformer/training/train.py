@@ -33,7 +33,7 @@ from lptransformer.planning.dry_run import print_stages
 from lptransformer.processes import forget_launchers, launched_rank, on_stop_signals
 from lptransformer.run_folder import checkpoint, layout
 from lptransformer.run_folder.loss_plot import plot_losses
-from lptransformer.run_folder.metrics import Aggregator, MetricsRow, TraceReport, text_counts
+from lptransformer.run_folder.metrics import Aggregator, MetricsRow, SavedReport, TraceReport, text_counts
 from lptransformer.run_folder.metrics_log import MetricsWriter, read_metrics
 from lptransformer.run_folder.trace import TraceWriter
 from lptransformer.run_folder.trackers import check_installed
@@ -71,7 +71,9 @@ def train(
             engine.load_checkpoint(folder)
     if engine.world.global_rank == 0:
         if resume:
-            checkpoint.remove_newer(folder, engine.update)
+            checkpoint.remove_unfinished(folder)
+            for aside in checkpoint.set_aside_newer(folder, engine.update):
+                print(f"lptransformer: what was saved later is set aside: {aside}", file=sys.stderr, flush=True)
             layout.note_resume(folder, config, engine.update)
         else:
             assert engine.describe_run is not None
@@ -92,6 +94,7 @@ def train(
                 evaluate(engine, reporter, stoppable=not last)
             if result.control & Control.STOP:
                 break
+        reporter.take(engine.settle())
         reporter.take(engine.close())
         if config.run.export is not None and engine.world.global_rank == 0 and engine.update >= steps(config):
             for line in export(folder, config.run.export):
@@ -225,6 +228,7 @@ class Reporter:
         self.open = engine.world.global_rank == 0
         if not self.open:
             return
+        engine.before_commit, engine.on_problem = self.sync, self.problem
         self.folder, self.steps = folder, steps(config)
         self.stages = [(plan.index, plan.first_block, plan.last_block) for plan in engine.stages]
         tokens, seconds = 0, 0.0
@@ -272,6 +276,7 @@ class Reporter:
         if not self.open:
             return
         for report in reports:
+            assert not isinstance(report, SavedReport), "the engine keeps those"
             if isinstance(report, TraceReport):
                 assert self.trace is not None
                 self.trace.write(report)
@@ -283,6 +288,13 @@ class Reporter:
                 else:
                     self.progress.update(row)
                     self._report_skips(row)
+
+    def sync(self) -> None:
+        """What was written so far outlives a power cut."""
+        self.writer.sync()
+
+    def problem(self, problem: str) -> None:
+        self.progress.message(problem)
 
     def say_what_is_next(self, update: int) -> None:
         """The commands that one types after a run that has ended, or has stopped before its end."""

@@ -1,0 +1,131 @@
+"""Checkpoints on their way to the disk: a copy in the host's memory, a thread that writes it, and the count of who is
+done. The thread takes part in no communication."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lptransformer import files
+from lptransformer.console import megabytes
+from lptransformer.run_folder import checkpoint, saved_stage
+from lptransformer.run_folder.checkpoint import Sums
+from lptransformer.run_folder.metrics import SavedReport
+from lptransformer.run_folder.saved_stage import StageContent
+
+
+class HostCopies:
+    """Buffers in the host's memory that are kept from save to save: fresh memory is four times slower to fill."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, str], Tensor] = {}
+
+    def of(self, stage: int, content: StageContent, keep: bool) -> StageContent:
+        """The same content, copied, unless it never changes. With `keep` what the copy before it had is overwritten."""
+
+        def copied(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            if not keep:
+                return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+            return {name: self._copy((stage, f"{kind}/{name}"), tensor) for name, tensor in tensors.items()}
+
+        flat = copied("piece", content.pieces.flat)
+        weights, copies = copied("weight", content.weights), copied("copy", content.copies)
+        return replace(content, pieces=replace(content.pieces, flat=flat), weights=weights, copies=copies)
+
+    def _copy(self, key: tuple[int, str], tensor: Tensor) -> Tensor:
+        buffer = self._kept.get(key)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            self._kept[key] = buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return buffer.copy_(tensor)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._kept.values())
+
+
+class Save:
+    """One process's part of a checkpoint of `run`, written by a thread, or here and now."""
+
+    def __init__(self, run: Path, update: int, global_rank: int) -> None:
+        self.run, self.update, self.global_rank = run, update, global_rank
+        self._sums: dict[str, list[int | str]] = {}
+        self._error: str | None = None
+        self._thread: threading.Thread | None = None
+
+    def write(self, replica: int, contents: Iterable[tuple[int, StageContent]]) -> None:
+        """Write what this replica has of its stages, by their number."""
+        try:
+            for stage, content in contents:
+                free = shutil.disk_usage(self.run).free
+                if free < content.num_bytes:
+                    needed = f"{megabytes(content.num_bytes)} are needed for stage {stage}"
+                    raise OSError(f"{megabytes(free)} are free on the disk of {self.run}, and {needed}")
+                self._sums |= saved_stage.write(self.run, self.update, stage, replica, content)
+        except Exception as error:  # whatever it is, the run may go on
+            self._error = f"{type(error).__name__}: {error}".removeprefix("OSError: ")
+
+    def begin(self, replica: int, contents: Sequence[tuple[int, StageContent]]) -> None:
+        """The same by a thread; `contents` stay as they are until it is done."""
+        self._thread = threading.Thread(target=self.write, args=(replica, contents), daemon=True)
+        self._thread.start()
+
+    def add_folder(self, folder: Path) -> None:
+        """Count files of a folder of the checkpoint that somebody else has written."""
+        step = checkpoint.unfinished_folder(self.run, self.update)
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            self._sums[path.relative_to(step).as_posix()] = files.record(path)
+        files.sync_all(folder)
+
+    @property
+    def is_done(self) -> bool:
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def report(self) -> SavedReport:
+        """What became of it, when it is done."""
+        return SavedReport(str(self.run), self.update, self.global_rank, self._sums, self._error)
+
+
+class Commits:
+    """On global rank 0: what the processes have reported of their saves."""
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+        self._reported: dict[tuple[str, int], list[SavedReport]] = {}
+
+    def take(self, report: SavedReport) -> None:
+        self._reported.setdefault((report.run, report.update), []).append(report)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a checkpoint is written and does not count yet."""
+        return any(len(reports) == self.processes for reports in self._reported.values())
+
+    def finish(self, generation: int) -> list[str]:
+        """Make those checkpoints count that all processes have written. Returns what went wrong, in words, with those
+        that a process could not write: what there is of them is removed."""
+        failed = []
+        for (run, update), reports in list(self._reported.items()):
+            if len(reports) < self.processes:
+                continue
+            del self._reported[run, update]
+            wrong = next((one.error for one in reports if one.error is not None), None)
+            sums: Sums = {path: record for one in reports for path, record in one.sums.items()}
+            if wrong is None:
+                try:
+                    checkpoint.finish(run, update, sums, generation)
+                except OSError as error:
+                    wrong = str(error)
+            if wrong is not None:
+                shutil.rmtree(checkpoint.unfinished_folder(run, update), ignore_errors=True)
+                failed.append(f"the checkpoint after {update} updates was not saved: {wrong}")
+        return failed

@@ -184,10 +184,10 @@ def train(args: argparse.Namespace) -> None:
     assert config.run.dir is not None
     folder = Path(config.run.dir)
     # Everything that one process can check and prepare is done before others are started.
-    layout.check(folder, config, args.resume, args.overwrite)
+    layout.check(folder, config, args.resume, args.overwrite, args.step)
     if args.resume:
         hub.keep_to(layout.hub_commits(folder))
-    layout.check_until(config, args.until, args.resume)
+    layout.check_until(config, args.until, args.resume, args.step)
     import torch
 
     from lptransformer.data.prepare import prepare_all
@@ -223,7 +223,7 @@ def train(args: argparse.Namespace) -> None:
     processes, before = config.parallel.pipeline * config.parallel.data, end_written(folder)
     if processes > 1 or not here:
         flags = [flag for flag in ("--resume", "--overwrite", "--force") if getattr(args, flag[2:])]
-        flags += [] if args.until is None else [f"--until={args.until}"]
+        flags += [f"--{name}={value}" for name in ("until", "step") if (value := getattr(args, name)) is not None]
         if here and auto:
             args.overrides.append(f"--train.micro_batch_size={config.train.micro_batch_size}")
         arguments = [*([args.config] if args.config else []), *flags, *args.overrides]
@@ -237,7 +237,7 @@ def train(args: argparse.Namespace) -> None:
     from lptransformer.training.train import train as train_here
 
     try:
-        train_here(config, args.resume, args.overwrite, args.until, args.force)
+        train_here(config, args.resume, args.overwrite, args.until, args.force, args.step)
     except TrainingError:
         say_how_to_go_on(folder)
         raise

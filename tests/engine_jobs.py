@@ -33,7 +33,9 @@ from lptransformer.models.blueprint import make_blueprint
 from lptransformer.models.head import LossBatch, LossTerm
 from lptransformer.models.stage import StageOutput
 from lptransformer.processes import use_fair_share_of_cores
+from lptransformer.run_folder import checkpoint
 from lptransformer.run_folder.metrics import EvaluationReport, StageReport
+from lptransformer.run_folder.saved_stage import SavedStep
 from lptransformer.training.build import build_engine
 
 VOCAB_SIZE = 64
@@ -108,13 +110,18 @@ def make_stream(config: Config, labels: tuple[int, ...] = ()) -> RandomStream:
     return RandomStream(config.train.micro_batch_size, config.data.sequence_length, vocab_size, labels)
 
 
-def open_engine(overrides: Sequence[str], labels: tuple[int, ...] = ()) -> LocalUpdateEngine:
+def open_engine(
+    overrides: Sequence[str], labels: tuple[int, ...] = (), resumed: Path | None = None
+) -> LocalUpdateEngine:
+    """With `resumed` the engine is built for the newest checkpoint there, as `train --resume` does it."""
     config = load_config(overrides)
     use_fair_share_of_cores()
     world = join(config.parallel.pipeline, config.parallel.data, config.parallel.timeout_seconds)
     stream = make_stream(config, labels)
     valid = {"valid": RandomValidSet(make_stream(config))}
-    engine = build_engine(config, world, make_blueprint(config, stream.vocab_size, None), stream, valid)
+    saved = SavedStep(resumed, checkpoint.latest(resumed)) if resumed is not None else None
+    blueprint = make_blueprint(config, stream.vocab_size, None)
+    engine = build_engine(config, world, blueprint, stream, valid, resumed=saved)
     assert isinstance(engine, LocalUpdateEngine)
     return engine
 

@@ -190,19 +190,15 @@ class PipelineBaseline(TrainingEngine):
     def _weights(self) -> list[dict[str, Tensor]]:
         return [{name: weight.detach().cpu() for name, weight in self.stage.named_parameters()}]
 
-    def _to_load(self, run: Path, update: int) -> list[Path]:
-        return [checkpoint.stage_folder(run, update, self.plan.index)]
-
     def _load(self, run: Path, update: int) -> None:
         """Raises RunError where another engine has written the checkpoint."""
-        (folder,) = self._to_load(run, update)
+        folder = checkpoint.stage_folder(run, update, self.plan.index)
         saved = SavedStage(folder)
         if not saved.is_of_pipeline_engine:
             raise RunError(
                 f"{folder.parent} was not written by engine: deepspeed_pipeline, which can only resume its own"
             )
-        inside = [path for path in checkpoint.read_sums(folder.parent) if path.startswith(f"{DEEPSPEED}/")]
-        checkpoint.check(folder.parent, inside)
+        self._check_position(saved, update)
         given = hyperparameters(self.optimizer)
         self.engine.load_checkpoint(str(folder.parent / DEEPSPEED), tag="state")
         self.skipped_in_a_row = saved.state["skipped_in_a_row"]

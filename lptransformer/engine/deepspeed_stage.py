@@ -34,13 +34,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from lptransformer.config.deepspeed_keys import bucket_elements
 from lptransformer.engine import optimizer_state
 from lptransformer.engine.optimizer import continue_schedule, hyperparameters, restore
+from lptransformer.engine.optimizer_state import BEFORE
 from lptransformer.errors import RunError
 from lptransformer.models.adapters import saved_name
 from lptransformer.models.head import Copy, LossBatch
 from lptransformer.models.stage import Stage, StageOutput
-from lptransformer.run_folder.saved_stage import DEEPSPEED, FP32, Frozen, Pieces, SavedStage, StageContent, read_others
-
-BEFORE = "before"  # of a parameter: its weight one update before
+from lptransformer.run_folder.saved_stage import DEEPSPEED, FP32, Frozen, Pieces, SavedFor, StageContent, read_others
 
 
 def deepspeed_config(
@@ -279,30 +278,32 @@ class TrainedStage:
         state = {**description, "skipped_in_a_row": self.skipped_in_a_row}
         return StageContent(pieces, state, whole, dict(copies))
 
-    def load(self, saved: SavedStage) -> None:
-        """Continue from what any number of replicas saved at any ZeRO stage; all replicas call this together.
+    def load(self, saved: SavedFor) -> None:
+        """Continue from what any stages with its blocks saved, at any ZeRO stage and number of replicas; a head that
+        was not there stays as it is. All replicas call this together.
 
         Raises RunError when a file is damaged, or would execute code when read.
         """
-        if saved.is_older:
-            self._load_older(saved.folder)
+        if (older := saved.older) is not None:
+            self._load_older(older.folder)
         else:
             self._load_weights(saved)
             optimizer_state.load(self.optimizer, optimizer_state.owned(self.engine, self._names), saved)
             if self.versions is not None:
-                self.versions.load({weight: saved.part(BEFORE, name) for name, weight in self._names.items()})
-        self.skipped_in_a_row = saved.state["skipped_in_a_row"]
-        continue_schedule(self.lr_scheduler, saved.state["update"])
+                before = {one: self._one_before(name, saved) for name, one in self._names.items()}
+                self.versions.load({one: tensor for one, tensor in before.items() if tensor is not None})
+        self.skipped_in_a_row = max(part.state["skipped_in_a_row"] for part in saved.parts)
+        continue_schedule(self.lr_scheduler, saved.parts[0].state["update"])
 
-    def _load_weights(self, saved: SavedStage) -> None:
+    def _load_weights(self, saved: SavedFor) -> None:
         optimizer, module = self.engine.optimizer, self.engine.module
-        beside = {
-            name: one for name, one in module.state_dict(keep_vars=True).items() if saved_name(name) not in self._names
-        }
+        held = module.state_dict(keep_vars=True)
+        beside = {name: one for name, one in held.items() if saved_name(name) not in self._names}
         if self.zero_stage == 3:
             optimizer.checkpoint_event_prologue()
         for piece in optimizer_state.owned(self.engine, self._names) if self.zero_stage else []:
-            piece.of(piece.flat).copy_(saved.exact(piece.name, piece.start, piece.numel))
+            if (part := saved.of(piece.name)) is not None:
+                piece.of(piece.flat).copy_(part.exact(piece.name, piece.start, piece.numel))
         if self.zero_stage == 3:
             for group in range(len(optimizer.fp32_partitioned_groups_flat)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -312,8 +313,16 @@ class TrainedStage:
                 _fill(beside, saved)
             return
         for name, weight in self._names.items():
-            weight.data.copy_(saved.exact(name))
+            if (part := saved.of(name)) is not None:
+                weight.data.copy_(part.exact(name))
         _fill(beside, saved)
+
+    def _one_before(self, name: str, saved: SavedFor) -> Tensor | None:
+        """A weight as it was one update before; as it is, where gradients were not delayed."""
+        part = saved.of(name)
+        if part is None:
+            return None
+        return part.part(BEFORE, name) if BEFORE in part.kinds(name) else part.exact(name)
 
     def _load_older(self, folder: Path) -> None:
         """From DeepSpeed's own files, at the same ZeRO stage and number of replicas."""
@@ -344,10 +353,11 @@ def _saved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {saved_name(name): tensor for name, tensor in tensors.items()}
 
 
-def _fill(tensors: Mapping[str, Tensor], saved: SavedStage) -> None:
+def _fill(tensors: Mapping[str, Tensor], saved: SavedFor) -> None:
     """Tensors by their names in the stage, with what a checkpoint has."""
     for name, tensor in tensors.items():
-        tensor.data.copy_(saved.weight(saved_name(name)))
+        if (part := saved.of(saved_name(name))) is not None:
+            tensor.data.copy_(part.weight(saved_name(name)))
 
 
 class FrozenStage:
@@ -402,7 +412,7 @@ class FrozenStage:
             Pieces(), state, _saved(_detached(self.stage, {one.target for one in self.copies})), dict(copies)
         )
 
-    def load(self, saved: SavedStage) -> None:
+    def load(self, saved: SavedFor) -> None:
         """Raises RunError when a file is damaged."""
         _fill(self.stage.state_dict(keep_vars=True), saved)
 
@@ -453,4 +463,4 @@ class TwoVersions:
         """The weights of one update before; the current ones are loaded with the stage."""
         self.show(before=False)
         for parameter, data in zip(self.parameters, self.before, strict=True):
-            data.copy_(before[parameter])
+            data.copy_(before.get(parameter, parameter))

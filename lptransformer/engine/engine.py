@@ -38,9 +38,9 @@ from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.border_codec import make_codec
 from lptransformer.models.head import LossBatch
 from lptransformer.processes import host_memory
-from lptransformer.run_folder import checkpoint, saved_stage
+from lptransformer.run_folder import saved_stage
 from lptransformer.run_folder.metrics import StageReport, TraceReport
-from lptransformer.run_folder.saved_stage import Frozen, SavedStage, StageContent
+from lptransformer.run_folder.saved_stage import Frozen, SavedStep, StageContent
 from lptransformer.run_folder.trace import COPIES, Tracer
 from lptransformer.store import STOP_KEY
 
@@ -185,21 +185,23 @@ class LocalUpdateEngine(TrainingEngine):
     def _weights(self) -> list[dict[str, Tensor]]:
         return [stage.weights() for stage in self.local.values()]
 
-    def _to_load(self, run: Path, update: int) -> list[Path]:
-        return [checkpoint.stage_folder(run, update, index) for index in self.local]
-
     def _load(self, run: Path, update: int) -> None:
         assert self.executor.between_updates, "delayed gradients are in flight: load a checkpoint between updates only"
         self.weight_copies.close(self.update)
-        for (index, stage), folder in zip(self.local.items(), self._to_load(run, update), strict=True):
-            saved = SavedStage(folder)
-            if saved.is_of_pipeline_engine:
-                raise RunError(f"{folder.parent} was written by engine: deepspeed_pipeline, which alone can resume it")
+        step = SavedStep(run, update)
+        for index, stage in self.local.items():
+            saved = step.seen_by(stage.plan)
+            if saved.parts[0].is_of_pipeline_engine:
+                raise RunError(f"{step.folder} was written by engine: deepspeed_pipeline, which alone can resume it")
+            self._check_position(saved.parts[0], update)
             stage.load(saved)
-            if saved.is_older:
-                self.weight_copies.resume_older(index, update, saved_stage.read_others(folder))
-            else:
-                self.weight_copies.resume(index, update, saved.state["copies_in_use"], saved.copies())
+            if saved.older is not None:
+                self.weight_copies.resume_older(index, update, saved_stage.read_others(saved.older.folder))
+            elif saved.head is not None:
+                self.weight_copies.resume(index, update, saved.head.state["copies_in_use"], saved.head.copies())
+            elif stage.copies:  # a new head
+                stage.refresh({copy.target: step.weight(copy.source_block, copy.source) for copy in stage.copies})
+                self.weight_copies.begin(index, update)
 
     # ------------------------------------------------------------------------------------------ control
 

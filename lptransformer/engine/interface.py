@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -28,7 +27,7 @@ from lptransformer import files
 from lptransformer.data.token_set import Batch, whole_rounds
 from lptransformer.engine.p2p import Control
 from lptransformer.engine.process_groups import World, leave, translate_lost_processes
-from lptransformer.engine.saving import Commits, Save
+from lptransformer.engine.saving import Commits, Save, agreed_step, say
 from lptransformer.errors import DataError, LostProcessError, RunError, TrainingError
 from lptransformer.methods.cost import labels_seen
 from lptransformer.methods.stages import StagePlan
@@ -36,8 +35,9 @@ from lptransformer.models.adapters import merged
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.whole_model import whole_model, whole_weights
 from lptransformer.processes import peak_memory_bytes
-from lptransformer.run_folder import checkpoint, layout, saved_stage
+from lptransformer.run_folder import layout, saved_stage
 from lptransformer.run_folder.metrics import EvaluationReport, SavedReport, StageReport, TraceReport, report_from_dict
+from lptransformer.run_folder.saved_stage import SavedStage
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -134,12 +134,12 @@ class TrainingEngine(ABC):
         self.describe_run: Callable[[Path, bool], None] | None = None
         self.generation = 0  # of the start of the run, for the checkpoints
         self.before_commit: Callable[[], None] = lambda: None  # on global rank 0, before a checkpoint counts
-        self.on_problem: Callable[[str], None] = _say
+        self.on_problem: Callable[[str], None] = say
         self.saving_seconds = 0.0  # what saves have kept this process from training
         self._saving: Save | None = None
         self._own_saved: list[SavedReport] = []
         self._commits = Commits(world.size)
-        self._settled = self._looked = 0
+        self._settled = 0
         self._label_tokens: dict[tuple[int, float, int | None], int] = {}
         self._requested = Control.NOTHING
         self._stop_requested = False
@@ -201,7 +201,7 @@ class TrainingEngine(ABC):
         """
         self.settle()
         self._finish_saves()
-        update = self._agreed_step(Path(run), update)
+        update = agreed_step(self.world, Path(run), update)
         self._load(Path(run), update)
         self.update = update
         return update
@@ -304,10 +304,6 @@ class TrainingEngine(ABC):
     def _begin_save(self, run: Path) -> Save: ...
 
     @abstractmethod
-    def _to_load(self, run: Path, update: int) -> list[Path]:
-        """The folders of the stages of a checkpoint that this process reads."""
-
-    @abstractmethod
     def _load(self, run: Path, update: int) -> None: ...
 
     @abstractmethod
@@ -341,38 +337,6 @@ class TrainingEngine(ABC):
                 raise TrainingError(problem)
             self.on_problem(problem)
 
-    def _agreed_step(self, run: Path, update: int | None) -> int:
-        """The newest checkpoint that every process finds whole, or that after `update` updates.
-
-        Raises RunError, in every process, where there is none.
-        """
-        self._looked += 1
-        key, world, damaged = f"checkpoints/{self._looked}", self.world, list[str]()
-        if world.global_rank == 0:
-            there = checkpoint.complete_updates(run)[::-1] if update is None else [update]
-            world.store.set(key, json.dumps(there))
-        for one in json.loads(world.store.get(key)):
-            world.store.set(f"{key}/{one}/{world.global_rank}", self._damage(run, one))
-            answers = [world.store.get(f"{key}/{one}/{rank}").decode() for rank in range(world.size)]
-            if not any(answers):
-                if damaged and world.global_rank == 0:
-                    self.on_problem(f"{damaged[0]}: going back to the checkpoint after {one} updates")
-                return one
-            damaged.append(next(answer for answer in answers if answer))
-        if not damaged:
-            return checkpoint.latest(run)  # which says that there is none
-        raise RunError(damaged[0])
-
-    def _damage(self, run: Path, update: int) -> str:
-        """What is wrong with the files of a checkpoint that this process would load; nothing where they are good."""
-        try:
-            for folder in self._to_load(run, update):
-                saved_stage.check(folder)
-                self._check_position(folder, update)
-        except RunError as error:
-            return str(error)
-        return ""
-
     def _finish(self) -> None:  # noqa: B027 - an engine that has nothing on its way
         """At the end of the run, before the others have ended: send and receive what is in transit."""
 
@@ -389,10 +353,9 @@ class TrainingEngine(ABC):
         position = self.stream.position(self.update * self.blueprint.micro_batches)
         return saved_stage.describe(plan, len(self.stages), self.update, position, self.blueprint.dtype)
 
-    def _check_position(self, folder: Path, update: int) -> None:
+    def _check_position(self, saved: SavedStage, update: int) -> None:
         """The place in the data of a stage's checkpoint must be that of its update."""
-        position = saved_stage.read_state(folder)["position"]
-        assert self.stream.index(position) == update * self.blueprint.micro_batches
+        assert self.stream.index(saved.state["position"]) == update * self.blueprint.micro_batches
 
     def _own_batches(self, name: str) -> Iterator[tuple[int, Batch]]:
         """The micro-batches of a validation set that this replica takes, with their numbers."""
@@ -435,10 +398,6 @@ class TrainingEngine(ABC):
             nll_sum=nll_sum if plan.has_head else None,
             label_tokens=label_tokens,
         )
-
-
-def _say(problem: str) -> None:
-    print(f"lptransformer: {problem}", file=sys.stderr, flush=True)
 
 
 def gather_reports(world: World, reports: list[Report]) -> list[Report]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,18 +17,25 @@ def build_optimizer(
     parameters: Iterable[nn.Parameter],
     options: OptimizerSection,
     learning_rate: float,
+    steps: Mapping[nn.Parameter, float | None] | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD. Weights of two and more dimensions decay; norms and biases do not."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    """AdamW or SGD. Weights of two and more dimensions decay; norms and biases do not.
+
+    `steps` are those that a resumed optimizer has made with each: other numbers are other groups, because at ZeRO 1 to
+    3 there is one count per group.
+    """
+    groups: dict[tuple[bool, float | None], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            groups.setdefault((parameter.dim() < 2, (steps or {}).get(parameter)), []).append(parameter)
+    made = [
+        {"params": groups[key], "weight_decay": 0.0 if key[0] else options.weight_decay}
+        for key in sorted(groups, key=lambda key: (key[0], key[1] or 0.0))
     ]
-    groups = [group for group in groups if group["params"]]
     if options.name == "adamw":
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=(options.beta1, options.beta2), eps=options.eps)
+        return torch.optim.AdamW(made, lr=learning_rate, betas=(options.beta1, options.beta2), eps=options.eps)
     assert options.name == "sgd", options.name
-    return torch.optim.SGD(groups, lr=learning_rate, momentum=options.momentum)
+    return torch.optim.SGD(made, lr=learning_rate, momentum=options.momentum)
 
 
 def build_lr_scheduler(optimizer: torch.optim.Optimizer, name: str, steps: int, warmup_steps: int) -> LRScheduler:

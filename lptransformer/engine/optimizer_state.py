@@ -17,7 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lptransformer.errors import RunError
-from lptransformer.run_folder.saved_stage import FP32, SavedStage
+from lptransformer.models.adapters import saved_name
+from lptransformer.models.stage import Stage
+from lptransformer.run_folder.saved_stage import FP32, SavedFor
+
+BEFORE = "before"  # of a parameter: its weight one update before
+OF_WEIGHTS = (FP32, BEFORE)  # what is saved beside the optimizer's own tensors
 
 
 @dataclass(frozen=True)
@@ -79,21 +84,23 @@ def step(optimizer: torch.optim.Optimizer, piece: Owned) -> float | None:
     return None if counted is None else float(counted)
 
 
-def load(optimizer: torch.optim.Optimizer, pieces: list[Owned], saved: SavedStage) -> None:
+def load(optimizer: torch.optim.Optimizer, pieces: list[Owned], saved: SavedFor) -> None:
     """Give the optimizer the saved tensors and steps of what this replica owns.
 
     Raises RunError where parameters that share a count of steps were saved after different numbers of them.
     """
     counted: dict[int, tuple[str, float | None]] = {}
     for piece in pieces:
-        kinds, steps = [kind for kind in saved.kinds(piece.name) if kind != FP32], saved.step(piece.name)
+        part = saved.of(piece.name)
+        kinds = [] if part is None else [one for one in part.kinds(piece.name) if one not in OF_WEIGHTS]
+        steps = None if part is None else part.step(piece.name)
         other, before = counted.setdefault(id(piece.flat), (piece.name, steps))
         if before != steps:
             raise RunError(
-                f"{saved.folder}: {other} was saved after {before or 0:g} steps, {piece.name} after {steps or 0:g}: "
-                "at ZeRO 1 to 3 they share one count"
+                f"{other} was saved after {before or 0:g} steps of the optimizer, {piece.name} after {steps or 0:g}: "
+                "at ZeRO 1 to 3 they share one count, unless the run is started with --resume"
             )
-        if not kinds:
+        if part is None or not kinds:
             optimizer.state.pop(piece.flat, None)
             continue
         state = optimizer.state[piece.flat]
@@ -102,4 +109,11 @@ def load(optimizer: torch.optim.Optimizer, pieces: list[Owned], saved: SavedStag
         for kind in kinds:
             if kind not in state:
                 state[kind] = torch.zeros_like(piece.flat)
-            piece.of(state[kind]).copy_(saved.part(kind, piece.name, piece.start, piece.numel))
+            piece.of(state[kind]).copy_(part.part(kind, piece.name, piece.start, piece.numel))
+
+
+def saved_steps(stage: Stage, saved: SavedFor) -> dict[nn.Parameter, float | None]:
+    """How many steps the optimizer that saved had made with each parameter of a stage; None for new ones."""
+    found = {one: saved.of(saved_name(name)) for name, one in stage.named_parameters() if one.requires_grad}
+    names = {one: saved_name(name) for name, one in stage.named_parameters()}
+    return {one: None if part is None else part.step(names[one]) for one, part in found.items()}

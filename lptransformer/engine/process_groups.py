@@ -80,17 +80,17 @@ class World:
         return decided
 
     @contextlib.contextmanager
-    def starting(self) -> Iterator[None]:
-        """Around the last checks before a run begins; returns when every process has passed them.
+    def starting(self, word: str = "started") -> Iterator[None]:
+        """Around checks before a run begins; returns when every process has passed them, under this word.
 
         A UserError in one process ends all of them with its exit code, and only the first has a message.
         """
         try:
             yield
-            self.wait_for_all("started")
+            self.wait_for_all(word)
         except UserError:
             first = self.store.add(REFUSED, 1) == 1
-            self.store.set("all started", "")
+            self.store.set(f"all {word}", "")
             self.leave_the_store()
             if first:
                 raise

@@ -3,7 +3,9 @@ done. The thread takes part in no communication."""
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from lptransformer import files
 from lptransformer.console import megabytes
+from lptransformer.engine.process_groups import World, translate_lost_processes
+from lptransformer.errors import RunError
 from lptransformer.run_folder import checkpoint, saved_stage
 from lptransformer.run_folder.checkpoint import Sums
 from lptransformer.run_folder.metrics import SavedReport
@@ -129,3 +133,43 @@ class Commits:
                 shutil.rmtree(checkpoint.unfinished_folder(run, update), ignore_errors=True)
                 failed.append(f"the checkpoint after {update} updates was not saved: {wrong}")
         return failed
+
+
+def say(problem: str) -> None:
+    """Tell a person who looks at the terminal."""
+    print(f"lptransformer: {problem}", file=sys.stderr, flush=True)
+
+
+def agreed_step(world: World, run: Path, update: int | None = None) -> int:
+    """The newest checkpoint of which every process has found its share of the files whole, or that after `update`
+    updates. Says on global rank 0 which are damaged.
+
+    Every process calls this. Raises RunError, in every process, where there is none.
+    """
+    count = world.store.add(f"looked/{world.global_rank}", 1)
+    key, damaged = f"checkpoints/{count}", list[str]()
+    with translate_lost_processes():
+        if world.global_rank == 0:
+            there = checkpoint.complete_updates(run)[::-1] if update is None else [update]
+            world.store.set(key, json.dumps(there))
+        for one in json.loads(world.store.get(key)):
+            world.store.set(f"{key}/{one}/{world.global_rank}", _damage(checkpoint.folder_of(run, one), world))
+            answers = [world.store.get(f"{key}/{one}/{rank}").decode() for rank in range(world.size)]
+            if not any(answers):
+                if damaged and world.global_rank == 0:
+                    say(f"{damaged[0]}: going back to the checkpoint after {one} updates")
+                return one
+            damaged.append(next(answer for answer in answers if answer))
+    if not damaged:
+        return checkpoint.latest(run)  # which says that there is none
+    raise RunError(f"{damaged[0]}: choose another checkpoint" if update is not None else f"{run}: {damaged[0]}")
+
+
+def _damage(folder: Path, world: World) -> str:
+    """What is wrong with this process's share of a checkpoint's files; nothing where they are good."""
+    try:
+        paths = sorted(checkpoint.read_sums(folder))
+        checkpoint.check(folder, paths[world.global_rank :: world.size])
+    except RunError as error:
+        return str(error)
+    return ""

@@ -206,6 +206,12 @@ class WeightCopies:
                 route.arrived = deque(route.flat(version, pending) for version in versions)
                 route.use(max(0, updates - 1))
 
+    def begin(self, stage: int, updates: int) -> None:
+        """Go on after `updates` updates with a head that has just got the newest version."""
+        for (target, _), route in self.routes.items():
+            if target == stage:
+                route.applied, route.arrived = updates // route.refresh_every * route.refresh_every, deque()
+
     def resume_older(self, stage: int, updates: int, pending: Mapping[str, Tensor]) -> None:
         """As `resume`, from a checkpoint of format 1."""
         for (target, source), route in self.routes.items():

@@ -164,13 +164,7 @@ def token_nlls(groups: Sequence[BlockGroup], batches: Sequence[Batch], device: t
 def find_update(run: Path, step: int | None = None) -> int:
     """The checkpoint after `step` updates, the newest complete one without. Raises RunError when it is not there."""
     layout.read_config(run)
-    if step is None:
-        return checkpoint.latest(run)
-    updates = checkpoint.complete_updates(run)
-    if step not in updates:
-        there = f"there are those after {', '.join(map(str, updates))} updates" if updates else "there is none"
-        raise RunError(f"{run} holds no complete checkpoint after {step} updates (--step): {there}")
-    return step
+    return checkpoint.latest(run) if step is None else checkpoint.find(run, step)
 
 
 def blueprint_of(run: Path) -> Blueprint:

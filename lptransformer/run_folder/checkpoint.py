@@ -98,6 +98,15 @@ def latest(run: str | Path) -> int:
     return updates[-1]
 
 
+def find(run: str | Path, update: int) -> int:
+    """`update`, where there is a checkpoint after so many updates that counts. Raises RunError where there is none."""
+    updates = complete_updates(run)
+    if update not in updates:
+        there = f"there are those after {', '.join(map(str, updates))} updates" if updates else "there is none"
+        raise RunError(f"{run} holds no complete checkpoint after {update} updates (--step): {there}")
+    return update
+
+
 def set_aside_newer(run: str | Path, update: int) -> list[Path]:
     """Move what a run has saved after `update` to `checkpoints/set-aside`: stages of a trajectory that a resumed run
     may not follow, or damaged. Returns where they are now."""
@@ -162,7 +171,7 @@ def _sum_of(path: Path, *_state: int) -> str:
 
 
 def _damaged(path: Path, why: str) -> RunError:
-    return RunError(f"{path} is damaged ({why}): choose another checkpoint")
+    return RunError(f"{path} is damaged ({why})")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -51,10 +51,11 @@ def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in CONTENTS)
 
 
-def check(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
+def check(folder: Path, config: Config, resume: bool, overwrite: bool, step: int | None = None) -> None:
     """Refuse to start in a folder that holds a run, and to resume what is not the same run.
 
-    Raises RunError: a run is there and neither flag is given; there is nothing to resume; the configuration differs.
+    Raises RunError: a run is there and neither flag is given; there is nothing to resume, at all or after `step`
+    updates; the configuration differs.
     """
     if folder.exists() and not folder.is_dir():
         raise RunError(f"run.dir is {folder}: that is a file, not a folder")
@@ -64,6 +65,8 @@ def check(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         message = "--resume and --overwrite were both given: continue the run, or replace it"
         raise RunError(message, change={"--overwrite": ""})
+    if step is not None and not resume:
+        raise RunError(f"--step={step}: it goes with --resume", change={"": "--resume"})
     if not resume:
         if holds_run(folder) and not overwrite:
             raise RunError(
@@ -81,13 +84,13 @@ def check(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
         raise RunError(message, command=f"train {folder / CONFIG} --resume")
     from lptransformer.run_folder import checkpoint
 
-    done = checkpoint.latest(folder)
+    done = checkpoint.latest(folder) if step is None else checkpoint.find(folder, step)
     if done >= steps(config):
         message = f"{folder} is complete: {done} updates of train.steps = {steps(config)}; nothing to resume"
         raise RunError(message, command=f"report {folder}")
 
 
-def check_until(config: Config, until: int | None, resume: bool) -> None:
+def check_until(config: Config, until: int | None, resume: bool, step: int | None = None) -> None:
     """Raises RunError when --until names no update of the run, or one that the run to be resumed has done already."""
     if until is None:
         return
@@ -97,7 +100,7 @@ def check_until(config: Config, until: int | None, resume: bool) -> None:
         from lptransformer.run_folder import checkpoint
 
         assert config.run.dir is not None
-        done = checkpoint.latest(config.run.dir)
+        done = checkpoint.latest(config.run.dir) if step is None else step
         if done >= until:
             raise RunError(f"--until={until}: {config.run.dir} already has {done} updates; nothing to resume")
 
@@ -275,9 +278,10 @@ def command_to_resume() -> str | None:
     _, script, *arguments = json.loads(os.environ.get(COMMAND_VARIABLE) or json.dumps(command_line()))
     if Path(script).name not in ("__main__.py", "lptransformer"):
         return None
+    once = ("--until", "--step")
     kept = [
         word
         for before, word in zip(["", *arguments], arguments, strict=False)
-        if before != "--until" and word not in ("--resume", "--overwrite") and word.partition("=")[0] != "--until"
+        if before not in once and word not in ("--resume", "--overwrite") and word.partition("=")[0] not in once
     ]
     return f"{program(script)} {shlex.join([*kept, '--resume'])}"

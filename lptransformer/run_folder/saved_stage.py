@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -179,15 +180,22 @@ class SavedStage:
         self.state = read_state(folder)
         self.plan = StagePlan(**self.state["plan"])
         self._opened: dict[Path, Any] = {}
-        frozen = self.state.get("frozen")
-        whole = [folder / WEIGHTS, *([folder.parent.parent / frozen] if frozen else [])]
-        if self.state.get("format", 0) > 1 and not (folder / WEIGHTS).exists():
-            whole.pop(0)  # all of it is frozen, or in pieces; where the marker names it, `check` finds it missing
-        self._whole = {name: path for path in whole for name in self._file(path).keys()}  # noqa: SIM118
-        of_optimizer = sorted(path for path in _own_files(folder) if path.name.startswith("optimizer-"))
-        self._pieces = [(path, _described(self._file(path), path)) for path in of_optimizer]
 
-    @property
+    @cached_property
+    def _whole(self) -> dict[str, Path]:
+        """The files of whole tensors."""
+        folder, frozen = self.folder, self.state.get("frozen")
+        paths = [folder / WEIGHTS, *([folder.parent.parent / frozen] if frozen else [])]
+        if not self.is_older and folder / WEIGHTS not in _own_files(folder):
+            paths.pop(0)  # all of it is frozen, or in pieces
+        return {name: path for path in paths for name in self._file(path).keys()}  # noqa: SIM118
+
+    @cached_property
+    def _pieces(self) -> list[tuple[Path, Pieces]]:
+        paths = sorted(path for path in _own_files(self.folder) if path.name.startswith("optimizer-"))
+        return [(path, _described(self._file(path), path)) for path in paths]
+
+    @cached_property
     def names(self) -> list[str]:
         """Of all weights and copies."""
         own = f"{FP32}/"
@@ -269,6 +277,73 @@ class SavedStage:
         return tensor
 
 
+@dataclass(frozen=True)
+class SavedFor:
+    """A checkpoint as a stage sees it that may have other blocks than those that were saved: `parts` are the saved
+    stages that have some of its own."""
+
+    plan: StagePlan
+    parts: Sequence[SavedStage]
+
+    def of(self, name: str) -> SavedStage | None:
+        """What has the tensor of a name in the stage; None for that of a head which is new there.
+
+        Raises RunError where a part of the model is missing.
+        """
+        of_head = name.startswith("head.")
+        for part in [self.head] if of_head and self.head is not None else [] if of_head else self.parts:
+            if name in part.names:
+                return part
+        if of_head and self.head is None and not self.plan.is_last:
+            return None
+        raise RunError(f"{self.parts[0].folder.parent} has no {name} of the blocks {self._blocks}: choose another")
+
+    @property
+    def head(self) -> SavedStage | None:
+        """What has its head, if it had one."""
+        plan, there = self.plan, (part for part in self.parts if part.plan.has_head)
+        return next((p for p in there if (p.plan.last_block, p.plan.is_last) == (plan.last_block, plan.is_last)), None)
+
+    @property
+    def older(self) -> SavedStage | None:
+        """The stage of format 1 that it is."""
+        if not self.parts[0].is_older:
+            return None
+        (first, *more) = self.parts
+        if more or (first.plan.first_block, first.plan.last_block) != (self.plan.first_block, self.plan.last_block):
+            raise RunError(
+                f"{first.folder.parent} is of an older format, which only the stages that wrote it can resume: the "
+                f"blocks {self._blocks} are no stage there"
+            )
+        return first
+
+    @property
+    def _blocks(self) -> str:
+        return f"{self.plan.first_block}-{self.plan.last_block}"
+
+
+class SavedStep:
+    """A complete checkpoint of a run."""
+
+    def __init__(self, run: Path, update: int) -> None:
+        """Raises RunError where it is not there, or damaged, as far as its states show."""
+        self.update = update
+        self.folder = checkpoint.folder_of(run, update)
+        self.stages = [SavedStage(folder) for folder in folders(run, update)]
+
+    def seen_by(self, plan: StagePlan) -> SavedFor:
+        """Its tensors for a stage of these blocks."""
+        first, last = plan.first_block, plan.last_block
+        return SavedFor(
+            plan, [one for one in self.stages if one.plan.first_block <= last and one.plan.last_block >= first]
+        )
+
+    def weight(self, block: int, name: str) -> Tensor:
+        """A tensor of the stage that had a block."""
+        stage = next(one for one in self.stages if one.plan.first_block <= block <= one.plan.last_block)
+        return stage.weight(name)
+
+
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:
@@ -292,13 +367,6 @@ def _own_files(folder: Path) -> list[Path]:
     return [
         folder / path.name for path in map(Path, checkpoint.read_sums(folder.parent)) if path.parent.name == folder.name
     ]
-
-
-def check(folder: Path) -> None:
-    """Compare all files of a stage with their sums. Raises RunError."""
-    frozen = read_state(folder).get("frozen")
-    own = [f"{folder.name}/{path.name}" for path in _own_files(folder)]
-    checkpoint.check(folder.parent, [*own, *([f"../{frozen}"] if frozen else [])])
 
 
 def read_others(folder: Path) -> dict[str, Tensor]:

@@ -30,7 +30,9 @@ from lptransformer.engine.executor import LocalStage
 from lptransformer.engine.fitting import FIT_TOKENS, fit_heads
 from lptransformer.engine.interface import EngineOptions, Stream, TrainingEngine, ValidSet
 from lptransformer.engine.optimizer import build_lr_scheduler, build_optimizer
+from lptransformer.engine.optimizer_state import saved_steps
 from lptransformer.engine.process_groups import World, join, leave, translate_lost_processes
+from lptransformer.engine.saving import agreed_step
 from lptransformer.errors import ConfigError, DataError, UserError
 from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.heads import HEADS
@@ -42,6 +44,7 @@ from lptransformer.models.hf_config import described
 from lptransformer.models.stage import Stage, for_training, make_stage
 from lptransformer.processes import launched_size, use_fair_share_of_cores
 from lptransformer.run_folder import layout
+from lptransformer.run_folder.saved_stage import SavedStep
 from lptransformer.training.memory import Given, agreed
 from lptransformer.training.this_host import check_host
 
@@ -108,13 +111,18 @@ def leaving_where_refused() -> Iterator[None]:
 
 
 def start(
-    config: Config, resume: bool = False, force: bool = False, weights: Mapping[str, Tensor] | None = None
-) -> tuple[TrainingEngine, Prepared, Config]:
-    """Join the world, see that the run fits, prepare the data, build this process's stages.
+    config: Config,
+    resume: bool = False,
+    force: bool = False,
+    weights: Mapping[str, Tensor] | None = None,
+    step: int | None = None,
+) -> tuple[TrainingEngine, Prepared, Config, SavedStep | None]:
+    """Join the world, see that the run fits, prepare the data, find what is to be resumed, build this process's stages.
 
     The configuration that is returned has a number for `train.micro_batch_size: auto`, when `resume` is given that of
     the run folder, and for train.epochs. With `force` nobody asks whether the run fits. `weights` are those of
-    model.pretrained where they are in memory.
+    model.pretrained where they are in memory. What is resumed goes on after `step` updates, or from the newest
+    checkpoint of which all processes find the files whole.
     """
     world = enter(config)
     with translate_lost_processes():
@@ -126,14 +134,20 @@ def start(
         blueprint = blueprints.make_blueprint(config, data.tokenizer.vocab_size, data.tokenizer.end_of_text_id)
         world.decided_by_the_first("isolation", lambda: check_isolation(config, blueprint, data))
     stream = data.stream(config.train.seed, blueprint.micro_batch_size)
-    engine = build_engine(config, world, blueprint, stream, data.valid, weights, fit=not resume)
+    resumed = None
+    if resume:
+        assert config.run.dir is not None
+        with world.starting("found the checkpoint"):
+            folder = Path(config.run.dir)
+            resumed = SavedStep(folder, agreed_step(world, folder, step))
+    engine = build_engine(config, world, blueprint, stream, data.valid, weights, resumed=resumed)
 
     def describe_run(folder: Path, overwrite: bool) -> None:
         model = blueprint.model_config.to_dict()
         layout.create(folder, config, model, data.tokenizer_folder, data.folders(), overwrite)
 
     engine.describe_run = describe_run
-    return engine, data, config
+    return engine, data, config, resumed
 
 
 def start_on_rows(
@@ -306,12 +320,12 @@ def build_engine(
     valid: Mapping[str, ValidSet],
     weights: Mapping[str, Tensor] | None = None,
     *,
-    fit: bool = True,
+    resumed: SavedStep | None = None,
 ) -> TrainingEngine:
     """The engine that the configuration names, over a stream of micro-batches and validation sets.
 
-    `weights` are those of model.pretrained where they are in memory. Without `fit` fitted heads are left as they are: a
-    checkpoint has their weights.
+    `weights` are those of model.pretrained where they are in memory. What is to be `resumed` has the weights of fitted
+    heads, which are left as they are, and says how parameters share counts of steps.
     """
     train, dtype = config.train, DTYPES[config.train.dtype]
     torch_dtype: torch.dtype = getattr(torch, dtype.name)
@@ -330,11 +344,14 @@ def build_engine(
         return stage.to(world.device)
 
     def with_optimizer(stage: Stage) -> Built:
-        optimizer = build_optimizer(stage.parameters(), config.optimizer, train.learning_rate)
+        steps_made = None
+        if resumed is not None and blueprint.zero_stage > 0 and not (saved := resumed.seen_by(stage.plan)).older:
+            steps_made = saved_steps(stage, saved)
+        optimizer = build_optimizer(stage.parameters(), config.optimizer, train.learning_rate, steps_made)
         return stage, optimizer, build_lr_scheduler(optimizer, train.lr_scheduler, steps(config), train.warmup_steps)
 
     made: dict[int, Stage] = {}  # stages that were made early
-    if fit and HEADS[blueprint.head.kind].fitted:
+    if resumed is None and HEADS[blueprint.head.kind].fitted:
         made = {plan.index: make(plan) for plan in blueprint.stages if plan.pipeline_rank == world.pipeline_rank}
         fit_heads(world, blueprint, made, stream)
     frozen: dict[str, Tensor] = {}  # what heads of this process share

@@ -32,6 +32,8 @@ WORKER = "lptransformer.training.launcher"  # the module that a launcher starts 
 def add_training_flags(sub: argparse.ArgumentParser) -> None:
     """The flags of `train`, the same here and in launch/train.py."""
     sub.add_argument("--resume", action="store_true", help="continue the run in run.dir from its newest checkpoint")
+    text = "with --resume: from the checkpoint after N updates; newer ones are set aside, in checkpoints/set-aside"
+    sub.add_argument("--step", type=int, metavar="N", help=text)
     sub.add_argument("--overwrite", action="store_true", help="replace the run in run.dir")
     text = "stop after update N, evaluated and saved; --resume goes on (the learning rate goes by train.steps)"
     sub.add_argument("--until", type=int, metavar="N", help=text)
@@ -230,12 +232,12 @@ def worker(args: argparse.Namespace) -> None:
     args.config = args.config or args.config_option
     config = read_config(args)
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
-    layout.check_until(config, args.until, args.resume and os.environ.get("RANK", "0") == "0")
+    layout.check_until(config, args.until, args.resume and os.environ.get("RANK", "0") == "0", args.step)
     from lptransformer.processes import watch_launchers
     from lptransformer.training.train import train
 
     watch_launchers()
-    train(config, args.resume, args.overwrite, args.until, args.force)
+    train(config, args.resume, args.overwrite, args.until, args.force, args.step)
 
 
 if __name__ == "__main__":

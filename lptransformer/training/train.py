@@ -46,29 +46,35 @@ FAILED_KEY = "failed"  # in the store: a process has failed, and was not lost
 
 
 def train(
-    config: Config, resume: bool = False, overwrite: bool = False, until: int | None = None, force: bool = False
+    config: Config,
+    resume: bool = False,
+    overwrite: bool = False,
+    until: int | None = None,
+    force: bool = False,
+    step: int | None = None,
 ) -> None:
     """Train as configured, in the run folder `config.run.dir`; every process of the run calls this.
 
     With `until` the run stops after that update, evaluated and saved, and can be resumed: learning rate and all else
-    go by train.steps. With `force` it starts even where the memory will not do.
+    go by train.steps. With `force` it starts even where the memory will not do. What is resumed goes on from the newest
+    checkpoint that is whole, or from that after `step` updates; newer ones are set aside.
     Raises UserError before anything is written when the run cannot start, TrainingError when it cannot go on.
     """
     assert config.run.dir is not None
     folder = Path(config.run.dir)
     if launched_rank() == 0:
         check_installed(config.run.trackers)
-        layout.check(folder, as_resumed(config) if resume else config, resume, overwrite)
+        layout.check(folder, as_resumed(config) if resume else config, resume, overwrite, step)
         if resume:
             hub.keep_to(layout.hub_commits(folder))
-    engine, data, config = start(config, resume, force)
+    engine, data, config, resumed = start(config, resume, force, step=step)
     with engine.world.starting():  # a run folder appears only when every process has got this far
         layout.check_until(config, until, resume=False)  # of train.epochs the number is known now
         if several_hosts(engine.world.size):
             check_shared(folder, engine.world)
-        if resume:
+        if resumed is not None:
             layout.check_data(folder, data.folders())
-            engine.load_checkpoint(folder)
+            engine.load_checkpoint(folder, resumed.update)
     if engine.world.global_rank == 0:
         if resume:
             checkpoint.remove_unfinished(folder)

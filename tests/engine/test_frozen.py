@@ -13,7 +13,6 @@ from distributed import Pool
 from engine_jobs import VOCAB_SIZE, Trained, load_config, make_stream, open_engine, optimizer_tensors, train
 from parity import compare, expected, gather, largest_difference, learning_rates, optimizer_options
 from reference import make_optimizer
-from safetensors.torch import save_file
 from tiers import slow
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,7 +25,8 @@ from lptransformer.models import hf_config, hf_parts
 from lptransformer.models.blueprint import make_blueprint
 from lptransformer.models.stage import for_training, make_stage
 from lptransformer.models.whole_model import whole_weights
-from lptransformer.run_folder import checkpoint
+from lptransformer.run_folder import checkpoint, saved_stage
+from lptransformer.run_folder.saved_stage import Frozen, SavedFor, SavedStage, StageContent
 
 UPDATES = 3
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_layers": 4, "num_heads": 2, "intermediate_size": None}
@@ -124,8 +124,11 @@ def test_a_map_that_was_fitted_is_loaded_where_nothing_trains(tmp_path: Path) ->
     saved, fresh = (for_training(make_stage(plan, blueprint, seed=0), blueprint) for _ in range(2))
     assert saved.head is not None and saved.head.fitted is not None
     torch.nn.init.constant_(saved.head.fitted.linear.weight, 0.5)
-    save_file(saved.state_dict(), tmp_path / checkpoint.WEIGHTS)
-    FrozenStage(fresh, torch.float32).load(tmp_path)
+    state = saved_stage.describe(plan, len(blueprint.stages), 1, {}, "fp32") | {"skipped_in_a_row": 0}
+    content = StageContent(state=state, frozen=Frozen(dict(saved.state_dict())))
+    checkpoint.finish(tmp_path, 1, saved_stage.write(tmp_path, 1, 0, 0, content))
+    kept = SavedFor(plan, [SavedStage(checkpoint.stage_folder(tmp_path, 1, 0))])
+    FrozenStage(fresh, torch.float32).load(kept)
     assert fresh.head is not None and fresh.head.fitted is not None and (fresh.head.fitted.linear.weight == 0.5).all()
 
 

@@ -73,6 +73,20 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--vocab-size", type=int, metavar="N", help="entries of the vocabulary (default: the tokenizer's)")
     sub.add_argument("--json", metavar="FILE", help="write the whole plan as JSON")
 
+    sub = command("checkpoints", checkpoints, "The checkpoints of a run, with what keeps each of them.")
+    sub.add_argument("run_folder", metavar="RUN", help="run folder")
+    sub.add_argument(
+        "--verify", action="store_true", help="compare every file with its sum; exit code 2 for a damaged one"
+    )
+    sub.add_argument("--prune", action="store_true", help="remove what checkpoint.keep_* does not keep, and leftovers")
+    for name, what in {
+        "last": "the newest N",
+        "every": "those after every N updates",
+        "best": "the best on SET",
+    }.items():
+        kind = {"metavar": "SET"} if name == "best" else {"metavar": "N", "type": int}
+        sub.add_argument(f"--keep-{name}", help=f"keep {what}, in place of checkpoint.keep_{name}", **kind)
+
     sub = command("evaluate", evaluate, "Perplexity of the exits of a run or of a Hugging Face model.")
     sub.add_argument("run_folder", metavar="MODEL", help="run folder, or Hugging Face causal LM: folder or OWNER/NAME")
     sub.add_argument(
@@ -390,6 +404,33 @@ def report(args: argparse.Namespace) -> None:
     question = Question(args.baseline, args.deep, args.shallow, args.choose)
     document = None if args.markdown is None else Path(args.markdown)
     compare(paths, Path(args.out or "report"), question, document, args.name or "", args.svg)
+
+
+def checkpoints(args: argparse.Namespace) -> None:
+    no_overrides(args)
+    from lptransformer.console import megabytes, print_table
+    from lptransformer.run_folder import checkpoint, retention
+    from lptransformer.run_folder.metrics_log import JSONL_NAME, read_metrics
+
+    run = Path(args.run_folder)
+    typed = {name: value for name in ("last", "every", "best") if (value := getattr(args, f"keep_{name}")) is not None}
+    options = retention.options(run, typed)
+    rows = read_metrics(run) if (run / JSONL_NAME).is_file() else []
+    if args.prune:
+        gone = retention.prune(run, options, rows)
+        checkpoint.remove_unfinished(run)
+        print(f"removed {len(gone)} checkpoints" + (f": {', '.join(map(str, gone))}" if gone else ""))
+    damaged = retention.damaged(run) if args.verify else {}
+    entries = retention.listed(run, options, rows)
+    verified = [damaged.get(entry.update, "good") for entry in entries] if args.verify else [None] * len(entries)
+    table = [
+        (entry.update, megabytes(entry.num_bytes), ", ".join(entry.why) or "nothing", *([state] if args.verify else []))
+        for entry, state in zip(entries, verified, strict=True)
+    ]
+    columns = ("updates", "size", "kept as", *(["files"] if args.verify else []))
+    print_table(f"{len(entries)} checkpoints in {run}", columns, table)
+    if damaged:
+        raise RunError("; ".join(damaged.values()))
 
 
 def diagnose(args: argparse.Namespace) -> None:

@@ -66,7 +66,7 @@ def pretrained_warning(config: Config) -> str | None:
 
 def check(config: Config) -> None:
     """Raises ConfigError for the first contradiction between keys of a resolved configuration."""
-    rules = (_lone, _model, _tie, _lora, _train, _trace, _deepspeed, _pipeline_baseline)
+    rules = (_lone, _model, _tie, _lora, _train, _checkpoint, _trace, _deepspeed, _pipeline_baseline)
     for problem in itertools.chain.from_iterable(rule(config) for rule in rules):
         raise _error(problem)
     check_depth(config, config.model.num_layers, config.model.max_position_embeddings, "")
@@ -215,6 +215,20 @@ def _train(config: Config) -> Iterator[str | ConfigError]:
     if train.eval_every and not config.data.valid_names:
         message = f"{at('train.eval_every')}, but there is nothing to evaluate on: give data.valid, or set it to 0"
         yield NoMeaningError(message, ["train.eval_every"], ["data.valid"])
+
+
+def _checkpoint(config: Config) -> Iterator[str | ConfigError]:
+    keep, at, names = config.checkpoint, config.at, config.data.valid_names
+    for key in ("checkpoint.keep_every", "checkpoint.keep_best"):
+        if config.value(key) is not None and keep.keep_last is None:
+            yield _no_meaning(config, key, "checkpoint.keep_last", why=", which keeps all")
+    if keep.keep_best is not None and keep.keep_best not in names:
+        there = ", ".join(names) or "none"
+        yield f"{at('checkpoint.keep_best')}: there is no such validation set; there are {there} (data.valid)"
+    if config.train.patience is not None and not (names and config.train.eval_every):
+        yield _no_meaning(
+            config, "train.patience", "train.eval_every", why=" and data.valid: nothing is evaluated before"
+        )
 
 
 def _trace(config: Config) -> Iterator[str | ConfigError]:

@@ -62,8 +62,9 @@ PRETRAINED_LEARNING_RATE, PRETRAINED_WARMUP = 1e-4, 5
 # What may be another on resume without changing what is computed.
 FREE_ON_RESUME = (
     "run.",
-    "checkpoint.every",
+    "checkpoint.",
     "train.eval_every",
+    "train.patience",
     "parallel.timeout_seconds",
     "parallel.in_flight",
     "parallel.channel",

@@ -246,11 +246,26 @@ class TrainSection(Section):
         default=0, description="seed of the weights and of the data order"
     )
     eval_every: Whole = Field(default=0, description="updates between evaluations (0: only at the end)")
+    patience: MaybeCount = Field(
+        default=None,
+        description="evaluations in a row no better than the best before them, after which the next one is the last "
+        "(null: never); of checkpoint.keep_best, else of the first validation set",
+    )
     max_skipped_updates: Count = Field(default=10, description="skipped updates of a stage in a row that end the run")
 
 
 class CheckpointSection(Section):
     every: Whole = Field(default=0, description="updates between checkpoints (0: only at the end)")
+    keep_last: MaybeCount = Field(default=None, description="how many of the newest checkpoints are kept (null: all)")
+    keep_every: MaybeCount = Field(
+        default=None, description="beside keep_last: those after every so many updates (null: none)"
+    )
+    keep_best: MaybeText = Field(
+        default=None, description="beside keep_last: the best one on this validation set (null: none)"
+    )
+    on_error: Literal["go_on", "stop"] = Field(
+        default="go_on", description="what a run does whose checkpoint cannot be written: go_on or stop"
+    )
 
 
 class RunSection(Section):

@@ -134,6 +134,7 @@ class TrainingEngine(ABC):
         self.describe_run: Callable[[Path, bool], None] | None = None
         self.generation = 0  # of the start of the run, for the checkpoints
         self.before_commit: Callable[[], None] = lambda: None  # on global rank 0, before a checkpoint counts
+        self.after_commit: Callable[[], None] = lambda: None
         self.on_problem: Callable[[str], None] = say
         self.saving_seconds = 0.0  # what saves have kept this process from training
         self._saving: Save | None = None
@@ -205,6 +206,10 @@ class TrainingEngine(ABC):
         self._load(Path(run), update)
         self.update = update
         return update
+
+    def collect(self) -> list[Report]:
+        """Reports that have arrived since the last call, on global rank 0; elsewhere nothing."""
+        return self._gather([])
 
     def settle(self) -> list[Report]:
         """Wait until every process has written what it had begun to save; every process calls this.
@@ -332,7 +337,9 @@ class TrainingEngine(ABC):
         if self.world.global_rank != 0 or not self._commits.waiting:
             return
         self.before_commit()
-        for problem in self._commits.finish(self.generation):
+        problems = self._commits.finish(self.generation)
+        self.after_commit()
+        for problem in problems:
             if self.options.stop_without_checkpoint:
                 raise TrainingError(problem)
             self.on_problem(problem)

@@ -367,7 +367,8 @@ def build_engine(
             return FrozenStage(stage, torch_dtype)
         return TrainedStage(*with_optimizer(stage), ds_config, train.grad_clip, blueprint.objective.delayed)
 
-    options = EngineOptions(train.max_skipped_updates, config.parallel.channel, config.run.trace)
+    stop = config.checkpoint.on_error == "stop"
+    options = EngineOptions(train.max_skipped_updates, config.parallel.channel, config.run.trace, stop)
     if config.engine == "deepspeed_pipeline":
         return PipelineBaseline(
             world,

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from lptransformer.methods.heads import label
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.planning.dry_run import print_stages
 from lptransformer.processes import forget_launchers, launched_rank, on_stop_signals
-from lptransformer.run_folder import checkpoint, layout
+from lptransformer.run_folder import checkpoint, layout, retention
 from lptransformer.run_folder.loss_plot import plot_losses
 from lptransformer.run_folder.metrics import Aggregator, MetricsRow, SavedReport, TraceReport, text_counts
 from lptransformer.run_folder.metrics_log import MetricsWriter, read_metrics
@@ -85,12 +86,16 @@ def train(
             assert engine.describe_run is not None
             engine.describe_run(folder, overwrite)
     reporter = Reporter(engine, config, data, folder, resume, until)
-    target = until or steps(config)
-    with noting_the_end(engine, folder, target), translate_lost_processes(), reporter, stopping_cleanly(engine):
+    with (
+        noting_the_end(engine, folder, lambda: reporter.last_update),
+        translate_lost_processes(),
+        reporter,
+        stopping_cleanly(engine),
+    ):
         if engine.update == 0 and config.model.pretrained is not None:
             evaluate(engine, reporter)  # what training makes of the model shows in comparison alone
         while True:
-            engine.request(due(config, engine.update + 1, until))
+            engine.request(due(config, engine.update + 1, until) | reporter.enough(engine))
             result = reporter.watch(engine.train_batch)
             reporter.take(result.reports)
             if result.control & Control.SAVE:
@@ -102,7 +107,7 @@ def train(
                 break
         reporter.take(engine.settle())
         reporter.take(engine.close())
-        if config.run.export is not None and engine.world.global_rank == 0 and engine.update >= steps(config):
+        if config.run.export is not None and engine.world.global_rank == 0 and engine.update >= reporter.steps:
             for line in export(folder, config.run.export):
                 reporter.progress.message(line)
     reporter.say_what_is_next(engine.update)
@@ -178,14 +183,14 @@ def due(config: Config, update: int, until: int | None = None) -> Control:
 
 
 @contextlib.contextmanager
-def noting_the_end(engine: TrainingEngine, folder: Path, target: int) -> Iterator[None]:
-    """How a run of `target` updates has ended stands in its folder, written last."""
+def noting_the_end(engine: TrainingEngine, folder: Path, last_update: Callable[[], int]) -> Iterator[None]:
+    """How a run has ended stands in its folder, written last."""
     first, how = engine.world.global_rank == 0, "failed"
     if first:
         layout.forget_end(folder)
     try:
         yield
-        how = "finished" if engine.update >= target else "stopped"
+        how = "finished" if engine.update >= last_update() else "stopped"
     except TrainingError as error:
         how = error.how
         raise
@@ -232,10 +237,13 @@ class Reporter:
         until: int | None = None,
     ) -> None:
         self.open = engine.world.global_rank == 0
+        self.steps = steps(config)
+        self.last_update = until or self.steps  # an early stop makes it smaller
         if not self.open:
             return
-        engine.before_commit, engine.on_problem = self.sync, self.problem
-        self.folder, self.steps = folder, steps(config)
+        engine.before_commit, engine.after_commit, engine.on_problem = self.sync, self.prune, self.problem
+        self.config, self.first_update = config, engine.update
+        self.folder = folder
         self.stages = [(plan.index, plan.first_block, plan.last_block) for plan in engine.stages]
         tokens, seconds = 0, 0.0
         if resume:
@@ -250,7 +258,7 @@ class Reporter:
         self.micro_batches = {name: -(-many // at_once) for name, many in windows.items()}
         self.writer = MetricsWriter(folder, engine.update if resume else None, config.run.trackers)
         self.trace = TraceWriter(folder) if config.run.trace else None
-        self.progress = Progress(until or self.steps, self.stages)
+        self.progress = Progress(self.last_update, self.stages)
         print_stages(f"run folder: {folder}", config, engine.blueprint)
         if config.model.pretrained is not None:
             self.progress.message(in_force(config, engine.blueprint))
@@ -298,6 +306,36 @@ class Reporter:
     def sync(self) -> None:
         """What was written so far outlives a power cut."""
         self.writer.sync()
+
+    def prune(self) -> None:
+        """Checkpoints that nothing keeps go."""
+        if self.config.checkpoint.keep_last is not None:
+            retention.prune(self.folder, self.config.checkpoint, read_metrics(self.folder))
+
+    def enough(self, engine: TrainingEngine) -> Control:
+        """Whether the next update is the last, because evaluations have become no better for `train.patience` times.
+
+        It is asked before an update that an evaluation follows, of the evaluations before that: so it does not depend
+        on how long the last one takes to get here.
+        """
+        if not self.open or self.config.train.patience is None:
+            return Control.NOTHING
+        if not due(self.config, engine.update + 1) & Control.EVALUATE:
+            return Control.NOTHING
+        name, every = self.config.checkpoint.keep_best or next(iter(engine.valid)), self.config.train.eval_every
+        last = engine.update // every * every
+        while True:
+            losses = retention.losses_of(read_metrics(self.folder), name)
+            if last in losses or last <= self.first_update:
+                break  # what came before this start is known, or never will be
+            self.take(engine.collect())
+            time.sleep(0.01)
+        regular = [loss for update, loss in losses.items() if update % every == 0 and update <= last]
+        if not retention.early(regular, self.config.train.patience):
+            return Control.NOTHING
+        self.progress.message(f"no better on {name} for {self.config.train.patience} evaluations: this one is the last")
+        self.steps = self.last_update = engine.update + 1
+        return Control.EVALUATE | Control.SAVE | Control.STOP
 
     def problem(self, problem: str) -> None:
         self.progress.message(problem)

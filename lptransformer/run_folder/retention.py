@@ -1,0 +1,111 @@
+"""Which checkpoints of a run are kept, and what the others take with them."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lptransformer import files
+from lptransformer.config.schema import CheckpointSection
+from lptransformer.errors import RunError, UserError
+from lptransformer.run_folder import checkpoint, layout
+from lptransformer.run_folder.metrics import MetricsRow
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A checkpoint: its update, bytes (without frozen weights, which all share), and what keeps it."""
+
+    update: int
+    num_bytes: int
+    why: tuple[str, ...]
+
+
+def reasons(updates: Sequence[int], options: CheckpointSection, rows: Sequence[MetricsRow]) -> dict[int, list[str]]:
+    """Of every checkpoint what keeps it, by `checkpoint.keep_*`; the newest is always kept."""
+    found: dict[int, list[str]] = {update: [] for update in sorted(updates)}
+    newest = sorted(updates)[-(options.keep_last or len(updates)) :]
+    for update in newest:
+        found[update].append("the newest" if update == max(updates) else "keep_last")
+    if options.keep_every:
+        for update in found:
+            if update % options.keep_every == 0:
+                found[update].append("keep_every")
+    if options.keep_best is not None:
+        losses = losses_of(rows, options.keep_best)
+        there = [update for update in found if update in losses]
+        if there:
+            found[min(there, key=lambda update: (losses[update], update))].append("keep_best")
+    return found
+
+
+def losses_of(rows: Sequence[MetricsRow], name: str) -> dict[int, float]:
+    """Nats per token of the last exit by update, of a validation set; what is not a number counts as infinite."""
+    found = {row["update"]: row["exits"][-1]["nll_per_token"] for row in rows if row.get("evaluation") == name}
+    return {update: loss if math.isfinite(loss) else math.inf for update, loss in found.items()}
+
+
+def listed(run: Path, options: CheckpointSection, rows: Sequence[MetricsRow]) -> list[Listed]:
+    """The checkpoints of a run, oldest first."""
+    why = reasons(checkpoint.complete_updates(run), options, rows)
+    return [Listed(update, _bytes(checkpoint.folder_of(run, update)), tuple(reason)) for update, reason in why.items()]
+
+
+def prune(run: Path, options: CheckpointSection, rows: Sequence[MetricsRow]) -> list[int]:
+    """Remove the checkpoints that nothing keeps, and frozen weights that none of the others has. Returns their updates.
+
+    They stop to count at once, and go from the disk then.
+    """
+    gone = [update for update, why in reasons(checkpoint.complete_updates(run), options, rows).items() if not why]
+    for update in gone:
+        folder = checkpoint.folder_of(run, update)
+        removed = folder.with_name(f".removed-{folder.name}")
+        folder.rename(removed)
+        shutil.rmtree(removed)
+    if gone:
+        kept = {path for one in _with_set_aside(run) for path in checkpoint.read_sums(one)}
+        for path in (run / "checkpoints").glob("frozen-*.safetensors"):
+            if f"../{path.name}" not in kept:
+                path.unlink()
+        files.sync(run / "checkpoints")
+    return gone
+
+
+def _with_set_aside(run: Path) -> list[Path]:
+    return [path.parent for path in (run / "checkpoints").glob(f"**/step-*/{checkpoint.COMPLETE}")]
+
+
+def _bytes(folder: Path) -> int:
+    sums = checkpoint.read_sums(folder)
+    if sums:
+        return sum(int(size) for path, (size, _) in sums.items() if not path.startswith("../"))
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def early(losses: Sequence[float], patience: int) -> bool:
+    """Whether the last `patience` evaluations were no better than the best before them."""
+    return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+
+
+def options(run: Path, typed: Mapping[str, Any]) -> CheckpointSection:
+    """What a run keeps, but for what is typed: values of last, every and best. Raises RunError and UserError."""
+    section = layout.read_config(run).checkpoint
+    for name, value in typed.items():
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"--keep-{name} {value}: give a whole number, 1 or more")
+    return section.model_copy(update={f"keep_{name}": value for name, value in typed.items()})
+
+
+def damaged(run: Path) -> dict[int, str]:
+    """What is wrong with the files of checkpoints, by their updates; nothing where all are good."""
+    found = {}
+    for update in checkpoint.complete_updates(run):
+        try:
+            checkpoint.check(checkpoint.folder_of(run, update))
+        except RunError as error:
+            found[update] = str(error)
+    return found

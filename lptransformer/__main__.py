@@ -76,16 +76,10 @@ def parser() -> argparse.ArgumentParser:
     sub = command("checkpoints", checkpoints, "The checkpoints of a run, with what keeps each of them.")
     sub.add_argument("run_folder", metavar="RUN", help="run folder")
     sub.add_argument(
-        "--verify", action="store_true", help="compare every file with its sum; exit code 2 for a damaged one"
+        "--verify", action="store_true", help="compare every file with its sum; exit code 2 if one differs"
     )
-    sub.add_argument("--prune", action="store_true", help="remove what checkpoint.keep_* does not keep, and leftovers")
-    for name, what in {
-        "last": "the newest N",
-        "every": "those after every N updates",
-        "best": "the best on SET",
-    }.items():
-        kind = {"metavar": "SET"} if name == "best" else {"metavar": "N", "type": int}
-        sub.add_argument(f"--keep-{name}", help=f"keep {what}, in place of checkpoint.keep_{name}", **kind)
+    text = "remove what checkpoint.keep_last, keep_every and keep_best (of the run, or typed here) do not keep"
+    sub.add_argument("--prune", action="store_true", help=text)
 
     sub = command("evaluate", evaluate, "Perplexity of the exits of a run or of a Hugging Face model.")
     sub.add_argument("run_folder", metavar="MODEL", help="run folder, or Hugging Face causal LM: folder or OWNER/NAME")
@@ -407,14 +401,12 @@ def report(args: argparse.Namespace) -> None:
 
 
 def checkpoints(args: argparse.Namespace) -> None:
-    no_overrides(args)
     from lptransformer.console import megabytes, print_table
     from lptransformer.run_folder import checkpoint, retention
     from lptransformer.run_folder.metrics_log import JSONL_NAME, read_metrics
 
     run = Path(args.run_folder)
-    typed = {name: value for name in ("last", "every", "best") if (value := getattr(args, f"keep_{name}")) is not None}
-    options = retention.options(run, typed)
+    options = retention.options(run, args.overrides)
     rows = read_metrics(run) if (run / JSONL_NAME).is_file() else []
     if args.prune:
         gone = retention.prune(run, options, rows)
@@ -429,8 +421,8 @@ def checkpoints(args: argparse.Namespace) -> None:
     ]
     columns = ("updates", "size", "kept as", *(["files"] if args.verify else []))
     print_table(f"{len(entries)} checkpoints in {run}", columns, table)
-    if damaged:
-        raise RunError("; ".join(damaged.values()))
+    for what in damaged.values():
+        raise UserError(what)
 
 
 def diagnose(args: argparse.Namespace) -> None:

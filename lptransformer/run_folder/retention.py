@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lptransformer import files
+from lptransformer.config.load import load
 from lptransformer.config.schema import CheckpointSection
-from lptransformer.errors import RunError, UserError
+from lptransformer.errors import ConfigError, RunError
 from lptransformer.run_folder import checkpoint, layout
 from lptransformer.run_folder.metrics import MetricsRow
 
@@ -91,13 +91,13 @@ def early(losses: Sequence[float], patience: int) -> bool:
     return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
 
 
-def options(run: Path, typed: Mapping[str, Any]) -> CheckpointSection:
-    """What a run keeps, but for what is typed: values of last, every and best. Raises RunError and UserError."""
-    section = layout.read_config(run).checkpoint
-    for name, value in typed.items():
-        if isinstance(value, int) and value < 1:
-            raise UserError(f"--keep-{name} {value}: give a whole number, 1 or more")
-    return section.model_copy(update={f"keep_{name}": value for name, value in typed.items()})
+def options(run: Path, overrides: Sequence[str]) -> CheckpointSection:
+    """What a run keeps, but for what is typed. Raises RunError and ConfigError."""
+    for word in overrides:
+        if not word.lstrip("-").startswith("checkpoint.keep_"):
+            raise ConfigError(f"{word!r} on the command line: of keys only checkpoint.keep_* have a meaning here")
+    layout.read_config(run)
+    return load(run / layout.CONFIG, overrides, saved=True).checkpoint
 
 
 def damaged(run: Path) -> dict[int, str]:

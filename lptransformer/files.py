@@ -1,15 +1,22 @@
-"""Files that appear whole or not at all: whenever the process dies, the old contents are there or the new ones.
+"""Files that appear whole or not at all: whenever the process dies or the power goes, the old contents are there or the
+new ones. Sums by which a file is known again.
 
 Those that the command line names as outputs are checked before the work whose result they get.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import xxhash
 
 from lptransformer.errors import UserError
 
@@ -21,14 +28,17 @@ def beside(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives the path to write to; takes its place when the block ends, and leaves nothing behind when it fails."""
+    """Gives the path to write to; takes its place when the block ends, and leaves nothing behind when it fails.
+
+    After the block both the contents and the name are on the disk.
+    """
     final = path.resolve()  # a symbolic link stays one
     temporary = beside(final)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.replace(final)
+        sync(final.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -38,6 +48,67 @@ def write_text(path: Path, text: str) -> None:
     """The text in UTF-8, its line ends as they are. Raises OSError."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def sync(path: Path) -> None:
+    """What a file holds, or which names a folder has, is on the disk and outlives a power cut. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network disks sync no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(folder: Path) -> None:
+    """`sync` for all that is in a folder, then for the folder. Links are names and not followed. Raises OSError."""
+    for inside, _, names in os.walk(folder, topdown=False):
+        for path in (Path(inside, name) for name in names):
+            if path.is_file() and not path.is_symlink():
+                sync(path)
+        sync(Path(inside))
+
+
+def make_folders(path: Path) -> None:
+    """A folder and those above it, where they are not there; each one's name is on the disk. Raises OSError."""
+    if not path.is_dir():
+        make_folders(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
+def sum_of(path: Path) -> str:
+    """The xxh3-128 of what a file holds, in hexadecimal digits. Raises OSError."""
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def record(path: Path) -> list[int | str]:
+    """[size in bytes, `sum_of`]: by these a file is known again. Raises OSError."""
+    return [path.stat().st_size, sum_of(path)]
+
+
+class SummedFile(io.FileIO):
+    """A new file that is written from front to back and knows the `record` of what was written, without reading it.
+
+    Unbuffered: stand an io.BufferedWriter before it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "xb")
+        self._size, self._sum = 0, xxhash.xxh3_128()
+
+    def write(self, data: Any) -> int:
+        written = super().write(data)
+        self._size += written
+        self._sum.update(memoryview(data).cast("B")[:written])
+        return written
+
+    @property
+    def record(self) -> list[int | str]:
+        return [self._size, self._sum.hexdigest()]
 
 
 def check_output(path: Path, flag: str) -> None:

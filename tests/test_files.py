@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from lptransformer import files
 from lptransformer.errors import UserError
@@ -27,6 +30,71 @@ def test_what_fails_on_the_way_leaves_the_old_contents_alone(tmp_path: Path) -> 
         assert file.read_text() == "old"
         raise ValueError("half way")
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is synced and renamed from here on, in order, by name."""
+    found: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted(descriptor: int) -> None:
+        found.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def renamed(path: Path, to: Path) -> Path:
+        found.append(f"{path.name} to {to.name}")
+        return replace(path, to)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "replace", renamed)
+    return found
+
+
+def test_the_contents_are_on_the_disk_before_the_name_and_the_name_before_it_goes_on(
+    tmp_path: Path, synced: list[str]
+) -> None:
+    write_text(tmp_path / "a.json", "text")
+    assert synced == ["a.json.tmp", "a.json.tmp to a.json", tmp_path.name]
+
+
+def test_new_folders_are_named_on_the_disk(tmp_path: Path, synced: list[str]) -> None:
+    files.make_folders(tmp_path / "a" / "b" / "c")
+    files.make_folders(tmp_path / "a" / "b")  # there already
+    assert (tmp_path / "a" / "b" / "c").is_dir() and synced == [tmp_path.name, "a", "b"]
+
+
+def test_all_of_a_folder_is_synced_from_the_inside(tmp_path: Path, synced: list[str]) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").touch()
+    (tmp_path / "a" / "link").symlink_to("nowhere")
+    files.sync_all(tmp_path / "a")
+    assert synced == ["file", "b", "a"]
+
+
+def test_a_disk_that_syncs_no_folders_is_no_reason_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refused)
+    files.sync(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Invalid argument"):
+        files.sync(tmp_path / "file")
+
+
+SUMS = {b"": "99aa06d3014798d86001c324468d497f", b"abc": "06b05ab6733a618578af5f94892f3950"}  # of xxhsum -H2
+
+
+@pytest.mark.parametrize("content", [*SUMS, bytes(range(256)) * 5_000])
+def test_a_sum_is_that_of_the_bytes_whether_they_are_read_or_written(tmp_path: Path, content: bytes) -> None:
+    with files.SummedFile(tmp_path / "file") as raw:
+        with io.BufferedWriter(raw) as file:
+            for start in range(0, len(content), 999):
+                file.write(content[start : start + 999])
+        expected = SUMS.get(content, xxhash.xxh3_128(content).hexdigest())
+        assert raw.record == files.record(tmp_path / "file") == [len(content), expected]
+    assert (tmp_path / "file").read_bytes() == content
 
 
 def test_a_link_stays_one(tmp_path: Path) -> None:

@@ -165,11 +165,11 @@ def find_update(run: Path, step: int | None = None) -> int:
     """The checkpoint after `step` updates, the newest complete one without. Raises RunError when it is not there."""
     layout.read_config(run)
     if step is None:
-        return checkpoint.latest(run)
-    updates = checkpoint.complete_updates(run)
-    if step not in updates:
+        step = checkpoint.latest(run)
+    elif step not in (updates := checkpoint.complete_updates(run)):
         there = f"there are those after {', '.join(map(str, updates))} updates" if updates else "there is none"
         raise RunError(f"{run} holds no complete checkpoint after {step} updates (--step): {there}")
+    layout.refuse_links(run, step)
     return step
 
 
@@ -317,6 +317,7 @@ def load(
     Raises RunError where the run folder or the checkpoint is damaged.
     """
     blueprint = blueprint_of(run)
+    layout.refuse_links(run, update)
     stages = []
     for plan in _plans_of_run(run, update, blueprint):
         stages.append(_stage_of_run(run, update, blueprint, plan).to(device))

@@ -222,7 +222,7 @@ def _for_older_versions(folder: Path) -> None:
 def _compare(folder: Path, ids: Tensor, own: Tensor, dtype: str) -> list[str]:
     """Open the folder; its logits are those of the run, in fp32 bit for bit (a folded readout: but for rounding)."""
     with torch.no_grad(), hf_config.quiet_transformers():
-        opened: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        opened: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         logits = opened.eval()(ids, use_cache=False).logits.float()
     if dtype != "fp32":
         off, size = float((logits - own).abs().max()), float(own.abs().max())

@@ -338,7 +338,7 @@ def _keep(scoring: Scoring, path: Path) -> Path:
 
 def _kept(path: Path) -> Scoring:
     files = {name: Path(f"{path}-{name}.npy") for name in _KEPT}
-    arrays = {name: np.load(file, mmap_mode="r") for name, file in files.items() if file.is_file()}
+    arrays = {name: np.load(file, mmap_mode="r", allow_pickle=False) for name, file in files.items() if file.is_file()}
     return Scoring(counts=TextCounts(0, 0, 0), **arrays)
 
 

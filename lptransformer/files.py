@@ -89,6 +89,11 @@ def sum_of(path: Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
+def sum_of_text(text: str) -> str:
+    """The same of a text in UTF-8."""
+    return xxhash.xxh3_128(text.encode()).hexdigest()
+
+
 def record(path: Path) -> list[int | str]:
     """[size in bytes, `sum_of`]: by these a file is known again. Raises OSError."""
     return [path.stat().st_size, sum_of(path)]

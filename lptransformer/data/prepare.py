@@ -27,7 +27,7 @@ from lptransformer.console import bar
 from lptransformer.data import chat, rows, windows
 from lptransformer.data import tokenizer as tokenizers
 from lptransformer.data.readers import MANIFEST, Source, describe, documents, examples, is_text, layout, parse_all
-from lptransformer.data.token_set import TokenSet, Window, fitting, require_full_window
+from lptransformer.data.token_set import TokenSet, Window, fitting, require_full_window, sum_of_manifest
 from lptransformer.data.tokenizer import Tokenizer
 from lptransformer.data.train_stream import TrainStream
 from lptransformer.data.windows import Counts, WindowOptions
@@ -248,6 +248,7 @@ def prepare(
                 manifest["isolate_documents"] = options.isolates(text)
             if not text:
                 manifest |= {"long_rows": counts.long_rows, "left_out": counts.left_out}
+            manifest["sum"] = sum_of_manifest(manifest)
             (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     prepared = fitting(TokenSet.open(folder), tokenizer, sequence_length)
     if progress and prepared.manifest.get("long_rows"):

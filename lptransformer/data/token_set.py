@@ -108,7 +108,6 @@ class TokenSet:
             if missing:
                 raise ValueError(f"{MANIFEST} does not say {', '.join(missing)}")
             rows, tokens, length = manifest["rows"], manifest["tokens"], manifest["sequence_length"]
-            sums = {name: written for name, (_, written) in manifest.get("files", {}).items()}
             for name, (size, _) in manifest.get("files", {}).items():
                 if (found := (folder / name).stat().st_size) != size:
                     raise ValueError(f"{name} has {found} bytes, and {MANIFEST} says {size}")
@@ -128,7 +127,7 @@ class TokenSet:
         if held != (tokens, rows) or not sound:
             what = f": it holds {held[0]} tokens in {held[1]} rows where its manifest says {tokens} in {rows}"
             raise _damaged(folder, what)
-        largest = files.noted_of(folder, "token-sets", partial(_largest_of_checked, folder, sums, chunks))
+        largest = files.noted_of(folder, "token-sets", partial(_largest_of_checked, folder, manifest, chunks))
         if largest >= manifest["vocab_size"]:
             raise _damaged(folder, f": it holds the id {largest}, and its vocabulary has {manifest['vocab_size']} ids")
         first_rows = np.cumsum([0] + [len(of_chunk) for of_chunk in sizes[:-1]])
@@ -195,14 +194,23 @@ def _damaged(folder: Path, what: str) -> DataError:
     return DataError(f"{folder}: a damaged token set{what}; delete the folder and prepare it again")
 
 
-def _largest_of_checked(folder: Path, sums: Mapping[str, str], chunks: Sequence[np.ndarray]) -> int:
+def sum_of_manifest(manifest: Mapping[str, Any]) -> str:
+    """What stands in it as `sum`: that of all else."""
+    return files.sum_of_text(json.dumps({key: value for key, value in manifest.items() if key != "sum"}))
+
+
+def _largest_of_checked(folder: Path, manifest: Mapping[str, Any], chunks: Sequence[np.ndarray]) -> int:
     """The largest id, read behind the files' sums, when the pages are there; a negative one counts as 2**32 less it.
 
-    `sums`: by file, none in sets of older versions. Raises DataError where one is another.
+    Raises DataError where a file is not what was written. Sets of older versions have no sums.
     """
-    for name, written in sums.items():
-        if (found := files.sum_of(folder / name)) != written:
-            what = f": {name} is not what was written (its xxh3-128 is {found}, and {MANIFEST} says {written})"
+    expected = {name: written for name, (_, written) in manifest.get("files", {}).items()}
+    found = {name: files.sum_of(folder / name) for name in expected}
+    if "sum" in manifest:
+        expected[MANIFEST], found[MANIFEST] = manifest["sum"], sum_of_manifest(manifest)
+    for name, written in expected.items():
+        if found[name] != written:
+            what = f": {name} is not what was written (its xxh3-128 is {found[name]}, and {MANIFEST} says {written})"
             raise _damaged(folder, what)
     return max((int(chunk.view(f"u{chunk.itemsize}").max()) for chunk in chunks if len(chunk)), default=-1)
 

@@ -162,23 +162,28 @@ def create(
     data: Mapping[str, Any],
     overwrite: bool,
 ) -> None:
-    """A new run folder. Raises RunError when a run has appeared there meanwhile and `overwrite` does not allow it."""
+    """A new run folder, on the disk when this ends.
+
+    Raises RunError when a run has appeared there meanwhile and `overwrite` does not allow it.
+    """
     if holds_run(folder) and not overwrite:
         raise RunError(f"run.dir is {folder}: another run has started there meanwhile; choose another --run.dir=...")
     remove(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folders(folder)
     if tokenizer_folder is not None:
         shutil.copytree(tokenizer_folder, folder / TOKENIZER)
-    (folder / DATA).write_text(json.dumps(data, indent=1) + "\n")
-    (folder / MODEL).write_text(json.dumps(model_config, indent=1) + "\n")
+        files.sync_all(folder / TOKENIZER)
+    files.write_text(folder / DATA, json.dumps(data, indent=1) + "\n")
+    files.write_text(folder / MODEL, json.dumps(model_config, indent=1) + "\n")
     if config.model.pretrained is not None:
         (folder / PRETRAINED).mkdir()
         pretrained = hub.folder(config.model.pretrained, config.at("model.pretrained"))
         for name in ("config.json", "generation_config.json"):
             if (given := pretrained / name).is_file():
                 shutil.copyfile(given, folder / PRETRAINED / name)
-    (folder / ENVIRONMENT).write_text(json.dumps([environment()], indent=1) + "\n")
-    (folder / CONFIG).write_text(to_yaml(config))
+        files.sync_all(folder / PRETRAINED)
+    files.write_text(folder / ENVIRONMENT, json.dumps([environment()], indent=1) + "\n")
+    files.write_text(folder / CONFIG, to_yaml(config))
 
 
 def hub_commits(folder: Path) -> dict[str, str]:

@@ -49,6 +49,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_new_run_folder_outlives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.readlink(f"/proc/self/fd/{file}")), fsync(file))[1])
+    folder = make_run(tmp_path, updates=())
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    assert {folder / "config.yaml", folder / "data.json"} < set(written)
+    assert [one for one in written if not {str(one), f"{one}.tmp"} & synced] == []
+    assert {str(folder.parent), str(folder), str(folder / "tokenizer")} <= synced
+
+
 READERS: dict[str, Callable[[Path, Path], Any]] = {
     "evaluate, generate, diagnose": lambda run, out: trained_model.find(run),
     "load": lambda run, out: trained_model.load(run, 20),

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import io
+import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +77,7 @@ def sync_all(folder: Path) -> None:
 
 def make_folders(path: Path) -> None:
     """A folder and those above it, where they are not there; each one's name is on the disk. Raises OSError."""
-    if not path.is_dir():
+    if not path.exists():
         make_folders(path.parent)
         path.mkdir(exist_ok=True)
         sync(path.parent)
@@ -83,6 +87,11 @@ def sum_of(path: Path) -> str:
     """The xxh3-128 of what a file holds, in hexadecimal digits. Raises OSError."""
     with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def sum_of_text(text: str) -> str:
+    """The same of a text in UTF-8."""
+    return xxhash.xxh3_128(text.encode()).hexdigest()
 
 
 def record(path: Path) -> list[int | str]:
@@ -155,20 +164,114 @@ def make_folder(path: Path, flag: str) -> None:
 
 
 @contextmanager
+def unfinished(final: Path) -> Iterator[Path]:
+    """An empty folder beside `final`, to be filled, synced and renamed; nothing of it is left when the block ends.
+
+    It is locked meanwhile: what a process that was killed has left is told from what another one is writing. Raises
+    OSError.
+    """
+    make_folders(final.parent)
+    remove_unfinished(final.parent, glob.escape(final.name))
+    folder = final.parent / f".unfinished-{final.name}-{uuid.uuid4().hex[:12]}"
+    lock = None
+    try:
+        while not folder.exists():  # again where somebody removed it before it was locked
+            _unlock(lock)
+            folder.mkdir()
+            lock = _locked(folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _unlock(lock)
+
+
+def remove_unfinished(parent: Path, name: str = "*") -> None:
+    """Remove what `unfinished` has left for folders of this name (a pattern), where no living process writes it.
+
+    What cannot be locked or removed stays.
+    """
+    for folder in parent.glob(f".unfinished-{name}-{'[0-9a-f]' * 12}"):
+        if (lock := _locked(folder, fcntl.LOCK_NB)) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            _unlock(lock)
+
+
+def _locked(folder: Path, more: int = 0) -> int | None:
+    """A descriptor that holds the lock of a folder until it is closed; None where there is none to be had."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | more)
+    except OSError:  # another process holds it, or the disk has no locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+@contextmanager
+def _note(name: str) -> Iterator[Path | None]:
+    """A file in the user's cache on this host, which others wait for meanwhile; None where none can be written."""
+    try:
+        note = _cache() / name
+        note.parent.mkdir(parents=True, exist_ok=True)
+        lock = note.with_suffix(".lock").open("a")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except (OSError, RuntimeError):  # no home, no room, no locks on that disk
+        yield None
+        return
+    with lock:
+        yield note
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lptransformer"
+
+
+@contextmanager
 def noted_once(name: str) -> Iterator[bool]:
     """Whether `name` is noted in the user's cache on this host; it is when the block ends. Others wait meanwhile.
 
     Where the cache cannot be written nothing is noted, and nobody waits.
     """
+    with _note(name) as note:
+        yield note is not None and note.exists()
+        if note is not None:
+            note.touch()
+
+
+def noted_of(folder: Path, name: str, find: Callable[[], int]) -> int:
+    """What `find` finds in the files of a folder: a number that is noted in the user's cache on this host (in the note
+    `name`) until one of them has another size, time or inode. Others wait meanwhile.
+
+    Where the cache cannot be written it is found each time. Raises what `find` raises, and OSError.
+    """
+    key, stats = str(folder.resolve()), {path.name: path.stat() for path in sorted(folder.iterdir())}
+    state = [[name, one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino] for name, one in stats.items()]
+    with suppress(OSError, RuntimeError):
+        before = _read_notes(_cache() / f"{name}.json").get(key)
+        if before is not None and before[0] == state:
+            return before[1]
+    with _note(f"{name}.json") as note:
+        notes = {} if note is None else _read_notes(note)
+        if key not in notes or notes[key][0] != state:
+            notes = {one: noted for one, noted in notes.items() if Path(one).is_dir()} | {key: (state, find())}
+            if note is not None:
+                with suppress(OSError):
+                    write_text(note, json.dumps(notes))
+        return notes[key][1]
+
+
+def _read_notes(note: Path) -> dict[str, tuple[Any, int]]:
+    """By folder its state then, and what was found; nothing where there are no notes that can be read."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lptransformer"
-        note = folder / name
-        note.parent.mkdir(parents=True, exist_ok=True)
-        lock = note.with_suffix(".lock").open("a")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except (OSError, RuntimeError):  # no home, no room, no locks on that disk
-        yield False
-        return
-    with lock:
-        yield note.exists()
-        note.touch()
+        notes = json.loads(note.read_bytes())
+        return {folder: (state, int(found)) for folder, (state, found) in notes.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}

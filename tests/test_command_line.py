@@ -142,7 +142,7 @@ def test_bad_fine_tuning(
     message = refused(capsys, "train", "c.yaml", *start, *options)
     assert all(part in message for part in parts), message
     written = [Path(one).relative_to(folder).parts for one in snapshot(folder).keys() - before.keys()]
-    assert all(len(one) == 1 or one[1].startswith("tokenizer-") for one in written), "the cache has a whole tokenizer"
+    assert all(len(one) == 1 for one in written), "the cache has nothing but its own folder"
     assert not (folder / "run").exists()
 
 
@@ -152,6 +152,21 @@ def test_a_token_set_of_another_tokenizer(folder: Path, capsys: pytest.CaptureFi
     arguments = ["--data.train=text.txt", f"--data.valid={prepared}", "--data.tokenizer=sentencepiece"]
     message = refused(capsys, "train", "c.yaml", *arguments, "--data.vocab_size=300")
     assert str(prepared.name) in message and "tokenizer" in message
+
+
+def test_a_token_that_changed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(parser(), ["prepare", "c.yaml"])
+    (file,) = (folder / "prepared").glob("train-*/*.arrow")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    for command in ("prepare", "train"):
+        message = refused(capsys, command, "c.yaml")
+        assert f"prepared/{file.parent.name}: a damaged token set: {file.name} is not what was written" in message
+        assert "delete the folder and prepare it again" in message
+    assert not (folder / "run").exists()
+    shutil.rmtree(file.parent)
+    run(parser(), ["prepare", "c.yaml"])
 
 
 @pytest.fixture

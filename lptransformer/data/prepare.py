@@ -1,8 +1,8 @@
 """Text and examples to packed token sets on disk.
 
 `prepare_all` turns the sources of a configuration into token sets: content-addressed folders with one Arrow file of
-token windows and a manifest. A folder is built under another name and renamed when it is complete, so what is there
-is whole, and several processes may prepare at once.
+token windows and a manifest. A folder is built under another name, synced, and renamed when it is complete, so what
+is there is whole, and several processes may prepare at once.
 
 A set of text has its documents one behind the other in full windows. A set of examples says which tokens carry a
 label, and where documents begin. data/windows makes both.
@@ -11,9 +11,9 @@ label, and where documents begin. data/windows makes both.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lptransformer import files
 from lptransformer.console import bar
 from lptransformer.data import chat, rows, windows
 from lptransformer.data import tokenizer as tokenizers
 from lptransformer.data.readers import MANIFEST, Source, describe, documents, examples, is_text, layout, parse_all
-from lptransformer.data.token_set import TokenSet, Window, fitting, require_full_window
+from lptransformer.data.token_set import TokenSet, Window, fitting, require_full_window, sum_of_manifest
 from lptransformer.data.tokenizer import Tokenizer
 from lptransformer.data.train_stream import TrainStream
 from lptransformer.data.windows import Counts, WindowOptions
@@ -41,8 +42,8 @@ _ROWS_PER_CHUNK = 1024
 
 def _write_windows(
     folder: Path, blocks: Iterable[np.ndarray], sequence_length: int, vocab_size: int, address: str
-) -> int:
-    """Write the ids as rows of `sequence_length` (the last may be shorter); returns the number of rows."""
+) -> tuple[int, dict[str, list[int | str]]]:
+    """Write the ids as rows of `sequence_length` (the last may be shorter); see `_write_tables`."""
 
     def tables() -> Iterator[dict[str, tuple[np.ndarray, Sequence[int]]]]:
         def table(ids: np.ndarray) -> dict[str, tuple[np.ndarray, Sequence[int]]]:
@@ -62,8 +63,10 @@ def _write_windows(
     return _write_tables(folder, tables(), {"input_ids": _kind(vocab_size)}, vocab_size, address)
 
 
-def _write_rows(folder: Path, rows_of_set: Iterable[Window], vocab_size: int, address: str) -> int:
-    """Write windows with their labels and the starts of their documents; returns the number of rows."""
+def _write_rows(
+    folder: Path, rows_of_set: Iterable[Window], vocab_size: int, address: str
+) -> tuple[int, dict[str, list[int | str]]]:
+    """Write windows with their labels and the starts of their documents; see `_write_tables`."""
     kinds = {"input_ids": _kind(vocab_size), "labelled": np.dtype(np.uint8), "starts": np.dtype(np.int32)}
 
     def tables() -> Iterator[dict[str, tuple[np.ndarray, Sequence[int]]]]:
@@ -87,8 +90,9 @@ def _write_tables(
     kinds: Mapping[str, np.dtype[Any]],
     vocab_size: int,
     address: str,
-) -> int:
-    """Write columns of lists, each as its values and where its rows begin and the last one ends; returns the rows.
+) -> tuple[int, dict[str, list[int | str]]]:
+    """Write columns of lists, each as its values and where its rows begin and the last one ends; returns the number of
+    rows and, by file, its size and sum.
 
     The folder is what `datasets.Dataset.save_to_disk` writes, but for the fingerprint, which that draws at random.
     """
@@ -98,7 +102,11 @@ def _write_tables(
 
     features = Features({name: List(Value(kind.name)) for name, kind in kinds.items()})
     rows = 0
-    with ArrowWriter(path=str(folder / _DATA_FILE), features=features) as writer:
+    with (
+        files.SummedFile(folder / _DATA_FILE) as raw,
+        io.BufferedWriter(raw) as file,
+        ArrowWriter(stream=file, features=features) as writer,
+    ):
         for table in tables:
             ids, ends = table["input_ids"]
             assert ids.min() >= 0 and ids.max() < vocab_size, "the tokenizer gave an id outside its vocabulary"
@@ -108,13 +116,15 @@ def _write_tables(
             }
             writer.write_table(pa.table(lists))
             rows += len(ends) - 1
-        writer.finalize()
+        writer.finalize(close_stream=False)
+        file.flush()
+        records = {_DATA_FILE: raw.record}
     DatasetInfo(features=features).write_to_directory(str(folder))
     state: dict[str, Any] = {"_data_files": [{"filename": _DATA_FILE}], "_fingerprint": address}
     state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None}
     state |= {"_output_all_columns": False, "_split": None}
     (folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
-    return rows
+    return rows, records | {name: files.record(folder / name) for name in ("dataset_info.json", "state.json")}
 
 
 @contextmanager
@@ -123,20 +133,19 @@ def _new_folder(final: Path, marker: str) -> Iterator[Path]:
 
     When another process made `final` (which holds the file `marker`) in the meantime, that one stays.
     """
-    unfinished = final.parent / f".unfinished-{final.name}-{uuid.uuid4().hex[:12]}"
     try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        try:
-            unfinished.rename(final)
-        except OSError:
-            if not (final / marker).is_file():  # damaged by hand: no process leaves such a folder
-                shutil.rmtree(final)
-                unfinished.rename(final)
+        with files.unfinished(final) as folder:
+            yield folder
+            files.sync_all(folder)
+            try:
+                folder.rename(final)
+            except OSError:
+                if not (final / marker).is_file():  # damaged by hand: no process leaves such a folder
+                    shutil.rmtree(final)
+                    folder.rename(final)
+            files.sync(final.parent)
     except OSError as error:
         raise DataError(f"data.cache: {final} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _address(content: Any, options: Mapping[str, Any] | None = None) -> str:
@@ -216,9 +225,9 @@ def prepare(
 
             if plain:
                 ids = (part[0] for part in noted(parts))
-                many = _write_windows(unfinished, ids, sequence_length, tokenizer.vocab_size, address)
+                many, written = _write_windows(unfinished, ids, sequence_length, tokenizer.vocab_size, address)
             else:
-                many = _write_rows(unfinished, noted(rows_of_set), tokenizer.vocab_size, address)
+                many, written = _write_rows(unfinished, noted(rows_of_set), tokenizer.vocab_size, address)
             if many == 0:
                 raise DataError(f"{source.name}: {_nothing(source, counts, sequence_length)}")
             manifest: dict[str, Any] = {
@@ -233,11 +242,13 @@ def prepare(
                 "documents": counts.documents,
                 "bytes": counts.bytes,
                 "words": counts.words,
+                "files": written,
             }
             if not plain:
                 manifest["isolate_documents"] = options.isolates(text)
             if not text:
                 manifest |= {"long_rows": counts.long_rows, "left_out": counts.left_out}
+            manifest["sum"] = sum_of_manifest(manifest)
             (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     prepared = fitting(TokenSet.open(folder), tokenizer, sequence_length)
     if progress and prepared.manifest.get("long_rows"):
@@ -295,20 +306,18 @@ class Prepared:
         return self.stream(0, 1).rows_per_epoch
 
 
-def check_ids(ids: Iterable[np.ndarray], source: Source, where: str, tokenizer: Tokenizer, embedded: int) -> None:
-    """Raise DataError where a text, whose `ids` come from this source, uses one that the model does not embed.
+def check_ids(largest_id: int, source: Source, where: str, tokenizer: Tokenizer, embedded: int) -> None:
+    """Raise DataError where a text of this source, whose `largest_id` that is, uses one that the model does not embed.
 
     A tokenizer may have ids above the model's as long as nothing uses them: some have tokens that no text holds.
     """
-    if tokenizer.vocab_size <= embedded:
+    if largest_id < embedded:
         return
+    found = largest_id
 
     def largest(arrays: Iterable[np.ndarray]) -> int:
         return max((int(one.max()) for one in arrays if len(one)), default=-1)
 
-    found = largest(ids)
-    if found < embedded:
-        return
     for path in source.files:
         alone, options = replace(source, files=(path,), held_out=None, part=None), WindowOptions(bos="never")
         made = windows.text_tokens if is_text(alone, tokenizer.has_template) else windows.encoded_examples
@@ -356,6 +365,8 @@ def prepare_all(
         )
     if train is not None and not train_sources:
         raise ConfigError("data.train: names no text; give a glob, a list of globs or a mapping of names to globs")
+    files.remove_unfinished(Path(cache))
+    there = set(Path(cache).glob("tokenizer-*"))
     if tokenizer != tokenizers.SENTENCEPIECE:
         opened = tokenizers.load(tokenizer)
         contents = {name: hashlib.sha256(content).hexdigest() for name, content in opened.files.items()}
@@ -372,14 +383,23 @@ def prepare_all(
     def made(source: Source) -> TokenSet:
         tokens = prepare(source, opened, sequence_length, cache, progress, how)
         if embedded is not None:
-            check_ids(tokens.chunks, source, str(tokens.folder), opened, embedded)
+            check_ids(tokens.largest_id, source, str(tokens.folder), opened, embedded)
         return tokens
 
+    sets: list[TokenSet] = []
+    try:
+        for source in (*train_sources, *valid_sources):
+            sets.append(made(source))
+    except BaseException:
+        if not sets and folder not in there:  # a tokenizer of which there is no set
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    train_sets, valid_sets = sets[: len(train_sources)], sets[len(train_sources) :]
     prepared = Prepared(
         tokenizer=opened,
         tokenizer_folder=folder,
-        train=[TrainSet(source.name, source.weight, made(source)) for source in train_sources],
-        valid={source.name: made(source) for source in valid_sources},
+        train=[TrainSet(one.name, one.weight, tokens) for one, tokens in zip(train_sources, train_sets, strict=True)],
+        valid={one.name: tokens for one, tokens in zip(valid_sources, valid_sets, strict=True)},
     )
     for one in prepared.train:
         require_full_window(one.tokens)

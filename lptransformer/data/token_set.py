@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lptransformer import files
 from lptransformer.data.readers import MANIFEST
 from lptransformer.data.tokenizer import Tokenizer
 from lptransformer.errors import DataError
@@ -81,17 +82,21 @@ class TokenSet:
     """A prepared set. `chunks` are the ids (memory-mapped, flat), `first_rows` the first row of every chunk.
 
     `columns`: "input_ids" and, where not every token carries a label or documents are isolated, "labelled" and
-    "starts" (see Window).
+    "starts" (see Window). `largest_id` is that of all tokens, below the vocabulary of the manifest.
     """
 
     folder: Path
     manifest: dict[str, Any]
     columns: dict[str, Column] = field(repr=False)
     first_rows: np.ndarray = field(repr=False)
+    largest_id: int
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenSet:
-        """Raises DataError when the folder is not a complete, sound token set."""
+        """Raises DataError when the folder is not a complete, sound token set: one with the files that were written.
+
+        Sizes are compared each time; sums and ids once per host, and when a file has changed (files.noted_of).
+        """
         import datasets
 
         folder = Path(folder)
@@ -103,14 +108,15 @@ class TokenSet:
             if missing:
                 raise ValueError(f"{MANIFEST} does not say {', '.join(missing)}")
             rows, tokens, length = manifest["rows"], manifest["tokens"], manifest["sequence_length"]
+            for name, (size, _) in manifest.get("files", {}).items():
+                if (found := (folder / name).stat().st_size) != size:
+                    raise ValueError(f"{name} has {found} bytes, and {MANIFEST} says {size}")
             dataset = datasets.Dataset.load_from_disk(str(folder))
             names = ["input_ids", "labelled", "starts"] if manifest.get("format") == 2 else ["input_ids"]
             columns = {name: _column(dataset.data.column(name).chunks) for name in names}
         except Exception as error:
             what = f"{type(error).__name__} {error}".strip().splitlines()[0]
-            raise DataError(
-                f"{folder}: a damaged token set ({what}); delete the folder and prepare it again"
-            ) from error
+            raise _damaged(folder, f" ({what})") from error
         chunks, offsets = columns["input_ids"]
         sizes = [np.diff(of_chunk) for of_chunk in offsets]
         held = sum(len(chunk) for chunk in chunks), sum(len(of_chunk) for of_chunk in sizes)
@@ -119,12 +125,13 @@ class TokenSet:
         else:
             sound = rows == -(-tokens // length) and not any(len(chunk) % length for chunk in chunks[:-1])
         if held != (tokens, rows) or not sound:
-            raise DataError(
-                f"{folder}: a damaged token set: it holds {held[0]} tokens in {held[1]} rows where its manifest says "
-                f"{tokens} in {rows}; delete the folder and prepare it again"
-            )
+            what = f": it holds {held[0]} tokens in {held[1]} rows where its manifest says {tokens} in {rows}"
+            raise _damaged(folder, what)
+        largest = files.noted_of(folder, "token-sets", partial(_largest_of_checked, folder, manifest, chunks))
+        if largest >= manifest["vocab_size"]:
+            raise _damaged(folder, f": it holds the id {largest}, and its vocabulary has {manifest['vocab_size']} ids")
         first_rows = np.cumsum([0] + [len(of_chunk) for of_chunk in sizes[:-1]])
-        return cls(folder, manifest, columns, first_rows)
+        return cls(folder, manifest, columns, first_rows, largest)
 
     @property
     def chunks(self) -> list[np.ndarray]:
@@ -181,6 +188,31 @@ class TokenSet:
         for start in range(0, len(self), micro_batch_size):
             windows = [self.window(index) for index in range(start, min(start + micro_batch_size, len(self)))]
             yield make_batch(windows, micro_batch_size, self.sequence_length)
+
+
+def _damaged(folder: Path, what: str) -> DataError:
+    return DataError(f"{folder}: a damaged token set{what}; delete the folder and prepare it again")
+
+
+def sum_of_manifest(manifest: Mapping[str, Any]) -> str:
+    """What stands in it as `sum`: that of all else."""
+    return files.sum_of_text(json.dumps({key: value for key, value in manifest.items() if key != "sum"}))
+
+
+def _largest_of_checked(folder: Path, manifest: Mapping[str, Any], chunks: Sequence[np.ndarray]) -> int:
+    """The largest id, read behind the files' sums, when the pages are there; a negative one counts as 2**32 less it.
+
+    Raises DataError where a file is not what was written. Sets of older versions have no sums.
+    """
+    expected = {name: written for name, (_, written) in manifest.get("files", {}).items()}
+    found = {name: files.sum_of(folder / name) for name in expected}
+    if "sum" in manifest:
+        expected[MANIFEST], found[MANIFEST] = manifest["sum"], sum_of_manifest(manifest)
+    for name, written in expected.items():
+        if found[name] != written:
+            what = f": {name} is not what was written (its xxh3-128 is {found[name]}, and {MANIFEST} says {written})"
+            raise _damaged(folder, what)
+    return max((int(chunk.view(f"u{chunk.itemsize}").max()) for chunk in chunks if len(chunk)), default=-1)
 
 
 def _column(lists: Sequence[Any]) -> Column:

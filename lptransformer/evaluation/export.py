@@ -11,7 +11,6 @@ import gc
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lptransformer import files
 from lptransformer.console import bar
 from lptransformer.errors import ModelError, RunError, UserError
 from lptransformer.evaluation import model_card, trained_model
@@ -101,17 +101,16 @@ def _check_empty(out: Path) -> None:
 @contextlib.contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
     """A folder that takes the place of `out` when all is in it; nothing is left of it where that fails."""
-    unfinished = out.absolute().parent / f".unfinished-{out.absolute().name}-{uuid.uuid4().hex[:12]}"
     try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        for path in unfinished.iterdir():
-            path.chmod(unfinished.stat().st_mode & 0o666)  # safetensors writes files that nobody else may read
-        os.rename(unfinished, out)
+        with files.unfinished(out.absolute()) as unfinished:
+            yield unfinished
+            for path in unfinished.iterdir():
+                path.chmod(unfinished.stat().st_mode & 0o666)  # safetensors writes files that nobody else may read
+            files.sync_all(unfinished)
+            os.rename(unfinished, out)
+            files.sync(out.absolute().parent)
     except OSError as error:
         raise RunError(f"OUT is {out}: it cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def stage_of_exit(model: RunModel, block: int | None) -> Stage:
@@ -223,7 +222,7 @@ def _for_older_versions(folder: Path) -> None:
 def _compare(folder: Path, ids: Tensor, own: Tensor, dtype: str) -> list[str]:
     """Open the folder; its logits are those of the run, in fp32 bit for bit (a folded readout: but for rounding)."""
     with torch.no_grad(), hf_config.quiet_transformers():
-        opened: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        opened: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         logits = opened.eval()(ids, use_cache=False).logits.float()
     if dtype != "fp32":
         off, size = float((logits - own).abs().max()), float(own.abs().max())

@@ -247,7 +247,7 @@ def _score(
             one = PROTOCOLS[protocol].score(source, tokenizer, options)
             if options.pieces and one.pieces is None:
                 raise UserError(f"--compare: --protocol {protocol} does not say where in a text its tokens are")
-        check_ids([one.ids], source, name, tokenizer, embedded)
+        check_ids(int(one.ids.max(initial=-1)), source, name, tokenizer, embedded)
         names = [name, *(f"{name}-{number}" for number in range(2, 2 + len(sets)))]
         sets[next(name for name in names if name not in sets)] = one
     return sets
@@ -338,7 +338,7 @@ def _keep(scoring: Scoring, path: Path) -> Path:
 
 def _kept(path: Path) -> Scoring:
     files = {name: Path(f"{path}-{name}.npy") for name in _KEPT}
-    arrays = {name: np.load(file, mmap_mode="r") for name, file in files.items() if file.is_file()}
+    arrays = {name: np.load(file, mmap_mode="r", allow_pickle=False) for name, file in files.items() if file.is_file()}
     return Scoring(counts=TextCounts(0, 0, 0), **arrays)
 
 

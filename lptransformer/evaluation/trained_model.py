@@ -164,7 +164,9 @@ def token_nlls(groups: Sequence[BlockGroup], batches: Sequence[Batch], device: t
 def find_update(run: Path, step: int | None = None) -> int:
     """The checkpoint after `step` updates, the newest complete one without. Raises RunError when it is not there."""
     layout.read_config(run)
-    return checkpoint.latest(run) if step is None else checkpoint.find(run, step)
+    step = checkpoint.latest(run) if step is None else checkpoint.find(run, step)
+    layout.refuse_links(run, step)
+    return step
 
 
 def blueprint_of(run: Path) -> Blueprint:
@@ -311,6 +313,7 @@ def load(
     Raises RunError where the run folder or the checkpoint is damaged.
     """
     blueprint = blueprint_of(run)
+    layout.refuse_links(run, update)
     stages = []
     for plan in _plans_of_run(run, update, blueprint):
         stages.append(_stage_of_run(run, update, blueprint, plan).to(device))

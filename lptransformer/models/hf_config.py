@@ -72,7 +72,7 @@ def read_config(folder: str | Path) -> Any:
         code = hub.names_code(Path(folder) / "config.json")
         why = "it needs code of its own (auto_map in config.json), which is never run" if code else one_line(error)
         raise ModelError(f"{where}: {why}") from None
-    if why := _no_causal_lm(config):
+    if why := _no_causal_lm(config) or _kernel(config):
         raise ModelError(f"{where}: {why}")
     return for_training(config)
 
@@ -121,6 +121,15 @@ def _no_causal_lm(config: Any) -> str:
     return ""
 
 
+def _kernel(config: Any) -> str:
+    """Which code a configuration names for the library's package `kernels` to fetch from the hub and run; empty for
+    none."""
+    for name in ("attn_implementation", "experts_implementation"):
+        if "/" in (value := str(getattr(config, f"_{name}", None))):
+            return f"{name} = {value} is a kernel of the hub, which is code and never run: leave it out of config.json"
+    return ""
+
+
 def saved_config(content: Mapping[str, Any]) -> Any:
     """The configuration that `to_dict()` of one gave. Raises ModelError when it is no causal LM's."""
     try:
@@ -128,6 +137,8 @@ def saved_config(content: Mapping[str, Any]) -> Any:
         model_class(config)
     except Exception as error:
         raise ModelError(f"the configuration is of no causal LM: {one_line(error)}") from None
+    if why := _kernel(config):
+        raise ModelError(why)
     return for_training(config)
 
 

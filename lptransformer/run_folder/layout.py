@@ -23,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,37 @@ CONTENTS = (
 
 
 def holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in CONTENTS)
+    return any(os.path.lexists(folder / name) for name in CONTENTS)
+
+
+def refuse_links(folder: Path, update: int | None = None) -> None:
+    """Raises RunError for a link among what is read of a run folder, `update`: in that checkpoint too.
+
+    A run writes none, and an export would hand on what one leads to. The folder itself may be a link. What trackers
+    keep is not read (wandb makes links).
+    """
+    found = [path for path in _links(folder, deep=False) if Path(path).name in {*CONTENTS} - {"tensorboard", "wandb"}]
+    for name, deep in ((TOKENIZER, True), (PRETRAINED, True), ("checkpoints", False)):
+        found += _links(folder / name, deep)
+    if update is not None:
+        found += _links(folder / "checkpoints" / f"step-{update:08d}", deep=True)
+    if found:
+        raise RunError(
+            f"{min(found)} is a link (to {os.readlink(min(found))}): a run folder holds nothing but its own files, so "
+            "it is not read; put the files themselves there (the whole run folder may be behind a link)"
+        )
+
+
+def _links(folder: Path | str, deep: bool) -> Iterator[str]:
+    """The links in a folder, `deep`: and in those below; nothing where it is missing."""
+    if not os.path.isdir(folder):
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                yield entry.path
+            elif deep and entry.is_dir():
+                yield from _links(entry.path, deep)
 
 
 def check(folder: Path, config: Config, resume: bool, overwrite: bool, step: int | None = None) -> None:
@@ -85,6 +115,7 @@ def check(folder: Path, config: Config, resume: bool, overwrite: bool, step: int
     from lptransformer.run_folder import checkpoint
 
     done = checkpoint.latest(folder) if step is None else checkpoint.find(folder, step)
+    refuse_links(folder, done)
     if done >= steps(config):
         message = f"{folder} is complete: {done} updates of train.steps = {steps(config)}; nothing to resume"
         raise RunError(message, command=f"report {folder}")
@@ -134,23 +165,28 @@ def create(
     data: Mapping[str, Any],
     overwrite: bool,
 ) -> None:
-    """A new run folder. Raises RunError when a run has appeared there meanwhile and `overwrite` does not allow it."""
+    """A new run folder, on the disk when this ends.
+
+    Raises RunError when a run has appeared there meanwhile and `overwrite` does not allow it.
+    """
     if holds_run(folder) and not overwrite:
         raise RunError(f"run.dir is {folder}: another run has started there meanwhile; choose another --run.dir=...")
     remove(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folders(folder)
     if tokenizer_folder is not None:
         shutil.copytree(tokenizer_folder, folder / TOKENIZER)
-    (folder / DATA).write_text(json.dumps(data, indent=1) + "\n")
-    (folder / MODEL).write_text(json.dumps(model_config, indent=1) + "\n")
+        files.sync_all(folder / TOKENIZER)
+    files.write_text(folder / DATA, json.dumps(data, indent=1) + "\n")
+    files.write_text(folder / MODEL, json.dumps(model_config, indent=1) + "\n")
     if config.model.pretrained is not None:
         (folder / PRETRAINED).mkdir()
         pretrained = hub.folder(config.model.pretrained, config.at("model.pretrained"))
         for name in ("config.json", "generation_config.json"):
             if (given := pretrained / name).is_file():
                 shutil.copyfile(given, folder / PRETRAINED / name)
-    (folder / ENVIRONMENT).write_text(json.dumps([environment()], indent=1) + "\n")
-    (folder / CONFIG).write_text(to_yaml(config))
+        files.sync_all(folder / PRETRAINED)
+    files.write_text(folder / ENVIRONMENT, json.dumps([environment()], indent=1) + "\n")
+    files.write_text(folder / CONFIG, to_yaml(config))
 
 
 def hub_commits(folder: Path) -> dict[str, str]:
@@ -200,7 +236,7 @@ def remove(folder: Path) -> None:
         return
     with tempfile.TemporaryDirectory(prefix=".removed-", dir=folder) as trash:
         for name in CONTENTS:
-            if (folder / name).exists():
+            if os.path.lexists(folder / name):
                 os.rename(folder / name, Path(trash) / name)
 
 
@@ -238,9 +274,10 @@ def _git(*arguments: str) -> str | None:
 
 
 def read_config(folder: Path) -> Config:
-    """The configuration that a run was started with. Raises RunError where the folder holds no run."""
+    """The configuration that a run was started with. Raises RunError where the folder holds no run, or links."""
     if not (folder / CONFIG).is_file():
         raise RunError(f"{folder} is no run folder: it has no {CONFIG}")
+    refuse_links(folder)
     return load(folder / CONFIG, saved=True)
 
 

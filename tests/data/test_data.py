@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from lptransformer import files
 from lptransformer.data import prepare as preparing
 from lptransformer.data import readers, rows, tokenizer, train_stream, windows
 from lptransformer.data.prepare import prepare, prepare_all
@@ -115,7 +117,8 @@ def test_reading_in_blocks_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
     blocks = prepare(one(path), ours, 32, tmp_path / "blocks")
     assert len(blocks.chunks) > 10 * len(whole.chunks)
     assert ids_of(blocks) == ids_of(whole) == ours.backend.encode(text, add_special_tokens=False)
-    assert blocks.manifest == whole.manifest
+    ours_alone = {"files": None, "sum": None}  # the chunks in a file are others
+    assert blocks.manifest | ours_alone == whole.manifest | ours_alone
     assert whole.manifest["words"] == len(text.split()) and whole.manifest["bytes"] == len(text.encode())
 
 
@@ -211,6 +214,17 @@ def test_a_killed_prepare_leaves_nothing_that_looks_complete(tmp_path: Path, mon
     with pytest.raises(DataError, match="folder without a complete token set"):
         parse_sources(str(left[0]), "train")
     assert ids_of(prepare(source, BYTES, 8, tmp_path / "cache")) == bytes_of(prose())
+    assert not left[0].exists()
+
+
+def test_what_a_killed_prepare_left_is_removed_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    path, cache = write(tmp_path / "a.txt", TEXT), tmp_path / "cache"
+    left = cache / ".unfinished-tokenizer-0123456789abcdef-0123456789ab"
+    write(left / "tokenizer.json", "{")
+    with files.unfinished(cache / "other") as alive:
+        prepare_all(path, None, "bytes", 300, 8, cache)
+        assert alive.is_dir() and not left.exists()
+    assert sorted(one.name.split("-")[0] for one in cache.iterdir()) == ["tokenizer", "train"]
 
 
 def test_two_at_once_do_not_hurt_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,10 +266,19 @@ def test_a_set_that_lost_its_manifest_is_prepared_again(tmp_path: Path) -> None:
 
 def test_a_failed_prepare_leaves_nothing(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", TEXT.encode() * 3 + b"\xff")
-    for kind in ("bytes", "sentencepiece"):
+    rows_with_bad = [{"prompt": prose(300), "completion": "x"}, {"prompt": "a", "completion": ""}]
+    pairs = write(tmp_path / "pairs.jsonl", "\n".join(map(json.dumps, rows_with_bad)))
+    for number, (spec, kind) in enumerate([(path, "bytes"), (path, "sentencepiece"), (pairs, "sentencepiece")]):
         with pytest.raises(DataError):
-            prepare_all(path, None, kind, 300, 8, tmp_path / kind)
-        assert [p.name for p in (tmp_path / kind).iterdir() if not p.name.startswith("tokenizer-")] == []
+            prepare_all(spec, None, kind, 300, 8, tmp_path / str(number))
+        assert list((tmp_path / str(number)).iterdir()) == []
+
+
+def test_a_tokenizer_stays_where_a_set_has_it(tmp_path: Path) -> None:
+    good, bad = write(tmp_path / "a.txt", prose()), write(tmp_path / "b.txt", TEXT.encode() + b"\xff")
+    with pytest.raises(DataError, match="not UTF-8"):
+        prepare_all(good, bad, "sentencepiece", 400, 8, tmp_path / "cache")
+    assert sorted(one.name.split("-")[0] for one in (tmp_path / "cache").iterdir()) == ["tokenizer", "train"]
 
 
 def test_without_a_terminal_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -466,11 +489,20 @@ def test_a_text_shorter_than_a_window_is_no_training_text(tmp_path: Path) -> Non
         ("manifest.json", lambda b: re.sub(rb'"rows": \d+', b'"rows": 3', b), r"manifest says \d+ in 3"),
         (preparing._DATA_FILE, lambda b: b[: len(b) // 2], "damaged token set"),
         (preparing._DATA_FILE, lambda b: b"", "damaged token set"),
+        (preparing._DATA_FILE, lambda b: b + b"0", r"has \d+ bytes, and manifest\.json says \d+"),
+        (preparing._DATA_FILE, lambda b: flipped(b), rf"{preparing._DATA_FILE} is not what was written \(its xxh3-128"),
+        ("dataset_info.json", lambda b: b.replace(b": ", b" :", 1), r"dataset_info\.json is not what was written"),
+        ("manifest.json", lambda b: b.replace(b'"files": {', b'"files": {"x": [1, "2"],'), "damaged token set"),
+        (
+            "manifest.json",
+            lambda b: re.sub(rb'"bytes": \d+,\n +"w', b'"bytes": 9,\n"w', b),
+            r"manifest\.json is not what was",
+        ),
         ("state.json", lambda b: None, "damaged token set"),
     ],
 )
 def test_a_damaged_set_is_refused(tmp_path: Path, file: str, damage: Any, says: str) -> None:
-    made = make(tmp_path, prose(), length=16)
+    made = make(tmp_path, prose(), length=16)  # opened and noted as sound
     damaged = damage((made.folder / file).read_bytes())
     (made.folder / file).unlink()
     if damaged is not None:
@@ -478,6 +510,69 @@ def test_a_damaged_set_is_refused(tmp_path: Path, file: str, damage: Any, says: 
     with pytest.raises(DataError, match=says) as caught:
         TokenSet.open(made.folder)
     assert str(made.folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def flipped(content: bytes) -> bytes:
+    """With another bit in the middle: of a token set that is one of a token."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def test_a_file_that_changed_under_its_old_time_is_noticed(tmp_path: Path) -> None:
+    made = make(tmp_path, prose(), length=16)
+    file = made.folder / preparing._DATA_FILE
+    before = file.stat()
+    file.write_bytes(flipped(file.read_bytes()))  # the same inode and size
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DataError, match="is not what was written"):
+        TokenSet.open(made.folder)
+
+
+def test_sums_are_read_once_and_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summed: list[str] = []
+    sum_of = files.sum_of
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "notes"))
+    monkeypatch.setattr(files, "sum_of", lambda path: (summed.append(path.name), sum_of(path))[1])
+
+    def read(folder: Path) -> list[str]:
+        summed.clear()
+        assert TokenSet.open(folder).largest_id == ord("w") + 3
+        return list(summed)
+
+    folder = make(tmp_path, "one two", length=4).folder
+    of_set = [preparing._DATA_FILE, "dataset_info.json", "state.json"]
+    assert read(folder) == [] and read(folder.parent / "." / folder.name) == []
+    (folder / "state.json").touch()
+    assert read(folder) == of_set and read(folder) == []
+    shutil.copytree(folder, tmp_path / "copy")
+    assert read(tmp_path / "copy") == of_set and read(folder) == []
+    shutil.rmtree(tmp_path / "copy")
+    (folder / "state.json").touch()
+    assert read(folder) == of_set
+    (note,) = (tmp_path / "notes").rglob("*.json")
+    assert list(json.loads(note.read_text())) == [str(folder)]  # what is gone is forgotten
+    note.write_text("[")
+    assert read(folder) == of_set and read(folder) == []
+    monkeypatch.setenv("XDG_CACHE_HOME", write(tmp_path / "file", ""))  # nothing can be noted
+    assert read(folder) == of_set and read(folder) == of_set
+
+
+@pytest.mark.parametrize("vocab_size", [1000, 1 << 17])  # uint16, int32
+def test_a_set_of_an_older_version_has_no_sums_and_sound_ids(tmp_path: Path, vocab_size: int) -> None:
+    wide = replace(BYTES, vocab_size=vocab_size)
+    made = prepare(one(write(tmp_path / "a.txt", "one two")), wide, 4, tmp_path / "cache")
+    manifest = {name: value for name, value in made.manifest.items() if name not in ("files", "sum")}
+    write(made.folder / "manifest.json", json.dumps(manifest))
+    assert ids_of(TokenSet.open(made.folder)) == ids_of(made)
+    write(made.folder / "manifest.json", json.dumps({**manifest, "vocab_size": ord("w") + 3}))
+    with pytest.raises(DataError, match=f"holds the id {ord('w') + 3}, and its vocabulary has {ord('w') + 3} ids"):
+        TokenSet.open(made.folder)
+    if vocab_size > 1 << 16:
+        file = made.folder / preparing._DATA_FILE
+        content = file.read_bytes()
+        write(file, content.replace(np.int32(ord("w") + 3).tobytes(), np.int32(-1).tobytes()))
+        with pytest.raises(DataError, match=f"holds the id {2**32 - 1}"):
+            TokenSet.open(made.folder)
 
 
 # ---- batches

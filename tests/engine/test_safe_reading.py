@@ -1,4 +1,4 @@
-"""Nothing that is read executes code: pickles in a checkpoint's folder, and code in the folders of models.
+"""No resume executes the pickles in a checkpoint's folder; all else that is read is in tests/test_no_code_is_run.py.
 
 A planted pickle makes a folder, the marker, when it is executed. What it is planted in is a good checkpoint otherwise:
 an engine that executed it would train on.
@@ -6,15 +6,10 @@ an engine that executed it would train on.
 
 from __future__ import annotations
 
-import builtins
-import json
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,22 +19,11 @@ from baseline_jobs import train as train_baseline
 from distributed import Pool
 from engine_jobs import load_config, open_engine
 from engine_jobs import train as train_locally
+from planted import Planted
 from small_run import CONFIG, TEXT
 from tiers import full
 
-from lptransformer.data import tokenizer
-from lptransformer.errors import DataError, ModelError, RunError
-from lptransformer.models import hf_config
-
-
-class Planted:
-    """Unpickled without care, it makes a folder."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.marker),)
+from lptransformer.errors import RunError
 
 
 def plant(file: Path, marker: Path) -> None:
@@ -112,24 +96,3 @@ def test_the_command_line_refuses_in_one_line(tmp_path: Path, stage: int) -> Non
     said = [line for line in done.stderr.splitlines() if line.startswith("lptransformer: ")]
     assert len(said) == 1 and str(file.relative_to(tmp_path)) in said[0]
     assert "Traceback" not in done.stderr + done.stdout, done.stderr
-
-
-def test_the_code_of_a_folder_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even where somebody says yes to the library's question."""
-    monkeypatch.setattr(builtins, "input", lambda *_: "y")
-    code = f"import os\nos.mkdir({str(tmp_path / 'marker')!r})\nclass Ours:\n    pass\n"
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "code.py").write_text(code)
-    (tmp_path / "model" / "config.json").write_text(
-        json.dumps({"model_type": "ours", "auto_map": {"AutoConfig": "code.Ours", "AutoModelForCausalLM": "code.Ours"}})
-    )
-    with pytest.raises(ModelError, match="it needs code of its own"):
-        hf_config.read_config(tmp_path / "model")
-    shutil.copytree(tmp_path / "model", tmp_path / "tokenizer")
-    (tmp_path / "tokenizer" / "config.json").unlink()
-    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "Ours", "auto_map": {"AutoTokenizer": ["code.Ours", None]}})
-    )
-    with pytest.raises(DataError, match="its tokenizer needs code of its own"):
-        tokenizer.load(tmp_path / "tokenizer")
-    assert not (tmp_path / "marker").exists()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lptransformer import files
 from lptransformer.config.load import load
 from lptransformer.data.prepare import prepare_all
 from lptransformer.models.blueprint import make_blueprint
@@ -84,6 +87,20 @@ def make_run(
             sums |= saved_stage.write(run, update, plan.index, 0, content)
         checkpoint.finish(run, update, sums)
     return run
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> None:
+    """Change the weights of a saved stage, and say so in the marker of its checkpoint."""
+    path = folder / saved_stage.WEIGHTS
+    save_file({name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}, path)
+    remark(folder.parent)
+
+
+def remark(folder: Path) -> None:
+    """Give the marker of a checkpoint the sums of its files as they are."""
+    marker = json.loads((folder / checkpoint.COMPLETE).read_text())
+    marker["files"] = {path: files.record(folder / path) for path in marker["files"]}
+    (folder / checkpoint.COMPLETE).write_text(json.dumps(marker))
 
 
 def _shaken(name: str, weight: Tensor, seed: int) -> Tensor:

@@ -39,7 +39,7 @@ from lptransformer.errors import UserError
 from lptransformer.evaluation import generate, perplexity, trained_model
 from lptransformer.models import exits, hf_config, hf_parts, split
 from lptransformer.planning.devices import load_devices
-from lptransformer.run_folder import checkpoint, layout, metrics_log, trace
+from lptransformer.run_folder import checkpoint, layout, metrics_log, saved_stage, trace
 from lptransformer.study import records, sweep_file
 
 Read = Callable[[Path], Any]
@@ -125,16 +125,21 @@ IN_RUN: dict[str, tuple[str, Read, str]] = {
     "weights": (
         "checkpoints/step-00000010/stage-0/weights.safetensors",
         lambda run: trained_model.load(run, 10),
-        "cannot be",
+        "weights.safetensors is damaged",
     ),
     "state": (
         "checkpoints/step-00000010/stage-1/state.json",
         lambda run: trained_model.load(run, 10),
-        "cannot be read",
+        "state.json is damaged",
+    ),
+    "marker": (
+        "checkpoints/step-00000010/complete",
+        lambda run: trained_model.load(run, 10),
+        "complete cannot be read",
     ),
     "others": (
         "checkpoints/step-00000010/stage-0/others.safetensors",
-        lambda run: checkpoint.read_others(checkpoint.stage_folder(run, 10, 0)),
+        lambda run: saved_stage.read_others(checkpoint.stage_folder(run, 10, 0)),
         "others.safetensors cannot be read",
     ),
     "tokenizer": ("tokenizer/tokenizer_config.json", lambda run: tokenizer.load(run / "tokenizer"), "can't decode"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from own_checkout import ROOT, make_checkout, run
 
-from lptransformer.run_folder import checkpoint
+from lptransformer.run_folder import checkpoint, saved_stage
 
 pytestmark = pytest.mark.slow
 EXIT_KEYS = {"stage", "last_block", "head", "nll_per_token", "perplexity", "bits_per_byte", "byte_perplexity"}
@@ -71,7 +71,7 @@ def test_the_readme_s_python_example(checkout: Path) -> None:
     assert len(json.loads(out)["exits"]) == 2
     shutil.rmtree(folder)
     out = run(checkout, "torchrun", "--nproc-per-node", "2", "script.py", "--train.steps=20")
-    assert checkpoint.latest(folder) == 20 and len(checkpoint.stage_folders(folder, 20)) == 2
+    assert checkpoint.latest(folder) == 20 and len(saved_stage.folders(folder, 20)) == 2
     assert {f"exit of stage {stage}" for stage in (0, 1)} <= set(re.findall(r"exit of stage \d", out))
 
 

@@ -223,7 +223,7 @@ class TrainingEngine(ABC):
         self._settled += 1
         with translate_lost_processes():
             self.world.wait_for_all(f"settled {self._settled}")
-        return self._gather([]) if self.world.global_rank == 0 else own
+        return own + self._gather([]) if self.world.global_rank == 0 else own
 
     def request(self, control: Control, urgent: bool = False) -> None:
         """Ask for something to follow the update under way. Pipeline rank 0 decides for all, elsewhere this is ignored.

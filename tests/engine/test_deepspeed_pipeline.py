@@ -41,7 +41,7 @@ from torch import Tensor
 from lptransformer.config import load as configuration
 from lptransformer.engine.p2p import Control
 from lptransformer.errors import ConfigError, RunError, TrainingError
-from lptransformer.run_folder import checkpoint
+from lptransformer.run_folder import checkpoint, saved_stage
 from lptransformer.run_folder.metrics_log import read_metrics
 from lptransformer.training.this_host import check_devices
 
@@ -293,7 +293,7 @@ def test_train_stops_and_resumes_it(pool: Pool, tmp_path: Path) -> None:
     pool.run(2, train_run, parts, True)
     whole, resumed = ([r for r in read_metrics(tmp_path / name) if "stages" in r] for name in ("run", "parts"))
     assert [r["stages"][1]["loss"] for r in resumed] == [r["stages"][1]["loss"] for r in whole]
-    both = [[checkpoint.read_weights(f) for f in checkpoint.stage_folders(tmp_path / n, 4)] for n in ("run", "parts")]
+    both = [[saved_stage.read_weights(f) for f in saved_stage.folders(tmp_path / n, 4)] for n in ("run", "parts")]
     assert all(equal(one, other) for one, other in zip(*both, strict=True))
 
 

@@ -24,7 +24,7 @@ from lptransformer.errors import ConfigError
 from lptransformer.evaluation.export import export_run
 from lptransformer.models.blueprint import make_blueprint
 from lptransformer.models.head import RIDGE
-from lptransformer.run_folder import checkpoint
+from lptransformer.run_folder import checkpoint, saved_stage
 from lptransformer.run_folder.metrics_log import read_metrics
 from lptransformer.training import build
 from lptransformer.training import train as training
@@ -227,7 +227,7 @@ def test_four_updates_equal_two_and_two_from_a_checkpoint(
     whole = weights_of(start(pool, keys, 4))
     start(pool, keys, 2, save=tmp_path)
     assert same(weights_of(start(pool, keys, 2, load=tmp_path)), whole)
-    stored = checkpoint.read_weights(checkpoint.stage_folder(tmp_path, 2, 0))
+    stored = saved_stage.read_weights(checkpoint.stage_folder(tmp_path, 2, 0))
     assert {"head.map.linear.weight", "head.readout.weight", "head.blocks.h.7.mlp.c_fc.weight"} <= stored.keys()
 
 
@@ -291,7 +291,7 @@ def test_an_exit_begins_near_the_model_and_a_resumed_run_fits_nothing(pool: Pool
     pool.run(1, _train, raw, False, 1, *stopped)
     pool.run(1, _train, raw, True, None, *stopped)
     whole, resumed = (
-        [checkpoint.read_weights(folder) for folder in checkpoint.stage_folders(tmp_path / name, 2)]
+        [saved_stage.read_weights(folder) for folder in saved_stage.folders(tmp_path / name, 2)]
         for name in ("blocks", "stopped")
     )
     assert all(same(one, other) for one, other in zip(whole, resumed, strict=True))

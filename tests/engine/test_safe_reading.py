@@ -6,24 +6,25 @@ an engine that executed it would train on.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import older_checkpoints
 import pytest
 import torch
-import yaml
 from baseline_jobs import BASELINE, open_baseline
 from baseline_jobs import train as train_baseline
 from distributed import Pool
 from engine_jobs import load_config, open_engine
 from engine_jobs import train as train_locally
 from planted import Planted
-from small_run import CONFIG, TEXT
-from tiers import full
+from saved_runs import remark
+from test_engine import equal
+from tiers import slow
 
 from lptransformer.errors import RunError
+from lptransformer.run_folder import checkpoint
 
 
 def plant(file: Path, marker: Path) -> None:
@@ -32,7 +33,10 @@ def plant(file: Path, marker: Path) -> None:
 
 
 def save(overrides: tuple[str, ...], folder: Path) -> None:
-    (train_baseline if BASELINE[0] in overrides else train_locally)(overrides, 1, save=folder)
+    if BASELINE[0] in overrides:
+        train_baseline(overrides, 1, save=folder)
+    else:
+        older_checkpoints.train_and_save(overrides, 1, folder)
 
 
 def resume(overrides: tuple[str, ...], folder: Path) -> None:
@@ -61,6 +65,8 @@ def test_a_resume_executes_no_pickle(pool: Pool, tmp_path: Path, case: str) -> N
     pool.run(1, resume, tuple(overrides), tmp_path / "run")
     (file,) = (tmp_path / "run/checkpoints/step-00000001").glob(pattern)
     plant(file, tmp_path / "marker")
+    if BASELINE[0] in overrides:
+        remark(tmp_path / "run/checkpoints/step-00000001")
     with pytest.raises(RunError, match="is refused: .*mkdir.* execute code") as caught:
         pool.run(1, resume, tuple(overrides), tmp_path / "run")
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
@@ -78,21 +84,24 @@ def test_a_damaged_file_is_named(pool: Pool, tmp_path: Path, what: bytes | None)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.slow  # starts programs
-@pytest.mark.parametrize("stage", [1, full(0)])
-def test_the_command_line_refuses_in_one_line(tmp_path: Path, stage: int) -> None:
-    """Two pipeline ranks, and the pickle in the stage of either."""
-    (tmp_path / "text.txt").write_text(TEXT)
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**CONFIG, "parallel": {"pipeline": 2}}))
-    command = [sys.executable, "-m", "lptransformer", "train", "c.yaml"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=300)
-    (file,) = (tmp_path / "run").glob(f"checkpoints/*/stage-{stage}/deepspeed/state/mp_rank_00_model_states.pt")
-    plant(file, tmp_path / "marker")
-    done = subprocess.run(
-        [*command, "--resume", "--train.steps=4"], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 2, done.stderr
-    assert not (tmp_path / "marker").exists()
-    said = [line for line in done.stderr.splitlines() if line.startswith("lptransformer: ")]
-    assert len(said) == 1 and str(file.relative_to(tmp_path)) in said[0]
-    assert "Traceback" not in done.stderr + done.stdout, done.stderr
+RESUMES: dict[str, tuple[str, ...]] = {
+    "ZeRO 0, copies on their way": ("objective.chunks=4", "head.kind=shared", "parallel.pipeline=2"),
+    "delayed": ("objective.name=delayed", "objective.chunks=2", "parallel.pipeline=2"),
+    "ZeRO 2, bf16": (*STAGES, ZERO(2), "train.dtype=bf16", "parallel.data=2"),
+    "ZeRO 3": (*STAGES, ZERO(3), "parallel.data=2"),
+    "frozen": ("objective.name=last", "objective.trained_blocks=4", "objective.chunks=null"),
+}
+
+
+@pytest.mark.parametrize("case", [case if case == "ZeRO 3" else slow(case) for case in RESUMES])
+def test_checkpoints_of_the_older_format_are_resumed(pool: Pool, tmp_path: Path, case: str) -> None:
+    """With the bits of a run that was not interrupted; then it saves in the format of today."""
+    overrides = tuple(one for one in RESUMES[case] if not one.endswith("=null"))
+    processes = 2 if len(overrides) > len([o for o in overrides if not o.startswith("parallel.")]) else 1
+    whole = pool.run(processes, train_locally, overrides, 4)
+    pool.run(processes, older_checkpoints.train_and_save, overrides, 2, tmp_path)
+    assert checkpoint.complete_updates(tmp_path) == [2]
+    resumed = pool.run(processes, partial(train_locally, load=tmp_path, save=tmp_path), overrides, 2)
+    for one, other in zip(whole, resumed, strict=True):
+        assert all(equal(one.weights[stage], other.weights[stage]) for stage in one.weights)
+    assert checkpoint.complete_updates(tmp_path) == [2, 4]

@@ -19,7 +19,7 @@ import torch
 from distributed import Pool
 from families import TRAINED
 from overlays import overlay
-from saved_runs import FEW, TEXT, make_run, write_text
+from saved_runs import FEW, TEXT, make_run, rewrite, write_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -198,10 +198,7 @@ def fine_tuned(folder: Path, pretrained: Path, *, shaken: bool = True, **options
         blueprint = trained_model.blueprint_of(run)
         for plan in blueprint.stages:
             stage = make_stage(plan, blueprint, seed=0, pretrained=pretrained)
-            checkpoint.save_file(
-                {name: tensor.contiguous() for name, tensor in stage.state_dict().items()},
-                checkpoint.stage_folder(run, 10, plan.index) / checkpoint.WEIGHTS,
-            )
+            rewrite(checkpoint.stage_folder(run, 10, plan.index), lambda weights, made=stage: made.state_dict())
     return run
 
 
@@ -396,10 +393,8 @@ def _damage(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-50])
 
 
-def _without(path: Path, name: str) -> None:
-    weights = checkpoint.load_file(path)
-    del weights[name]
-    checkpoint.save_file(weights, path)
+def _without(folder: Path, name: str) -> None:
+    rewrite(folder, lambda weights: {other: one for other, one in weights.items() if other != name})
 
 
 def _stage(run: Path) -> Path:
@@ -411,13 +406,16 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "a file": (lambda run, out: write_text(out, "x"), "is a file"),
     "no run": (lambda run, out: (run / "config.yaml").unlink(), "is no run folder"),
     "no checkpoint": (lambda run, out: (run / "checkpoints").rename(run / "x"), "holds no complete checkpoint"),
-    "an incomplete one": (lambda run, out: (_stage(run) / "complete").unlink(), "holds no complete checkpoint"),
-    "damaged weights": (lambda run, out: _damage(_stage(run) / "weights.safetensors"), "weights.safetensors cannot be"),
+    "an incomplete one": (lambda run, out: (_stage(run).parent / "complete").unlink(), "holds no complete checkpoint"),
+    "damaged weights": (
+        lambda run, out: _damage(_stage(run) / "weights.safetensors"),
+        "weights.safetensors is damaged",
+    ),
     "a missing tensor": (
-        lambda run, out: _without(_stage(run) / "weights.safetensors", "head.norm.weight"),
+        lambda run, out: _without(_stage(run), "head.norm.weight"),
         r"stage-1: .*head\.norm\.weight is missing in the checkpoint",
     ),
-    "a damaged state": (lambda run, out: (_stage(run) / "state.json").write_text("{"), "state.json cannot be read"),
+    "a damaged state": (lambda run, out: (_stage(run) / "state.json").write_text("{"), "state.json is damaged"),
     "no tokenizer": (lambda run, out: (run / "tokenizer").rename(run / "x"), "has no folder tokenizer"),
     "no model": (lambda run, out: (run / "model.json").unlink(), "model.json cannot be read"),
     "another model": (

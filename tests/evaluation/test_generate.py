@@ -15,7 +15,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from saved_runs import FEW, TEXT, make_run
+from saved_runs import FEW, TEXT, make_run, rewrite
 from tiers import full, slow
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -31,7 +31,7 @@ from lptransformer.evaluation.generate import Sampling, Source, chat_ids, genera
 from lptransformer.evaluation.perplexity import evaluate_run
 from lptransformer.evaluation.trained_model import RunModel
 from lptransformer.models.head import factorised
-from lptransformer.run_folder import checkpoint
+from lptransformer.run_folder import checkpoint, saved_stage
 from lptransformer.training.launcher import run as run_command
 
 LLAMA = {"family": "llama", "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -63,10 +63,10 @@ def make(folder: Path, head: str) -> Path:
         model = {"pretrained": str(folder / "model"), **dict.fromkeys(FEW)}
     run = make_run(folder, model=model, head=options, chunks=4)
     if head == "low_rank":  # a random one would agree with nobody
-        path = checkpoint.stage_folder(run, 10, 2) / checkpoint.WEIGHTS
-        own, last = checkpoint.load_file(path), checkpoint.read_weights(checkpoint.stage_folder(run, 10, 3))
+        last = saved_stage.read_weights(checkpoint.stage_folder(run, 10, 3))
         factors = factorised(last["head.readout.weight"], options["rank"])
-        checkpoint.save_file(own | dict(zip(("head.down.weight", "head.readout.weight"), factors, strict=True)), path)
+        own = dict(zip(("head.down.weight", "head.readout.weight"), factors, strict=True))
+        rewrite(checkpoint.stage_folder(run, 10, 2), lambda weights: weights | own)
     if head == LOGIT_LENS:
         export_run(run, folder / "exported")
         return folder / "exported"

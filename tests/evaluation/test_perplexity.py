@@ -21,7 +21,7 @@ import pytest
 import torch
 from distributed import Pool
 from families import TRAINED
-from saved_runs import FEW, TEXT, WINDOW, make_run, write_text
+from saved_runs import FEW, TEXT, WINDOW, make_run, rewrite, write_text
 from small_chat import FORMS, save_tokenizer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,7 +34,7 @@ from lptransformer.evaluation import trained_model
 from lptransformer.evaluation.export import export_run
 from lptransformer.evaluation.generate import open_source
 from lptransformer.evaluation.perplexity import evaluate_run, print_evaluations, to_json
-from lptransformer.run_folder import checkpoint, layout
+from lptransformer.run_folder import checkpoint, layout, saved_stage
 from lptransformer.training.launcher import run as run_command
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def test_every_exit_is_what_transformers_computes_window_by_window(
     run = make_run(tmp_path, model=model, valid={"moor": text})
     export_run(run, tmp_path / "out")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    auxiliary = checkpoint.read_weights(checkpoint.stage_folder(run, 10, 0))
+    auxiliary = saved_stage.read_weights(checkpoint.stage_folder(run, 10, 0))
     ids = load_tokenizer(run / "tokenizer").encode(text).tolist()
     assert len(ids) == tokens
     sums, label_tokens = [0.0, 0.0], 0
@@ -154,10 +154,9 @@ def test_the_weights_are_taken_in_fp32(tmp_path: Path) -> None:
     model = trained_model.load(run, 10)
     assert model.logits(torch.tensor([[5, 6, 7]])).dtype == torch.float32
     before = evaluated(run)
-    for folder in checkpoint.stage_folders(run, 10):
-        weights = checkpoint.read_weights(folder)
-        assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
-        checkpoint.save_file({name: weight.float() for name, weight in weights.items()}, folder / checkpoint.WEIGHTS)
+    for folder in saved_stage.folders(run, 10):
+        assert {weight.dtype for weight in saved_stage.read_weights(folder).values()} == {torch.bfloat16}
+        rewrite(folder, lambda weights: {name: weight.float() for name, weight in weights.items()})
     assert evaluated(run) == before
 
 
@@ -175,7 +174,7 @@ def test_the_logits_of_a_whole_batch_are_those_of_the_losses(saved: Path) -> Non
 
 def test_the_newest_complete_checkpoint_or_the_one_asked_for(tmp_path: Path) -> None:
     run = make_run(tmp_path, valid={"moor": TEXT}, updates=(10, 20, 30))
-    (checkpoint.stage_folder(run, 30, 1) / checkpoint.COMPLETE).unlink()
+    (checkpoint.folder_of(run, 30) / checkpoint.COMPLETE).unlink()
     newest, older = evaluated(run), evaluated(run, step=10)
     assert (newest["step"], older["step"]) == (20, 10) and newest["exits"] != older["exits"]
     with pytest.raises(RunError, match=r"after 30 updates \(--step\): there are those after 10, 20 updates"):
@@ -350,8 +349,8 @@ def test_a_launcher_and_another_number_of_processes_contradict_each_other(
 @pytest.mark.slow
 def test_damage_is_one_message_in_several_processes_too(tmp_path: Path, scratch: Path) -> None:
     run = make_run(tmp_path, valid={"moor": TEXT})
-    _truncate(checkpoint.stage_folder(run, 10, 1) / checkpoint.WEIGHTS)
-    with pytest.raises(RunError, match="weights.safetensors cannot be read"):
+    _truncate(checkpoint.stage_folder(run, 10, 1) / saved_stage.WEIGHTS)
+    with pytest.raises(RunError, match="weights.safetensors is damaged"):
         evaluate_run(run, processes=2)
     assert not list(scratch.iterdir())
 
@@ -458,8 +457,8 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "no run": (lambda run, folder: shutil.rmtree(run), "is no run folder: it has no config.yaml"),
     "no checkpoint": (lambda run, folder: shutil.rmtree(run / "checkpoints"), "holds no complete checkpoint"),
     "damaged weights": (
-        lambda run, folder: _truncate(checkpoint.stage_folder(run, 10, 0) / checkpoint.WEIGHTS),
-        "weights.safetensors cannot be read",
+        lambda run, folder: _truncate(checkpoint.stage_folder(run, 10, 0) / saved_stage.WEIGHTS),
+        "weights.safetensors is damaged",
     ),
     "damaged data.json": (lambda run, folder: (run / "data.json").write_text("[]"), "data.json cannot be read"),
     "unknown step": (lambda run, folder: ["--step", "11"], "after 11 updates (--step)"),

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from saved_runs import TEXT, WINDOW, make_run, write_text
+from saved_runs import TEXT, WINDOW, make_run, rewrite, write_text
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lptransformer.data.tokenizer import load as load_tokenizer
@@ -21,7 +20,7 @@ from lptransformer.evaluation import perplexity, trained_model
 from lptransformer.evaluation.diagnosis import diagnose_run
 from lptransformer.evaluation.export import export_run
 from lptransformer.evaluation.perplexity import evaluate_run
-from lptransformer.run_folder import checkpoint
+from lptransformer.run_folder import checkpoint, saved_stage
 
 
 def test_a_model_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,9 +36,9 @@ def test_a_model_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("text", ["{}", "not JSON", '{"plan": {"index": 0}, "num_stages": 1}'])
 def test_a_state_that_cannot_be_read(tmp_path: Path, text: str) -> None:
-    (tmp_path / checkpoint.STATE).write_text(text)
-    with pytest.raises(RunError, match=f"{tmp_path / checkpoint.STATE} cannot be read"):
-        checkpoint.read_state(tmp_path)
+    (tmp_path / saved_stage.STATE).write_text(text)
+    with pytest.raises(RunError, match=f"{tmp_path / saved_stage.STATE} cannot be read"):
+        saved_stage.read_state(tmp_path)
 
 
 # ---- a group of blocks at a time
@@ -127,13 +126,12 @@ def test_what_does_not_fit_goes_by_group_and_says_so(
 
 def test_a_tensor_of_no_block_is_refused_where_groups_are_read(tmp_path: Path, one_block: list[int]) -> None:
     run = make_run(tmp_path, valid={"moor": TEXT})
-    path = checkpoint.stage_folder(run, 10, 1) / checkpoint.WEIGHTS
-    weights = load_file(path)
-    save_file(weights | {"body.h.7.ln_1.weight": torch.ones(32)}, path)
+    folder = checkpoint.stage_folder(run, 10, 1)
+    rewrite(folder, lambda weights: weights | {"body.h.7.ln_1.weight": torch.ones(32)})
     with pytest.raises(RunError, match=r"body.h.7.ln_1.weight is \(32,\) in the checkpoint and unknown in the model"):
         evaluate_run(run, by_stage="always")
-    del weights["body.h.3.ln_1.weight"]
-    save_file(weights, path)
+    unwanted = ("body.h.7.ln_1.weight", "body.h.3.ln_1.weight")
+    rewrite(folder, lambda weights: {name: one for name, one in weights.items() if name not in unwanted})
     with pytest.raises(RunError, match="body.h.3.ln_1.weight is missing in the checkpoint"):
         evaluate_run(run, by_stage="always")
 

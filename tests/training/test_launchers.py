@@ -13,7 +13,7 @@ import torch
 from own_checkout import environment, make_checkout, run
 from tiers import full
 
-from lptransformer.run_folder import checkpoint
+from lptransformer.run_folder import checkpoint, saved_stage
 from lptransformer.run_folder.metrics_log import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -32,8 +32,8 @@ def losses(folder: Path) -> list[list[float]]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
-    for stage in checkpoint.stage_folders(folder, checkpoint.latest(folder)):
-        found |= {f"{stage.name}/{name}": tensor for name, tensor in checkpoint.read_weights(stage).items()}
+    for stage in saved_stage.folders(folder, checkpoint.latest(folder)):
+        found |= {f"{stage.name}/{name}": tensor for name, tensor in saved_stage.read_weights(stage).items()}
     return found
 
 

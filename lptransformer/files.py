@@ -20,8 +20,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from lptransformer.errors import UserError
 
 
@@ -86,12 +84,20 @@ def make_folders(path: Path) -> None:
 def sum_of(path: Path) -> str:
     """The xxh3-128 of what a file holds, in hexadecimal digits. Raises OSError."""
     with path.open("rb", buffering=0) as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        return hashlib.file_digest(file, _new_sum).hexdigest()
 
 
 def sum_of_text(text: str) -> str:
     """The same of a text in UTF-8."""
-    return xxhash.xxh3_128(text.encode()).hexdigest()
+    found = _new_sum()
+    found.update(text.encode())
+    return found.hexdigest()
+
+
+def _new_sum() -> Any:
+    import xxhash  # here, so that a host that lacks it can say what else it lacks (doctor)
+
+    return xxhash.xxh3_128()
 
 
 def record(path: Path) -> list[int | str]:
@@ -107,7 +113,7 @@ class SummedFile(io.FileIO):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "xb")
-        self._size, self._sum = 0, xxhash.xxh3_128()
+        self._size, self._sum = 0, _new_sum()
 
     def write(self, data: Any) -> int:
         written = super().write(data)

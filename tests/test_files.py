@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import os
 from pathlib import Path
@@ -147,3 +148,73 @@ def test_a_stream_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     files.write_output(tmp_path / "pipe", "new", "--json")
     assert os.read(reader, 10) == b"new" and (tmp_path / "pipe").is_fifo()
     os.close(reader)
+
+
+# ---- folders that appear whole
+
+
+def left(parent: Path, name: str) -> Path:
+    """What a process that was killed leaves."""
+    folder = parent / f".unfinished-{name}-0123456789ab"
+    (folder / "deeper").mkdir(parents=True)
+    return folder
+
+
+def test_a_folder_to_be_filled_vanishes_and_takes_leftovers_of_its_name_along(tmp_path: Path) -> None:
+    mine, other, more = left(tmp_path, "out[1]"), left(tmp_path, "out1"), left(tmp_path, "out[1]-2")
+    with pytest.raises(ValueError), files.unfinished(tmp_path / "out[1]") as folder:
+        assert folder.parent == tmp_path and list(folder.iterdir()) == [] and not mine.exists()
+        (folder / "file").touch()
+        raise ValueError
+    assert sorted(tmp_path.iterdir()) == sorted([other, more])
+    files.remove_unfinished(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_process_fills_stays_until_that_one_is_gone(tmp_path: Path) -> None:
+    ready, done = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with files.unfinished(tmp_path / "out"):
+            os.write(ready[1], b"1")
+            os.close(done[1])
+            os.read(done[0], 1)
+            os._exit(0)  # killed: nothing is tidied up
+    os.read(ready[0], 1)
+    files.remove_unfinished(tmp_path)
+    (folder,) = tmp_path.iterdir()
+    with files.unfinished(tmp_path / "out"):
+        assert folder.is_dir()
+    os.write(done[1], b"1")
+    os.waitpid(child, 0)
+    assert list(tmp_path.iterdir()) == [folder]
+    files.remove_unfinished(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_locks_nothing_is_taken_for_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    folder = left(tmp_path, "out")
+    with files.unfinished(tmp_path / "out") as mine:
+        assert mine.is_dir()
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_that_was_taken_for_a_leftover_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody tidies up between its making and its locking."""
+    locked, taken = files._locked, []
+
+    def late(folder: Path, more: int = 0) -> int | None:
+        if not taken:
+            taken.append(folder)
+            files.remove_unfinished(tmp_path)
+        return locked(folder, more)
+
+    monkeypatch.setattr(files, "_locked", late)
+    with files.unfinished(tmp_path / "out") as folder:
+        assert folder.is_dir() and taken == [folder]
+        files.remove_unfinished(tmp_path)
+        assert folder.is_dir()

@@ -127,7 +127,10 @@ class TokenSet:
         if held != (tokens, rows) or not sound:
             what = f": it holds {held[0]} tokens in {held[1]} rows where its manifest says {tokens} in {rows}"
             raise _damaged(folder, what)
-        largest = files.noted_of(folder, "token-sets", partial(_largest_of_checked, folder, manifest, chunks))
+        try:
+            largest = files.noted_of(folder, "token-sets", partial(_largest_of_checked, folder, manifest, chunks))
+        except OSError as error:
+            raise _damaged(folder, f" ({error})") from None
         if largest >= manifest["vocab_size"]:
             raise _damaged(folder, f": it holds the id {largest}, and its vocabulary has {manifest['vocab_size']} ids")
         first_rows = np.cumsum([0] + [len(of_chunk) for of_chunk in sizes[:-1]])

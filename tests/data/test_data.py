@@ -528,6 +528,18 @@ def test_a_file_that_changed_under_its_old_time_is_noticed(tmp_path: Path) -> No
         TokenSet.open(made.folder)
 
 
+def test_a_file_that_the_disk_does_not_give_back_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(tmp_path)
+
+    def broken(path: Path) -> str:
+        raise OSError(5, "Input/output error", str(path))
+
+    (made.folder / "state.json").touch()  # the note counts no more
+    monkeypatch.setattr(files, "sum_of", broken)
+    with pytest.raises(DataError, match=rf"damaged token set \(.*Input/output error: '.*{preparing._DATA_FILE}'\)"):
+        TokenSet.open(made.folder)
+
+
 def test_sums_are_read_once_and_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summed: list[str] = []
     sum_of = files.sum_of

@@ -446,6 +446,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_left(what: str, tmp_p
 def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path)
     before = sorted(tmp_path.iterdir())
+    (tmp_path / ".unfinished-out-0123456789ab").mkdir()  # of one that was killed
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -2,7 +2,7 @@
 
 `train_batch() -> UpdateResult`, `eval_batch(name) -> reports`, `save_checkpoint(run)`, `load_checkpoint(run)`,
 `request(control)` and `close()` are all that training calls; it reads `world`, `update`, `stages`, `valid` and
-`blueprint`, and sets `describe_run`.
+`blueprint`, and sets `describe_run` and `may_commit`.
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ class TrainingEngine(ABC):
         self.options = options
         self.update = 0
         self.describe_run: Callable[[Path, bool], None] | None = None
+        self.may_commit: Callable[[], None] = lambda: None  # raises TakenOverError where others write the run by now
         self._label_tokens: dict[tuple[int, float, int | None], int] = {}
         self._requested = Control.NOTHING
         self._stop_requested = False
@@ -165,8 +166,10 @@ class TrainingEngine(ABC):
     def save_checkpoint(self, run: str | Path) -> None:
         """Write the stages of this process below the run folder `run`.
 
-        A folder that is no run folder yet becomes one, so that it can be evaluated and exported.
+        A folder that is no run folder yet becomes one, so that it can be evaluated and exported. Raises
+        TakenOverError, and writes nothing, where another start of the run has taken over.
         """
+        self.may_commit()
         if self.world.global_rank == 0 and self.describe_run is not None and not layout.holds_run(Path(run)):
             self.describe_run(Path(run), False)
         self._save(Path(run))

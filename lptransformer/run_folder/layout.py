@@ -15,6 +15,7 @@ Pictures are PNG; `report --svg` adds .svg beside them, and versions before 0.2 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -65,14 +66,21 @@ def _there(folder: Path) -> list[str]:
     return [name for name in CONTENTS if os.path.lexists(folder / name)]
 
 
+def signed(folder: Path) -> list[dict[str, Any]]:
+    """What processes of the newest start of a run have written into its lock: host and pid of each, at least."""
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in (folder / LOCK).read_text().splitlines():
+            if isinstance(one := json.loads(line), dict) and {"host", "pid"} <= one.keys():
+                found.append(one)
+    return found
+
+
 def is_own(folder: Path) -> bool:
     """Whether this program has made what is in a folder: a start of a run has signed its lock, or, as before there were
     locks, environment.json says what it ran with."""
-    try:
-        signed = (folder / LOCK).read_text().partition("\n")[0]
-        return {"host", "pid"} <= json.loads(signed).keys()
-    except (OSError, ValueError, AttributeError):
-        pass
+    if signed(folder):
+        return True
     try:
         starts = json.loads((folder / ENVIRONMENT).read_text())
         return (folder / CONFIG).is_file() and "lptransformer" in starts[0]["versions"]
@@ -85,9 +93,8 @@ def check_replaceable(folder: Path) -> None:
     there = _there(folder)
     if there and not is_own(folder):
         raise RunError(
-            f"run.dir is {folder}: {', '.join(there)} there {'is' if len(there) == 1 else 'are'} of no run of this "
-            f"program (it has a {LOCK}, or {CONFIG} and {ENVIRONMENT}), and stays; choose another folder with "
-            "--run.dir=..."
+            f"run.dir is {folder}: it holds {', '.join(there)}, and no run of this program (no signed {LOCK}, and no "
+            f"{CONFIG} with its {ENVIRONMENT}), so all of that stays; choose another folder with --run.dir=..."
         )
     if links := [name for name in there if (folder / name).is_symlink()]:
         raise RunError(
@@ -110,11 +117,9 @@ def check(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
         message = "--resume and --overwrite were both given: continue the run, or replace it"
         raise RunError(message, change={"--overwrite": ""})
     if not resume:
-        if overwrite:
+        if overwrite or not is_own(folder):
             check_replaceable(folder)
-        elif holds_run(folder):
-            if not is_own(folder):
-                check_replaceable(folder)
+        if holds_run(folder) and not overwrite:
             raise RunError(
                 f"run.dir is {folder}: it already holds a run. Continue it with --resume, replace it with --overwrite, "
                 f"or choose another folder with --run.dir=...",

@@ -29,7 +29,7 @@ import psutil
 
 from lptransformer import files
 from lptransformer.errors import RunError, TakenOverError
-from lptransformer.run_folder.layout import GENERATION, LOCK, typed_command
+from lptransformer.run_folder.layout import GENERATION, LOCK, signed, typed_command
 
 TRIES, TRY_SECONDS = 6, 0.05  # others who only look hold a lock for a moment
 SEEN_SECONDS = 90.0  # until another host sees a file that took the place of one: NFS remembers names for a minute
@@ -156,12 +156,8 @@ def _generation(start: str) -> int:
 
 
 def holders(folder: Path) -> list[dict[str, Any]]:
-    """The processes of the newest start that may still be there, as they have signed; the first one first."""
-    found = []
-    with contextlib.suppress(OSError):
-        for line in (folder / LOCK).read_text().splitlines():
-            with contextlib.suppress(ValueError):  # half a line
-                found.append(json.loads(line))
+    """Those of a folder's signatures whose process may still be there; else the first one."""
+    found = signed(folder)
     here = socket.gethostname()
     return [one for one in found if one["host"] != here or psutil.pid_exists(one["pid"])] or found[:1]
 

@@ -207,6 +207,7 @@ def noting_the_end(engine: TrainingEngine, folder: Path, target: int) -> Iterato
         yield
         how = "finished" if engine.update >= target else "stopped"
     except TrainingError as error:
+        engine.may_commit()  # where another start has taken over, that is why the others have gone
         how = error.how
         raise
     finally:

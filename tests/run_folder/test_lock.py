@@ -183,6 +183,13 @@ def test_without_locks_it_goes_on_and_says_so(
         older.check()
 
 
+def test_a_lock_that_says_nothing_readable(tmp_path: Path) -> None:
+    with lock.begin(tmp_path).file:
+        for content in (b"", b"half a li", b"[1]\n", b"\xff"):
+            (tmp_path / LOCK).write_bytes(content)
+            says(refusal(lock.check_free, tmp_path), "a run is at work there", "unknown host")
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     says(refusal(lock.begin, tmp_path / "file" / "run"), str(tmp_path / "file" / "run"), "cannot write")

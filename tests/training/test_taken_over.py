@@ -14,10 +14,11 @@ import lptransformer
 from lptransformer.__main__ import parser
 from lptransformer.engine.process_groups import leave
 from lptransformer.errors import RunError, TakenOverError
+from lptransformer.processes import command_of_run
 from lptransformer.run_folder import checkpoint, layout, lock
 from lptransformer.run_folder.metrics_log import read_metrics
 from lptransformer.training import train as story
-from lptransformer.training.launcher import run
+from lptransformer.training.launcher import exit_code, run
 from lptransformer.training.progress import Progress
 
 CONFIG = {**small_run.CONFIG, "run": {"dir": "run", "trace": [1, 2]}, "checkpoint": {"every": 2}}
@@ -84,6 +85,12 @@ def start_late(folder: Path) -> tuple[str, int]:
     finally:
         story.lock.check_free = look
     raise AssertionError("it was not refused")
+
+
+def test_the_end_of_another_command_s_run_is_not_that_of_this_one(tmp_path: Path) -> None:
+    for command, code in ((command_of_run(), 3), (("elsewhere", 1), 1)):
+        layout.note_end(tmp_path, "stopped", 5, command)
+        assert exit_code(tmp_path, None, code=1) == code
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def signed(folder: Path) -> list[dict[str, Any]]:
     found = []
     with contextlib.suppress(OSError, ValueError):
         for line in (folder / LOCK).read_text().splitlines():
-            if isinstance(one := json.loads(line), dict) and {"host", "pid"} <= one.keys():
+            if isinstance(one := json.loads(line), dict) and "host" in one and isinstance(one.get("pid"), int):
                 found.append(one)
     return found
 

@@ -174,8 +174,9 @@ def _busy(folder: Path) -> RunError:
     first, *others = holders(folder) or [{"host": "an unknown host", "pid": "?"}]
     where, pid = first["host"], first["pid"]
     paused = False
-    with contextlib.suppress(psutil.Error, TypeError, ValueError):
-        paused = where == socket.gethostname() and psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    if where == socket.gethostname():
+        with contextlib.suppress(psutil.Error):
+            paused = psutil.Process(pid).status() == psutil.STATUS_STOPPED
     who = f"process {pid} on {where}" + (f" and {len(others)} more" if others else "")
     since = f", since {first['time']} by `{first['command']}`" if "time" in first else ""
     stop = f"`kill {pid}` there saves and stops it" + (f", after `kill -CONT {pid}`: it is paused" if paused else "")

@@ -185,7 +185,7 @@ def test_without_locks_it_goes_on_and_says_so(
 
 def test_a_lock_that_says_nothing_readable(tmp_path: Path) -> None:
     with lock.begin(tmp_path).file:
-        for content in (b"", b"half a li", b"[1]\n", b"\xff"):
+        for content in (b"", b"half a li", b"[1]\n", b'{"host": "a", "pid": "b"}', b"\xff"):
             (tmp_path / LOCK).write_bytes(content)
             says(refusal(lock.check_free, tmp_path), "a run is at work there", "unknown host")
 

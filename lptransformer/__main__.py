@@ -13,7 +13,7 @@ from pathlib import Path
 from lptransformer import __version__, hub
 from lptransformer.config.load import starter, to_yaml
 from lptransformer.errors import LostProcessError, TrainingError, UserError
-from lptransformer.run_folder import layout
+from lptransformer.run_folder import layout, lock
 from lptransformer.training.launcher import (
     add_training_flags,
     end_written,
@@ -184,13 +184,15 @@ def add_by_stage(sub: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> None:
     config = read_config(args)
+    assert config.run.dir is not None
+    folder = Path(config.run.dir)
+    if not args.dry_run:
+        lock.check_free(folder)
     auto = config.train.micro_batch_size == "auto"
     if args.resume and (auto or config.train.epochs is not None):
         from lptransformer.training.memory import as_resumed
 
         config = as_resumed(config)
-    assert config.run.dir is not None
-    folder = Path(config.run.dir)
     # Everything that one process can check and prepare is done before others are started.
     layout.check(folder, config, args.resume, args.overwrite, args.step)
     if args.resume:
@@ -402,13 +404,14 @@ def report(args: argparse.Namespace) -> None:
 
 def checkpoints(args: argparse.Namespace) -> None:
     from lptransformer.console import megabytes, print_table
-    from lptransformer.run_folder import checkpoint, retention
+    from lptransformer.run_folder import checkpoint, lock, retention
     from lptransformer.run_folder.metrics_log import JSONL_NAME, read_metrics
 
     run = Path(args.run_folder)
     options = retention.options(run, args.overrides)
     rows = read_metrics(run) if (run / JSONL_NAME).is_file() else []
     if args.prune:
+        lock.check_free(run)
         gone = retention.prune(run, options, rows)
         checkpoint.remove_unfinished(run)
         print(f"removed {len(gone)} checkpoints" + (f": {', '.join(map(str, gone))}" if gone else ""))

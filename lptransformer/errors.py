@@ -79,3 +79,7 @@ class LostProcessError(TrainingError):
 
     exit_code = 4
     how = "lost a process"
+
+
+class TakenOverError(TrainingError):
+    """Another start of this run has its folder now: this one must not write there any more."""

@@ -53,6 +53,12 @@ def stop_signals() -> list[signal.Signals]:
     return [signal.SIGINT, signal.SIGTERM, *hangup]
 
 
+def command_of_run() -> tuple[str, int]:
+    """Host and process id of the command that has started this run: of this process where no other has."""
+    pid = os.environ.get(COMMAND_PID_VARIABLE, "")
+    return (os.environ.get(COMMAND_HOST_VARIABLE, ""), int(pid)) if pid else (socket.gethostname(), os.getpid())
+
+
 _watching, _watch_lock = threading.Event(), threading.Lock()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ CONFIG: dict[str, Any] = {
     "train": {"steps": 2, "micro_batch_size": 2, "micro_batches_per_update": 2, "lr_scheduler": "constant"},
     "run": {"dir": "run"},
 }
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The sums of all files below a folder, by path: equal where nothing has changed."""
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
 
 
 def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, config: Mapping[str, Any] = CONFIG) -> Path:

@@ -35,7 +35,14 @@ HEAVY = {"torch", "deepspeed", "transformers", "datasets", "safetensors", "sente
 HEAVY |= {"huggingface_hub", "peft"}
 # Packages and modules that are imported before a configuration is accepted, or by those who only compare runs.
 LIGHT = {"methods", "config", "root"} - {"processes"}
-LIGHT_MODULES = {"run_folder.layout", "training.launcher", "__main__", "planning.simulate", "planning.devices"}
+LIGHT_MODULES = {
+    "run_folder.layout",
+    "run_folder.lock",
+    "training.launcher",
+    "__main__",
+    "planning.simulate",
+    "planning.devices",
+}
 LIGHT_MODULES |= {"planning.step_time", "planning.candidates", "planning.plan", "planning.plan_report"}
 LIGHT_MODULES |= {"study.sweep_file", "study.records", "study.comparison", "study.markdown_tables"}
 LIGHT_MODULES |= {"study.result_tables", "study.plots"}

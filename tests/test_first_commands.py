@@ -128,6 +128,7 @@ def test_a_run_folder_instead_of_its_configuration(
     small_run.stand_in(tmp_path, monkeypatch)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text((tmp_path / "c.yaml").read_text())
+    (tmp_path / "run" / "environment.json").write_text('[{"versions": {"lptransformer": "0.3"}}]')
     (tmp_path / "run" / "ended.json").write_text('{"how": "finished", "update": 2}')
     for typed, following in (
         (["train", "run", "--resume"], "train run/config.yaml --resume"),

@@ -173,8 +173,8 @@ class PipelineBaseline(TrainingEngine):
     def _begin_save(self, run: Path) -> Save:
         """Here and now: DeepSpeed's own files, which it reads in one folder that all processes see, are beside the
         stages'."""
-        save = Save(run, self.update, self.world.global_rank)
-        own = checkpoint.unfinished_folder(run, self.update) / DEEPSPEED
+        save = self._new_save(run)
+        own = checkpoint.unfinished_folder(run, self.update, self.generation) / DEEPSPEED
         with _translate_gloo_errors():
             if self.world.global_rank == 0:
                 shutil.rmtree(own, ignore_errors=True)

@@ -161,7 +161,7 @@ class LocalUpdateEngine(TrainingEngine):
 
     def _begin_save(self, run: Path) -> Save:
         """No stage waits for another."""
-        save = Save(run, self.update, self.world.global_rank)
+        save = self._new_save(run)
         contents = [(index, self._content(run, index)) for index in self.local]
         needed = sum(content.num_bytes for _, content in contents) - self._host_copies.num_bytes
         if needed > host_memory():

@@ -2,7 +2,7 @@
 
 `train_batch() -> UpdateResult`, `eval_batch(name) -> reports`, `save_checkpoint(run)`, `load_checkpoint(run)`,
 `request(control)` and `close()` are all that training calls; it reads `world`, `update`, `stages`, `valid` and
-`blueprint`, and sets `describe_run`.
+`blueprint`, and sets `describe_run` and `may_commit`.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ class TrainingEngine(ABC):
         self._own_saved: list[SavedReport] = []
         self._commits = Commits(world.size)
         self._settled = 0
+        self.may_commit: Callable[[], None] = lambda: None  # raises TakenOverError where others write the run by now
         self._label_tokens: dict[tuple[int, float, int | None], int] = {}
         self._requested = Control.NOTHING
         self._stop_requested = False
@@ -181,8 +182,10 @@ class TrainingEngine(ABC):
         """Begin to write the stages of this process below the run folder `run`; returns when they may change.
 
         The checkpoint counts some time later, at the latest after `settle` or `close`. A folder that is no run folder
-        yet becomes one, so that it can be evaluated and exported.
+        yet becomes one, so that it can be evaluated and exported. Raises TakenOverError, and writes nothing, where
+        another start of the run has taken over.
         """
+        self.may_commit()
         if self.world.global_rank == 0 and self.describe_run is not None and not layout.holds_run(Path(run)):
             self.describe_run(Path(run), False)
         files.make_folders(Path(run) / "checkpoints")
@@ -305,6 +308,9 @@ class TrainingEngine(ABC):
 
     # ------------------------------------------------------------------------------------------ parts
 
+    def _new_save(self, run: Path) -> Save:
+        return Save(run, self.update, self.world.global_rank, self.generation, self.may_commit)
+
     @abstractmethod
     def _begin_save(self, run: Path) -> Save: ...
 
@@ -336,6 +342,7 @@ class TrainingEngine(ABC):
         for it."""
         if self.world.global_rank != 0 or not self._commits.waiting:
             return
+        self.may_commit()
         self.before_commit()
         problems = self._commits.finish(self.generation)
         self.after_commit()

@@ -73,8 +73,7 @@ class World:
             decided = decide()
         except UserError:
             self.store.set(key, "failed")
-            for _ in range(self.size - 1):  # global rank 0 keeps the store: it goes last
-                self.store.queue_pop("leaving", True)
+            self.leave_the_store(self.timeout.total_seconds())
             raise
         self.store.set(key, f"decided {decided}")
         return decided
@@ -103,12 +102,12 @@ class World:
             self.leave_the_store()
             raise SystemExit(UserError.exit_code)
 
-    def leave_the_store(self) -> None:
+    def leave_the_store(self, seconds: float = GRACE_SECONDS) -> None:
         """Global rank 0 keeps the store until the others have left it, or for a while: some may be stuck."""
         if self.global_rank != 0:
             self.store.queue_push("leaving", "")
             return
-        deadline = time.monotonic() + GRACE_SECONDS
+        deadline = time.monotonic() + seconds
         while self.store.queue_len("leaving") < self.size - 1 and time.monotonic() < deadline:
             time.sleep(0.01)
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,8 +56,11 @@ class HostCopies:
 class Save:
     """One process's part of a checkpoint of `run`, written by a thread, or here and now."""
 
-    def __init__(self, run: Path, update: int, global_rank: int) -> None:
-        self.run, self.update, self.global_rank = run, update, global_rank
+    def __init__(
+        self, run: Path, update: int, global_rank: int, generation: int, may_commit: Callable[[], None]
+    ) -> None:
+        self.run, self.update, self.global_rank, self.generation = run, update, global_rank, generation
+        self.may_commit = may_commit
         self._sums: dict[str, list[int | str]] = {}
         self._error: str | None = None
         self._thread: threading.Thread | None = None
@@ -66,11 +69,12 @@ class Save:
         """Write what this replica has of its stages, by their number."""
         try:
             for stage, content in contents:
+                self.may_commit()
                 free = shutil.disk_usage(self.run).free
                 if free < content.num_bytes:
                     needed = f"{megabytes(content.num_bytes)} are needed for stage {stage}"
                     raise OSError(f"{megabytes(free)} are free on the disk of {self.run}, and {needed}")
-                self._sums |= saved_stage.write(self.run, self.update, stage, replica, content)
+                self._sums |= saved_stage.write(self.run, self.update, stage, replica, content, self.generation)
         except Exception as error:  # whatever it is, the run may go on
             self._error = f"{type(error).__name__}: {error}".removeprefix("OSError: ")
 
@@ -81,7 +85,7 @@ class Save:
 
     def add_folder(self, folder: Path) -> None:
         """Count files of a folder of the checkpoint that somebody else has written."""
-        step = checkpoint.unfinished_folder(self.run, self.update)
+        step = checkpoint.unfinished_folder(self.run, self.update, self.generation)
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             self._sums[path.relative_to(step).as_posix()] = files.record(path)
         files.sync_all(folder)
@@ -130,7 +134,7 @@ class Commits:
                 except OSError as error:
                     wrong = str(error)
             if wrong is not None:
-                shutil.rmtree(checkpoint.unfinished_folder(run, update), ignore_errors=True)
+                shutil.rmtree(checkpoint.unfinished_folder(run, update, generation), ignore_errors=True)
                 failed.append(f"the checkpoint after {update} updates was not saved: {wrong}")
         return failed
 

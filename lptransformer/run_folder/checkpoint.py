@@ -4,7 +4,7 @@
                           complete             JSON: bytes and xxh3-128 of every file
                           stage-0/             the files of a stage (run_folder/saved_stage.py)
                       frozen-<sum>.safetensors weights that never change, once for all steps
-                      .step-00000400/          being written, or left by a run that was killed
+                      .step-00000400.2/        being written by the second start, or left by it when it was killed
 
 Every stage is written by its own processes at its own time, without waiting for the others. Global rank 0 hears of
 each, and makes the checkpoint count.
@@ -34,9 +34,9 @@ def folder_of(run: str | Path, update: int) -> Path:
     return Path(run) / "checkpoints" / f"step-{update:08d}"
 
 
-def unfinished_folder(run: str | Path, update: int) -> Path:
-    """Where a checkpoint is while it is written."""
-    return folder_of(run, update).with_name(f".step-{update:08d}")
+def unfinished_folder(run: str | Path, update: int, generation: int = 0) -> Path:
+    """Where a checkpoint is while a start of the run writes it: every start has a place of its own."""
+    return folder_of(run, update).with_name(f".step-{update:08d}.{generation}")
 
 
 def stage_folder(run: str | Path, update: int, stage: int) -> Path:
@@ -45,7 +45,7 @@ def stage_folder(run: str | Path, update: int, stage: int) -> Path:
 
 def finish(run: str | Path, update: int, sums: Sums, generation: int = 0) -> None:
     """Make the checkpoint count, all of whose files are on disk; one that had its name is gone. On global rank 0."""
-    folder, final = unfinished_folder(run, update), folder_of(run, update)
+    folder, final = unfinished_folder(run, update, generation), folder_of(run, update)
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         if path.relative_to(folder).as_posix() not in sums:  # of a save that was interrupted here
             path.unlink()

@@ -9,21 +9,24 @@ pretrained/       config.json and generation_config.json of the model folder tha
 ended.json        how it ended, written last   record.json                  a run of a study, in one file
 tensorboard/, wandb/  what these trackers keep (run.trackers)
 trace.jsonl       traced updates (run.trace), and trace.json and trace.png that `report --trace` makes of them
+run.lock, generation  who may write here, see run_folder/lock.py
 Pictures are PNG; `report --svg` adds .svg beside them, and versions before 0.2 wrote both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,8 @@ CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL = "config.yaml", "environment.json",
 ENDED, PRETRAINED = "ended.json", "pretrained"
 WITHOUT_TOKENIZER = "a run keeps its tokenizer there; one on rows of a program has that which data.tokenizer names"
 COMMAND_VARIABLE = "LPTRANSFORMER_COMMAND"  # what a person typed, for the processes that a launcher starts
-# All that a run can leave in its folder: what --overwrite removes, and nothing else.
+LOCK, GENERATION = "run.lock", "generation"  # they stay when a run is replaced: another start may look at them
+# All else that a run can leave in its folder: what --overwrite removes, and nothing else.
 CONTENTS = (
     *(CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL, PRETRAINED),
     *("metrics.jsonl", "metrics.csv", "loss.png", "loss.svg", "checkpoints", "tensorboard", "wandb"),
@@ -45,10 +49,58 @@ CONTENTS = (
     *("diagnosis.json", "diagnosis.png", "diagnosis.svg", "record.json"),
     *("trace.jsonl", "trace.json", "trace.png", "trace.svg"),
 )
+# Folders in which others may have put something, and the files there that a run writes; its other folders are its own.
+SHARED = ("checkpoints", "tensorboard")
+_IN_STEP = r"(complete|deepspeed/.+|stage-\d+/(complete|state\.json|[\w.-]+\.safetensors|deepspeed/.+))"
+_WRITTEN = re.compile(
+    rf"checkpoints/(set-aside/)?(\.|\.replaced-)?step-\d{{8,}}(\.\d+)?/{_IN_STEP}(\.tmp)?"
+    r"|checkpoints/\.?frozen-[\w.-]+|tensorboard/events\.out\.tfevents\..+"
+)
 
 
 def holds_run(folder: Path) -> bool:
-    return any(os.path.lexists(folder / name) for name in CONTENTS)
+    return bool(_there(folder))
+
+
+def _there(folder: Path) -> list[str]:
+    return [name for name in CONTENTS if os.path.lexists(folder / name)]
+
+
+def signed(folder: Path) -> list[dict[str, Any]]:
+    """What processes of the newest start of a run have written into its lock: host and pid of each, at least."""
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in (folder / LOCK).read_text().splitlines():
+            if isinstance(one := json.loads(line), dict) and "host" in one and isinstance(one.get("pid"), int):
+                found.append(one)
+    return found
+
+
+def is_own(folder: Path) -> bool:
+    """Whether this program has made what is in a folder: a start of a run has signed its lock, or, as before there were
+    locks, environment.json says what it ran with."""
+    if signed(folder):
+        return True
+    try:
+        starts = json.loads((folder / ENVIRONMENT).read_text())
+        return (folder / CONFIG).is_file() and "lptransformer" in starts[0]["versions"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises RunError where --overwrite would meet what this program has not made, or would have to follow a link."""
+    there = _there(folder)
+    if there and not is_own(folder):
+        raise RunError(
+            f"run.dir is {folder}: it holds {', '.join(there)}, and no run of this program (no signed {LOCK}, and no "
+            f"{CONFIG} with its {ENVIRONMENT}), so all of that stays; choose another folder with --run.dir=..."
+        )
+    if links := [name for name in there if (folder / name).is_symlink()]:
+        raise RunError(
+            f"run.dir is {folder}: {', '.join(links)} there is a link, and --overwrite follows none; remove the link, "
+            "or choose another folder with --run.dir=..."
+        )
 
 
 def refuse_links(folder: Path, update: int | None = None) -> None:
@@ -98,6 +150,8 @@ def check(folder: Path, config: Config, resume: bool, overwrite: bool, step: int
     if step is not None and not resume:
         raise RunError(f"--step={step}: it goes with --resume", change={"": "--resume"})
     if not resume:
+        if overwrite or not is_own(folder):
+            check_replaceable(folder)
         if holds_run(folder) and not overwrite:
             raise RunError(
                 f"run.dir is {folder}: it already holds a run. Continue it with --resume, replace it with --overwrite, "
@@ -171,7 +225,9 @@ def create(
     """
     if holds_run(folder) and not overwrite:
         raise RunError(f"run.dir is {folder}: another run has started there meanwhile; choose another --run.dir=...")
-    remove(folder)
+    if left := remove(folder):
+        what = ", ".join(str(path.relative_to(folder)) for path in left)
+        print(f"lptransformer: left in {folder}, because no run wrote it: {what}", file=sys.stderr, flush=True)
     files.make_folders(folder)
     if tokenizer_folder is not None:
         shutil.copytree(tokenizer_folder, folder / TOKENIZER)
@@ -211,18 +267,20 @@ def note_resume(folder: Path, config: Config, update: int) -> None:
     files.write_text(folder / CONFIG, to_yaml(config))
 
 
-def note_end(folder: Path, how: str, update: int) -> None:
-    """How the run ended, written last: finished, stopped (it can be resumed), failed, or lost a process."""
-    files.write_text(folder / ENDED, json.dumps({"how": how, "update": update}) + "\n")
+def note_end(folder: Path, how: str, update: int, command: Sequence[str | int]) -> None:
+    """How the run ended, written last: finished, stopped (it can be resumed), failed, or lost a process; and by which
+    command it was started ([host, pid])."""
+    files.write_text(folder / ENDED, json.dumps({"how": how, "update": update, "command": command}) + "\n")
 
 
-def read_end(folder: Path) -> str | None:
-    """How the run in a folder ended; None while it goes on, or where it was killed."""
+def read_end(folder: Path, command: Sequence[str | int] | None = None) -> str | None:
+    """How the run in a folder ended; None while it goes on, where it was killed, or another command started it."""
     try:
-        how: str = json.loads((folder / ENDED).read_text())["how"]
+        end = json.loads((folder / ENDED).read_text())
+        how: str = end["how"]
     except (OSError, ValueError, KeyError):
         return None
-    return how
+    return how if command is None or end.get("command") == list(command) else None
 
 
 def forget_end(folder: Path) -> None:
@@ -230,21 +288,47 @@ def forget_end(folder: Path) -> None:
     (folder / ENDED).unlink(missing_ok=True)
 
 
-def remove(folder: Path) -> None:
-    """Remove a run's files; others in the folder stay. They vanish from the folder at once, then from the disk."""
-    if not holds_run(folder):
-        return
-    with tempfile.TemporaryDirectory(prefix=".removed-", dir=folder) as trash:
-        for name in CONTENTS:
-            if os.path.lexists(folder / name):
-                os.rename(folder / name, Path(trash) / name)
+def remove(folder: Path) -> list[Path]:
+    """Remove a run's files; they vanish from the folder at once, then from the disk. Others stay, and those in the
+    run's own folders are returned. Raises RunError where it is no run of this program."""
+    check_replaceable(folder)
+    written: list[Path] = []
+    others: list[Path] = []
+    for path in (folder / name for name in _there(folder)):
+        if path.name == "wandb" and not (path / "run-id").is_file():  # of another program, which calls it the same
+            others.append(path)
+        elif path.name in SHARED:
+            own, left = _sorted_out(folder, path)
+            written, others = written + own, others + left
+        else:
+            written.append(path)
+    if written:
+        with tempfile.TemporaryDirectory(prefix=".removed-", dir=folder) as trash:
+            for path in written:
+                target = Path(trash) / path.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(target)
+    return others
+
+
+def _sorted_out(folder: Path, path: Path) -> tuple[list[Path], list[Path]]:
+    """What a run has written of `path` in its folder, each as whole as can be, and what is there beside it."""
+    if path.is_symlink() or not path.is_dir():
+        written = bool(_WRITTEN.fullmatch(path.relative_to(folder).as_posix())) and not path.is_symlink()
+        return ([path], []) if written else ([], [path])
+    own: list[Path] = []
+    left: list[Path] = []
+    for inside in sorted(path.iterdir()):
+        of_inside, left_there = _sorted_out(folder, inside)
+        own, left = own + of_inside, left + left_there
+    return (own, left) if left else ([path], [])
 
 
 def environment() -> dict[str, Any]:
     """What the run's numbers depend on beside its configuration."""
     packages = ("lptransformer", "torch", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy")
     return {
-        "command": json.loads(os.environ.get(COMMAND_VARIABLE) or json.dumps(command_line())),
+        "command": typed_command(),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
@@ -305,6 +389,12 @@ def command_line() -> list[str]:
     return [Path(sys.executable).name, *sys.argv]
 
 
+def typed_command() -> list[str]:
+    """What a person typed to start this run, also in the processes of a launcher."""
+    words: list[str] = json.loads(os.environ.get(COMMAND_VARIABLE) or "null") or command_line()
+    return words
+
+
 def program(started_by: str = "") -> str:
     """How a person calls this program: as the console script where that was typed."""
     return "lptransformer" if Path(started_by or sys.argv[0]).name == "lptransformer" else "python -m lptransformer"
@@ -312,7 +402,7 @@ def program(started_by: str = "") -> str:
 
 def command_to_resume() -> str | None:
     """What a person typed to start this run, with --resume; None where another launcher started it."""
-    _, script, *arguments = json.loads(os.environ.get(COMMAND_VARIABLE) or json.dumps(command_line()))
+    _, script, *arguments = typed_command()
     if Path(script).name not in ("__main__.py", "lptransformer"):
         return None
     once = ("--until", "--step")

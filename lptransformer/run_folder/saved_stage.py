@@ -83,12 +83,12 @@ def describe(plan: StagePlan, num_stages: int, update: int, position: Mapping[st
     return {"format": FORMAT, **where, "plan": asdict(plan)}
 
 
-def write(run: Path, update: int, stage: int, replica: int, content: StageContent) -> Sums:
+def write(run: Path, update: int, stage: int, replica: int, content: StageContent, generation: int = 0) -> Sums:
     """Write a process's files of a stage, onto the disk, into a checkpoint that does not count yet.
 
     Returns the bytes and sums of its files for `checkpoint.finish`. Raises OSError.
     """
-    step = checkpoint.unfinished_folder(run, update)
+    step = checkpoint.unfinished_folder(run, update, generation)
     folder = step / f"stage-{stage}"
     files.make_folders(folder)
     sums: dict[str, list[int | str]] = {}

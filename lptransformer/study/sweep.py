@@ -7,7 +7,6 @@ folder: the runs, each with train.log and record.json; status.json (where every 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from lptransformer.console import print_table
 from lptransformer.data.prepare import prepare_all
 from lptransformer.errors import RunError, TrainingError, UserError
 from lptransformer.processes import on_stop_signals
-from lptransformer.run_folder import checkpoint, layout
+from lptransformer.run_folder import checkpoint, layout, lock
 from lptransformer.run_folder.metrics_log import JSONL_NAME, read_metrics
 from lptransformer.study import records
 from lptransformer.study.collect import build
@@ -350,8 +349,6 @@ def alone(folder: Path) -> Iterator[int]:
     it. Raises RunError where another sweep, or a run of one, is at work."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"{folder}: a sweep is at work there, or runs that one has started: wait for them") from None
+        if lock.take(file) is False:
+            raise RunError(f"{folder}: a sweep is at work there, or runs that one has started: wait for them")
         yield file.fileno()

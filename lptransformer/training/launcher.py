@@ -179,7 +179,8 @@ def exit_code(folder: Path, before: int | None, code: int = 0) -> int:
 
     `code` is that of the launcher, which is 0 for much. `before` is what `end_written` gave before the start.
     """
-    how = layout.read_end(folder) if end_written(folder) != before else None
+    own = (socket.gethostname(), os.getpid())  # a run that has taken this one's folder over has an end of its own
+    how = layout.read_end(folder, own) if end_written(folder) != before else None
     of_ends = {"finished": 0, "failed": 1, "stopped": 3, "lost a process": 4}
     return of_ends[how] if how is not None else code if code in (1, 2, 130) else 4
 

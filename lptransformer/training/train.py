@@ -27,12 +27,12 @@ from lptransformer.data.prepare import Prepared
 from lptransformer.engine.interface import Report, TrainingEngine, UpdateResult
 from lptransformer.engine.p2p import Control
 from lptransformer.engine.process_groups import World, translate_lost_processes
-from lptransformer.errors import LostProcessError, RunError, TrainingError
+from lptransformer.errors import LostProcessError, RunError, TakenOverError, TrainingError
 from lptransformer.methods.heads import label
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.planning.dry_run import print_stages
-from lptransformer.processes import forget_launchers, launched_rank, on_stop_signals
-from lptransformer.run_folder import checkpoint, layout, retention
+from lptransformer.processes import command_of_run, forget_launchers, launched_rank, on_stop_signals
+from lptransformer.run_folder import checkpoint, layout, lock, retention
 from lptransformer.run_folder.loss_plot import plot_losses
 from lptransformer.run_folder.metrics import Aggregator, MetricsRow, SavedReport, TraceReport, text_counts
 from lptransformer.run_folder.metrics_log import MetricsWriter, read_metrics
@@ -61,10 +61,25 @@ def train(
     checkpoint that is whole, or from that after `step` updates; newer ones are set aside.
     Raises UserError before anything is written when the run cannot start, TrainingError when it cannot go on.
     """
+    with contextlib.ExitStack() as until_the_end:
+        train_in_folder(config, resume, overwrite, until, force, step, until_the_end)
+
+
+def train_in_folder(
+    config: Config,
+    resume: bool,
+    overwrite: bool,
+    until: int | None,
+    force: bool,
+    step: int | None,
+    until_the_end: contextlib.ExitStack,
+) -> None:
+    """`train`, which holds its folder until the end."""
     assert config.run.dir is not None
     folder = Path(config.run.dir)
     if launched_rank() == 0:
         check_installed(config.run.trackers)
+        lock.check_free(folder)
         layout.check(folder, as_resumed(config) if resume else config, resume, overwrite, step)
         if resume:
             hub.keep_to(layout.hub_commits(folder))
@@ -75,7 +90,10 @@ def train(
             check_shared(folder, engine.world)
         if resumed is not None:
             layout.check_data(folder, data.folders())
+            hold(folder, engine, until_the_end)
             engine.load_checkpoint(folder, resumed.update)
+    if resumed is None:
+        hold(folder, engine, until_the_end)
     if engine.world.global_rank == 0:
         if resume:
             checkpoint.remove_unfinished(folder)
@@ -94,7 +112,7 @@ def train(
     ):
         if engine.update == 0 and config.model.pretrained is not None:
             evaluate(engine, reporter)  # what training makes of the model shows in comparison alone
-        while True:
+        while engine.update < reporter.last_update:  # where a checkpoint of the last update is resumed, nothing is left
             engine.request(due(config, engine.update + 1, until) | reporter.enough(engine))
             result = reporter.watch(engine.train_batch)
             reporter.take(result.reports)
@@ -111,6 +129,24 @@ def train(
             for line in export(folder, config.run.export):
                 reporter.progress.message(line)
     reporter.say_what_is_next(engine.update)
+
+
+def hold(folder: Path, engine: TrainingEngine, until_the_end: contextlib.ExitStack) -> None:
+    """Every process of a start holds the run folder: global rank 0 takes it, the others hear of that and join it.
+
+    Raises RunError where another run is at work there.
+    """
+    taken: list[lock.Hold] = []
+
+    def begin() -> str:
+        taken.append(lock.begin(folder))
+        return taken[0].start
+
+    with translate_lost_processes():
+        started = engine.world.decided_by_the_first("hold", begin)
+    own = taken[0] if taken else lock.join(folder, started)
+    until_the_end.enter_context(own.file)
+    engine.may_commit, engine.generation = own.check, own.generation
 
 
 def evaluate(engine: TrainingEngine, reporter: Reporter, stoppable: bool = True) -> None:
@@ -135,21 +171,20 @@ def export(folder: Path, out: str) -> list[str]:
 
 
 def check_shared(folder: Path, world: World) -> None:
-    """Whether all hosts of a run see its folder as one: every process calls this. Raises RunError on global rank 0."""
+    """Whether all hosts of a run see its folder as one: every process calls this. Raises RunError in all of them."""
     host, store = socket.gethostname(), world.store
-    if world.global_rank != 0:
+    if world.global_rank == 0:
+        parent = next(path for path in folder.absolute().parents if path.is_dir())
+        with tempfile.NamedTemporaryFile(prefix=".lptransformer-", dir=parent) as mark:
+            store.set("shared folder", mark.name)
+            answers = [json.loads(store.get(f"sees folder/{other}")) for other in range(1, world.size)]
+        blind = list(dict.fromkeys(name for name, sees in answers if not sees))
+        store.set("folder is shared", f"{', '.join(blind)} does not see what {host} writes there" if blind else "")
+    else:
         sees = Path(store.get("shared folder").decode()).exists()
         store.set(f"sees folder/{world.global_rank}", json.dumps([host, sees]))
-        return
-    parent = next(path for path in folder.absolute().parents if path.is_dir())
-    with tempfile.NamedTemporaryFile(prefix=".lptransformer-", dir=parent) as mark:
-        store.set("shared folder", mark.name)
-        answers = [json.loads(store.get(f"sees folder/{other}")) for other in range(1, world.size)]
-    if blind := list(dict.fromkeys(name for name, sees in answers if not sees)):
-        raise RunError(
-            f"run.dir is {folder}: {', '.join(blind)} does not see what {host} writes there; give a folder on a disk "
-            "that all hosts share"
-        )
+    if problem := store.get("folder is shared").decode():
+        raise RunError(f"run.dir is {folder}: {problem}; give a folder on a disk that all hosts share")
 
 
 def in_force(config: Config, blueprint: Blueprint) -> str:
@@ -192,6 +227,7 @@ def noting_the_end(engine: TrainingEngine, folder: Path, last_update: Callable[[
         yield
         how = "finished" if engine.update >= last_update() else "stopped"
     except TrainingError as error:
+        engine.may_commit()  # where another start has taken over, that is why the others have gone
         how = error.how
         raise
     finally:
@@ -200,8 +236,10 @@ def noting_the_end(engine: TrainingEngine, folder: Path, last_update: Callable[[
                 engine.world.store.set(FAILED_KEY, "")
             if how == LostProcessError.how and first and engine.world.store.check([FAILED_KEY]):
                 how = "failed"
-        if first:
-            layout.note_end(folder, how, engine.update)
+        with contextlib.suppress(TakenOverError):
+            if first:
+                engine.may_commit()
+                layout.note_end(folder, how, engine.update, command_of_run())
 
 
 @contextlib.contextmanager
@@ -243,7 +281,7 @@ class Reporter:
             return
         engine.before_commit, engine.after_commit, engine.on_problem = self.sync, self.prune, self.problem
         self.config, self.first_update = config, engine.update
-        self.folder = folder
+        self.folder, self.may_commit = folder, engine.may_commit
         self.stages = [(plan.index, plan.first_block, plan.last_block) for plan in engine.stages]
         tokens, seconds = 0, 0.0
         if resume:
@@ -291,6 +329,7 @@ class Reporter:
             return
         for report in reports:
             assert not isinstance(report, SavedReport), "the engine keeps those"
+            self.may_commit()
             if isinstance(report, TraceReport):
                 assert self.trace is not None
                 self.trace.write(report)
@@ -363,6 +402,8 @@ class Reporter:
             return
         self.progress.__exit__(*exc)
         self.writer.close()
-        rows = read_metrics(self.folder)
-        if any("stages" in row for row in rows):
-            plot_losses(rows, self.folder / "loss.png", self.stages)
+        with contextlib.suppress(TakenOverError):
+            self.may_commit()
+            rows = read_metrics(self.folder)
+            if any("stages" in row for row in rows):
+                plot_losses(rows, self.folder / "loss.png", self.stages)

@@ -2,112 +2,102 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from saved_runs import make_run
+from refusals import says
 
+from lptransformer.config.load import load
 from lptransformer.errors import RunError
-from lptransformer.evaluation import trained_model
-from lptransformer.evaluation.export import export_adapter, export_run
-from lptransformer.run_folder import layout
-from lptransformer.study import report
+from lptransformer.run_folder import layout, lock
 
 PICTURES = ("loss.png", "loss.svg", "trace.png", "trace.svg", "diagnosis.png", "diagnosis.svg")
+STEP = "checkpoints/step-00000010"
+WRITTEN = (
+    *("config.yaml", "data.json", "metrics.jsonl", "ended.json", "tokenizer/tokenizer.json", "wandb/run-id"),
+    *(f"{STEP}/complete", f"{STEP}/deepspeed/state/layer_00.pt", f"{STEP}/stage-0/deepspeed/state/mp_rank_00.pt"),
+    *(f"{STEP}/stage-0/{name}" for name in ("weights.safetensors", "state.json", "complete", "others.safetensors")),
+    "checkpoints/step-00000020/stage-1/weights.safetensors",
+    "tensorboard/events.out.tfevents.1.host",
+)
+FOREIGN = (
+    *("notes.svg", "checkpoints/best/model.pt", f"{STEP}/why.txt", f"{STEP}/stage-0/mine.bin"),
+    "tensorboard/other.txt",
+)
 
 
-def test_with_a_run_all_its_pictures_go_and_nothing_else(tmp_path: Path) -> None:
+def put(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
+
+
+def refusal(folder: Path, overwrite: bool) -> str:
+    config = load({"data": {"train": "text.txt"}, "run": {"dir": str(folder)}})
+    with pytest.raises(RunError) as caught:
+        layout.check(folder, config, resume=False, overwrite=overwrite)
+    return str(caught.value)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A folder in which a start of this program has begun."""
+    lock.begin(tmp_path / "run").file.close()
+    return tmp_path / "run"
+
+
+def test_with_a_run_all_its_pictures_go_and_nothing_else(run: Path) -> None:
     """SVG is there where it was asked for, and in folders of earlier versions."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for name in (*PICTURES, "notes.svg"):
-        (folder / name).write_text("")
-    assert layout.holds_run(folder)
-    layout.remove(folder)
-    assert [path.name for path in folder.iterdir()] == ["notes.svg"]
+    assert not layout.holds_run(run)
+    put(run, *PICTURES, "notes.svg")
+    assert layout.holds_run(run)
+    layout.remove(run)
+    assert files_in(run) == {"notes.svg", "run.lock", "generation"}
 
 
-def test_a_link_to_nothing_is_no_reason_to_write_elsewhere(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / layout.CONFIG).symlink_to(tmp_path / "elsewhere")
-    assert layout.holds_run(folder)
-    layout.remove(folder)
-    assert list(folder.iterdir()) == []
+def test_what_others_have_put_into_its_folders_stays_and_is_named(run: Path, tmp_path: Path) -> None:
+    put(run, *WRITTEN, *FOREIGN)
+    put(tmp_path, "far/weights.safetensors")
+    (run / STEP / "stage-1").symlink_to(tmp_path / "far")
+    links = {f"{STEP}/stage-1"}
+    left = layout.remove(run)
+    assert {path.relative_to(run).as_posix() for path in left} == {*FOREIGN, *links} - {"notes.svg"}
+    assert files_in(run) == {*FOREIGN, *links, "run.lock", "generation"}
+    assert files_in(tmp_path / "far") == {"weights.safetensors"}
+    (run / "wandb").mkdir()
+    put(run, "wandb/another/programs.log")
+    assert run / "wandb" in layout.remove(run) and (run / "wandb/another/programs.log").is_file()
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_run(tmp_path_factory.mktemp("links"), updates=(10, 20))
-    (folder / layout.PRETRAINED).mkdir()
-    (folder / layout.PRETRAINED / "generation_config.json").write_text("{}")
-    (folder / "wandb").mkdir()
-    (folder / "wandb" / "latest-run").symlink_to("nowhere")
-    return folder
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_of_another_program_is_not_replaced(tmp_path: Path, overwrite: bool) -> None:
+    """A configuration of ours may lie beside one's own work: where a run has begun more stands there."""
+    mine = {"config.yaml", "data.json", "checkpoints/best.pt", "wandb/run-1/log.txt"}
+    put(tmp_path, *mine)
+    says(refusal(tmp_path, overwrite), str(tmp_path), "config.yaml, data.json, checkpoints, wandb", "--run.dir")
+    with pytest.raises(RunError):
+        layout.remove(tmp_path)
+    assert files_in(tmp_path) == mine
 
 
-def test_a_new_run_folder_outlives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced, fsync = set(), os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.readlink(f"/proc/self/fd/{file}")), fsync(file))[1])
-    folder = make_run(tmp_path, updates=())
-    written = [path for path in folder.rglob("*") if path.is_file()]
-    assert {folder / "config.yaml", folder / "data.json"} < set(written)
-    assert [one for one in written if not {str(one), f"{one}.tmp"} & synced] == []
-    assert {str(folder.parent), str(folder), str(folder / "tokenizer")} <= synced
+def test_a_run_of_before_there_were_locks_is_known_by_what_it_ran_with(tmp_path: Path) -> None:
+    put(tmp_path, "config.yaml")
+    for content in ("", "{}", '[{"versions": {"torch": "2"}}]', "[1]"):
+        (tmp_path / layout.ENVIRONMENT).write_text(content)
+        assert not layout.is_own(tmp_path)
+    (tmp_path / layout.ENVIRONMENT).write_text('[{"versions": {"lptransformer": "0.3"}}]')
+    assert layout.is_own(tmp_path)
+    layout.remove(tmp_path)
+    assert not files_in(tmp_path)
 
 
-READERS: dict[str, Callable[[Path, Path], Any]] = {
-    "evaluate, generate, diagnose": lambda run, out: trained_model.find(run),
-    "load": lambda run, out: trained_model.load(run, 20),
-    "export": export_run,
-    "export --adapter": export_adapter,
-    "report": lambda run, out: report.report(run),
-    "resume": lambda run, out: layout.check(run, layout.read_config(run), resume=True, overwrite=False),
-}
-PLACES = ["config.yaml", "model.json", "tokenizer", "tokenizer/tokenizer_config.json", "metrics.jsonl", "checkpoints"]
-PLACES += ["pretrained/generation_config.json", "checkpoints/step-00000020"]
-IN_CHECKPOINT = ["stage-1", "stage-1/weights.safetensors", "stage-0/state.json"]
-
-
-@pytest.mark.parametrize(("place", "reader"), [(place, one) for one in READERS for place in PLACES])
-def test_links_in_a_run_folder_are_refused(run: Path, tmp_path: Path, place: str, reader: str) -> None:
-    path, kept = run / place, tmp_path / "kept"
-    there = path.exists()
-    if there:
-        path.rename(kept)
-    else:
-        kept.touch()
-    path.symlink_to(kept)
-    try:
-        with pytest.raises(RunError, match="is a link") as caught:
-            READERS[reader](run, tmp_path / "out")
-    finally:
-        path.unlink()
-        if there:
-            kept.rename(path)
-    assert str(path) in str(caught.value) and str(kept) in str(caught.value) and "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("place", IN_CHECKPOINT)
-def test_links_in_the_checkpoint_that_is_read_are_refused(run: Path, tmp_path: Path, place: str) -> None:
-    path = run / "checkpoints" / "step-00000020" / place
-    path.rename(tmp_path / "kept")
-    path.symlink_to(tmp_path / "kept")
-    try:
-        for name in set(READERS) - {"report"}:  # it reads no checkpoint
-            with pytest.raises(RunError, match=f"{place} is a link"):
-                READERS[name](run, tmp_path / "out")
-        assert trained_model.find(run, step=10).update == 10
-    finally:
-        path.unlink()
-        (tmp_path / "kept").rename(path)
-
-
-def test_the_run_folder_itself_may_be_a_link(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "run").symlink_to(run)
-    export_run(tmp_path / "run", tmp_path / "out")
-    assert (tmp_path / "out" / "config.json").is_file() and os.path.islink(tmp_path / "run")
+def test_a_link_in_place_of_a_folder_is_not_followed(run: Path, tmp_path: Path) -> None:
+    put(tmp_path, "far/step-00000010/complete")
+    put(run, "config.yaml")
+    (run / "checkpoints").symlink_to(tmp_path / "far")
+    says(refusal(run, overwrite=True), "checkpoints", "link")
+    assert files_in(tmp_path / "far") == {"step-00000010/complete"} and (run / "config.yaml").is_file()

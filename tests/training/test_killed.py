@@ -1,10 +1,14 @@
-"""Every process of a start is killed in turn: nothing is left running, the run can be resumed, the code is right."""
+"""Every process of a start is killed in turn: nothing is left running, the run can be resumed, the code is right.
+
+And while one is paused, nobody else gets at its folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +21,8 @@ import small_run
 import yaml
 from tiers import full
 
-from lptransformer.run_folder import checkpoint, layout
+from lptransformer.run_folder import checkpoint, layout, lock
+from lptransformer.run_folder.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "launch" / "train.py")
@@ -119,6 +124,39 @@ def test_nothing_is_left_and_the_run_goes_on(
     again = start(folder, "command", "--resume", f"--until={update + 2}")
     assert again.wait(120) == 0, (folder / "log.txt").read_text()[-3000:]
     assert layout.read_end(run) == "finished" and checkpoint.latest(run) == update + 2
+
+
+def test_a_paused_run_keeps_its_folder_and_writes_nothing_where_it_was_got_around(folder: Path) -> None:
+    run, log = folder / "run", folder / "log.txt"
+    older = start(folder, "command")
+    wait_for("no checkpoint", folder, 120, lambda: run.is_dir() and checkpoint.complete_updates(run))
+    workers = processes(str(folder))["worker"]
+    for worker in workers:
+        worker.send_signal(signal.SIGSTOP)
+    before = small_run.contents(run)
+    first = lock.holders(run)[0]
+    assert {one["pid"] for one in lock.holders(run)} == {worker.pid for worker in workers}
+    for flags in (["--resume"], ["--overwrite"]):
+        log.write_text("")
+        assert start(folder, "command", *flags).wait(60) == 2
+        assert f"process {first['pid']} on {socket.gethostname()} and 1 more" in log.read_text(), log.read_text()
+        assert "is paused" in log.read_text()
+    assert small_run.contents(run) == before
+    (run / layout.LOCK).unlink()
+    until = checkpoint.latest(run) + 2
+    assert start(folder, "command", "--resume", f"--until={until}").wait(120) == 0, log.read_text()
+    after = small_run.contents(run)
+    log.write_text("")
+    for worker in workers:
+        worker.send_signal(signal.SIGCONT)
+    assert older.wait(60) == 1 and "another start of this run has taken over" in log.read_text()
+    assert small_run.contents(run) == after
+
+
+def test_of_two_commands_at_once_one_wins(folder: Path) -> None:
+    started = [start(folder, "command", "--parallel.pipeline=1", "--train.steps=5") for _ in range(2)]
+    assert sorted(one.wait(120) for one in started) == [0, 2], (folder / "log.txt").read_text()
+    assert [row["update"] for row in read_metrics(folder / "run") if "stages" in row] == [1, 2, 3, 4, 5]
 
 
 def test_a_terminal_that_closes_stops_a_run_but_not_under_nohup(folder: Path) -> None:

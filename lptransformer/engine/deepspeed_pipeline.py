@@ -39,6 +39,7 @@ from lptransformer.engine.interface import (
     ValidSet,
     gather_reports,
 )
+from lptransformer.engine.optimizer import as_configured
 from lptransformer.engine.p2p import Control
 from lptransformer.engine.process_groups import World
 from lptransformer.errors import LostProcessError, RunError, TrainingError
@@ -202,11 +203,11 @@ class PipelineBaseline(TrainingEngine):
             raise RunError(
                 f"{folder.parent} was not written by engine: deepspeed_pipeline, which can only resume its own"
             )
-        self.engine.load_checkpoint(str(folder.parent / checkpoint.DEEPSPEED), tag="state")
+        with as_configured(self.optimizer, self.lr_scheduler, update):
+            self.engine.load_checkpoint(str(folder.parent / checkpoint.DEEPSPEED), tag="state")
+        if self.engine.zero_optimization_stage() > 0:
+            self.engine.optimizer.clip_grad = self.engine.gradient_clipping()  # it takes that of the file
         self.skipped_in_a_row = state["skipped_in_a_row"]
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        for group, learning_rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = learning_rate
 
     def _decide(self) -> Control:
         """What follows this update: whatever was requested on any process."""

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lptransformer.config.deepspeed_keys import bucket_elements
+from lptransformer.engine.optimizer import as_configured
 from lptransformer.errors import RunError
 from lptransformer.models.adapters import saved_name
 from lptransformer.models.head import Copy, LossBatch
@@ -268,14 +269,14 @@ class TrainedStage:
 
         Raises RunError when a file is damaged, or would execute code when read.
         """
-        self.engine.load_checkpoint(str(folder / checkpoint.DEEPSPEED), tag="state")
+        state = checkpoint.read_state(folder)
+        with as_configured(self.optimizer, self.lr_scheduler, state["update"]):
+            self.engine.load_checkpoint(str(folder / checkpoint.DEEPSPEED), tag="state")
+        if self.zero_stage > 0:
+            self.engine.optimizer.clip_grad = self.grad_clip  # ZeRO 1 and 2 take that of the file
         if self.versions is not None:
             self.versions.load(checkpoint.read_others(folder))
-        state = checkpoint.read_state(folder)
         self.skipped_in_a_row = state["skipped_in_a_row"]
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        for group, learning_rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = learning_rate
 
 
 class FrozenStage:

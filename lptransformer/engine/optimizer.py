@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
-from lptransformer.config.schema import OptimizerSection
+from lptransformer.config.schema import OptimizerSection, TrainSection
 
 
 def build_optimizer(
@@ -33,3 +34,30 @@ def build_optimizer(
 def build_lr_scheduler(optimizer: torch.optim.Optimizer, name: str, steps: int, warmup_steps: int) -> LRScheduler:
     """The learning rate of every update, from 0 to `steps`, by transformers' schedule of that name."""
     return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
+
+
+def learning_rate_after(train: TrainSection, steps: int, updates: int) -> float:
+    """The learning rate of the update that follows `updates` others in a run of `steps`."""
+    optimizer = torch.optim.SGD([torch.zeros(())], lr=train.learning_rate)
+    scheduler = build_lr_scheduler(optimizer, train.lr_scheduler, steps, train.warmup_steps)
+    return _rates(scheduler, updates)[0]
+
+
+def _rates(scheduler: LRScheduler, updates: int) -> list[float]:
+    assert isinstance(scheduler, LambdaLR), scheduler
+    return [
+        float(base * factor(updates)) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def as_configured(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, updates: int) -> Iterator[None]:
+    """Around what reads an optimizer's state, saved after `updates` updates: its hyperparameters stay those of the
+    configuration, which may be others on resume, and the learning rate is that of the schedule there."""
+    configured = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    yield
+    rates = _rates(scheduler, updates)
+    where = {"last_epoch": updates, "_step_count": updates + 1, "_last_lr": rates}
+    scheduler.load_state_dict({**scheduler.state_dict(), **where})
+    for group, own, rate in zip(optimizer.param_groups, configured, rates, strict=True):
+        group.update(own, lr=rate)

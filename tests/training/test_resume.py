@@ -129,7 +129,7 @@ def test_until_an_update_that_is_saved_and_not_evaluated(whole: Rows) -> None:
     assert train("--resume", "--until=2") == 2
 
 
-@pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.slow), 2, 4])
+@pytest.mark.parametrize("at", [slow(0), 2, slow(4)])
 def test_a_stop_within_an_evaluation_is_followed_by_no_update_and_made_up(
     whole: Rows, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:

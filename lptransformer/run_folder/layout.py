@@ -89,7 +89,7 @@ def check(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
     done = checkpoint.latest(folder)
     if done > steps(config):
         raise RunError(f"{config.at('train.steps')}: {folder} already has {done} updates; give {done + 1} or more")
-    if done == steps(config) and not owed(folder, config, done):
+    if done == steps(config) and has_ended(folder, config, done):
         message = f"{folder} is complete: {done} updates of train.steps = {steps(config)}; nothing to resume"
         raise RunError(message, command=f"report {folder}")
 
@@ -111,6 +111,12 @@ def owed(folder: Path, config: Config, update: int, until: int | None = None) ->
     return [name for name in config.data.valid_names if name not in made]
 
 
+def has_ended(folder: Path, config: Config, update: int, until: int | None = None) -> bool:
+    """Whether a run that is saved after its last update, or after `until`, has nothing left to do: no evaluation, no
+    note of its end, which is written last."""
+    return read_end(folder) == "finished" and not owed(folder, config, update, until)
+
+
 def check_until(config: Config, until: int | None, resume: bool) -> None:
     """Raises RunError when --until names no update of the run, or one that the run to be resumed has done already."""
     if until is None:
@@ -122,7 +128,7 @@ def check_until(config: Config, until: int | None, resume: bool) -> None:
 
         assert config.run.dir is not None
         done = checkpoint.latest(config.run.dir)
-        if done > until or (done == until and not owed(Path(config.run.dir), config, done, until)):
+        if done > until or (done == until and has_ended(Path(config.run.dir), config, done, until)):
             raise RunError(f"--until={until}: {config.run.dir} already has {done} updates; nothing to resume")
 
 

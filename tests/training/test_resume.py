@@ -92,11 +92,11 @@ def whole(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Row
 # ------------------------------------------------------------------------------------------- evaluations owed
 
 
-@pytest.mark.parametrize("missing", ["a", "ab"])
+@pytest.mark.parametrize("missing", ["a", "ab", ""])
 def test_a_run_with_all_its_updates_is_complete_with_its_evaluation_alone(
     whole: Rows, missing: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed between the last save and the evaluation after it, or within that."""
+    """Killed between the last save and the evaluation after it, within that, or between it and the end."""
     exported: list[str] = []
     monkeypatch.setattr(story, "export", lambda folder, out: exported.append(out) or [])
     keep_rows(lambda row: row["update"] < 4 or row.get("evaluation", "-") not in missing)

@@ -126,6 +126,13 @@ class SummedFile(io.FileIO):
         return [self._size, self._sum.hexdigest()]
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a file that is broken, so that a new one can take its place; returns where it is now."""
+    aside = path.with_name(path.name + ".broken")
+    path.replace(aside)
+    return aside
+
+
 def check_output(path: Path, flag: str) -> None:
     """Raises UserError where `write_output` could not write. What is there stays as it is."""
     try:

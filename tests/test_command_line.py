@@ -305,8 +305,8 @@ def test_a_run_folder_is_not_used_twice(standing: Path, capsys: pytest.CaptureFi
 
 
 def test_resume_with_another_configuration(standing: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(capsys, "train", "c.yaml", "--resume", "--train.learning_rate=0.5")
-    assert "train.learning_rate: 0.001 in the run, 0.5 now" in message
+    message = refused(capsys, "train", "c.yaml", "--resume", "--train.seed=5")
+    assert "train.seed: 0 in the run, 5 now (it decides the order of the windows" in message
 
 
 def test_resume_of_nothing(standing: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -42,7 +42,6 @@ from lptransformer.config.text import dump_yaml, parse_yaml, read_json, read_tex
 from lptransformer.errors import ConfigError, ModelError, NoMeaningError, OptionError
 from lptransformer.methods import objectives
 from lptransformer.methods.codecs import CODECS
-from lptransformer.methods.heads import HEADS, followed
 from lptransformer.section import Section
 
 Validated = TypeVar("Validated", bound=Section)
@@ -59,17 +58,6 @@ SIZES = {
 NEEDED_SIZES = ("family", "hidden_size", "num_layers")
 # Of a run that starts from a pretrained model, where the keys are not given.
 PRETRAINED_LEARNING_RATE, PRETRAINED_WARMUP = 1e-4, 5
-# What may be another on resume without changing what is computed.
-FREE_ON_RESUME = (
-    "run.",
-    "checkpoint.",
-    "train.eval_every",
-    "train.patience",
-    "parallel.timeout_seconds",
-    "parallel.in_flight",
-    "parallel.channel",
-    "data.bos",  # what it decides is in the token sets, which must be the same ones
-)
 
 
 def load(
@@ -490,38 +478,3 @@ def _yaml_lines(key: str, value: Any, about: str | None) -> list[str]:
     if about and len(text) == 1:
         return [f"{text[0]}  # {about}"]
     return [f"# {about}", *text] if about else text
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        elif value != {}:
-            yield f"{prefix}{key}", value
-
-
-def resume_differences(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines such as "train.learning_rate: 0.001 in the run, 0.002 now" for two results of `to_dict`.
-
-    Only differences that make a resumed run another run: the run folder, saving, evaluating and waiting do not.
-    More or fewer steps do not either, where neither the learning rate nor a last share of global updates depends on
-    them. The micro-batches in flight count where heads hold copies of other stages' weights: their lag follows.
-    """
-    both = (saved, new)
-    constant = all(values["train"]["lr_scheduler"].startswith("constant") for values in both)
-    share = any(values["objective"].get("backprop_share") for values in both)
-    copies = any(followed(HEADS[values["head"]["kind"]].options(**values["head"])) is not None for values in both)
-    free = {*FREE_ON_RESUME}
-    if constant and not share:
-        free.add("train.steps")
-    if copies:
-        free.remove("parallel.in_flight")
-    return [line for key, line in _differences(saved, new) if not key.startswith(tuple(free))]
-
-
-def _differences(saved: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    before, now = dict(_leaves(saved)), dict(_leaves(new))
-    for key in dict.fromkeys((*before, *now)):
-        if key not in before or key not in now or before[key] != now[key]:
-            values = [repr(values[key]) if key in values else "not set" for values in (before, now)]
-            yield key, f"{key}: {values[0]} in the run, {values[1]} now"

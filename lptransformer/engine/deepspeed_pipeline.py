@@ -38,7 +38,7 @@ from lptransformer.engine.interface import (
     UpdateResult,
     ValidSet,
 )
-from lptransformer.engine.optimizer import continue_schedule, hyperparameters, restore
+from lptransformer.engine.optimizer import as_configured
 from lptransformer.engine.p2p import Control
 from lptransformer.engine.process_groups import World
 from lptransformer.engine.saving import Save
@@ -199,11 +199,11 @@ class PipelineBaseline(TrainingEngine):
                 f"{folder.parent} was not written by engine: deepspeed_pipeline, which can only resume its own"
             )
         self._check_position(saved, update)
-        given = hyperparameters(self.optimizer)
-        self.engine.load_checkpoint(str(folder.parent / DEEPSPEED), tag="state")
+        with as_configured(self.optimizer, self.lr_scheduler, update):
+            self.engine.load_checkpoint(str(folder.parent / DEEPSPEED), tag="state")
+        if self.engine.zero_optimization_stage() > 0:
+            self.engine.optimizer.clip_grad = self.engine.gradient_clipping()  # it takes that of the file
         self.skipped_in_a_row = saved.state["skipped_in_a_row"]
-        restore(self.optimizer, given)
-        continue_schedule(self.lr_scheduler, update)
 
     def _decide(self) -> Control:
         """What follows this update: whatever was requested on any process."""

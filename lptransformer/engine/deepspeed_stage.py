@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lptransformer.config.deepspeed_keys import bucket_elements
 from lptransformer.engine import optimizer_state
-from lptransformer.engine.optimizer import continue_schedule, hyperparameters, restore
+from lptransformer.engine.optimizer import as_configured
 from lptransformer.engine.optimizer_state import BEFORE
 from lptransformer.errors import RunError
 from lptransformer.models.adapters import saved_name
@@ -284,16 +284,16 @@ class TrainedStage:
 
         Raises RunError when a file is damaged, or would execute code when read.
         """
-        if (older := saved.older) is not None:
-            self._load_older(older.folder)
-        else:
-            self._load_weights(saved)
-            optimizer_state.load(self.optimizer, optimizer_state.owned(self.engine, self._names), saved)
-            if self.versions is not None:
-                before = {one: self._one_before(name, saved) for name, one in self._names.items()}
-                self.versions.load({one: tensor for one, tensor in before.items() if tensor is not None})
+        with as_configured(self.optimizer, self.lr_scheduler, saved.parts[0].state["update"]):
+            if (older := saved.older) is not None:
+                self._load_older(older.folder)
+            else:
+                self._load_weights(saved)
+                optimizer_state.load(self.optimizer, optimizer_state.owned(self.engine, self._names), saved)
+        if self.versions is not None and not saved.older:
+            before = {one: self._one_before(name, saved) for name, one in self._names.items()}
+            self.versions.load({one: tensor for one, tensor in before.items() if tensor is not None})
         self.skipped_in_a_row = max(part.state["skipped_in_a_row"] for part in saved.parts)
-        continue_schedule(self.lr_scheduler, saved.parts[0].state["update"])
 
     def _load_weights(self, saved: SavedFor) -> None:
         optimizer, module = self.engine.optimizer, self.engine.module
@@ -326,9 +326,9 @@ class TrainedStage:
 
     def _load_older(self, folder: Path) -> None:
         """From DeepSpeed's own files, at the same ZeRO stage and number of replicas."""
-        given = hyperparameters(self.optimizer)
         self.engine.load_checkpoint(str(folder / DEEPSPEED), tag="state")
-        restore(self.optimizer, given)
+        if self.zero_stage > 0:
+            self.engine.optimizer.clip_grad = self.grad_clip  # ZeRO 1 and 2 take that of the file
         if self.versions is not None:
             before = read_others(folder)
             self.versions.load({one: before[f"before.{number}"] for number, one in enumerate(self.parameters)})

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
-from lptransformer.config.schema import OptimizerSection
+from lptransformer.config.schema import OptimizerSection, TrainSection
 
 
 def build_optimizer(
@@ -43,18 +43,28 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, name: str, steps: int, 
     return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
 
 
-def continue_schedule(scheduler: LRScheduler, updates: int) -> None:
-    """The learning rate after so many updates, which depends on nothing else."""
-    scheduler.last_epoch = updates - 1
-    scheduler._step_count = updates + 1  # else it warns that no step of the optimizer came before
-    scheduler.step()
+def learning_rate_after(train: TrainSection, steps: int, updates: int) -> float:
+    """The learning rate of the update that follows `updates` others in a run of `steps`."""
+    optimizer = torch.optim.SGD([torch.zeros(())], lr=train.learning_rate)
+    scheduler = build_lr_scheduler(optimizer, train.lr_scheduler, steps, train.warmup_steps)
+    return _rates(scheduler, updates)[0]
 
 
-def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Of every parameter group, all but its parameters: as configured, for `restore` after a load."""
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+def _rates(scheduler: LRScheduler, updates: int) -> list[float]:
+    assert isinstance(scheduler, LambdaLR), scheduler
+    return [
+        float(base * factor(updates)) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
 
 
-def restore(optimizer: torch.optim.Optimizer, given: list[dict[str, Any]]) -> None:
-    for group, values in zip(optimizer.param_groups, given, strict=True):
-        group.update(values)
+@contextlib.contextmanager
+def as_configured(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, updates: int) -> Iterator[None]:
+    """Around what reads an optimizer's state, saved after `updates` updates: its hyperparameters stay those of the
+    configuration, which may be others on resume, and the learning rate is that of the schedule there."""
+    configured = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    yield
+    rates = _rates(scheduler, updates)
+    where = {"last_epoch": updates, "_step_count": updates + 1, "_last_lr": rates}
+    scheduler.load_state_dict({**scheduler.state_dict(), **where})
+    for group, own, rate in zip(optimizer.param_groups, configured, rates, strict=True):
+        group.update(own, lr=rate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -71,7 +70,7 @@ def text(run: Path, model: RunModel, block: int, dtype: str) -> str:
         for one in row["exits"]
         if one["last_block"] == block
     ]
-    starts = json.loads((run / layout.ENVIRONMENT).read_text())
+    starts = layout.read_starts(run)
     return _CARD.format(
         name=run.absolute().name,
         version=__version__,

@@ -1,6 +1,7 @@
 """The run folder: what a run was, beside what it made. Nothing here needs torch.
 
 config.yaml       every resolved value         metrics.jsonl, metrics.csv   one row per update and evaluation
+*.broken          what a resume set aside of environment.json, metrics.jsonl
 environment.json  versions, commit, command    loss.png                     the losses as a picture
 tokenizer/        the run's own tokenizer      checkpoints/                 see run_folder/checkpoint.py
 data.json         the token sets, with counts  diagnosis.*                  what `diagnose` found
@@ -32,9 +33,11 @@ from typing import Any
 
 from lptransformer import files, hub
 from lptransformer.config.epochs import steps
-from lptransformer.config.load import load, resume_differences, to_dict, to_yaml
+from lptransformer.config.load import load, to_dict, to_yaml
+from lptransformer.config.resume import changes, resume_differences
 from lptransformer.config.schema import Config
 from lptransformer.errors import ConfigError, RunError
+from lptransformer.run_folder.metrics_log import readable
 
 CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL = "config.yaml", "environment.json", "tokenizer", "data.json", "model.json"
 ENDED, PRETRAINED = "ended.json", "pretrained"
@@ -45,6 +48,7 @@ LOCK, GENERATION = "run.lock", "generation"  # they stay when a run is replaced:
 CONTENTS = (
     *(CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL, PRETRAINED),
     *("metrics.jsonl", "metrics.csv", "loss.png", "loss.svg", "checkpoints", "tensorboard", "wandb"),
+    *(f"{ENVIRONMENT}.broken", "metrics.jsonl.broken"),
     ENDED,
     *("diagnosis.json", "diagnosis.png", "diagnosis.svg", "record.json"),
     *("trace.jsonl", "trace.json", "trace.png", "trace.svg"),
@@ -170,9 +174,34 @@ def check(folder: Path, config: Config, resume: bool, overwrite: bool, step: int
 
     done = checkpoint.latest(folder) if step is None else checkpoint.find(folder, step)
     refuse_links(folder, done)
-    if done >= steps(config):
+    if done > steps(config):
+        raise RunError(f"{config.at('train.steps')}: {folder} already has {done} updates; give {done + 1} or more")
+    if done == steps(config) and has_ended(folder, config, done):
         message = f"{folder} is complete: {done} updates of train.steps = {steps(config)}; nothing to resume"
         raise RunError(message, command=f"report {folder}")
+
+
+def is_evaluated(config: Config, update: int, until: int | None = None) -> bool:
+    """Whether an evaluation follows an update, as configured; the last one, or `until`, is followed by one always. 0 is
+    before training: what that makes of a pretrained model shows in comparison alone."""
+    if update == 0:
+        return config.model.pretrained is not None
+    every = config.train.eval_every
+    return update >= (until or steps(config)) or (every > 0 and update % every == 0)
+
+
+def owed(folder: Path, config: Config, update: int, until: int | None = None) -> list[str]:
+    """The validation sets whose evaluation after `update` is due, and not in the metrics."""
+    if not is_evaluated(config, update, until):
+        return []
+    made = [row["evaluation"] for row in readable(folder)[0] if "evaluation" in row and row["update"] == update]
+    return [name for name in config.data.valid_names if name not in made]
+
+
+def has_ended(folder: Path, config: Config, update: int, until: int | None = None) -> bool:
+    """Whether a run that is saved after its last update, or after `until`, has nothing left to do: no evaluation, no
+    note of its end, which is written last."""
+    return read_end(folder) == "finished" and not owed(folder, config, update, until)
 
 
 def check_until(config: Config, until: int | None, resume: bool, step: int | None = None) -> None:
@@ -186,7 +215,7 @@ def check_until(config: Config, until: int | None, resume: bool, step: int | Non
 
         assert config.run.dir is not None
         done = checkpoint.latest(config.run.dir) if step is None else step
-        if done >= until:
+        if done > until or (done == until and has_ended(Path(config.run.dir), config, done, until)):
             raise RunError(f"--until={until}: {config.run.dir} already has {done} updates; nothing to resume")
 
 
@@ -195,20 +224,33 @@ def _is_complete(folder: Path, config: Config) -> bool:
     try:
         ended = json.loads((folder / ENDED).read_text())
         return ended["how"] == "finished" and ended["update"] >= steps(config)
-    except (OSError, ValueError, KeyError, ConfigError):
+    except (OSError, ValueError, KeyError, TypeError, ConfigError):
         return False
 
 
 def check_data(folder: Path, data: Mapping[str, Mapping[str, str]]) -> None:
-    """Refuse to resume on other token sets; their folders' names say what is in them. Raises RunError."""
+    """Refuse to resume on token sets of other content, wherever they are. Raises RunError."""
     before = read_data(folder)
+    names = list(before.get("train", {})), list(data["train"])
+    if names[0] != names[1]:
+        raise RunError(f"{folder} cannot be resumed: data.train has {names[1]} now and had {names[0]}, in this order")
     for kind, sets in data.items():
         for name, path in sets.items():
-            if Path(before[kind].get(name, "none")).name != Path(path).name:
+            then = before.get(kind, {}).get(name)
+            if then is None or address_of_set(then) != address_of_set(path):
                 raise RunError(
                     f"{folder} cannot be resumed: the text of data.{kind} ({name}) or its tokens are not those that "
-                    f"the run was started with ({before[kind].get(name)} then, {path} now)"
+                    f"the run was started with ({then} then, {path} now)"
                 )
+
+
+def address_of_set(folder: str) -> str:
+    """What stands for all that decides a token set (data/prepare); where its folder has gone, the end of its name."""
+    try:
+        found: str = json.loads((Path(folder) / "state.json").read_text())["_fingerprint"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return Path(folder).name.rpartition("-")[2]
+    return found
 
 
 def create(
@@ -248,8 +290,8 @@ def create(
 def hub_commits(folder: Path) -> dict[str, str]:
     """The commits of models of the hub that the newest start of a run took; none where nothing says so."""
     try:
-        found: dict[str, str] = json.loads((folder / ENVIRONMENT).read_text())[-1].get("hub_commits", {})
-    except (OSError, ValueError, LookupError):
+        found: dict[str, str] = read_starts(folder)[-1].get("hub_commits", {})
+    except RunError:
         return {}
     return found
 
@@ -259,12 +301,52 @@ def public_name(folder: Path, model: str) -> str:
     return model if model in hub_commits(folder) else Path(model).name
 
 
-def note_resume(folder: Path, config: Config, update: int) -> None:
-    """Add to a resumed run what it goes on with: environment.json has one entry per start."""
-    starts = json.loads((folder / ENVIRONMENT).read_text())
-    starts.append({**environment(), "resumed_after": update})
+def note_resume(folder: Path, config: Config, update: int, data: Mapping[str, Any]) -> list[str]:
+    """Add to a resumed run what it goes on with: environment.json has one entry per start, with what has changed.
+
+    A broken environment.json is set aside. Returns what there is to say.
+    """
+    said = []
+    try:
+        starts = read_starts(folder)
+    except RunError as error:
+        starts = []
+        if (folder / ENVIRONMENT).exists():
+            error = RunError(f"{error}; it is {files.set_aside(folder / ENVIRONMENT).name} now")
+        said.append(str(error))
+    found = changes(to_dict(read_config(folder)), to_dict(config))
+    changed = {one.key: [one.before, one.now] for one in found if not one.key.startswith("run.")}
+    starts.append({**environment(), "resumed_after": update, "changed": changed})
     files.write_text(folder / ENVIRONMENT, json.dumps(starts, indent=1) + "\n")
+    files.write_text(folder / DATA, json.dumps(data, indent=1) + "\n")
     files.write_text(folder / CONFIG, to_yaml(config))
+    return said + what_changed(starts[-1:])
+
+
+def what_changed(starts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for every start of a run that went on with another configuration."""
+
+    def text(value: Any) -> str:
+        return "not set" if value is None else str(value)
+
+    return [
+        f"resumed after update {start['resumed_after']} with "
+        + ", ".join(f"{key} {text(before)} -> {text(now)}" for key, (before, now) in start["changed"].items())
+        for start in starts
+        if start.get("changed")
+    ]
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """What environment.json has of every start of a run, the newest last. Raises RunError."""
+    path = folder / ENVIRONMENT
+    try:
+        starts = json.loads(path.read_text())
+        if not (isinstance(starts, list) and starts and all(isinstance(start, dict) for start in starts)):
+            raise ValueError("it holds no list of starts")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from None
+    return starts
 
 
 def note_end(folder: Path, how: str, update: int, command: Sequence[str | int]) -> None:
@@ -358,11 +440,19 @@ def _git(*arguments: str) -> str | None:
 
 
 def read_config(folder: Path) -> Config:
-    """The configuration that a run was started with. Raises RunError where the folder holds no run, or links."""
-    if not (folder / CONFIG).is_file():
+    """The configuration that a run was started with. Raises RunError where the folder holds no run, links, or only a
+    part of the file; ConfigError where it is broken."""
+    path = folder / CONFIG
+    if not path.is_file():
         raise RunError(f"{folder} is no run folder: it has no {CONFIG}")
     refuse_links(folder)
-    return load(folder / CONFIG, saved=True)
+    config = load(path, saved=True)
+    if not re.search(r"^deepspeed:", path.read_text(), re.MULTILINE):  # what is cut off would be as by default
+        raise RunError(
+            f"{path} is not whole: its last section, deepspeed, is missing. `lptransformer config FILE` prints it for "
+            "the file that the run was started with"
+        )
+    return config
 
 
 def read_data(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ class MetricsWriter:
     the files when `write` returns.
 
     metrics.jsonl is strict JSON: numbers that are not finite are the strings "NaN", "Infinity", "-Infinity". With
-    `resume_at=u` the rows after update u are cut off first. Raises RunError where the folder holds metrics and
-    `resume_at` is not given.
+    `resume_at=u` the rows after update u are cut off first; a broken file is set aside, and what can be read of it
+    kept. `kept` are the rows of before, `lost` says which of them are missing, if any. Raises RunError where the folder
+    holds metrics and `resume_at` is not given.
     """
 
     def __init__(self, folder: str | Path, resume_at: int | None = None, trackers: Sequence[str] = ()) -> None:
@@ -42,9 +43,15 @@ class MetricsWriter:
         jsonl_path = self.folder / JSONL_NAME
         if resume_at is None and jsonl_path.exists():
             raise RunError(f"{jsonl_path} already holds the metrics of a run; resume that run or use another folder")
-        kept = [r for r in read_metrics(self.folder) if r["update"] <= (resume_at or 0)] if jsonl_path.exists() else []
-        files.write_text(jsonl_path, "".join(map(_json_line, kept)))
-        self._columns = self._rewrite_csv(kept)
+        rows, broken = readable(self.folder)
+        self.kept = [row for row in rows if row["update"] <= (resume_at or 0)]
+        missing = (resume_at or 0) - sum("stages" in row for row in self.kept)
+        self.lost = f"{jsonl_path}: the rows of {missing} of {resume_at} updates are missing" if missing > 0 else ""
+        if broken:
+            aside = files.set_aside(jsonl_path).name
+            self.lost = f"{self.lost or jsonl_path}; lines of it cannot be read, the whole is in {aside}"
+        files.write_text(jsonl_path, "".join(map(_json_line, self.kept)))
+        self._columns = self._rewrite_csv(self.kept)
         self._jsonl = jsonl_path.open("a", encoding="utf-8")
         self._trackers = open_trackers(trackers, self.folder, resume_at)
 
@@ -62,7 +69,8 @@ class MetricsWriter:
             tracker.log(row["update"], scalars(row))
 
     def sync(self) -> None:
-        """What was written so far is on the disk and outlives a power cut."""
+        """Return when what was written is on the disk, so that a power cut leaves it."""
+        self._jsonl.flush()
         os.fsync(self._jsonl.fileno())
 
     def close(self) -> None:
@@ -85,16 +93,34 @@ def read_metrics(folder: str | Path) -> list[MetricsRow]:
     path = Path(folder) / JSONL_NAME
     if not path.is_file():
         raise RunError(f"{path} does not exist: {folder} is not the folder of a run that has trained")
-    lines = path.read_bytes().splitlines(keepends=True)
     rows = []
+    for number, row in _lines(path):
+        if isinstance(row, ValueError):
+            raise RunError(f"{path}, line {number}, is no row ({row}): the file was changed or damaged")
+        rows.append(row)
+    return rows
+
+
+def readable(folder: str | Path) -> tuple[list[MetricsRow], bool]:
+    """What can be read of the rows of a run folder, one of every update and evaluation, and whether lines cannot."""
+    path = Path(folder) / JSONL_NAME
+    found = [row for _, row in _lines(path)] if path.is_file() else []
+    rows = {(row["update"], row.get("evaluation")): row for row in found if not isinstance(row, ValueError)}
+    return list(rows.values()), any(isinstance(row, ValueError) for row in found)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, MetricsRow | ValueError]]:
+    """The number of every line with its row, or with what is wrong with it; without a last one that was cut off."""
+    lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(_with_floats(json.loads(line)))
+            row = _with_floats(json.loads(line))
+            if not (isinstance(row, dict) and type(row.get("update")) is int and ("stages" in row or "exits" in row)):
+                raise ValueError("of an update or an evaluation")
+            yield number, row
         except ValueError as error:
-            if number == len(lines) and not line.endswith(b"\n"):
-                break
-            raise RunError(f"{path}, line {number}, is not JSON ({error}): the file was changed or damaged") from None
-    return rows
+            if number < len(lines) or line.endswith(b"\n"):
+                yield number, error
 
 
 def read_updates(folder: str | Path) -> list[MetricsRow]:

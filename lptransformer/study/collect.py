@@ -175,7 +175,7 @@ def _counts(manifest: Path, run: Path) -> dict[str, int]:
 
 
 def _environment(run: Path) -> dict[str, Any]:
-    starts = json.loads((run / layout.ENVIRONMENT).read_text())
+    starts = layout.read_starts(run)
     keys = ("git_commit", "git_changes", "python", "platform", "cpu_count", "omp_num_threads", "versions")
     return {key: starts[-1].get(key) for key in keys} | {"starts": len(starts)}
 

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from lptransformer import files
 from lptransformer.config.epochs import steps
-from lptransformer.config.load import resume_differences, to_dict
+from lptransformer.config.load import to_dict
+from lptransformer.config.resume import Effect, changes
 from lptransformer.console import print_table
 from lptransformer.data.prepare import prepare_all
 from lptransformer.errors import RunError, TrainingError, UserError
@@ -284,8 +285,8 @@ def check_folders(sweep: Sweep) -> None:
     for run in sweep.runs:
         if not (run.folder / layout.CONFIG).is_file():
             continue
-        before = to_dict(layout.read_config(run.folder))
-        differences = resume_differences(before, to_dict(run.config))
+        changed = changes(to_dict(layout.read_config(run.folder)), to_dict(run.config))
+        differences = [change.line for change in changed if change.effect is not Effect.NOTHING]
         if differences:
             raise RunError(
                 f"{run.folder} holds another run: {'; '.join(differences)}. Remove it, or give the sweep another dir"

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lptransformer.config.schema import Config
 from lptransformer.console import bar
 from lptransformer.data.prepare import Prepared
 from lptransformer.engine.interface import Report, TrainingEngine, UpdateResult
+from lptransformer.engine.optimizer import learning_rate_after
 from lptransformer.engine.p2p import Control
 from lptransformer.engine.process_groups import World, translate_lost_processes
 from lptransformer.errors import LostProcessError, RunError, TakenOverError, TrainingError
@@ -34,7 +35,14 @@ from lptransformer.planning.dry_run import print_stages
 from lptransformer.processes import command_of_run, forget_launchers, launched_rank, on_stop_signals
 from lptransformer.run_folder import checkpoint, layout, lock, retention
 from lptransformer.run_folder.loss_plot import plot_losses
-from lptransformer.run_folder.metrics import Aggregator, MetricsRow, SavedReport, TraceReport, text_counts
+from lptransformer.run_folder.metrics import (
+    Aggregator,
+    EvaluationReport,
+    MetricsRow,
+    SavedReport,
+    TraceReport,
+    text_counts,
+)
 from lptransformer.run_folder.metrics_log import MetricsWriter, read_metrics
 from lptransformer.run_folder.trace import TraceWriter
 from lptransformer.run_folder.trackers import check_installed
@@ -94,41 +102,55 @@ def train_in_folder(
             engine.load_checkpoint(folder, resumed.update)
     if resumed is None:
         hold(folder, engine, until_the_end)
+    said: list[str] = []
     if engine.world.global_rank == 0:
         if resume:
             checkpoint.remove_unfinished(folder)
-            for aside in checkpoint.set_aside_newer(folder, engine.update):
-                print(f"lptransformer: what was saved later is set aside: {aside}", file=sys.stderr, flush=True)
-            layout.note_resume(folder, config, engine.update)
+            aside = checkpoint.set_aside_newer(folder, engine.update)
+            said = [f"what was saved later is set aside: {one}" for one in aside]
+            said += rate_from_here(layout.read_config(folder), config, engine.update)
+            said = layout.note_resume(folder, config, engine.update, data.folders()) + said
         else:
             assert engine.describe_run is not None
             engine.describe_run(folder, overwrite)
-    reporter = Reporter(engine, config, data, folder, resume, until)
+    reporter = Reporter(engine, config, data, folder, resume, until, said)
+
+    def is_done(first: int) -> bool:
+        """On global rank 0, when all reports are there: the first so many updates, with the evaluation after them."""
+        return engine.update >= first and not layout.owed(folder, config, engine.update, until)
+
     with (
-        noting_the_end(engine, folder, lambda: reporter.last_update),
+        noting_the_end(engine, folder, lambda: is_done(reporter.last_update)),
         translate_lost_processes(),
         reporter,
         stopping_cleanly(engine),
     ):
-        if engine.update == 0 and config.model.pretrained is not None:
-            evaluate(engine, reporter)  # what training makes of the model shows in comparison alone
-        while engine.update < reporter.last_update:  # where a checkpoint of the last update is resumed, nothing is left
+        # Before training, or what a run owes that ended between a save and the evaluation after it.
+        names = engine.world.decided_by_the_first(
+            "owed", lambda: json.dumps(layout.owed(folder, config, engine.update, until))
+        )
+        cut_short = not evaluate(engine, reporter, json.loads(names))
+        if cut_short and not resume:
+            engine.save_checkpoint(folder)
+        while engine.update < reporter.last_update and not cut_short:
             engine.request(due(config, engine.update + 1, until) | reporter.enough(engine))
             result = reporter.watch(engine.train_batch)
             reporter.take(result.reports)
             if result.control & Control.SAVE:
                 engine.save_checkpoint(folder)
             if result.control & Control.EVALUATE:
-                last = bool(result.control & Control.STOP)  # nobody could make that one up
-                evaluate(engine, reporter, stoppable=not last)
+                cut_short = not evaluate(engine, reporter, engine.valid)
+                if cut_short and not result.control & Control.SAVE:  # a resume begins with what is owed here
+                    engine.save_checkpoint(folder)
             if result.control & Control.STOP:
                 break
         reporter.take(engine.settle())
         reporter.take(engine.close())
-        if config.run.export is not None and engine.world.global_rank == 0 and engine.update >= reporter.steps:
+        complete = engine.world.global_rank == 0 and is_done(reporter.steps)
+        if config.run.export is not None and complete:
             for line in export(folder, config.run.export):
                 reporter.progress.message(line)
-    reporter.say_what_is_next(engine.update)
+    reporter.say_what_is_next(engine.update, complete)
 
 
 def hold(folder: Path, engine: TrainingEngine, until_the_end: contextlib.ExitStack) -> None:
@@ -149,11 +171,32 @@ def hold(folder: Path, engine: TrainingEngine, until_the_end: contextlib.ExitSta
     engine.may_commit, engine.generation = own.check, own.generation
 
 
-def evaluate(engine: TrainingEngine, reporter: Reporter, stoppable: bool = True) -> None:
-    """All validation sets."""
-    for name in engine.valid:
+def rate_from_here(before: Config, now: Config, update: int) -> list[str]:
+    """A line where the learning rate after `update` is not what it would have been, also where train.steps says so."""
+    were = steps(before)
+    old = learning_rate_after(before.train, were, min(update, were))
+    new = learning_rate_after(now.train, steps(now), update)
+    if old == new:
+        return []
+    train = now.train
+    return [
+        f"the learning rate after update {update} goes from {old:.3g} to {new:.3g}, and on as {train.lr_scheduler} "
+        f"with its peak at {train.learning_rate:g} and its end at update {steps(now)}"
+    ]
+
+
+def evaluate(engine: TrainingEngine, reporter: Reporter, names: Iterable[str]) -> bool:
+    """These validation sets, in every process; False where a stop has cut it short, in every process alike."""
+    world = engine.world
+    own = {plan.index for plan in engine.stages if plan.pipeline_rank == world.pipeline_rank}
+    for name in names:
         with reporter.evaluating(name) as advance:
-            reporter.take(engine.eval_batch(name, advance, stoppable=stoppable))
+            reports = engine.eval_batch(name, advance)
+        reporter.take(reports)
+        made = (one for one in reports if isinstance(one, EvaluationReport) and one.evaluation == name)
+        if not any(one.stage in own and one.data_rank == world.data_rank for one in made):  # global rank 0 has others'
+            return False
+    return True
 
 
 def export(folder: Path, out: str) -> list[str]:
@@ -206,26 +249,23 @@ def in_force(config: Config, blueprint: Blueprint) -> str:
 
 def due(config: Config, update: int, until: int | None = None) -> Control:
     """What follows an update, as configured. The last update, or that of `until`, is followed by everything."""
-    train = config.train
     if update >= (until or steps(config)):
         return Control.EVALUATE | Control.SAVE | Control.STOP
-    control = Control.NOTHING
-    if train.eval_every and update % train.eval_every == 0:
-        control |= Control.EVALUATE
+    control = Control.EVALUATE if layout.is_evaluated(config, update, until) else Control.NOTHING
     if config.checkpoint.every and update % config.checkpoint.every == 0:
         control |= Control.SAVE
     return control
 
 
 @contextlib.contextmanager
-def noting_the_end(engine: TrainingEngine, folder: Path, last_update: Callable[[], int]) -> Iterator[None]:
-    """How a run has ended stands in its folder, written last."""
+def noting_the_end(engine: TrainingEngine, folder: Path, is_done: Callable[[], bool]) -> Iterator[None]:
+    """How a run has ended stands in its folder, written last. Global rank 0 alone asks whether it is done."""
     first, how = engine.world.global_rank == 0, "failed"
     if first:
         layout.forget_end(folder)
     try:
         yield
-        how = "finished" if engine.update >= last_update() else "stopped"
+        how = "finished" if first and is_done() else "stopped"
     except TrainingError as error:
         engine.may_commit()  # where another start has taken over, that is why the others have gone
         how = error.how
@@ -273,7 +313,9 @@ class Reporter:
         folder: Path,
         resume: bool,
         until: int | None = None,
+        said: Sequence[str] = (),
     ) -> None:
+        """`said` are lines to begin with."""
         self.open = engine.world.global_rank == 0
         self.steps = steps(config)
         self.last_update = until or self.steps  # an early stop makes it smaller
@@ -283,10 +325,12 @@ class Reporter:
         self.config, self.first_update = config, engine.update
         self.folder, self.may_commit = folder, engine.may_commit
         self.stages = [(plan.index, plan.first_block, plan.last_block) for plan in engine.stages]
-        tokens, seconds = 0, 0.0
-        if resume:
-            before = [r for r in read_metrics(folder) if "stages" in r and r["update"] <= engine.update]
-            tokens, seconds = (before[-1]["tokens"], before[-1]["seconds"]) if before else (0, 0.0)
+        self.writer = MetricsWriter(folder, engine.update if resume else None, config.run.trackers)
+        newest = next((row for row in reversed(self.writer.kept) if "stages" in row), None)
+        after, tokens, seconds = (newest["update"], newest["tokens"], newest["seconds"]) if newest else (0, 0, 0.0)
+        # Where rows are lost their tokens still follow from the data: the head that sees most counts.
+        fraction = max(engine.blueprint.head_fractions.get(plan.index, 1.0) for plan in engine.stages)
+        tokens += sum(engine.label_tokens(update, fraction) for update in range(after, engine.update))
         texts = {name: text_counts(token_set.manifest) for name, token_set in data.valid.items()}
         self.aggregator = Aggregator(
             self.stages, engine.world.data_size, texts, update=engine.update, tokens=tokens, seconds=seconds
@@ -294,10 +338,12 @@ class Reporter:
         windows = {name: len(token_set) for name, token_set in data.valid.items()}
         at_once = engine.blueprint.micro_batch_size * engine.world.data_size
         self.micro_batches = {name: -(-many // at_once) for name, many in windows.items()}
-        self.writer = MetricsWriter(folder, engine.update if resume else None, config.run.trackers)
         self.trace = TraceWriter(folder) if config.run.trace else None
         self.progress = Progress(self.last_update, self.stages)
         print_stages(f"run folder: {folder}", config, engine.blueprint)
+        for line in (*said, self.writer.lost):
+            if line:
+                self.progress.message(line)
         if config.model.pretrained is not None:
             self.progress.message(in_force(config, engine.blueprint))
         if warning := pretrained_warning(config):
@@ -379,16 +425,17 @@ class Reporter:
     def problem(self, problem: str) -> None:
         self.progress.message(problem)
 
-    def say_what_is_next(self, update: int) -> None:
-        """The commands that one types after a run that has ended, or has stopped before its end."""
+    def say_what_is_next(self, update: int, complete: bool) -> None:
+        """The commands that one types after a run that is complete, or has stopped before its end."""
         if not self.open:
             return
-        if update >= self.steps:
+        if complete:
             call = f"{layout.program()} {{}} {self.folder}".format
             lines = [f"next: {call('report')}", f"or: {call('export')} OUT"]
         else:
             again = layout.command_to_resume() or "the same command with --resume"
-            lines = [f"stopped after update {update} of {self.steps}, saved; go on with: {again}"]
+            where = "in the last evaluation, " if update >= self.steps else ""
+            lines = [f"stopped {where}after update {update} of {self.steps}, saved; go on with: {again}"]
         for line in lines:
             self.progress.message(line)
 

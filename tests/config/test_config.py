@@ -17,10 +17,10 @@ from lptransformer.config import deepspeed_keys
 from lptransformer.config.checks import FAMILIES, check_depth, check_world_size, pretrained_warning, zero_stage
 from lptransformer.config.load import (
     load,
-    resume_differences,
     to_dict,
     to_yaml,
 )
+from lptransformer.config.resume import Effect, changes, resume_differences
 from lptransformer.config.schema import PLAIN, SECTIONS, fields_of, known_keys
 from lptransformer.errors import ConfigError, ModelError
 
@@ -838,47 +838,72 @@ def test_check_world_size() -> None:
 
 def test_differences() -> None:
     saved = to_dict(load(DATA))
-    changes = ["train.learning_rate=2e-3", "optimizer.name=sgd", f"{STAGE}=1", "data.valid.a=v.txt"]
-    lines = resume_differences(saved, to_dict(load(DATA, changes)))
-    assert "train.learning_rate: 0.001 in the run, 0.002 now" in lines
-    assert "optimizer.beta1: 0.9 in the run, not set now" in lines
-    assert "optimizer.momentum: not set in the run, 0.9 now" in lines
-    assert f"{STAGE}: not set in the run, 1 now" in lines
-    assert "data.valid.a.files: not set in the run, ['v.txt'] now" in lines
-    assert len(lines) == 9
+    changed = ["train.learning_rate=2e-3", "optimizer.name=sgd", f"{STAGE}=1", "data.valid.a=v.txt", "train.seed=1"]
+    assert resume_differences(saved, to_dict(load(DATA, changed))) == [
+        "optimizer.name: 'adamw' in the run, 'sgd' now (it decides what the optimizer state is)",
+        "train.seed: 0 in the run, 1 now (it decides the order of the windows, and the weights before training)",
+        "data.valid.a.files: not set in the run, ['v.txt'] now (it decides what is trained on and evaluated)",
+        f"{STAGE}: not set in the run, 1 now (it decides what DeepSpeed's files hold, and how sums are rounded)",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("change", "listed"),
+    ("change", "effect"),
     [
-        ("run.dir=other", False),
-        ("checkpoint.every=7", False),
-        ("train.eval_every=7", False),
-        ("parallel.timeout_seconds=7", False),
-        ("parallel.in_flight=7", False),
-        ("parallel.in_flight=7 head.kind=shared", True),
-        ("train.steps=7", True),
-        ("train.steps=7 train.lr_scheduler=constant", True),
-        ("train.seed=7", True),
-        ("train.max_skipped_updates=7", True),
-        ("parallel.pipeline=2", True),
-        ("data.cache=other", True),
-        ("data.bos=never", False),
-        ("data.loss_on=all", True),
+        ("run.dir=other", Effect.NOTHING),
+        ("checkpoint.every=7", Effect.NOTHING),
+        ("train.eval_every=7", Effect.NOTHING),
+        ("train.max_skipped_updates=7", Effect.NOTHING),
+        ("parallel.timeout_seconds=7", Effect.NOTHING),
+        ("parallel.in_flight=7", Effect.NOTHING),
+        ("parallel.in_flight=7 head.kind=shared", Effect.REFUSED),
+        ("train.steps=7", Effect.ONWARDS),
+        ("train.steps=7 train.lr_scheduler=constant", Effect.ONWARDS),
+        ("train.learning_rate=7", Effect.ONWARDS),
+        ("train.lr_scheduler=linear", Effect.ONWARDS),
+        ("train.warmup_steps=7", Effect.ONWARDS),
+        ("train.grad_clip=7", Effect.ONWARDS),
+        ("optimizer.weight_decay=7", Effect.ONWARDS),
+        ("optimizer.beta2=0.5", Effect.ONWARDS),
+        ("loss.chunk_tokens=7", Effect.ONWARDS),
+        ("train.seed=7", Effect.REFUSED),
+        ("train.micro_batch_size=7", Effect.REFUSED),
+        ("optimizer.name=sgd", Effect.REFUSED),
+        ("parallel.pipeline=2", Effect.REFUSED),
+        ("data.cache=other", Effect.CONTENT),
+        ("data.train=moved.txt", Effect.CONTENT),
+        ("data.valid=moved.txt", Effect.CONTENT),
+        ("data.tokenizer=moved", Effect.CONTENT),
+        ("data.train={other: a.txt}", Effect.REFUSED),
+        ("data.bos=never", Effect.NOTHING),
+        ("data.loss_on=all", Effect.REFUSED),
     ],
 )
-def test_resume_differences(change: str, listed: bool) -> None:
+def test_what_a_change_on_resume_does(change: str, effect: Effect) -> None:
     source = {"data": {"train": "a.txt", "valid": "v.txt"}}
-    lines = resume_differences(to_dict(load(source)), to_dict(load(source, change.split())))
-    assert any(line.startswith(change.partition("=")[0] + ":") for line in lines) is listed
+    overrides = [change] if "{" in change else change.split()  # a mapping holds blanks
+    found = changes(to_dict(load(source)), to_dict(load(source, overrides)))
+    assert next(one.effect for one in found if one.key.startswith(change.partition("=")[0])) is effect
+
+
+def test_every_key_has_an_effect() -> None:
+    """A new key is refused with its section, or has a line of its own."""
+    saved = to_dict(load(DATA))
+    for key in known_keys():
+        section, _, name = key.partition(".")
+        new = {**saved, section: {**saved[section], name: ["other"]} if name else "other"}
+        found = [change for change in changes(saved, new) if change.key.startswith(key)]
+        assert found and all(isinstance(change.effect, Effect) for change in found), key
 
 
 @pytest.mark.parametrize("name", ["constant", "constant_with_warmup"])
-def test_steps_may_change_where_the_learning_rate_does_not_depend_on_them(name: str) -> None:
+def test_steps_change_nothing_where_the_learning_rate_does_not_depend_on_them(name: str) -> None:
     source = {**DATA, "train": {"lr_scheduler": name}}
-    assert resume_differences(to_dict(load(source)), to_dict(load(source, ["train.steps=7"]))) == []
+    (change,) = changes(to_dict(load(source)), to_dict(load(source, ["train.steps=7"])))
+    assert change.effect is Effect.NOTHING
     source["objective"] = {"backprop_share": 0.5}
-    assert resume_differences(to_dict(load(source)), to_dict(load(source, ["train.steps=7"]))) != []
+    (line,) = resume_differences(to_dict(load(source)), to_dict(load(source, ["train.steps=7"])))
+    says(line, "train.steps: 1000 in the run, 7 now", "objective.backprop_share")
 
 
 # ------------------------------------------------------------------------------------------------------------- speed

@@ -22,6 +22,7 @@ from engine_jobs import (
     load_config,
     lose_a_neighbour,
     make_stream,
+    open_engine,
     run_ahead,
     train,
 )
@@ -250,6 +251,55 @@ def test_too_many_skipped_updates_in_a_row_end_the_run(pool: Pool, mode: tuple[i
         assert one.error.startswith("stage 2 (blocks 4-5) skipped 3 updates in a row")
         assert re.search(f"at update 7 .*{why} is not finite", one.error), one.error
         assert len(one.reports[2]) == 6
+
+
+@pytest.mark.parametrize("mode", [MODES[0], slow(MODES[3])], ids=str)
+def test_a_resumed_run_follows_the_schedule_that_is_given(pool: Pool, tmp_path: Path, mode: tuple[int, str]) -> None:
+    """Until the warm-up ends, schedules of any kind and length are one."""
+    before = ("objective.chunks=2", "train.warmup_steps=3", *zero(*mode))
+    after = (*before, "train.lr_scheduler=linear", "train.steps=30")
+    start(pool, before, 3, save=tmp_path)
+    (whole,), (resumed,) = start(pool, after, 6), start(pool, after, 3, load=tmp_path)
+    for stage in (0, 1):
+        rates = [report.learning_rate for report in resumed.reports[stage]]
+        assert rates == [report.learning_rate for report in whole.reports[stage][3:]] and rates[0] == 0.01 > rates[1]
+        assert equal(resumed.weights[stage], whole.weights[stage])
+
+
+def by_hand(changed: tuple[str, ...], overrides: tuple[str, ...]) -> dict[int, dict[str, Tensor]]:
+    """Three updates, then three with other hyperparameters, without a checkpoint between them."""
+    now = load_config((*overrides, *changed))
+    with open_engine(overrides) as engine:
+        for _ in range(3):
+            engine.train_batch()
+        for stage in engine.local.values():
+            stage.lr_scheduler.base_lrs = [now.train.learning_rate] * len(stage.lr_scheduler.base_lrs)
+            factor = stage.lr_scheduler.lr_lambdas[0](3)
+            for group in stage.optimizer.param_groups:
+                group["betas"], group["eps"] = (now.optimizer.beta1, now.optimizer.beta2), now.optimizer.eps
+                group["weight_decay"] = now.optimizer.weight_decay if group["weight_decay"] else 0.0
+                group["lr"] = now.train.learning_rate * factor
+            stage.grad_clip = now.train.grad_clip
+            if stage.zero_stage:
+                stage.engine.optimizer.clip_grad = now.train.grad_clip
+        for _ in range(3):
+            engine.train_batch()
+        return {index: stage.weights() for index, stage in engine.local.items()}
+
+
+@pytest.mark.parametrize("mode", [MODES[0], slow(MODES[1]), slow(MODES[3]), slow(MODES[5])], ids=str)
+def test_a_resumed_run_has_the_hyperparameters_that_are_given(
+    pool: Pool, tmp_path: Path, mode: tuple[int, str]
+) -> None:
+    overrides = ("objective.chunks=2", *zero(*mode))
+    changed = ("train.learning_rate=0.003", "train.grad_clip=0.05", "optimizer.weight_decay=0.3")
+    changed += ("optimizer.beta1=0.8", "optimizer.beta2=0.99", "optimizer.eps=1e-6")
+    start(pool, overrides, 3, save=tmp_path)
+    (resumed,) = start(pool, (*overrides, *changed), 3, load=tmp_path)
+    (wanted,) = pool.run(1, by_hand, changed, overrides)
+    assert all(equal(resumed.weights[stage], wanted[stage]) for stage in (0, 1))
+    (unchanged,) = start(pool, overrides, 3, load=tmp_path)
+    assert not equal(unchanged.weights[0], wanted[0])
 
 
 def test_skips_are_counted_across_a_resume(pool: Pool, tmp_path: Path) -> None:

@@ -349,9 +349,50 @@ def test_a_folder_that_holds_records_is_not_appended_to(tmp_path: Path) -> None:
 def test_reading_what_is_missing_or_damaged(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="does not exist"):
         read_metrics(tmp_path / "nowhere")
-    (tmp_path / "metrics.jsonl").write_text('{"update": 1}\n{"upd\n{"update": 3}\n')
-    with pytest.raises(RunError, match="line 2"):
-        read_metrics(tmp_path)
+    row = json.dumps(evaluation_row(1) | {"exits": []})
+    for broken in ('{"upd', "[1]", '{"update": 2}'):
+        (tmp_path / "metrics.jsonl").write_text(f"{row}\n{broken}\n{row}\n")
+        with pytest.raises(RunError, match="line 2, is no row"):
+            read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("lines", "kept", "lost"),
+    [
+        ("u1 broken u2 e2 u3", "u1 u2 e2", "cannot be read, the whole is in metrics.jsonl.broken"),
+        ("u1 e2 cut", "u1 e2", "the rows of 1 of 2 updates are missing"),  # the last line, of a process that was killed
+        ("broken", "", "the rows of 2 of 2 updates are missing; lines of it cannot be read"),
+        ("", "", "the rows of 2 of 2 updates are missing"),
+        ("u1 u2 e2 e2", "u1 u2 e2", ""),
+        ("u1 u2 e2", "u1 u2 e2", ""),
+    ],
+)
+def test_resume_keeps_what_can_be_read(tmp_path: Path, lines: str, kept: str, lost: str) -> None:
+    """u: of an update, e: of an evaluation."""
+
+    def row(word: str) -> MetricsRow:
+        number = int(word[1:])
+        return update_row(number) if word[0] == "u" else evaluation_row(number) | {"exits": []}
+
+    as_text = {"broken": '{"update": 2\0\n', "cut": '{"update'}
+    text = "".join(as_text.get(word) or json.dumps(row(word)) + "\n" for word in lines.split())
+    (tmp_path / "metrics.jsonl").write_text(text)
+    writer = MetricsWriter(tmp_path, resume_at=2)
+    writer.close()
+    assert writer.kept == read_metrics(tmp_path) == [row(word) for word in kept.split()]
+    assert (lost in writer.lost) if lost else writer.lost == ""
+    aside = tmp_path / "metrics.jsonl.broken"
+    assert aside.exists() is ("broken" in lines) and (not aside.exists() or aside.read_text() == text)
+
+
+def test_what_is_synced_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, synced = MetricsWriter(tmp_path), []
+    writer.write(update_row(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+        writer.sync()
+    assert synced == [str(tmp_path / "metrics.jsonl")]
+    writer.close()
 
 
 def test_reports_say_loss_and_perplexity_beside_their_parts() -> None:

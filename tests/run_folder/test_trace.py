@@ -14,7 +14,8 @@ from distributed import Pool
 from fake_runs import make_run
 
 from lptransformer.__main__ import COMPARISON, parser
-from lptransformer.config.load import load, resume_differences, to_dict
+from lptransformer.config.load import load, to_dict
+from lptransformer.config.resume import resume_differences
 from lptransformer.errors import ConfigError, RunError
 from lptransformer.methods import objectives, schedule
 from lptransformer.methods.cost import ModelCosts

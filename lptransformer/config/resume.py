@@ -14,6 +14,7 @@ class Effect(Enum):
 
     NOTHING = "no number of the run depends on it"
     CONTENT = "the token sets are compared in its place, by content"
+    LAYOUT = "the same state in other processes: the same run, to rounding where sums have another order"
     ONWARDS = "updates from here on are other ones, of the same weights"
     REFUSED = "it would be another run"
 
@@ -21,7 +22,7 @@ class Effect(Enum):
 # The longest name that a key begins with counts; `*` is the name of a text. Of what is refused: what the key decides.
 RULES: dict[str, tuple[Effect, str]] = {
     **dict.fromkeys(("run", "checkpoint"), (Effect.NOTHING, "")),
-    **dict.fromkeys(("train.eval_every", "train.max_skipped_updates"), (Effect.NOTHING, "")),
+    **dict.fromkeys(("train.eval_every", "train.max_skipped_updates", "train.patience"), (Effect.NOTHING, "")),
     **dict.fromkeys(("parallel.timeout_seconds", "parallel.in_flight", "parallel.channel"), (Effect.NOTHING, "")),
     "data.bos": (Effect.NOTHING, ""),  # what it decides is in the token sets
     **dict.fromkeys(("data.cache", "data.tokenizer", "data.format", "data.fields"), (Effect.CONTENT, "")),
@@ -34,8 +35,8 @@ RULES: dict[str, tuple[Effect, str]] = {
     "engine": (Effect.REFUSED, "what a checkpoint holds"),
     "model": (Effect.REFUSED, "what the weights are"),
     "data": (Effect.REFUSED, "what is trained on and evaluated"),
-    "parallel": (Effect.REFUSED, "which process has which part of the optimizer state"),
-    "objective": (Effect.REFUSED, "which loss trains which blocks"),
+    "parallel": (Effect.LAYOUT, "which process has which part of the optimizer state"),
+    "objective": (Effect.ONWARDS, "which loss trains which blocks"),  # new heads start as configured
     "head": (Effect.REFUSED, "what auxiliary heads are"),
     "border": (Effect.REFUSED, "what a chunk gets from the one below"),
     "lora": (Effect.REFUSED, "what the adapters are"),
@@ -43,9 +44,10 @@ RULES: dict[str, tuple[Effect, str]] = {
     "train.micro_batch_size": (Effect.REFUSED, "which windows an update sees"),
     "train.micro_batches_per_update": (Effect.REFUSED, "which windows an update sees"),
     "train.epochs": (Effect.REFUSED, "the number of updates"),
-    "train.dtype": (Effect.REFUSED, "what weights and optimizer state are"),
+    "train.dtype": (Effect.ONWARDS, "what weights and optimizer state are"),
     "train.freeze": (Effect.REFUSED, "which weights have an optimizer state"),
     "train.seed": (Effect.REFUSED, "the order of the windows, and the weights before training"),
+    "deepspeed.zero_optimization": (Effect.LAYOUT, "which process has which part of the optimizer state"),
     "deepspeed": (Effect.REFUSED, "what DeepSpeed's files hold, and how sums are rounded"),
 }
 
@@ -91,12 +93,21 @@ def _rule(key: str, saved: dict[str, Any], new: dict[str, Any]) -> tuple[Effect,
     ):
         return Effect.REFUSED, "how late copies of other stages' weights are"
     names = key.split(".")
+    if key.startswith("objective.") and any(HEADS[values["head"]["kind"]].fitted for values in both):
+        return Effect.REFUSED, "which heads are fitted, before training"
+    if any(values["engine"] == "deepspeed_pipeline" for values in both):
+        rule = RULES[_longest(key)]
+        if rule[0] is Effect.LAYOUT or key == "train.dtype":
+            return Effect.REFUSED, f"{rule[1]}, which DeepSpeed's own pipeline keeps"
     if names[0] == "data" and names[1] in ("train", "valid") and len(names) > 3:
         if not all(isinstance(each := values["data"][names[1]], dict) and names[2] in each for values in both):
             return Effect.REFUSED, "what is trained on and evaluated"
         names[2] = "*"
-    pattern = ".".join(names)
-    return RULES[max((rule for rule in RULES if f"{pattern}.".startswith(f"{rule}.")), key=len)]
+    return RULES[_longest(".".join(names))]
+
+
+def _longest(key: str) -> str:
+    return max((rule for rule in RULES if f"{key}.".startswith(f"{rule}.")), key=len)
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

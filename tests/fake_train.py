@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
         print("lptransformer: stage 0 skipped 10 updates in a row", file=sys.stderr)
         raise SystemExit(1)
     saved = [int(folder.name[5:]) for folder in (run / "checkpoints").glob("step-*")]
-    if bool(saved) != ("--resume" in arguments) or max(saved, default=0) >= until:
+    if bool(saved) != ("--resume" in arguments) or max(saved, default=0) > until:
         raise SystemExit(f"updates {saved} are saved, and the sweep does not know")
     if not any(os.readlink(f"/proc/self/fd/{fd}").endswith("sweep.lock") for fd in open_files()):
         raise SystemExit("the lock of the sweep was not handed on")

@@ -177,9 +177,7 @@ class Supervisor:
         run = self.runs[state.name]
         run.folder.mkdir(parents=True, exist_ok=True)
         state.updates = resumable_at(run, state.target)
-        if state.updates:
-            # A newer one was saved just before the run was killed, and not evaluated.
-            checkpoint.set_aside_newer(run.folder, state.updates)
+        if state.updates:  # one at the target itself has an evaluation to make up
             flags = ["--resume"]
         else:
             flags = ["--overwrite"] if layout.holds_run(run.folder) else []
@@ -327,10 +325,10 @@ def newest(run: Run, sweep: Sweep) -> tuple[int, float | None]:
 
 
 def resumable_at(run: Run, target: int) -> int:
-    """The newest checkpoint before update `target`; 0 where there is none."""
+    """The newest checkpoint up to update `target`; 0 where there is none."""
     if not (run.folder / layout.CONFIG).is_file():
         return 0
-    return max((update for update in checkpoint.complete_updates(run.folder) if update < target), default=0)
+    return max((update for update in checkpoint.complete_updates(run.folder) if update <= target), default=0)
 
 
 def last_words(log: Path, begin: int, returncode: int) -> str:

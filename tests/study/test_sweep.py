@@ -351,7 +351,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(pretend: 
     assert pretend[1] == ["m", "--overwrite"]
 
 
-def test_a_run_that_was_killed_between_saving_and_evaluating_does_the_last_updates_again(
+def test_a_run_that_was_killed_between_saving_and_evaluating_is_resumed_where_it_was_saved(
     pretend: list[list[str]],
 ) -> None:
     found = read(write(grid=None, methods={"m": {}}, halving={"updates": [10, 40]}, checkpoints="all"))

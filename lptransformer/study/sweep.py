@@ -177,10 +177,8 @@ class Supervisor:
         run = self.runs[state.name]
         run.folder.mkdir(parents=True, exist_ok=True)
         state.updates = resumable_at(run, state.target)
-        if state.updates:  # one at the target itself has an evaluation to make up
-            flags = ["--resume"]
-        else:
-            flags = ["--overwrite"] if layout.holds_run(run.folder) else []
+        # A checkpoint at the target itself has an evaluation to make up.
+        flags = ["--resume"] if state.updates else ["--overwrite"] if layout.holds_run(run.folder) else []
         flags += [f"--until={state.target}"] if state.target < steps(run.config) else []
         threads = max(1, len(os.sched_getaffinity(0)) // (self.processes * run.processes))
         with (run.folder / LOG).open("ab") as log:

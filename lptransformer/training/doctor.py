@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lptransformer.config import deepspeed_keys
-from lptransformer.config.checks import zero_stage
 from lptransformer.config.schema import Config
 from lptransformer.console import print_table
 from lptransformer.errors import UserError
-from lptransformer.planning.dry_run import predicted, unprepared
+from lptransformer.planning.disk import checkpoint_bytes
+from lptransformer.planning.dry_run import unprepared
 from lptransformer.store import INTERFACE_HELP, is_loopback
 from lptransformer.training import memory
 from lptransformer.training.hosts import SSH, handed_on, in_quotes, placement, read_hostfile
@@ -73,7 +73,7 @@ def examine(config: Config | None, hostfile: str | None) -> list[Row]:
     known = {name: one.facts for name, one in asked.items() if one.facts is not None}
     rows += [row for check in (versions, devices, nccl, shared_memory) for row in check(known)]
     rows += [] if config is None else build_tools(known, deepspeed_keys.compiled(config.deepspeed))
-    rows += disks(known, 0 if config is None else checkpoint_bytes(config))
+    rows += disks(known, 0 if config is None else on_disk(config))
     rows += memories(config, known) if len(known) == len(hosts) else []
     if len(hosts) == 1:
         return [*rows, Row("address", next(iter(hosts)), "127.0.0.1: all processes are on this host")]
@@ -287,6 +287,11 @@ def shared_memory(known: Mapping[str, HostFacts]) -> Iterator[Row]:
         yield Row("shared memory", name, f"{_size(facts.shared_memory)} free", remedy)
 
 
+def on_disk(config: Config) -> int:
+    """Bytes of all checkpoints that a run leaves."""
+    return checkpoint_bytes(config, unprepared(memory.with_size(config, 1))).total
+
+
 def disks(known: Mapping[str, HostFacts], checkpoints: int) -> Iterator[Row]:
     needed = max(LEAST_DISK, checkpoints)
     what = f"{_size(needed)} are needed" + (" for checkpoints" if checkpoints > LEAST_DISK else "")
@@ -342,17 +347,6 @@ def between(name: str, asked: Asked, others: Sequence[str]) -> Iterator[Row]:
         yield Row("clock", name, f"off by {asked.skew:.1f} s or more", "synchronise it (NTP): traces would mislead")
     else:
         yield Row("clock", name, "as here")
-
-
-def checkpoint_bytes(config: Config) -> int:
-    """What all checkpoints of a run take together, about: weights, and the optimizer's state."""
-    ranks = predicted(config, unprepared(memory.with_size(config, 1)), alike=True)
-    zero, data = zero_stage(config), config.parallel.data
-    weights = sum(rank.weights * (data if zero == 3 else 1) for rank in ranks)
-    optimizer = sum(rank.optimizer * (data if zero > 0 else 1) for rank in ranks)
-    updates = config.train.steps or 1  # of train.epochs nobody knows yet
-    many = 1 + (updates - 1) // config.checkpoint.every if config.checkpoint.every else 1
-    return many * (weights + optimizer)
 
 
 def _size(size: int) -> str:

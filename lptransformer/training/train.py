@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from lptransformer import hub
 from lptransformer.config.checks import pretrained_warning
 from lptransformer.config.epochs import steps
 from lptransformer.config.schema import Config
-from lptransformer.console import bar
+from lptransformer.console import bar, megabytes
 from lptransformer.data.prepare import Prepared
 from lptransformer.engine.interface import Report, TrainingEngine, UpdateResult
 from lptransformer.engine.optimizer import learning_rate_after
@@ -31,6 +32,7 @@ from lptransformer.engine.process_groups import World, translate_lost_processes
 from lptransformer.errors import LostProcessError, RunError, TakenOverError, TrainingError
 from lptransformer.methods.heads import label
 from lptransformer.models.blueprint import Blueprint
+from lptransformer.planning.disk import checkpoint_bytes
 from lptransformer.planning.dry_run import print_stages
 from lptransformer.processes import command_of_run, forget_launchers, launched_rank, on_stop_signals
 from lptransformer.run_folder import checkpoint, layout, lock, retention
@@ -341,6 +343,10 @@ class Reporter:
         self.trace = TraceWriter(folder) if config.run.trace else None
         self.progress = Progress(self.last_update, self.stages)
         print_stages(f"run folder: {folder}", config, engine.blueprint)
+        if config.checkpoint.every:
+            need, free = checkpoint_bytes(config, engine.blueprint), shutil.disk_usage(folder).free
+            what = f"{need.many} checkpoints of {megabytes(need.each)}, {megabytes(need.total)} in all"
+            self.progress.message(f"on disk at the end: {what}; {megabytes(free)} are free")
         for line in (*said, self.writer.lost):
             if line:
                 self.progress.message(line)

@@ -6,17 +6,20 @@ What is compared is collected from the live engines, not read from files: of eve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from distributed import Pool
-from engine_jobs import open_engine
+from engine_jobs import VOCAB_SIZE, load_config, open_engine
 from tiers import full, slow
 from torch import Tensor
 
+from lptransformer.models.blueprint import make_blueprint
+from lptransformer.planning.disk import checkpoint_bytes
+from lptransformer.run_folder import checkpoint, saved_stage
 from lptransformer.run_folder.saved_stage import FP32
 
 State = dict[str, Tensor]
@@ -151,6 +154,20 @@ def test_the_state_has_the_saved_bits_at_every_stop(pool: Pool, tmp_path: Path, 
             assert found[2] == before[2]
         save = tmp_path / f"run-{number}"
         before = joined(pool.run(processes(stop), travel, overrides, 2, load, save))
+        config = load_config(overrides)
+        predicted = checkpoint_bytes(config, make_blueprint(config, VOCAB_SIZE, None))
+        assert content_bytes(save) == (predicted.each, predicted.once)
+
+
+def content_bytes(run: Path) -> tuple[int, int]:
+    """Of all tensors of a checkpoint but copies on their way, and of the frozen ones beside it."""
+
+    def payload(paths: Iterable[Path]) -> int:
+        return sum(path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little") for path in paths)
+
+    newest = checkpoint.folder_of(run, checkpoint.latest(run))
+    own = (path for path in newest.rglob("*.safetensors") if path.name != saved_stage.COPIES)
+    return payload(own), payload(newest.parent.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("zero", [0, slow(1), slow(3)])

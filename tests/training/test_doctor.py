@@ -121,7 +121,7 @@ def test_a_full_disk(folder: Path) -> None:
 def test_checkpoints_of_a_long_run_count(folder: Path) -> None:
     from lptransformer.config.load import load
 
-    one, many = (doctor.checkpoint_bytes(load("c.yaml", [f"checkpoint.every={every}"])) for every in (0, 1))
+    one, many = (doctor.on_disk(load("c.yaml", [f"checkpoint.every={every}"])) for every in (0, 1))
     weights = 4 * (16 * 16 * 12 * 2)  # of the blocks, in fp32
     assert many == 2 * one and 3 * weights < one
     rows = list(doctor.disks({"nodea": FACTS}, 200 * GIB))

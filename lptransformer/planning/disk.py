@@ -25,7 +25,8 @@ class CheckpointBytes:
 
 
 def checkpoint_bytes(config: Config, blueprint: Blueprint) -> CheckpointBytes:
-    """Headers of files are left out, and copies of weights that are on their way; where train.epochs has not been counted yet, it is one checkpoint."""
+    """Headers of files are left out, and copies of weights that are on their way. Where train.epochs has not been
+    counted yet, it is one checkpoint."""
     dtype = DTYPES[blueprint.dtype].bytes
     exact = DTYPES[blueprint.dtype].state_bytes  # of what the optimizer keeps
     optimizer = config.optimizer

@@ -120,7 +120,7 @@ IN_RUN: dict[str, tuple[str, Read, str]] = {
     "data": ("data.json", layout.read_data, "data.json cannot be read"),
     "environment": ("environment.json", layout.hub_commits, ""),
     "end": ("ended.json", layout.read_end, ""),
-    "metrics": ("metrics.jsonl", metrics_log.read_updates, "no update in its metrics|not JSON"),
+    "metrics": ("metrics.jsonl", metrics_log.read_updates, "no update in its metrics|is no row"),
     "trace": ("trace.jsonl", lambda run: trace.read_traces(run, 1, 1), "trace.jsonl"),
     "weights": (
         "checkpoints/step-00000010/stage-0/weights.safetensors",

@@ -19,6 +19,7 @@ import torch
 from distributed import Pool
 from families import TRAINED
 from overlays import overlay
+from safetensors.torch import load_file
 from saved_runs import FEW, TEXT, make_run, rewrite, write_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -223,7 +224,7 @@ def test_what_the_model_folder_had_comes_back(tmp_path: Path) -> None:
 def test_the_dtype_that_is_asked_for(dtype: str, name: str, tmp_path: Path) -> None:
     exported = export_run(make_run(tmp_path), tmp_path / "out", dtype=dtype)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == name
-    weights = checkpoint.load_file(tmp_path / "out" / "model.safetensors")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
     assert {str(weight.dtype) for weight in weights.values()} == {f"torch.{name}"}
     assert bool(exported.notes) == (dtype != "fp32")
 
@@ -237,9 +238,7 @@ def test_what_was_tied_and_still_is_equal_is_tied(tmp_path: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert model.config.tie_word_embeddings is tied
         same = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        assert (
-            same is tied and ("lm_head.weight" in checkpoint.load_file(tmp_path / name / "model.safetensors")) != tied
-        )
+        assert same is tied and ("lm_head.weight" in load_file(tmp_path / name / "model.safetensors")) != tied
 
 
 def test_what_was_trained_apart_is_not_tied_again(tmp_path: Path) -> None:
@@ -324,7 +323,7 @@ def test_an_exit_that_is_not_there(tmp_path: Path) -> None:
 def test_exits_are_kept_beside_the_model(tmp_path: Path) -> None:
     run = make_run(tmp_path, head={"blocks": 1}, chunks=4)
     export_run(run, tmp_path / "out", keep_exits=True)
-    kept, own = checkpoint.load_file(tmp_path / "out" / exits.FILE), trained_model.load(run, 10)
+    kept, own = load_file(tmp_path / "out" / exits.FILE), trained_model.load(run, 10)
     for stage in own.stages[:-1]:
         assert stage.head is not None
         for name, tensor in stage.head.state_dict().items():

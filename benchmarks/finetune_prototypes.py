@@ -77,7 +77,8 @@ def train(config: Config, prototype: str | None) -> Trained:
         for_training(make_stage(plan, blueprint, seed=seed, pretrained=pretrained), blueprint)
         for plan in blueprint.stages
     ]
-    fit_heads(world, blueprint, dict(enumerate(stages)), stream)
+    auxiliary = [plan.index for plan in blueprint.stages if plan.has_head and not plan.is_last]
+    fit_heads(world, blueprint, dict(enumerate(stages)), stream, auxiliary)
     leave(world)
     if prototype == LORA:
         torch.manual_seed(seed)

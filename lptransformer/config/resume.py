@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Any, NamedTuple
 
+from lptransformer.methods import objectives
 from lptransformer.methods.heads import HEADS, followed
 
 
@@ -93,8 +94,8 @@ def _rule(key: str, saved: dict[str, Any], new: dict[str, Any]) -> tuple[Effect,
     ):
         return Effect.REFUSED, "how late copies of other stages' weights are"
     names = key.split(".")
-    if key.startswith("objective.") and any(HEADS[values["head"]["kind"]].fitted for values in both):
-        return Effect.REFUSED, "which heads are fitted, before training"
+    if names[0] == "head" and not all(_has_auxiliary_heads(values) for values in both):
+        return Effect.NOTHING, ""  # where there are some now, all of them are new
     if any(values["engine"] == "deepspeed_pipeline" for values in both):
         rule = RULES[_longest(key)]
         if rule[0] is Effect.LAYOUT or key == "train.dtype":
@@ -104,6 +105,10 @@ def _rule(key: str, saved: dict[str, Any], new: dict[str, Any]) -> tuple[Effect,
             return Effect.REFUSED, "what is trained on and evaluated"
         names[2] = "*"
     return RULES[_longest(".".join(names))]
+
+
+def _has_auxiliary_heads(values: dict[str, Any]) -> bool:
+    return len(objectives.build(values["model"]["num_layers"], **values["objective"]).heads) > 1
 
 
 def _longest(key: str) -> str:

@@ -310,12 +310,9 @@ class TrainedStage:
             optimizer.checkpoint_event_epilogue()
             frozen = [one for one in beside.values() if isinstance(one, nn.Parameter)]
             with deepspeed.zero.GatheredParameters(frozen, modifier_rank=0):
-                _fill(beside, saved)
+                saved.fill(beside, saved_name)
             return
-        for name, weight in self._names.items():
-            if (part := saved.of(name)) is not None:
-                weight.data.copy_(part.exact(name))
-        _fill(beside, saved)
+        saved.fill(held, saved_name)
 
     def _one_before(self, name: str, saved: SavedFor) -> Tensor | None:
         """A weight as it was one update before; as it is, where gradients were not delayed."""
@@ -351,13 +348,6 @@ def _detached(stage: Stage, names: Collection[str]) -> dict[str, Tensor]:
 def _saved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Under their names in a checkpoint."""
     return {saved_name(name): tensor for name, tensor in tensors.items()}
-
-
-def _fill(tensors: Mapping[str, Tensor], saved: SavedFor) -> None:
-    """Tensors by their names in the stage, with what a checkpoint has."""
-    for name, tensor in tensors.items():
-        if (part := saved.of(saved_name(name))) is not None:
-            tensor.data.copy_(part.weight(saved_name(name)))
 
 
 class FrozenStage:
@@ -414,7 +404,7 @@ class FrozenStage:
 
     def load(self, saved: SavedFor) -> None:
         """Raises RunError when a file is damaged."""
-        _fill(self.stage.state_dict(keep_vars=True), saved)
+        saved.fill(self.stage.state_dict(keep_vars=True), saved_name)
 
 
 def combine_norms(norms: Tensor, zero_stage: int) -> Tensor:

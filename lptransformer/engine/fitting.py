@@ -9,7 +9,7 @@ replicas get them. Nothing of it depends on the placement.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import count
 
 import torch
@@ -29,10 +29,13 @@ from lptransformer.models.stage import Stage
 FIT_TOKENS = 8192  # at most: an epoch may have fewer
 
 
-def fit_heads(world: World, blueprint: Blueprint, stages: Mapping[int, Stage], stream: Stream) -> None:
-    """Fit the maps in this process's `stages`, which hold the pretrained weights in fp32; nothing without fitted heads.
+def fit_heads(
+    world: World, blueprint: Blueprint, stages: Mapping[int, Stage], stream: Stream, heads: Collection[int]
+) -> None:
+    """Fit the maps of these heads (the numbers of their stages), where this process's `stages` have them. The stages
+    hold the model's weights in fp32. Nothing without fitted heads.
 
-    Every process of the run calls this. Raises TrainingError when another one has gone.
+    Every process of the run calls this with the same `heads`. Raises TrainingError when another one has gone.
     """
     depth, options = blueprint.objective.num_blocks, blueprint.head
     if not HEADS[options.kind].fitted:
@@ -41,7 +44,7 @@ def fit_heads(world: World, blueprint: Blueprint, stages: Mapping[int, Stage], s
     # border there is nothing to bridge: the map stays 0.
     goal = depth - options.blocks
     bridged = [plan.last_block + (options.blocks > 0) < goal for plan in blueprint.stages]
-    fits = [p for p, far in zip(blueprint.stages, bridged, strict=True) if p.has_head and not p.is_last and far]
+    fits = [plan for plan, far in zip(blueprint.stages, bridged, strict=True) if plan.index in heads and far]
     own = {plan.index: _map_of(stages[plan.index]) for plan in fits if plan.index in stages}
     if fits and world.data_rank == 0:
         _fit(world, blueprint, stages, stream, own, goal, fits[0].pipeline_rank)

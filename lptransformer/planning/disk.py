@@ -25,8 +25,9 @@ class CheckpointBytes:
 
 
 def checkpoint_bytes(config: Config, blueprint: Blueprint) -> CheckpointBytes:
-    """Headers of files are left out, and copies of weights that are on their way. Where train.epochs has not been
-    counted yet, it is one checkpoint."""
+    """Headers of files are left out, and copies of weights that are on their way; frozen weights of several heads count
+    for each, also where they are the same and share a file. Where train.epochs has not been counted yet, it is one
+    checkpoint."""
     dtype = DTYPES[blueprint.dtype].bytes
     exact = DTYPES[blueprint.dtype].state_bytes  # of what the optimizer keeps
     optimizer = config.optimizer
@@ -37,6 +38,7 @@ def checkpoint_bytes(config: Config, blueprint: Blueprint) -> CheckpointBytes:
     own, copied = map(sum, zip(*(weights_of(stage, blueprint.costs) for stage in blueprint.stages), strict=True))
     frozen = own - trained + (copied if HEADS[blueprint.head.kind].fitted else 0)
     changing = trained * of_trained + (own + copied - trained - frozen) * dtype
+    changing += blueprint.tied * blueprint.costs.tied_parameters * dtype  # the matrix has two names
     return CheckpointBytes(changing, frozen * dtype, _many(config))
 
 

@@ -298,6 +298,12 @@ class SavedFor:
             return None
         raise RunError(f"{self.parts[0].folder.parent} has no {name} of the blocks {self._blocks}: choose another")
 
+    def fill(self, tensors: Mapping[str, Tensor], saved_name: Callable[[str], str]) -> None:
+        """Give tensors of the stage, by their names there, what is saved of them."""
+        for name, tensor in tensors.items():
+            if (part := self.of(saved_name(name))) is not None:
+                tensor.data.copy_(part.exact(saved_name(name)))
+
     @property
     def head(self) -> SavedStage | None:
         """What has its head, if it had one."""

@@ -39,6 +39,7 @@ from lptransformer.methods.heads import HEADS
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models import blueprint as blueprints
 from lptransformer.models import family_check
+from lptransformer.models.adapters import saved_name
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.hf_config import described
 from lptransformer.models.stage import Stage, for_training, make_stage
@@ -324,8 +325,8 @@ def build_engine(
 ) -> TrainingEngine:
     """The engine that the configuration names, over a stream of micro-batches and validation sets.
 
-    `weights` are those of model.pretrained where they are in memory. What is to be `resumed` has the weights of fitted
-    heads, which are left as they are, and says how parameters share counts of steps.
+    `weights` are those of model.pretrained where they are in memory. What is to be `resumed` has the weights of heads
+    that were fitted before; new ones are fitted to its weights. It says how parameters share counts of steps.
     """
     train, dtype = config.train, DTYPES[config.train.dtype]
     torch_dtype: torch.dtype = getattr(torch, dtype.name)
@@ -351,9 +352,14 @@ def build_engine(
         return stage, optimizer, build_lr_scheduler(optimizer, train.lr_scheduler, steps(config), train.warmup_steps)
 
     made: dict[int, Stage] = {}  # stages that were made early
-    if resumed is None and HEADS[blueprint.head.kind].fitted:
+    auxiliary = [plan for plan in blueprint.stages if plan.has_head and not plan.is_last]
+    new = [plan.index for plan in auxiliary if resumed is None or resumed.seen_by(plan).head is None]
+    if new and HEADS[blueprint.head.kind].fitted:
         made = {plan.index: make(plan) for plan in blueprint.stages if plan.pipeline_rank == world.pipeline_rank}
-        fit_heads(world, blueprint, made, stream)
+        if resumed is not None:
+            for stage in made.values():
+                resumed.seen_by(stage.plan).fill(stage.state_dict(keep_vars=True), saved_name)
+        fit_heads(world, blueprint, made, stream, new)
     frozen: dict[str, Tensor] = {}  # what heads of this process share
 
     def build(plan: StagePlan) -> LocalStage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections import ChainMap
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,49 @@ def test_four_updates_equal_two_and_two_from_a_checkpoint(
     assert same(weights_of(start(pool, keys, 2, load=tmp_path)), whole)
     stored = saved_stage.read_weights(checkpoint.stage_folder(tmp_path, 2, 0))
     assert {"head.map.linear.weight", "head.readout.weight", "head.blocks.h.7.mlp.c_fc.weight"} <= stored.keys()
+
+
+def train_and_keep(overrides: tuple[str, ...], run: Path, model: Path) -> None:
+    """Two updates, saved, and the model as transformers has it."""
+    engine = open_engine(overrides)
+    engine.train_batch()
+    engine.train_batch()
+    engine.save_checkpoint(run)
+    engine.pretrained_model().save_pretrained(model)
+    engine.close()
+
+
+def maps(overrides: tuple[str, ...], run: Path | None) -> dict[int, dict[str, Tensor]]:
+    """The fitted maps and frozen parts of the heads of this process, by block, before the next update."""
+    engine = open_engine(overrides, resumed=run)
+    if run is not None:
+        engine.load_checkpoint(run)
+    found = {
+        stage.plan.last_block: {name: one.clone() for name, one in stage.weights().items() if name.startswith("head.")}
+        for stage in engine.local.values()
+    }
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize(("mode", "parallel"), [((0, "fp32"), (2, 1)), slow((1, "fp32"), (1, 2))], ids=str)
+def test_a_head_that_is_new_on_resume_is_fitted_to_the_loaded_weights(
+    pool: Pool, folder: Path, tmp_path: Path, mode: tuple[int, str], parallel: tuple[int, int]
+) -> None:
+    """As a run that starts from those weights would fit it; its frozen parts are the run's own."""
+    pool.run(1, train_and_keep, overrides(folder, "train.learning_rate=0.01"), tmp_path / "run", tmp_path / "model")
+    cut = ("objective.chunks=[2,2,4]", *zero(*mode))
+    resumed, fresh = (
+        dict(ChainMap(*pool.run(2, maps, overrides(where, *cut, parallel=parallel), run)))
+        for where, run in ((folder, tmp_path / "run"), (tmp_path / "model", None))
+    )
+    before = weights_of(start(pool, overrides(folder, "train.learning_rate=0.01"), 2))
+    for name, tensor in resumed[3].items():
+        if not name.startswith("head.norm."):  # it trains, from the model's before training on
+            wanted = fresh[3][name] if name.startswith("head.map.") else before[f"1.{name}"]
+            assert torch.equal(tensor, wanted), name
+    assert any(not torch.equal(tensor, fresh[3][name]) for name, tensor in resumed[3].items()), "the model has moved"
+    assert all(torch.equal(tensor, before[f"1.{name}"]) for name, tensor in resumed[1].items()), "the old head stays"
 
 
 # ---- a whole run

@@ -144,15 +144,13 @@ class PipelineBaseline(TrainingEngine):
         if self.skipped_in_a_row >= self.options.max_skipped_updates:
             raise TrainingError(
                 f"{self.skipped_in_a_row} updates in a row were skipped, or had a loss that is not finite; the last "
-                f"one was update {self.update}. Start again with a lower train.learning_rate or more "
-                "train.warmup_steps, or look at these windows",
+                f"one was update {self.update}. Resume (--resume, maybe --step N) with a lower "
+                "train.learning_rate, or look at these windows",
                 reports,
             )
         return UpdateResult(self.update, control, reports)
 
-    def eval_batch(
-        self, name: str, advance: Callable[[int], None] = lambda done: None, *, stoppable: bool = True
-    ) -> list[Report]:
+    def eval_batch(self, name: str, advance: Callable[[int], None] = lambda done: None) -> list[Report]:
         if name not in self._rounds:
             own = [batch.label_tokens for _, batch in self._own_batches(name)]
             self._rounds[name] = len(own), sum(own)
@@ -163,7 +161,7 @@ class PipelineBaseline(TrainingEngine):
             count = min(EVALUATED_AT_ONCE, micro_batches - first)
             with _translate_gloo_errors():
                 asked = self._stop_requested or self.world.store.check([STOP_KEY])
-                if stoppable and any(self._on_any_process([asked])):
+                if any(self._on_any_process([asked])):
                     return self._gather([])
                 self.engine.eval_batch(batches, bcast_loss=False, num_micro_batches=count)
             advance(count)

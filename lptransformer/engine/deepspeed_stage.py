@@ -39,7 +39,16 @@ from lptransformer.errors import RunError
 from lptransformer.models.adapters import saved_name
 from lptransformer.models.head import Copy, LossBatch
 from lptransformer.models.stage import Stage, StageOutput
-from lptransformer.run_folder.saved_stage import DEEPSPEED, FP32, Frozen, Pieces, SavedFor, StageContent, read_others
+from lptransformer.run_folder.saved_stage import (
+    DEEPSPEED,
+    FP32,
+    SECOND_NAMES,
+    Frozen,
+    Pieces,
+    SavedFor,
+    StageContent,
+    read_others,
+)
 
 
 def deepspeed_config(
@@ -249,7 +258,7 @@ class TrainedStage:
 
     def frozen(self) -> Frozen:
         """Its weights that never change; at ZeRO 3 all replicas call this together."""
-        names = _frozen_names(self.engine.module)
+        names = _frozen_names(self.engine.module) - _second_names(self.engine.module).keys()
         return Frozen(_saved(self.tensors(names) if self.zero_stage == 3 else _detached(self.engine.module, names)))
 
     def content(self, description: dict[str, Any], copies: Mapping[str, Tensor]) -> StageContent:
@@ -275,7 +284,7 @@ class TrainedStage:
         whole = _saved(_detached(module, there))
         if self.zero_stage == 3:
             whole = {name: tensor for name, tensor in whole.items() if name not in self._names}
-        state = {**description, "skipped_in_a_row": self.skipped_in_a_row}
+        state = {**description, "skipped_in_a_row": self.skipped_in_a_row, SECOND_NAMES: _second_names(module)}
         return StageContent(pieces, state, whole, dict(copies))
 
     def load(self, saved: SavedFor) -> None:
@@ -341,8 +350,17 @@ def _frozen_names(stage: Stage) -> set[str]:
     return weights | ({f"head.{name}" for name in stage.head.frozen} if stage.head is not None else set())
 
 
+def _second_names(stage: Stage) -> dict[str, str]:
+    """Of a tensor that has two names (`model.tie`), the second and the first; as in a checkpoint."""
+    first: dict[int, str] = {}
+    named = [(saved_name(name), one) for name, one in stage.state_dict(keep_vars=True).items()]
+    return {name: first[id(one)] for name, one in named if first.setdefault(id(one), name) != name}
+
+
 def _detached(stage: Stage, names: Collection[str]) -> dict[str, Tensor]:
-    return {name: one.detach() for name, one in stage.state_dict(keep_vars=True).items() if name in names}
+    """Tensors of a stage, each under its first name."""
+    held, second = stage.state_dict(keep_vars=True), _second_names(stage)
+    return {name: one.detach() for name, one in held.items() if name in names and name not in second}
 
 
 def _saved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -397,7 +415,7 @@ class FrozenStage:
         """As of TrainedStage."""
         if dist.get_rank() > 0:
             return StageContent()
-        state = {**description, "skipped_in_a_row": 0}
+        state = {**description, "skipped_in_a_row": 0, SECOND_NAMES: _second_names(self.stage)}
         return StageContent(
             Pieces(), state, _saved(_detached(self.stage, {one.target for one in self.copies})), dict(copies)
         )

@@ -111,9 +111,7 @@ class LocalUpdateEngine(TrainingEngine):
 
     @telling_of_wrong_data
     @torch.no_grad()
-    def eval_batch(
-        self, name: str, advance: Callable[[int], None] = lambda done: None, *, stoppable: bool = True
-    ) -> list[Report]:
+    def eval_batch(self, name: str, advance: Callable[[int], None] = lambda done: None) -> list[Report]:
         """See TrainingEngine. No pipeline rank waits for the ones after it.
 
         Where gradients are delayed, `request` must have asked for it before the update that it follows. Raises
@@ -132,7 +130,7 @@ class LocalUpdateEngine(TrainingEngine):
             label_tokens += batch.label_tokens
             if self.neighbours.below is None:
                 inputs = batch.input_ids.to(self.world.device)
-                stop = stoppable and (self._stop_requested or self.world.store.check([STOP_KEY]))
+                stop = self._stop_requested or self.world.store.check([STOP_KEY])
                 control = Control.STOP if any_replica(stop, self.world) else Control.NOTHING
             else:
                 header, inputs = self.neighbours.below.receive()
@@ -278,7 +276,7 @@ class LocalUpdateEngine(TrainingEngine):
                 what = f"the loss of micro-batches {bad} is not finite" if bad else "its gradient is not finite"
                 raise TrainingError(
                     f"stage {index} (blocks {stage.plan.first_block}-{stage.plan.last_block}) skipped "
-                    f"{stage.skipped_in_a_row} updates in a row; at update {self.update} {what}. Start "
-                    f"again with a lower train.learning_rate or more train.warmup_steps, or look at these windows",
+                    f"{stage.skipped_in_a_row} updates in a row; at update {self.update} {what}. Resume "
+                    f"(--resume, maybe --step N) with a lower train.learning_rate, or look at these windows",
                     reports,
                 )

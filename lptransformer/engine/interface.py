@@ -168,14 +168,11 @@ class TrainingEngine(ABC):
         """
 
     @abstractmethod
-    def eval_batch(
-        self, name: str, advance: Callable[[int], None] = lambda done: None, *, stoppable: bool = True
-    ) -> list[Report]:
+    def eval_batch(self, name: str, advance: Callable[[int], None] = lambda done: None) -> list[Report]:
         """Sums of the losses of every local head over all windows of the validation set `name`.
 
         Every process calls this at the same update; replica i takes each i-th micro-batch. `advance` hears of
-        micro-batches that are done. Where it is `stoppable` (the same in every process), a stop that was requested ends
-        it within few of them: then nothing is reported.
+        micro-batches that are done. A stop that was requested ends it within few of them: then nothing is reported.
         """
 
     def save_checkpoint(self, run: str | Path) -> None:

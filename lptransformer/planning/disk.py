@@ -1,13 +1,14 @@
-"""What the checkpoints of a run take on the disk, before it is started."""
+"""What the checkpoints of a run take on the disk, and their copies in memory, before it is started."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lptransformer.config.schema import Config
 from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.heads import HEADS
-from lptransformer.methods.stages import trained_of, weights_of
+from lptransformer.methods.stages import StagePlan, trained_of, weights_of
 from lptransformer.models.blueprint import Blueprint
 
 
@@ -28,18 +29,38 @@ def checkpoint_bytes(config: Config, blueprint: Blueprint) -> CheckpointBytes:
     """Headers of files are left out, and copies of weights that are on their way; frozen weights of several heads count
     for each, also where they are the same and share a file. Where train.epochs has not been counted yet, it is one
     checkpoint."""
-    dtype = DTYPES[blueprint.dtype].bytes
-    exact = DTYPES[blueprint.dtype].state_bytes  # of what the optimizer keeps
-    optimizer = config.optimizer
-    tensors = 2 if optimizer.name == "adamw" else int(optimizer.momentum > 0)
-    of_trained = exact * (tensors + blueprint.objective.delayed)
-    of_trained += exact if blueprint.zero_stage == 3 else dtype + (exact if dtype < exact else 0)
-    trained = sum(trained_of(stage, blueprint.costs) for stage in blueprint.stages)
-    own, copied = map(sum, zip(*(weights_of(stage, blueprint.costs) for stage in blueprint.stages), strict=True))
+    stages = [_of_stage(stage, config, blueprint) for stage in blueprint.stages]
+    each = sum(stage.whole + stage.owned for stage in stages)
+    return CheckpointBytes(each, sum(stage.frozen for stage in stages), _many(config))
+
+
+def host_copies(config: Config, blueprint: Blueprint) -> list[int]:
+    """Bytes of the copies that the first replica of every pipeline rank keeps from its first save on."""
+    replicas = blueprint.replicas if blueprint.zero_stage > 0 else 1
+    found = [0] * (blueprint.stages[-1].pipeline_rank + 1)
+    for stage in blueprint.stages:
+        of_stage = _of_stage(stage, config, blueprint)
+        found[stage.pipeline_rank] += of_stage.whole + -(-of_stage.owned // replicas)
+    return found
+
+
+class _Content(NamedTuple):
+    """Bytes of a stage: of whole tensors that change, of what its replicas own, and of frozen tensors."""
+
+    whole: int
+    owned: int
+    frozen: int
+
+
+def _of_stage(stage: StagePlan, config: Config, blueprint: Blueprint) -> _Content:
+    dtype, exact = DTYPES[blueprint.dtype].bytes, DTYPES[blueprint.dtype].state_bytes
+    costs, zero = blueprint.costs, blueprint.zero_stage
+    tensors = 2 if config.optimizer.name == "adamw" else int(config.optimizer.momentum > 0)
+    trained, (own, copied) = trained_of(stage, costs), weights_of(stage, costs)
     frozen = own - trained + (copied if HEADS[blueprint.head.kind].fitted else 0)
-    changing = trained * of_trained + (own + copied - trained - frozen) * dtype
-    changing += blueprint.tied * blueprint.costs.tied_parameters * dtype  # the matrix has two names
-    return CheckpointBytes(changing, frozen * dtype, _many(config))
+    owned = trained * exact * (tensors + blueprint.objective.delayed + (zero == 3 or dtype < exact))
+    whole = (own + copied - frozen - (trained if zero == 3 else 0)) * dtype
+    return _Content(whole, owned, frozen * dtype)
 
 
 def _many(config: Config) -> int:

@@ -17,6 +17,7 @@ from lptransformer.methods import flops
 from lptransformer.methods.heads import label
 from lptransformer.methods.stages import stage_rows, trained_of, weights_of
 from lptransformer.models.blueprint import Blueprint, make_blueprint
+from lptransformer.planning.disk import host_copies
 from lptransformer.planning.rank_memory import Precision, RankMemory, precision
 from lptransformer.planning.stage_memory import EmptyStages
 
@@ -41,11 +42,12 @@ def dry_run(config: Config) -> None:
         return
     ranks = predicted(config, blueprint)
     lines = [
-        (number, *(f"{getattr(rank, name) / MIB:,.1f}" for name in _COLUMNS), rank.held)
-        for number, rank in enumerate(ranks)
+        (number, *(f"{getattr(rank, name) / MIB:,.1f}" for name in _COLUMNS), f"{save / MIB:,.1f}", rank.held)
+        for number, (rank, save) in enumerate(zip(ranks, host_copies(config, blueprint), strict=True))
     ]
-    names = ("pipeline rank", *_COLUMNS, "micro-batches held")
-    print_table("predicted memory of one process, MiB (buckets: ZeRO's)", names, lines)
+    names = ("pipeline rank", *_COLUMNS, "saving", "micro-batches held")
+    what = "buckets: ZeRO's; saving: beside the peak, in the host's memory, from the first checkpoint on"
+    print_table(f"predicted memory of one process, MiB ({what})", names, lines)
     print(_machine_text(config, max(rank.peak for rank in ranks)))
 
 

@@ -37,6 +37,7 @@ from lptransformer.run_folder.checkpoint import FORMAT, Sums
 WEIGHTS, STATE, COPIES, DEEPSPEED = "weights.safetensors", "state.json", "copies.safetensors", "deepspeed"
 OTHERS = "others.safetensors"  # of format 1: copies, and the weights of one update before
 FP32 = "fp32"
+SECOND_NAMES = "second_names"  # in state.json: of a tensor that has two names
 Shape = tuple[int, ...]
 
 
@@ -180,6 +181,7 @@ class SavedStage:
         self.state = read_state(folder)
         self.plan = StagePlan(**self.state["plan"])
         self._opened: dict[Path, Any] = {}
+        self._second_names: dict[str, str] = self.state.get(SECOND_NAMES, {})
 
     @cached_property
     def _whole(self) -> dict[str, Path]:
@@ -200,10 +202,11 @@ class SavedStage:
         """Of all weights and copies."""
         own = f"{FP32}/"
         of_pieces = {key.removeprefix(own) for _, one in self._pieces for key in one.flat if key.startswith(own)}
-        return sorted(self._whole.keys() | of_pieces)
+        return sorted(self._whole.keys() | of_pieces | self._second_names.keys())
 
     def weight(self, name: str) -> Tensor:
         """A tensor as training computes with it. Raises RunError."""
+        name = self._second_names.get(name, name)
         if name in self._whole:
             return self._get(self._whole[name], name)
         dtype: torch.dtype = getattr(torch, DTYPES[self.state["dtype"]].name)
@@ -211,6 +214,7 @@ class SavedStage:
 
     def exact(self, name: str, start: int = 0, numel: int | None = None) -> Tensor:
         """A weight, or a flat range of it, as the optimizer has it: in fp32 where it keeps one."""
+        name = self._second_names.get(name, name)
         if FP32 in self.kinds(name):
             return self.part(FP32, name, start, numel)
         weight = self.weight(name)

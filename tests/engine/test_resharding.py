@@ -113,7 +113,7 @@ TOURS = {
     "pipeline": [layout(4, 1, 0), layout(2, 1, 0), layout(1, 1, 0), layout(4, 1, 0)],
     "ZeRO": [layout(1, 2, 1), layout(2, 1, 3), layout(1, 2, 0), layout(1, 2, 3), layout(1, 1, 2), layout(1, 2, 1)],
     "bf16": [layout(1, 2, 2, "bf16"), layout(2, 2, 3, "bf16"), layout(1, 1, 0), layout(1, 2, 1, "bf16")],
-    "every pair": [
+    "every ordered pair": [
         layout(1, 1 + n % 2, int(zero)) for n, zero in enumerate("0102031213230")
     ],  # ordered, of ZeRO stages
 }

@@ -1,0 +1,119 @@
+"""Saves on their way: in the background, one at a time, and what happens where one fails."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import Pool
+from engine_jobs import open_engine
+from torch import Tensor
+
+from lptransformer.engine import engine as engines
+from lptransformer.engine import saving
+from lptransformer.errors import TrainingError
+from lptransformer.run_folder import checkpoint, saved_stage
+
+CHUNKED = ("objective.chunks=2",)
+
+
+def saved_while_training(run: Path) -> tuple[list[bool], bool]:
+    """The writer waits until two more updates are made: was it a save of the update at which it was asked for?"""
+    engine, gate, seen = open_engine(CHUNKED), threading.Event(), list[bool]()
+    write = saved_stage.write
+
+    def late(*args: Any) -> Any:
+        gate.wait(60)
+        return write(*args)
+
+    saved_stage.write = late  # type: ignore[assignment]
+    try:
+        engine.train_batch()
+        held: list[dict[str, Tensor]] = [stage.weights() for stage in engine.local.values()]
+        engine.save_checkpoint(run)
+        engine.train_batch()
+        engine.train_batch()
+        seen.append(checkpoint.complete_updates(run) == [])
+        gate.set()
+        engine.settle()
+        engine.collect()
+        seen.append(checkpoint.complete_updates(run) == [1])
+        engine.close()
+    finally:
+        saved_stage.write = write
+    found = [saved_stage.read_weights(folder) for folder in saved_stage.folders(run, 1)]
+    return seen, all(torch.equal(one[name], own[name]) for one, own in zip(found, held, strict=True) for name in own)
+
+
+def test_what_is_saved_is_what_it_was_though_training_goes_on(pool: Pool, tmp_path: Path) -> None:
+    assert pool.run(1, saved_while_training, tmp_path) == [([True, True], True)]
+
+
+def failing(run: Path, failures: int, options: tuple[str, ...]) -> tuple[list[str], list[int]]:
+    """Three saves, of which the first so many fail on process 1."""
+    engine, said, write = open_engine((*CHUNKED, "parallel.pipeline=2", *options)), list[str](), saved_stage.write
+    engine.on_problem = said.append
+    done = 0
+
+    def full(*args: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done <= failures and engine.world.global_rank == 1:
+            write(*args)  # half of it is there
+            raise OSError(28, "No space left on device")
+        return write(*args)
+
+    saved_stage.write = full  # type: ignore[assignment]
+    try:
+        for _ in range(3):
+            engine.train_batch()
+            engine.save_checkpoint(run)
+            engine.settle()
+        engine.close()
+    finally:
+        saved_stage.write = write
+    return said, checkpoint.complete_updates(run)
+
+
+def test_a_save_that_fails_is_said_once_and_the_run_goes_on(pool: Pool, tmp_path: Path) -> None:
+    (said, found), (other, _) = pool.run(2, failing, tmp_path, 1, ())
+    assert found == [2, 3] and len(said) == 1 and other == []
+    assert "the checkpoint after 1 updates was not saved" in said[0] and "No space left" in said[0]
+    assert not list((tmp_path / "checkpoints").glob(".step-*"))
+
+
+def test_a_save_that_fails_ends_the_run_where_that_is_asked_for(pool: Pool, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="the checkpoint after 1 updates was not saved"):
+        pool.run(2, failing, tmp_path, 1, ("checkpoint.on_error=stop",))
+
+
+def without_room(run: Path) -> tuple[list[str], list[int], bool]:
+    """Neither for copies in memory, nor then on the disk."""
+    engine, said = open_engine(CHUNKED), list[str]()
+    engine.on_problem = said.append
+    memory, usage = engines.host_memory, saving.shutil.disk_usage
+    engines.host_memory = lambda: 0
+    try:
+        for _ in range(2):
+            engine.train_batch()
+            engine.save_checkpoint(run)
+            assert engine._saving is not None and engine._saving.is_done, "training waited"
+        saving.shutil.disk_usage = lambda path: usage(path)._replace(free=1000)
+        engine.train_batch()
+        engine.save_checkpoint(run)
+        engine.close()
+    finally:
+        engines.host_memory, saving.shutil.disk_usage = memory, usage
+    return said, checkpoint.complete_updates(run), engine._host_copies.num_bytes == 0
+
+
+def test_without_room_for_copies_training_waits_and_without_room_on_the_disk_nothing_is_begun(
+    pool: Pool, tmp_path: Path
+) -> None:
+    ((said, found, nothing_kept),) = pool.run(1, without_room, tmp_path)
+    assert found == [1, 2] and nothing_kept and len(said) == 2
+    assert "do not fit: training waits for it" in said[0]
+    assert "0 MB are free on the disk" in said[1] and "the checkpoint after 3 updates was not saved" in said[1]

@@ -405,19 +405,26 @@ def report(args: argparse.Namespace) -> None:
 def checkpoints(args: argparse.Namespace) -> None:
     from lptransformer.console import megabytes, print_table
     from lptransformer.run_folder import checkpoint, lock, retention
-    from lptransformer.run_folder.metrics_log import JSONL_NAME, read_metrics
+    from lptransformer.run_folder.metrics_log import readable
 
     run = Path(args.run_folder)
     options = retention.options(run, args.overrides)
-    rows = read_metrics(run) if (run / JSONL_NAME).is_file() else []
+    rows = readable(run)[0]
+    damaged = retention.damaged(run) if args.verify or args.prune else {}
     if args.prune:
-        lock.check_free(run)
-        gone = retention.prune(run, options, rows)
-        checkpoint.remove_unfinished(run)
+        if damaged:  # what is kept could be what cannot be read
+            raise UserError(
+                f"nothing is removed: {'; '.join(damaged.values())}; remove that checkpoint, or resume first"
+            )
+        with lock.begin(run).file:
+            gone = retention.prune(run, options, rows)
+            checkpoint.remove_unfinished(run)
         print(f"removed {len(gone)} checkpoints" + (f": {', '.join(map(str, gone))}" if gone else ""))
-    damaged = retention.damaged(run) if args.verify else {}
     entries = retention.listed(run, options, rows)
-    verified = [damaged.get(entry.update, "good") for entry in entries] if args.verify else [None] * len(entries)
+    older = "no sums (an older format)"
+    verified = [
+        damaged.get(entry.update, "good" if checkpoint.has_sums(run, entry.update) else older) for entry in entries
+    ]
     table = [
         (entry.update, megabytes(entry.num_bytes), ", ".join(entry.why) or "nothing", *([state] if args.verify else []))
         for entry, state in zip(entries, verified, strict=True)

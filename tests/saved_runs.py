@@ -82,7 +82,9 @@ def make_run(
             weights = {name: _shaken(name, tensor, update) for name, tensor in stage.state_dict().items()}
             weights = {name: weight.to(dtype) for name, weight in weights.items()}
             position = {"epoch": 0, "offset": update}
-            state = saved_stage.describe(plan, len(blueprint.stages), update, position, config.train.dtype)
+            state = saved_stage.describe(
+                plan, len(blueprint.stages), update, position, config.train.dtype, blueprint.head.model_dump()
+            )
             content = StageContent(state=state, weights=weights)
             sums |= saved_stage.write(run, update, plan.index, 0, content)
         checkpoint.finish(run, update, sums)

@@ -243,6 +243,10 @@ class TrainedStage:
         """New values for the head's copies."""
         self.engine.module.head.refresh(received)
 
+    def begin_copies(self, tensors: Mapping[str, Tensor]) -> None:
+        """First values for the copies of a head that is new."""
+        self.engine.module.head.begin_copies(tensors)
+
     def tensors(self, names: Collection[str]) -> dict[str, Tensor]:
         """Some weights and copies, as they are now, by name; at ZeRO 3 all replicas call this together."""
         module = self.engine.module
@@ -397,6 +401,11 @@ class FrozenStage:
         """New values for the head's copies."""
         assert self.stage.head is not None
         self.stage.head.refresh(received)
+
+    def begin_copies(self, tensors: Mapping[str, Tensor]) -> None:
+        """First values for the copies of a head that is new."""
+        assert self.stage.head is not None
+        self.stage.head.begin_copies(tensors)
 
     def tensors(self, names: Collection[str]) -> dict[str, Tensor]:
         return {name: t.detach().clone() for name, t in self.stage.state_dict().items() if name in names}

@@ -161,7 +161,7 @@ class LocalUpdateEngine(TrainingEngine):
         """No stage waits for another."""
         save = self._new_save(run)
         contents = [(index, self._content(run, index)) for index in self.local]
-        needed = sum(content.num_bytes for _, content in contents) - self._host_copies.num_bytes
+        needed = sum(content.changing_bytes for _, content in contents) - self._host_copies.num_bytes
         if needed > host_memory():
             if not self._in_foreground:
                 self.on_problem(f"the copies of a save, {megabytes(needed)}, do not fit: training waits for it")
@@ -186,19 +186,22 @@ class LocalUpdateEngine(TrainingEngine):
     def _load(self, run: Path, update: int) -> None:
         assert self.executor.between_updates, "delayed gradients are in flight: load a checkpoint between updates only"
         self.weight_copies.close(self.update)
+        self._frozen.clear()
         step = SavedStep(run, update)
         for index, stage in self.local.items():
             saved = step.seen_by(stage.plan)
             if saved.parts[0].is_of_pipeline_engine:
                 raise RunError(f"{step.folder} was written by engine: deepspeed_pipeline, which alone can resume it")
             self._check_position(saved.parts[0], update)
+            if saved.head is not None:
+                saved_stage.check_head(saved.head, self.blueprint.head.model_dump())
             stage.load(saved)
             if saved.older is not None:
                 self.weight_copies.resume_older(index, update, saved_stage.read_others(saved.older.folder))
             elif saved.head is not None:
                 self.weight_copies.resume(index, update, saved.head.state["copies_in_use"], saved.head.copies())
             elif stage.copies:  # a new head
-                stage.refresh({copy.target: step.weight(copy.source_block, copy.source) for copy in stage.copies})
+                stage.begin_copies({one.target: step.weight(one.source_block, one.source) for one in stage.copies})
                 self.weight_copies.begin(index, update)
 
     # ------------------------------------------------------------------------------------------ control

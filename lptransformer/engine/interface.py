@@ -141,6 +141,8 @@ class TrainingEngine(ABC):
         self._own_saved: list[SavedReport] = []
         self._commits = Commits(world.size)
         self._settled = 0
+        self._newest_save: tuple[Path, int] | None = None
+        self._unseen: list[Report] = []  # of a load, for the next call that gives reports
         self.may_commit: Callable[[], None] = lambda: None  # raises TakenOverError where others write the run by now
         self._label_tokens: dict[tuple[int, float, int | None], int] = {}
         self._requested = Control.NOTHING
@@ -178,11 +180,15 @@ class TrainingEngine(ABC):
     def save_checkpoint(self, run: str | Path) -> None:
         """Begin to write the stages of this process below the run folder `run`; returns when they may change.
 
-        The checkpoint counts some time later, at the latest after `settle` or `close`. A folder that is no run folder
+        The checkpoint counts some time later, at the latest after `settle` and `commit`, or `close`. Twice after the
+        same update is once. A folder that is no run folder
         yet becomes one, so that it can be evaluated and exported. Raises TakenOverError, and writes nothing, where
         another start of the run has taken over.
         """
         self.may_commit()
+        if self._newest_save == (Path(run), self.update):
+            return
+        self._newest_save = Path(run), self.update
         if self.world.global_rank == 0 and self.describe_run is not None and not layout.holds_run(Path(run)):
             self.describe_run(Path(run), False)
         files.make_folders(Path(run) / "checkpoints")
@@ -200,8 +206,9 @@ class TrainingEngine(ABC):
         Raises RunError when there is none, or a file of it is damaged or would execute code when read; DataError when
         its place in the data is none of this stream's.
         """
-        self.settle()
-        self._finish_saves()
+        self._unseen += self.settle()
+        self.commit()
+        self._newest_save = None
         update = agreed_step(self.world, Path(run), update)
         self._load(Path(run), update)
         self.update = update
@@ -239,7 +246,7 @@ class TrainingEngine(ABC):
     def close(self) -> list[Report]:
         """Leave the run, when every process has come to its end; returns the last reports on global rank 0."""
         settled = self.settle()
-        self._finish_saves()
+        self.commit()
         self._finish()
         self.world.wait_for_all("done")
         if wrong := self.wrong_data(None):
@@ -264,6 +271,11 @@ class TrainingEngine(ABC):
         asking.start()
         asking.join(seconds)
         return found[0] if found else None
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether this process was asked to save and stop."""
+        return self._stop_requested
 
     @property
     def global_steps(self) -> int:
@@ -322,7 +334,7 @@ class TrainingEngine(ABC):
         """`gather_reports`, and what has become of saves. On global rank 0 those count now of which all processes have
         reported before: who writes reports down has written what belongs to them."""
         if self.world.global_rank == 0:
-            self._finish_saves()
+            self.commit()
         if self._saving is not None and self._saving.is_done:
             self._own_saved.append(self._saving.report())
             self._saving = None
@@ -332,11 +344,15 @@ class TrainingEngine(ABC):
             for report in arrived:
                 if isinstance(report, SavedReport):
                     self._commits.take(report)
-        return [report for report in arrived if not isinstance(report, SavedReport)]
+        seen, self._unseen = [*self._unseen, *arrived], []
+        return [report for report in seen if not isinstance(report, SavedReport)]
 
-    def _finish_saves(self) -> None:
-        """On global rank 0: make checkpoints count. Raises TrainingError where one was not saved and the run is to stop
-        for it."""
+    def commit(self) -> None:
+        """On global rank 0: make the checkpoints count that all processes have reported. Who keeps reports has kept
+        those that `settle` gave.
+
+        Raises TrainingError where one was not saved and the run is to stop for it.
+        """
         if self.world.global_rank != 0 or not self._commits.waiting:
             return
         self.may_commit()
@@ -362,7 +378,8 @@ class TrainingEngine(ABC):
     def _description(self, plan: StagePlan) -> dict[str, Any]:
         """What state.json says of a stage."""
         position = self.stream.position(self.update * self.blueprint.micro_batches)
-        return saved_stage.describe(plan, len(self.stages), self.update, position, self.blueprint.dtype)
+        head = self.blueprint.head.model_dump()
+        return saved_stage.describe(plan, len(self.stages), self.update, position, self.blueprint.dtype, head)
 
     def _check_position(self, saved: SavedStage, update: int) -> None:
         """The place in the data of a stage's checkpoint must be that of its update."""

@@ -154,9 +154,14 @@ def agreed_step(world: World, run: Path, update: int | None = None) -> int:
     key, damaged = f"checkpoints/{count}", list[str]()
     with translate_lost_processes():
         if world.global_rank == 0:
-            there = checkpoint.complete_updates(run)[::-1] if update is None else [update]
+            there = checkpoint.complete_updates(run)[::-1]
             world.store.set(key, json.dumps(there))
-        for one in json.loads(world.store.get(key)):
+        there = json.loads(world.store.get(key))
+        if update is not None:
+            if update not in there:
+                checkpoint.find(run, update)  # which says what there is
+            there = [update]
+        for one in there:
             world.store.set(f"{key}/{one}/{world.global_rank}", _damage(checkpoint.folder_of(run, one), world))
             answers = [world.store.get(f"{key}/{one}/{rank}").decode() for rank in range(world.size)]
             if not any(answers):

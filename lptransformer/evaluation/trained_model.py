@@ -336,6 +336,8 @@ def _stage_of_run(run: Path, update: int, blueprint: Blueprint, plan: StagePlan)
     """A stage, or of its blocks those of `plan`, of which alone the tensors are read."""
     folder = checkpoint.stage_folder(run, update, plan.index)
     whole = saved_stage.plan_of(folder)
+    if plan.has_head:
+        saved_stage.check_head(saved_stage.SavedStage(folder), blueprint.head.model_dump())
     of_block = re.compile(rf"body\.{re.escape(blueprint.parts.blocks_in_base)}\.(\d+)\.")
 
     def wanted(name: str) -> bool:

@@ -250,6 +250,14 @@ class Head(nn.Module):
                 tensor = average.copy_(decay * average + (1 - decay) * tensor.to(average))
             held.copy_(tensor)
 
+    @torch.no_grad()
+    def begin_copies(self, tensors: Mapping[str, Tensor]) -> None:
+        """Let read-only copies, by target, and their averages begin with these."""
+        for copy in self.copies:
+            if copy.decay > 0:
+                self.average.of(copy.target).copy_(tensors[copy.target])
+            self._below(copy.target).copy_(tensors[copy.target])
+
     def cast_copies(self, dtype: torch.dtype) -> None:
         """Bring what is read-only to the dtype of the weights beside it; averages stay precise.
 

@@ -12,6 +12,7 @@ each, and makes the checkpoint count.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -24,6 +25,9 @@ from lptransformer import files
 from lptransformer.errors import RunError
 
 COMPLETE = "complete"
+HIDDEN = (".step-*", ".replaced-*", ".removed-*", ".frozen-*")  # what is on its way, or was left there
+FROZEN = re.compile(r"frozen-[0-9a-f]{32}\.safetensors")
+_INSIDE = re.compile(rf"(\.\./{FROZEN.pattern})|((stage-\d+|deepspeed)/)?[\w-][\w.-]*(/[\w-][\w.-]*)*")
 FORMAT = 2  # of a checkpoint and its state.json; 1 is DeepSpeed's files with a marker in every stage's folder
 Sums = Mapping[str, list[int | str]]
 """Bytes and xxh3-128 of files, by their path below the folder of a checkpoint; those of frozen weights are beside it,
@@ -68,9 +72,11 @@ def remove_unfinished(run: str | Path) -> None:
             shutil.rmtree(replaced)
         else:
             replaced.rename(whole)
-    for pattern in (".step-*", ".frozen-*"):
+    for pattern in HIDDEN:
         for begun in (Path(run) / "checkpoints").glob(pattern):
             shutil.rmtree(begun) if begun.is_dir() else begun.unlink()
+    if (Path(run) / "checkpoints").is_dir():
+        files.sync(Path(run) / "checkpoints")
 
 
 def complete_updates(run: str | Path) -> list[int]:
@@ -86,7 +92,9 @@ def complete_updates(run: str | Path) -> list[int]:
 def _older_is_complete(folder: Path) -> bool:
     """Of format 1: every stage has a marker of its own."""
     stages = [stage for stage in folder.glob("stage-*") if (stage / COMPLETE).exists()]
-    return bool(stages) and len(stages) == read_json(stages[0] / "state.json").get("num_stages")
+    with contextlib.suppress(RunError):
+        return bool(stages) and len(stages) == read_json(stages[0] / "state.json").get("num_stages")
+    return False
 
 
 def latest(run: str | Path) -> int:
@@ -118,11 +126,19 @@ def set_aside_newer(run: str | Path, update: int) -> list[Path]:
             number = next(n for n in range(10**6) if not (aside / f"{folder.name}.{n}").exists())
             folder.rename(aside / f"{folder.name}.{number}")
             moved.append(aside / f"{folder.name}.{number}")
+            files.sync(aside)
+            files.sync(aside.parent)
     return moved
 
 
-def read_sums(folder: Path) -> Sums:
-    """What the marker of a checkpoint says of its files; nothing for one of format 1.
+def has_sums(run: str | Path, update: int) -> bool:
+    """Whether a checkpoint has a marker of its own: those of format 1 have one in every stage's folder."""
+    return (folder_of(run, update) / COMPLETE).is_file()
+
+
+def read_sums(folder: Path, set_aside: bool = False) -> Sums:
+    """What the marker of a checkpoint says of its files; nothing for one of format 1. One that was set aside has
+    another name.
 
     Raises RunError where the marker is damaged, or of another step.
     """
@@ -132,13 +148,17 @@ def read_sums(folder: Path) -> Sums:
     try:
         written, update = int(marker["format"]), int(marker["update"])
         sums: Sums = {str(path): [int(size), str(total)] for path, (size, total) in marker["files"].items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _damaged(folder / COMPLETE, f"{type(error).__name__} {error}") from None
+    if not sums:
+        raise _damaged(folder / COMPLETE, "it names no file")
+    if outside := next((path for path in sums if not _INSIDE.fullmatch(path)), None):
+        raise _damaged(folder / COMPLETE, f"{outside!r} is no file of a checkpoint")
     if written > FORMAT:
         raise RunError(
             f"{folder / COMPLETE} has format {written}, and this version reads {FORMAT} and older ones: use a newer one"
         )
-    if folder.name != f"step-{update:08d}":
+    if not set_aside and folder.name != f"step-{update:08d}":
         raise _damaged(folder / COMPLETE, f"it was written after {update} updates")
     return sums
 

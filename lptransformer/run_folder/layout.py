@@ -57,7 +57,7 @@ CONTENTS = (
 SHARED = ("checkpoints", "tensorboard")
 _IN_STEP = r"(complete|deepspeed/.+|stage-\d+/(complete|state\.json|[\w.-]+\.safetensors|deepspeed/.+))"
 _WRITTEN = re.compile(
-    rf"checkpoints/(set-aside/)?(\.|\.replaced-)?step-\d{{8,}}(\.\d+)?/{_IN_STEP}(\.tmp)?"
+    rf"checkpoints/(set-aside/)?(\.|\.replaced-|\.removed-)?step-\d{{8,}}(\.\d+)?/{_IN_STEP}(\.tmp)?"
     r"|checkpoints/\.?frozen-[\w.-]+|tensorboard/events\.out\.tfevents\..+"
 )
 

@@ -71,7 +71,7 @@ def begin(folder: Path) -> Hold:
     """
     with contextlib.ExitStack() as refused:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            files.make_folders(folder)
             file = refused.enter_context((folder / LOCK).open("a+"))
             taken = take(file)
             if taken is False:

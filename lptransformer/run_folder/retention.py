@@ -30,7 +30,8 @@ def reasons(updates: Sequence[int], options: CheckpointSection, rows: Sequence[M
     found: dict[int, list[str]] = {update: [] for update in sorted(updates)}
     newest = sorted(updates)[-(options.keep_last or len(updates)) :]
     for update in newest:
-        found[update].append("the newest" if update == max(updates) else "keep_last")
+        keeps = "keep_last" if options.keep_last else "all are kept"
+        found[update].append("the newest" if update == max(updates) else keeps)
     if options.keep_every:
         for update in found:
             if update % options.keep_every == 0:
@@ -64,26 +65,30 @@ def prune(run: Path, options: CheckpointSection, rows: Sequence[MetricsRow]) -> 
     for update in gone:
         folder = checkpoint.folder_of(run, update)
         removed = folder.with_name(f".removed-{folder.name}")
+        shutil.rmtree(removed, ignore_errors=True)  # of a removal that was interrupted
         folder.rename(removed)
-        shutil.rmtree(removed)
+        shutil.rmtree(removed, ignore_errors=True)
     if gone:
-        kept = {path for one in _with_set_aside(run) for path in checkpoint.read_sums(one)}
-        for path in (run / "checkpoints").glob("frozen-*.safetensors"):
-            if f"../{path.name}" not in kept:
-                path.unlink()
+        _remove_frozen(run)
         files.sync(run / "checkpoints")
     return gone
 
 
-def _with_set_aside(run: Path) -> list[Path]:
-    return [path.parent for path in (run / "checkpoints").glob(f"**/step-*/{checkpoint.COMPLETE}")]
+def _remove_frozen(run: Path) -> None:
+    """Frozen weights that no checkpoint names, whether it was set aside or not. Where a marker cannot be read, all
+    stay."""
+    markers = (run / "checkpoints").glob(f"**/step-*/{checkpoint.COMPLETE}")
+    try:
+        named = {path for marker in markers for path in checkpoint.read_sums(marker.parent, set_aside=True)}
+    except RunError:
+        return
+    for path in (run / "checkpoints").glob("frozen-*.safetensors"):
+        if f"../{path.name}" not in named:
+            path.unlink()
 
 
 def _bytes(folder: Path) -> int:
-    sums = checkpoint.read_sums(folder)
-    if sums:
-        return sum(int(size) for path, (size, _) in sums.items() if not path.startswith("../"))
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def early(losses: Sequence[float], patience: int) -> bool:
@@ -105,6 +110,7 @@ def damaged(run: Path) -> dict[int, str]:
     found = {}
     for update in checkpoint.complete_updates(run):
         try:
+            layout.refuse_links(run, update)
             checkpoint.check(checkpoint.folder_of(run, update))
         except RunError as error:
             found[update] = str(error)

@@ -73,14 +73,22 @@ class StageContent:
     frozen: Frozen = field(default_factory=Frozen)
 
     @property
-    def num_bytes(self) -> int:
-        of_files = (self.pieces.flat, self.weights, self.copies, self.frozen.tensors)
+    def changing_bytes(self) -> int:
+        """Of what has to be copied before the next update."""
+        of_files = (self.pieces.flat, self.weights, self.copies)
         return sum(tensor.nbytes for tensors in of_files for tensor in tensors.values())
 
+    @property
+    def num_bytes(self) -> int:
+        return self.changing_bytes + sum(tensor.nbytes for tensor in self.frozen.tensors.values())
 
-def describe(plan: StagePlan, num_stages: int, update: int, position: Mapping[str, int], dtype: str) -> dict[str, Any]:
-    """What state.json says about where the stage belongs, and how far into the data (epoch, offset) it came."""
-    where = {"update": update, "position": dict(position), "num_stages": num_stages, "dtype": dtype}
+
+def describe(
+    plan: StagePlan, num_stages: int, update: int, position: Mapping[str, int], dtype: str, head: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What state.json says about where the stage belongs, what auxiliary heads are, and how far into the data (epoch,
+    offset) it came."""
+    where = {"update": update, "position": dict(position), "num_stages": num_stages, "dtype": dtype, "head": head}
     return {"format": FORMAT, **where, "plan": asdict(plan)}
 
 
@@ -187,6 +195,8 @@ class SavedStage:
     def _whole(self) -> dict[str, Path]:
         """The files of whole tensors."""
         folder, frozen = self.folder, self.state.get("frozen")
+        if frozen is not None and not (isinstance(frozen, str) and checkpoint.FROZEN.fullmatch(frozen)):
+            raise RunError(f"{folder / STATE} is damaged (frozen is {frozen!r}): choose another checkpoint")
         paths = [folder / WEIGHTS, *([folder.parent.parent / frozen] if frozen else [])]
         if not self.is_older and folder / WEIGHTS not in _own_files(folder):
             paths.pop(0)  # all of it is frozen, or in pieces
@@ -195,7 +205,20 @@ class SavedStage:
     @cached_property
     def _pieces(self) -> list[tuple[Path, Pieces]]:
         paths = sorted(path for path in _own_files(self.folder) if path.name.startswith("optimizer-"))
-        return [(path, _described(self._file(path), path)) for path in paths]
+        found = []
+        for path in paths:
+            with _readable(path):  # of those that hold nothing which is asked for the header alone is read
+                found.append((path, _described(safe_open(path, "pt"), path)))
+        return found
+
+    @cached_property
+    def _kinds(self) -> dict[str, list[str]]:
+        found: dict[str, set[str]] = {}
+        for _, pieces in self._pieces:
+            for key in pieces.flat:
+                kind, _, name = key.partition("/")
+                found.setdefault(name, set()).add(kind)
+        return {name: sorted(kinds) for name, kinds in found.items()}
 
     @cached_property
     def names(self) -> list[str]:
@@ -231,8 +254,7 @@ class SavedStage:
 
     def kinds(self, name: str) -> list[str]:
         """The kinds of the optimizer's tensors that there are of a parameter."""
-        keys = {key for _, pieces in self._pieces for key in pieces.flat}
-        return sorted(key.removesuffix(f"/{name}") for key in keys if key.partition("/")[2] == name)
+        return self._kinds.get(name, [])
 
     def step(self, name: str) -> float | None:
         """How many steps the optimizer has made with a parameter, where it counts them."""
@@ -281,6 +303,13 @@ class SavedStage:
         return tensor
 
 
+def check_head(saved: SavedStage, head: Mapping[str, Any]) -> None:
+    """Raises RunError where a stage was saved with an auxiliary head of another kind than the run has by now."""
+    if saved.plan.has_head and not saved.plan.is_last and saved.state.get("head", head) != head:
+        before = ", ".join(f"{key}={value}" for key, value in saved.state["head"].items() if head.get(key) != value)
+        raise RunError(f"{saved.folder} has a head of another kind than the run has now: it was saved with {before}")
+
+
 @dataclass(frozen=True)
 class SavedFor:
     """A checkpoint as a stage sees it that may have other blocks than those that were saved: `parts` are the saved
@@ -294,12 +323,12 @@ class SavedFor:
 
         Raises RunError where a part of the model is missing.
         """
-        of_head = name.startswith("head.")
-        for part in [self.head] if of_head and self.head is not None else [] if of_head else self.parts:
+        of_head, head = name.startswith("head."), self.head
+        if of_head and head is None and not self.plan.is_last:
+            return None
+        for part in self.parts if not of_head else [head] if head is not None else []:
             if name in part.names:
                 return part
-        if of_head and self.head is None and not self.plan.is_last:
-            return None
         raise RunError(f"{self.parts[0].folder.parent} has no {name} of the blocks {self._blocks}: choose another")
 
     def fill(self, tensors: Mapping[str, Tensor], saved_name: Callable[[str], str]) -> None:

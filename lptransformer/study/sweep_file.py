@@ -118,6 +118,9 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             raise ConfigError(f"{file}: methods: {method}: run.dir is made from `dir` and the run's name: remove it")
         runs += _runs(file, base, folder, method, common, grid, keys)
     _refuse_duplicates(file, runs)
+    for one in runs:
+        if one.config.train.patience is not None:
+            raise ConfigError(f"{file}: {one.name}: train.patience: runs of a sweep end at the same update; remove it")
     checkpoints = raw.get("checkpoints", CHECKPOINTS[0])
     if checkpoints not in CHECKPOINTS:
         raise ConfigError(f"{file}: checkpoints is {checkpoints!r}: must be one of {', '.join(CHECKPOINTS)}")

@@ -117,7 +117,7 @@ def start(
     force: bool = False,
     weights: Mapping[str, Tensor] | None = None,
     step: int | None = None,
-) -> tuple[TrainingEngine, Prepared, Config, SavedStep | None]:
+) -> tuple[TrainingEngine, Prepared, Config, int | None]:
     """Join the world, see that the run fits, prepare the data, find what is to be resumed, build this process's stages.
 
     The configuration that is returned has a number for `train.micro_batch_size: auto`, when `resume` is given that of
@@ -148,7 +148,7 @@ def start(
         layout.create(folder, config, model, data.tokenizer_folder, data.folders(), overwrite)
 
     engine.describe_run = describe_run
-    return engine, data, config, resumed
+    return engine, data, config, None if resumed is None else resumed.update
 
 
 def start_on_rows(

@@ -45,7 +45,7 @@ from lptransformer.run_folder.metrics import (
     TraceReport,
     text_counts,
 )
-from lptransformer.run_folder.metrics_log import MetricsWriter, read_metrics
+from lptransformer.run_folder.metrics_log import MetricsWriter, read_metrics, readable
 from lptransformer.run_folder.trace import TraceWriter
 from lptransformer.run_folder.trackers import check_installed
 from lptransformer.store import several_hosts
@@ -101,7 +101,7 @@ def train_in_folder(
         if resumed is not None:
             layout.check_data(folder, data.folders())
             hold(folder, engine, until_the_end)
-            engine.load_checkpoint(folder, resumed.update)
+            engine.load_checkpoint(folder, resumed)
     if resumed is None:
         hold(folder, engine, until_the_end)
     said: list[str] = []
@@ -128,10 +128,8 @@ def train_in_folder(
         stopping_cleanly(engine),
     ):
         # Before training, or what a run owes that ended between a save and the evaluation after it.
-        names = engine.world.decided_by_the_first(
-            "owed", lambda: json.dumps(layout.owed(folder, config, engine.update, until))
-        )
-        cut_short = not evaluate(engine, reporter, json.loads(names))
+        owed, reporter.last_update = json.loads(engine.world.decided_by_the_first("owed", reporter.at_the_start))
+        cut_short = not evaluate(engine, reporter, owed)
         if cut_short and not resume:
             engine.save_checkpoint(folder)
         while engine.update < reporter.last_update and not cut_short:
@@ -140,6 +138,9 @@ def train_in_folder(
             reporter.take(result.reports)
             if result.control & Control.SAVE:
                 engine.save_checkpoint(folder)
+            if result.control & Control.STOP:  # what is made is safe before the last evaluation, which may be long
+                reporter.take(engine.settle())
+                engine.commit()
             if result.control & Control.EVALUATE:
                 cut_short = not evaluate(engine, reporter, engine.valid)
                 if cut_short and not result.control & Control.SAVE:  # a resume begins with what is owed here
@@ -148,6 +149,7 @@ def train_in_folder(
                 break
         reporter.take(engine.settle())
         reporter.take(engine.close())
+        reporter.check_saved(engine.update)
         complete = engine.world.global_rank == 0 and is_done(reporter.steps)
         if config.run.export is not None and complete:
             for line in export(folder, config.run.export):
@@ -324,10 +326,13 @@ class Reporter:
         if not self.open:
             return
         engine.before_commit, engine.after_commit, engine.on_problem = self.sync, self.prune, self.problem
-        self.config, self.first_update = config, engine.update
+        self.config, self.first_update, self.until = config, engine.update, until
+        self.watched = config.checkpoint.keep_best or next(iter(config.data.valid_names), None)
+        self.owed = layout.owed(folder, config, engine.update, until)
         self.folder, self.may_commit = folder, engine.may_commit
         self.stages = [(plan.index, plan.first_block, plan.last_block) for plan in engine.stages]
         self.writer = MetricsWriter(folder, engine.update if resume else None, config.run.trackers)
+        self.losses = retention.losses_of(self.writer.kept, self.watched) if self.watched else {}
         newest = next((row for row in reversed(self.writer.kept) if "stages" in row), None)
         after, tokens, seconds = (newest["update"], newest["tokens"], newest["seconds"]) if newest else (0, 0, 0.0)
         # Where rows are lost their tokens still follow from the data: the head that sees most counts.
@@ -388,6 +393,7 @@ class Reporter:
                 continue
             for row in self.aggregator.add(report):
                 self.writer.write(row)
+                self.losses |= retention.losses_of([row], self.watched) if self.watched else {}
                 if "evaluation" in row:
                     self.progress.evaluation(row)
                 else:
@@ -399,33 +405,56 @@ class Reporter:
         self.writer.sync()
 
     def prune(self) -> None:
-        """Checkpoints that nothing keeps go."""
+        """Checkpoints that nothing keeps go. What cannot be removed is no reason to end."""
         if self.config.checkpoint.keep_last is not None:
-            retention.prune(self.folder, self.config.checkpoint, read_metrics(self.folder))
+            try:
+                retention.prune(self.folder, self.config.checkpoint, readable(self.folder)[0])
+            except (OSError, RunError) as error:
+                self.problem(f"checkpoints that are not kept could not be removed: {error}")
+
+    def check_saved(self, update: int) -> None:
+        """Raises TrainingError where the checkpoint of the last update could not be written."""
+        if not self.open or update in (saved := checkpoint.complete_updates(self.folder)):
+            return
+        there = f"the newest is after update {saved[-1]}" if saved else "there is none"
+        raise TrainingError(
+            f"the run has made {update} updates, and they are not saved ({there}): --resume makes them again"
+        )
+
+    def at_the_start(self) -> str:
+        """As JSON: the validation sets that are owed an evaluation, and the last update of the run."""
+        if self.config.train.patience is not None and self.is_enough(self.first_update):
+            self.steps = self.last_update = self.first_update  # it had ended there
+        return json.dumps([self.owed, self.last_update])
+
+    def is_enough(self, update: int) -> bool:
+        """Whether the evaluation after `update` is the last, because those before it have become no better for
+        `train.patience` times."""
+        every, patience = self.config.train.eval_every, self.config.train.patience
+        if patience is None or not every or update % every:
+            return False
+        regular = [loss for at, loss in sorted(self.losses.items()) if at % every == 0 and 0 < at < update]
+        return retention.early(regular, patience)
 
     def enough(self, engine: TrainingEngine) -> Control:
-        """Whether the next update is the last, because evaluations have become no better for `train.patience` times.
-
-        It is asked before an update that an evaluation follows, of the evaluations before that: so it does not depend
-        on how long the last one takes to get here.
-        """
+        """Whether the next update is the last (`is_enough`). Waits for the evaluation before it, so that nothing
+        depends on how long that takes to get here. Raises LostProcessError where it does not come."""
         if not self.open or self.config.train.patience is None:
             return Control.NOTHING
-        if not due(self.config, engine.update + 1) & Control.EVALUATE:
-            return Control.NOTHING
-        name, every = self.config.checkpoint.keep_best or next(iter(engine.valid)), self.config.train.eval_every
-        last = engine.update // every * every
-        while True:
-            losses = retention.losses_of(read_metrics(self.folder), name)
-            if last in losses or last <= self.first_update:
-                break  # what came before this start is known, or never will be
+        following, every = engine.update + 1, self.config.train.eval_every
+        before = engine.update // every * every
+        known = before < self.first_update or (before == self.first_update and self.watched not in self.owed)
+        deadline = time.monotonic() + engine.world.timeout.total_seconds()
+        while following % every == 0 and before and not known and before not in self.losses and not engine.is_stopping:
+            if time.monotonic() > deadline:
+                raise LostProcessError(f"the evaluation after update {before} has not come: another process has gone")
             self.take(engine.collect())
             time.sleep(0.01)
-        regular = [loss for update, loss in losses.items() if update % every == 0 and update <= last]
-        if not retention.early(regular, self.config.train.patience):
+        if not self.is_enough(following):
             return Control.NOTHING
-        self.progress.message(f"no better on {name} for {self.config.train.patience} evaluations: this one is the last")
-        self.steps = self.last_update = engine.update + 1
+        many, last = self.config.train.patience, f"the one after update {following} is the last"
+        self.progress.message(f"no better on {self.watched} for {many} evaluations: {last}")
+        self.steps = self.last_update = following
         return Control.EVALUATE | Control.SAVE | Control.STOP
 
     def problem(self, problem: str) -> None:

@@ -124,7 +124,7 @@ def test_a_map_that_was_fitted_is_loaded_where_nothing_trains(tmp_path: Path) ->
     saved, fresh = (for_training(make_stage(plan, blueprint, seed=0), blueprint) for _ in range(2))
     assert saved.head is not None and saved.head.fitted is not None
     torch.nn.init.constant_(saved.head.fitted.linear.weight, 0.5)
-    state = saved_stage.describe(plan, len(blueprint.stages), 1, {}, "fp32") | {"skipped_in_a_row": 0}
+    state = saved_stage.describe(plan, len(blueprint.stages), 1, {}, "fp32", {}) | {"skipped_in_a_row": 0}
     content = StageContent(state=state, frozen=Frozen(dict(saved.state_dict())))
     checkpoint.finish(tmp_path, 1, saved_stage.write(tmp_path, 1, 0, 0, content))
     kept = SavedFor(plan, [SavedStage(checkpoint.stage_folder(tmp_path, 1, 0))])

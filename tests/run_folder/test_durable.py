@@ -31,7 +31,7 @@ PLAN = StagePlan(0, 0, 3, 0, has_head=True, is_first=True, is_last=True, trained
 def content(update: int, frozen: Frozen | None = None) -> StageContent:
     flat = torch.full((3000,), float(update))
     pieces = Pieces({"exp_avg/body.weight": flat}, {"body.weight": 0}, {"body.weight": 1.0}, {"body.weight": (3000,)})
-    state = saved_stage.describe(PLAN, 1, update, {"epoch": 0, "offset": update}, "fp32")
+    state = saved_stage.describe(PLAN, 1, update, {"epoch": 0, "offset": update}, "fp32", {})
     weights = {"body.weight": torch.full((3000,), -float(update))}
     return StageContent(pieces, state, weights, frozen=frozen or Frozen({"body.fixed": torch.ones(50)}))
 

@@ -165,6 +165,7 @@ class PipelineBaseline(TrainingEngine):
                     return self._gather([])
                 self.engine.eval_batch(batches, bcast_loss=False, num_micro_batches=count)
             advance(count)
+            self._gather_saves()
         nll_sum = sum(loss.item() for loss in self._loss_sums)
         return self._gather([self._evaluation_report(name, self.plan, nll_sum, label_tokens)])
 

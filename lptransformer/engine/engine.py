@@ -146,6 +146,7 @@ class LocalUpdateEngine(TrainingEngine):
             if self.neighbours.above is not None:
                 self.neighbours.above.send(Header(Kind.EVALUATE, self.update, index, control), inputs)
             advance(1)
+            self._gather_saves()
             if control & Control.STOP:  # nobody takes another micro-batch, and half a set is no result
                 break
         for stage in self.local.values():

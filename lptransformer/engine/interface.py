@@ -133,7 +133,8 @@ class TrainingEngine(ABC):
         self.update = 0
         self.describe_run: Callable[[Path, bool], None] | None = None
         self.generation = 0  # of the start of the run, for the checkpoints
-        self.before_commit: Callable[[], None] = lambda: None  # on global rank 0, before a checkpoint counts
+        # On global rank 0, before a checkpoint counts: takes the reports that came before it, and gives back the rest.
+        self.before_commit: Callable[[list[Report]], list[Report]] = lambda reports: reports
         self.after_commit: Callable[[], None] = lambda: None
         self.on_problem: Callable[[str], None] = say
         self.saving_seconds = 0.0  # what saves have kept this process from training
@@ -142,7 +143,7 @@ class TrainingEngine(ABC):
         self._commits = Commits(world.size)
         self._settled = 0
         self._newest_save: tuple[Path, int] | None = None
-        self._unseen: list[Report] = []  # of a load, for the next call that gives reports
+        self._unseen: list[Report] = []  # for the next call that gives reports
         self.may_commit: Callable[[], None] = lambda: None  # raises TakenOverError where others write the run by now
         self._label_tokens: dict[tuple[int, float, int | None], int] = {}
         self._requested = Control.NOTHING
@@ -180,8 +181,8 @@ class TrainingEngine(ABC):
     def save_checkpoint(self, run: str | Path) -> None:
         """Begin to write the stages of this process below the run folder `run`; returns when they may change.
 
-        The checkpoint counts some time later, at the latest after `settle` and `commit`, or `close`. Twice after the
-        same update is once. A folder that is no run folder
+        The checkpoint counts some time later, at the latest after `settle` or `close`. Twice after the same update is
+        once. A folder that is no run folder
         yet becomes one, so that it can be evaluated and exported. Raises TakenOverError, and writes nothing, where
         another start of the run has taken over.
         """
@@ -196,6 +197,7 @@ class TrainingEngine(ABC):
         if self._saving is not None:
             self._saving.wait()  # one at a time
             self._own_saved.append(self._saving.report())
+        self._commits.begun.add((str(run), self.update))
         self._saving = self._begin_save(Path(run))
         self.saving_seconds += time.perf_counter() - started
 
@@ -206,8 +208,7 @@ class TrainingEngine(ABC):
         Raises RunError when there is none, or a file of it is damaged or would execute code when read; DataError when
         its place in the data is none of this stream's.
         """
-        self._unseen += self.settle()
-        self.commit()
+        self._unseen = self.settle()
         self._newest_save = None
         update = agreed_step(self.world, Path(run), update)
         self._load(Path(run), update)
@@ -219,18 +220,17 @@ class TrainingEngine(ABC):
         return self._gather([])
 
     def settle(self) -> list[Report]:
-        """Wait until every process has written what it had begun to save; every process calls this.
+        """Wait until every process has written what it had begun to save, and it counts; every process calls this.
 
-        Returns reports as `train_batch` does. Who keeps them calls this before `close`, after which the checkpoint
-        counts.
+        Returns reports as `train_batch` does.
         """
         if self._saving is not None:
             self._saving.wait()
-        own = self._gather([])
+        self._unseen = self._gather([])
         self._settled += 1
         with translate_lost_processes():
             self.world.wait_for_all(f"settled {self._settled}")
-        return own + self._gather([]) if self.world.global_rank == 0 else own
+        return self._gather([])
 
     def request(self, control: Control, urgent: bool = False) -> None:
         """Ask for something to follow the update under way. Pipeline rank 0 decides for all, elsewhere this is ignored.
@@ -246,7 +246,6 @@ class TrainingEngine(ABC):
     def close(self) -> list[Report]:
         """Leave the run, when every process has come to its end; returns the last reports on global rank 0."""
         settled = self.settle()
-        self.commit()
         self._finish()
         self.world.wait_for_all("done")
         if wrong := self.wrong_data(None):
@@ -331,38 +330,43 @@ class TrainingEngine(ABC):
         """Of every stage of this process, under the names of a checkpoint."""
 
     def _gather(self, reports: list[Report]) -> list[Report]:
-        """`gather_reports`, and what has become of saves. On global rank 0 those count now of which all processes have
-        reported before: who writes reports down has written what belongs to them."""
-        if self.world.global_rank == 0:
-            self.commit()
+        """`gather_reports`, and what has become of saves: on global rank 0 those count that all have reported."""
         if self._saving is not None and self._saving.is_done:
             self._own_saved.append(self._saving.report())
             self._saving = None
         told, self._own_saved = [*reports, *self._own_saved], []
         arrived = gather_reports(self.world, told)
+        seen, self._unseen = [*self._unseen, *(one for one in arrived if not isinstance(one, SavedReport))], []
         if self.world.global_rank == 0:
             for report in arrived:
                 if isinstance(report, SavedReport):
                     self._commits.take(report)
-        seen, self._unseen = [*self._unseen, *arrived], []
-        return [report for report in seen if not isinstance(report, SavedReport)]
+            if self._commits.waiting:
+                seen = self._commit(seen)
+        return seen
 
-    def commit(self) -> None:
-        """On global rank 0: make the checkpoints count that all processes have reported. Who keeps reports has kept
-        those that `settle` gave.
+    def _gather_saves(self) -> None:
+        """In the middle of an evaluation: a checkpoint need not wait for its end. Costs nothing where none is on its
+        way."""
+        begun = self._saving is not None or bool(self._own_saved)
+        if begun or (self.world.global_rank == 0 and self._commits.begun):
+            self._unseen = self._gather([])
+
+    def _commit(self, reports: list[Report]) -> list[Report]:
+        """Make the checkpoints count that all processes have reported. Reports of a process arrive in order, so these
+        and those that were returned before are all up to there. Returns those that nobody has taken.
 
         Raises TrainingError where one was not saved and the run is to stop for it.
         """
-        if self.world.global_rank != 0 or not self._commits.waiting:
-            return
         self.may_commit()
-        self.before_commit()
+        left = self.before_commit(reports)
         problems = self._commits.finish(self.generation)
         self.after_commit()
         for problem in problems:
             if self.options.stop_without_checkpoint:
-                raise TrainingError(problem)
+                raise TrainingError(problem, left)
             self.on_problem(problem)
+        return left
 
     def _finish(self) -> None:  # noqa: B027 - an engine that has nothing on its way
         """At the end of the run, before the others have ended: send and receive what is in transit."""

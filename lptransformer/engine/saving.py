@@ -108,6 +108,7 @@ class Commits:
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
+        self.begun: set[tuple[str, int]] = set()  # by run and update, and not finished
         self._reported: dict[tuple[str, int], list[SavedReport]] = {}
 
     def take(self, report: SavedReport) -> None:
@@ -126,6 +127,7 @@ class Commits:
             if len(reports) < self.processes:
                 continue
             del self._reported[run, update]
+            self.begun.discard((run, update))
             wrong = next((one.error for one in reports if one.error is not None), None)
             sums: Sums = {path: record for one in reports for path, record in one.sums.items()}
             if wrong is None:

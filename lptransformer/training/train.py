@@ -140,14 +140,12 @@ def train_in_folder(
                 engine.save_checkpoint(folder)
             if result.control & Control.STOP:  # what is made is safe before the last evaluation, which may be long
                 reporter.take(engine.settle())
-                engine.commit()
             if result.control & Control.EVALUATE:
                 cut_short = not evaluate(engine, reporter, engine.valid)
                 if cut_short and not result.control & Control.SAVE:  # a resume begins with what is owed here
                     engine.save_checkpoint(folder)
             if result.control & Control.STOP:
                 break
-        reporter.take(engine.settle())
         reporter.take(engine.close())
         reporter.check_saved(engine.update)
         complete = engine.world.global_rank == 0 and is_done(reporter.steps)
@@ -400,9 +398,11 @@ class Reporter:
                     self.progress.update(row)
                     self._report_skips(row)
 
-    def sync(self) -> None:
-        """What was written so far outlives a power cut."""
+    def sync(self, reports: list[Report]) -> list[Report]:
+        """What came before a checkpoint is written, and outlives a power cut. Nothing is left to take."""
+        self.take(reports)
         self.writer.sync()
+        return []
 
     def prune(self) -> None:
         """Checkpoints that nothing keeps go. What cannot be removed is no reason to end."""

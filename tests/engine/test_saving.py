@@ -39,7 +39,6 @@ def saved_while_training(run: Path) -> tuple[list[bool], bool]:
         seen.append(checkpoint.complete_updates(run) == [])
         gate.set()
         engine.settle()
-        engine.collect()
         seen.append(checkpoint.complete_updates(run) == [1])
         engine.close()
     finally:

@@ -77,7 +77,8 @@ def start_late(folder: Path) -> tuple[str, int]:
 
     look, story.lock.check_free = story.lock.check_free, lambda folder: None
     try:
-        story.train(load(folder / "c.yaml", [f"--run.dir={folder}/run", f"--data.train={folder}/text.txt"]))
+        texts = [f"--data.{kind}={folder}/text.txt" for kind in ("train", "valid")]
+        story.train(load(folder / "c.yaml", [f"--run.dir={folder}/run", *texts]))
     except RunError as error:
         return str(error), error.exit_code
     except SystemExit as end:

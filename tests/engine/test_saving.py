@@ -116,3 +116,55 @@ def test_without_room_for_copies_training_waits_and_without_room_on_the_disk_not
     assert found == [1, 2] and nothing_kept and len(said) == 2
     assert "do not fit: training waits for it" in said[0]
     assert "0 MB are free on the disk" in said[1] and "the checkpoint after 3 updates was not saved" in said[1]
+
+
+def saved_twice(run: Path, other: Path) -> tuple[list[int], list[int], bool]:
+    """Two saves of one update; then the weights of another run, saved where frozen ones of this run are."""
+    frozen = (*CHUNKED, "train.freeze=['*.mlp.*']")
+    first = open_engine((*frozen, "train.seed=1"))
+    first.train_batch()
+    first.save_checkpoint(other)
+    first.close()
+    engine = open_engine(frozen)
+    engine.train_batch()
+    engine.save_checkpoint(run)
+    engine.save_checkpoint(run)
+    engine.settle()
+    twice = checkpoint.complete_updates(run)
+    engine.load_checkpoint(other)
+    engine.train_batch()
+    held = [stage.weights() for stage in engine.local.values()]
+    engine.save_checkpoint(run)
+    engine.close()
+    found = [saved_stage.read_weights(folder) for folder in saved_stage.folders(run, 2)]
+    same = all(torch.equal(one[name], own[name]) for one, own in zip(found, held, strict=True) for name in own)
+    return twice, checkpoint.complete_updates(run), same
+
+
+def test_twice_is_once_and_frozen_weights_are_those_that_were_loaded(pool: Pool, tmp_path: Path) -> None:
+    assert pool.run(1, saved_twice, tmp_path / "run", tmp_path / "other") == [([1], [1, 2], True)]
+
+
+def averages(run: Path, chunks: int, save: bool) -> dict[str, Tensor]:
+    """Of a head that follows the blocks above it, as it begins: its copies, averages, and what they follow."""
+    keys = ("head.kind=shared", "head.blocks=1", "head.ema_decay=0.9") if chunks > 1 else ()
+    engine = open_engine((f"objective.chunks={chunks}", *keys), resumed=None if save else run)
+    if save:
+        for _ in range(3):
+            engine.train_batch()
+        engine.save_checkpoint(run)
+    else:
+        engine.load_checkpoint(run)
+    found = {name: one.clone() for stage in engine.local.values() for name, one in stage.weights().items()}
+    engine.close()
+    return found
+
+
+def test_a_new_head_that_averages_begins_with_the_loaded_weights(pool: Pool, tmp_path: Path) -> None:
+    pool.run(1, averages, tmp_path, 1, True)
+    (found,) = pool.run(1, averages, tmp_path, 2, False)
+    copies = {name: one for name, one in found.items() if name.startswith("head.blocks.")}
+    assert copies
+    for name, copy in copies.items():
+        assert torch.equal(copy, found[f"body.{name.removeprefix('head.blocks.')}"]), name
+        assert torch.equal(copy, found[name.replace("head.blocks.", "head.average.")].to(copy)), name

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from saved_runs import make_run
+import torch
+from saved_runs import make_run, remark
 
 from lptransformer.__main__ import main
 from lptransformer.config.schema import CheckpointSection
@@ -54,8 +55,6 @@ def test_frozen_weights_go_with_the_last_checkpoint_that_names_them(tmp_path: Pa
         content = StageContent(state={**state, "update": update, "num_stages": 1}, frozen=frozen)
         checkpoint.finish(run, update, saved_stage.write(run, update, 0, 0, content))
 
-    import torch
-
     first, second = Frozen({"body.a": torch.zeros(3)}), Frozen({"body.a": torch.ones(3)})
     for update, frozen in ((20, first), (30, first), (40, second)):
         save(update, frozen)
@@ -66,6 +65,57 @@ def test_frozen_weights_go_with_the_last_checkpoint_that_names_them(tmp_path: Pa
     assert retention.prune(run, CheckpointSection(keep_last=1), []) == [30]
     assert [path.name for path in (run / "checkpoints").glob("frozen-*")] == [second.file]
     checkpoint.check(checkpoint.folder_of(run, 40))
+
+
+def test_what_was_set_aside_keeps_its_frozen_weights_and_hinders_nobody(tmp_path: Path) -> None:
+    run = make_run(tmp_path, updates=(10,))
+    state = {**saved_stage.read_state(checkpoint.stage_folder(run, 10, 0)), "num_stages": 1}
+    for update in (20, 30):
+        frozen = Frozen({"body.a": torch.full((3,), float(update))})
+        content = StageContent(state={**state, "update": update}, frozen=frozen)
+        checkpoint.finish(run, update, saved_stage.write(run, update, 0, 0, content))
+    checkpoint.set_aside_newer(run, 20)
+    (run / "checkpoints/.removed-step-00000010").mkdir()  # of a removal that was interrupted
+    assert retention.prune(run, CheckpointSection(keep_last=1), []) == [10]
+    assert len(list((run / "checkpoints").glob("frozen-*"))) == 2
+    assert not list((run / "checkpoints").glob(".removed-*"))
+
+
+DIGITS = "0123456789abcdef" * 2
+
+
+@pytest.mark.parametrize(
+    ("marker", "says"),
+    [
+        ({"files": []}, "is damaged"),
+        ({"files": {}}, "it names no file"),
+        ({"files": {"../../../etc/passwd": [1, DIGITS]}}, "is no file of a checkpoint"),
+        ({"files": {"/dev/zero": [0, DIGITS]}}, "is no file of a checkpoint"),
+        ({"files": {f"../../frozen-{DIGITS}.safetensors": [1, DIGITS]}}, "is no file of a checkpoint"),
+        ({"files": {"stage-0/state.json": ["x", DIGITS]}}, "is damaged"),
+        ({"format": 3}, "has format 3, and this version reads 2"),
+        ({"update": 11}, "it was written after 11 updates"),
+    ],
+    ids=str,
+)
+def test_a_marker_that_is_none_is_refused(tmp_path: Path, marker: dict[str, object], says: str) -> None:
+    run = make_run(tmp_path)
+    path = checkpoint.folder_of(run, 10) / checkpoint.COMPLETE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **marker}))
+    with pytest.raises(RunError, match=says):
+        checkpoint.check(checkpoint.folder_of(run, 10))
+
+
+@pytest.mark.parametrize("frozen", ["../../elsewhere/secret.safetensors", 5, ["x"], {}], ids=str)
+def test_frozen_weights_are_of_the_run(tmp_path: Path, frozen: object) -> None:
+    run = make_run(tmp_path)
+    folder = checkpoint.stage_folder(run, 10, 0)
+    (folder / "state.json").write_text(
+        json.dumps({**json.loads((folder / "state.json").read_text()), "frozen": frozen})
+    )
+    remark(folder.parent)
+    with pytest.raises(RunError, match="state.json is damaged .frozen is"):
+        saved_stage.read_weights(folder)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -103,6 +153,10 @@ def test_the_command_lists_verifies_and_prunes(
     assert call(monkeypatch, str(run), "--prune", "--checkpoint.keep_last=1") == 0
     assert "removed 2 checkpoints: 10, 20" in capsys.readouterr().out
     assert checkpoint.complete_updates(run) == [30] and not left.exists()
+    for path in checkpoint.stage_folder(run, 30, 0).glob("*.safetensors"):
+        path.write_bytes(b"")
+    assert call(monkeypatch, str(run), "--prune") == 2
+    assert "nothing is removed" in capsys.readouterr().err and checkpoint.complete_updates(run) == [30]
     assert call(monkeypatch, str(tmp_path)) == 2
     with pytest.raises(RunError, match="is no run folder"):
         retention.options(tmp_path, [])

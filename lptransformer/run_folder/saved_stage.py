@@ -114,7 +114,7 @@ def write(run: Path, update: int, stage: int, replica: int, content: StageConten
         put(WEIGHTS, content.weights)
         put(COPIES, content.copies)
         if content.frozen.tensors:
-            _write_frozen(step.parent, stage, content.frozen)
+            _write_frozen(step.parent, f"{stage}.{generation}", content.frozen)
         if content.frozen.file is not None:
             sums[f"../{content.frozen.file}"] = content.frozen.record
         state = {**content.state, "frozen": content.frozen.file}
@@ -124,9 +124,10 @@ def write(run: Path, update: int, stage: int, replica: int, content: StageConten
     return sums
 
 
-def _write_frozen(folder: Path, stage: int, frozen: Frozen) -> None:
-    """The file is named by its content, so that stages and starts of a run that have the same share it."""
-    begun = folder / f".frozen-{stage}"
+def _write_frozen(folder: Path, own: str, frozen: Frozen) -> None:
+    """The file is named by its content, so that stages and starts of a run that have the same share it. `own` is the
+    stage and the start that write it."""
+    begun = folder / f".frozen-{own}"
     _save(begun, frozen.tensors)
     frozen.record = files.record(begun)
     frozen.file = f"frozen-{frozen.record[1]}.safetensors"

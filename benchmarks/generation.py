@@ -43,7 +43,7 @@ from lptransformer.models import hf_config, hf_parts
 from lptransformer.models.head import FittedMap
 from lptransformer.models.split import new_head
 from lptransformer.processes import use_fair_share_of_cores
-from lptransformer.run_folder import layout
+from lptransformer.run_folder import history
 from lptransformer.study.markdown_tables import ResultTable, update
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,7 @@ def fit(source: Source, blocks: Sequence[int], settings: Settings) -> dict[int, 
 
 def train(model: Path, head: str, run: Path, settings: Settings) -> Path:
     """The run folder of a short local-update run; one that is finished stays as it is."""
-    if layout.read_end(run) == "finished":
+    if history.read_end(run) == "finished":
         return run
     keys = {
         "model.pretrained": model,

@@ -13,7 +13,7 @@ from pathlib import Path
 from lptransformer import __version__, hub
 from lptransformer.config.load import starter, to_yaml
 from lptransformer.errors import LostProcessError, TrainingError, UserError
-from lptransformer.run_folder import layout, lock
+from lptransformer.run_folder import history, layout, lock
 from lptransformer.training.launcher import (
     add_training_flags,
     end_written,
@@ -196,7 +196,7 @@ def train(args: argparse.Namespace) -> None:
     # Everything that one process can check and prepare is done before others are started.
     layout.check(folder, config, args.resume, args.overwrite, args.step)
     if args.resume:
-        hub.keep_to(layout.hub_commits(folder))
+        hub.keep_to(history.hub_commits(folder))
     layout.check_until(config, args.until, args.resume, args.step)
     import torch
 
@@ -260,7 +260,7 @@ def say_how_to_go_on(folder: Path) -> None:
     from lptransformer.run_folder import checkpoint
 
     if updates := checkpoint.complete_updates(folder):
-        print(f"saved after update {updates[-1]}; next: `{layout.command_to_resume()}`", file=sys.stderr, flush=True)
+        print(f"saved after update {updates[-1]}; next: `{history.command_to_resume()}`", file=sys.stderr, flush=True)
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -426,10 +426,14 @@ def checkpoints(args: argparse.Namespace) -> None:
         damaged.get(entry.update, "good" if checkpoint.has_sums(run, entry.update) else older) for entry in entries
     ]
     table = [
-        (entry.update, megabytes(entry.num_bytes), ", ".join(entry.why) or "nothing", *([state] if args.verify else []))
+        (
+            *(entry.update, megabytes(entry.num_bytes)),
+            "-" if entry.lost_seconds is None else f"{entry.lost_seconds:.2f}",
+            *(", ".join(entry.why) or "nothing", *([state] if args.verify else [])),
+        )
         for entry, state in zip(entries, verified, strict=True)
     ]
-    columns = ("updates", "size", "kept as", *(["files"] if args.verify else []))
+    columns = ("updates", "size", "seconds lost", "kept as", *(["files"] if args.verify else []))
     print_table(f"{len(entries)} checkpoints in {run}", columns, table)
     for what in damaged.values():
         raise UserError(what)

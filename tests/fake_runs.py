@@ -12,7 +12,7 @@ from lptransformer.config.load import load, to_yaml
 from lptransformer.methods import objectives
 from lptransformer.methods.cost import ModelCosts
 from lptransformer.methods.stages import cut
-from lptransformer.run_folder import layout
+from lptransformer.run_folder import history, layout
 from lptransformer.run_folder.metrics import TextCounts, perplexity
 from lptransformer.run_folder.metrics_log import MetricsWriter
 
@@ -50,7 +50,7 @@ def make_run(
     (folder / layout.MODEL).write_text(json.dumps({**MODEL, "n_layer": config.model.num_layers}))
     sets = {"train": {"train": str(tokens)}, "valid": dict.fromkeys(config.data.valid, str(tokens))}
     (folder / layout.DATA).write_text(json.dumps(sets))
-    (folder / layout.ENVIRONMENT).write_text(json.dumps([{"cpu_count": 2, "omp_num_threads": "1"}]))
+    (folder / history.ENVIRONMENT).write_text(json.dumps([{"cpu_count": 2, "omp_num_threads": "1"}]))
     loss = loss or falling(1.5)
     objective = objectives.build(config.model.num_layers, **config.objective.model_dump())
     stages = cut(objective, config.parallel.pipeline, ModelCosts(1.0, 1.0, 1.0))

@@ -26,7 +26,7 @@ from lptransformer.data import tokenizer
 from lptransformer.engine.process_groups import leave
 from lptransformer.errors import ModelError
 from lptransformer.evaluation.perplexity import evaluate_run
-from lptransformer.run_folder import layout
+from lptransformer.run_folder import history
 from lptransformer.training.launcher import run
 
 SIZES = {"vocab_size": 259, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -206,8 +206,8 @@ def test_a_run_keeps_the_name_and_the_commit(cached: str, tmp_path: Path, monkey
     leave()
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert kept["model"]["pretrained"] == kept["data"]["tokenizer"] == "own/model"
-    assert layout.hub_commits(tmp_path / "run") == {"own/model": cached}
-    names = [layout.public_name(tmp_path / "run", name) for name in ("own/model", "a/folder")]
+    assert history.hub_commits(tmp_path / "run") == {"own/model": cached}
+    names = [history.public_name(tmp_path / "run", name) for name in ("own/model", "a/folder")]
     assert names == ["own/model", "folder"]
     # The hub has gone on since.
     repository = tmp_path / "cache" / "models--own--model"
@@ -219,7 +219,7 @@ def test_a_run_keeps_the_name_and_the_commit(cached: str, tmp_path: Path, monkey
     monkeypatch.setenv(hub.COMMITS_VARIABLE, "{}")
     run(parser(), ["train", "c.yaml", "--train.steps=4", "--resume"])
     leave()
-    assert layout.hub_commits(tmp_path / "run") == {"own/model": cached}
+    assert history.hub_commits(tmp_path / "run") == {"own/model": cached}
 
 
 def test_init_for_a_name(cached: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,5 +257,5 @@ def test_a_launch_of_two_processes_fetches_once(server: Hub, tmp_path: Path) -> 
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert server.got("model.safetensors") == server.got("config.json") == 1, server.asked
-        assert layout.hub_commits(tmp_path / how).keys() == {"own/model"}
+        assert history.hub_commits(tmp_path / how).keys() == {"own/model"}
     assert server.got("main") == 2, "each process of a launcher asks which commit is the newest"

@@ -39,7 +39,7 @@ from lptransformer.errors import UserError
 from lptransformer.evaluation import generate, perplexity, trained_model
 from lptransformer.models import exits, hf_config, hf_parts, split
 from lptransformer.planning.devices import load_devices
-from lptransformer.run_folder import checkpoint, layout, metrics_log, saved_stage, trace
+from lptransformer.run_folder import checkpoint, history, layout, metrics_log, saved_stage, trace
 from lptransformer.study import records, sweep_file
 
 Read = Callable[[Path], Any]
@@ -118,8 +118,8 @@ IN_RUN: dict[str, tuple[str, Read, str]] = {
     "configuration": ("config.yaml", layout.read_config, "not UTF-8"),
     "model": ("model.json", lambda run: trained_model.blueprint_of(run), "model.json cannot be read"),
     "data": ("data.json", layout.read_data, "data.json cannot be read"),
-    "environment": ("environment.json", layout.hub_commits, ""),
-    "end": ("ended.json", layout.read_end, ""),
+    "environment": ("environment.json", history.hub_commits, ""),
+    "end": ("ended.json", history.read_end, ""),
     "metrics": ("metrics.jsonl", metrics_log.read_updates, "no update in its metrics|is no row"),
     "trace": ("trace.jsonl", lambda run: trace.read_traces(run, 1, 1), "trace.jsonl"),
     "weights": (

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lptransformer.run_folder import layout
+from lptransformer.run_folder import history
 from lptransformer.study.markdown_tables import ResultTable, markdown, update
 
 Data = Mapping[str, Any]
@@ -17,7 +17,7 @@ CHEAP = "ours, chunked, cheap head"
 def machine() -> dict[str, Any]:
     """What the numbers depend on: processor, memory, system, versions."""
     kept = ("git_commit", "git_changes", "python", "platform", "versions")
-    found = {key: value for key, value in layout.environment().items() if key in kept}
+    found = {key: value for key, value in history.environment().items() if key in kept}
     information = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.partition(":")[2].strip() for line in information.splitlines() if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -137,7 +137,6 @@ class TrainingEngine(ABC):
         self.before_commit: Callable[[list[Report]], list[Report]] = lambda reports: reports
         self.after_commit: Callable[[], None] = lambda: None
         self.on_problem: Callable[[str], None] = say
-        self.saving_seconds = 0.0  # what saves have kept this process from training
         self._saving: Save | None = None
         self._own_saved: list[SavedReport] = []
         self._commits = Commits(world.size)
@@ -199,7 +198,7 @@ class TrainingEngine(ABC):
             self._own_saved.append(self._saving.report())
         self._commits.begun.add((str(run), self.update))
         self._saving = self._begin_save(Path(run))
-        self.saving_seconds += time.perf_counter() - started
+        self._saving.lost_seconds = time.perf_counter() - started
 
     def load_checkpoint(self, run: str | Path, update: int | None = None) -> int:
         """Continue from a complete checkpoint of `run`, the newest one unless `update` says which.

@@ -61,6 +61,7 @@ class Save:
     ) -> None:
         self.run, self.update, self.global_rank, self.generation = run, update, global_rank, generation
         self.may_commit = may_commit
+        self.lost_seconds = 0.0  # what it has kept this process from training, with waiting for the save before it
         self._sums: dict[str, list[int | str]] = {}
         self._error: str | None = None
         self._thread: threading.Thread | None = None
@@ -100,7 +101,7 @@ class Save:
 
     def report(self) -> SavedReport:
         """What became of it, when it is done."""
-        return SavedReport(str(self.run), self.update, self.global_rank, self._sums, self._error)
+        return SavedReport(str(self.run), self.update, self.global_rank, self._sums, self.lost_seconds, self._error)
 
 
 class Commits:
@@ -132,7 +133,7 @@ class Commits:
             sums: Sums = {path: record for one in reports for path, record in one.sums.items()}
             if wrong is None:
                 try:
-                    checkpoint.finish(run, update, sums, generation)
+                    checkpoint.finish(run, update, sums, generation, max(one.lost_seconds for one in reports))
                 except OSError as error:
                     wrong = str(error)
             if wrong is not None:

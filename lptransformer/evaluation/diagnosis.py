@@ -18,7 +18,8 @@ from lptransformer.data.tokenizer import load as load_tokenizer
 from lptransformer.errors import DataError, UserError
 from lptransformer.evaluation import trained_model
 from lptransformer.evaluation.local_gradients import diagnose
-from lptransformer.evaluation.perplexity import to_json, tokenizer_folder, valid_sets
+from lptransformer.evaluation.perplexity import to_json
+from lptransformer.evaluation.texts import tokenizer_folder, valid_sets
 from lptransformer.evaluation.trained_model import ByStage
 from lptransformer.processes import use_fair_share_of_cores
 from lptransformer.run_folder import layout

@@ -29,7 +29,7 @@ from lptransformer.data.tokenizer import Tokenizer
 from lptransformer.data.tokenizer import load as load_tokenizer
 from lptransformer.errors import ModelError, UserError
 from lptransformer.evaluation import trained_model
-from lptransformer.evaluation.perplexity import tokenizer_folder
+from lptransformer.evaluation.texts import tokenizer_folder
 from lptransformer.evaluation.trained_model import DTYPES, KEPT, LENS, RunModel, Target
 from lptransformer.models.hf_config import one_line, quiet_transformers
 from lptransformer.models.whole_model import check_logits, exit_model, tried_ids

@@ -11,7 +11,7 @@ from typing import Any
 
 from lptransformer import __version__
 from lptransformer.evaluation.trained_model import RunModel
-from lptransformer.run_folder import layout
+from lptransformer.run_folder import history, layout
 from lptransformer.run_folder.metrics_log import JSONL_NAME, read_metrics
 
 _CARD = """\
@@ -56,7 +56,7 @@ def text(run: Path, model: RunModel, block: int, dtype: str) -> str:
     facts = {
         "architecture": ", ".join(blueprint.model_config.architectures or [blueprint.model_config.model_type]),
         "blocks": f"{depth}" if block + 1 == depth else f"{block + 1} of {depth}, with the exit behind them",
-        "started from": "new weights" if pretrained is None else layout.public_name(run, pretrained),
+        "started from": "new weights" if pretrained is None else history.public_name(run, pretrained),
         "trained by": f"{config.objective.name}, {len(blueprint.stages)} stages",
         "updates": model.update,
         "tokens": f"{model.update * blueprint.label_tokens:,}",
@@ -70,7 +70,7 @@ def text(run: Path, model: RunModel, block: int, dtype: str) -> str:
         for one in row["exits"]
         if one["last_block"] == block
     ]
-    starts = layout.read_starts(run)
+    starts = history.read_starts(run)
     return _CARD.format(
         name=run.absolute().name,
         version=__version__,
@@ -98,4 +98,4 @@ def _typed(words: Sequence[str]) -> str:
     """A command as a person types it."""
     program, script, *arguments = words
     own = Path(script).name in ("__main__.py", "lptransformer")
-    return f"{layout.program(script) if own else f'{program} {script}'} {shlex.join(arguments)}"
+    return f"{history.program(script) if own else f'{program} {script}'} {shlex.join(arguments)}"

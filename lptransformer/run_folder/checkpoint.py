@@ -1,7 +1,7 @@
 """The checkpoints of a run on disk: which there are, which of them count, and what keeps them whole.
 
     <run>/checkpoints/step-00000300/           has this name when all of it is on disk
-                          complete             JSON: bytes and xxh3-128 of every file
+                          complete             JSON: bytes and xxh3-128 of every file, seconds that it cost
                           stage-0/             the files of a stage (run_folder/saved_stage.py)
                       frozen-<sum>.safetensors weights that never change, once for all steps
                       .step-00000400.2/        being written by the second start, or left by it when it was killed
@@ -19,10 +19,10 @@ import shutil
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from lptransformer import files
 from lptransformer.errors import RunError
+from lptransformer.run_folder import history
 
 COMPLETE = "complete"
 HIDDEN = (".step-*", ".replaced-*", ".removed-*", ".frozen-*")  # what is on its way, or was left there
@@ -47,13 +47,17 @@ def stage_folder(run: str | Path, update: int, stage: int) -> Path:
     return folder_of(run, update) / f"stage-{stage}"
 
 
-def finish(run: str | Path, update: int, sums: Sums, generation: int = 0) -> None:
-    """Make the checkpoint count, all of whose files are on disk; one that had its name is gone. On global rank 0."""
+def finish(run: str | Path, update: int, sums: Sums, generation: int = 0, lost_seconds: float = 0.0) -> None:
+    """Make the checkpoint count, all of whose files are on disk; one that had its name is gone. On global rank 0.
+
+    `lost_seconds` are the most that saving it kept a process from training.
+    """
     folder, final = unfinished_folder(run, update, generation), folder_of(run, update)
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         if path.relative_to(folder).as_posix() not in sums:  # of a save that was interrupted here
             path.unlink()
-    marker = {"format": FORMAT, "update": update, "generation": generation, "files": sums}
+    about = {"format": FORMAT, "update": update, "generation": generation, "lost_seconds": round(lost_seconds, 3)}
+    marker = {**about, "files": sums}
     files.write_text(folder / COMPLETE, json.dumps(marker, indent=1) + "\n")
     files.sync(folder)
     replaced = final.with_name(f".replaced-{final.name}")
@@ -93,7 +97,7 @@ def _older_is_complete(folder: Path) -> bool:
     """Of format 1: every stage has a marker of its own."""
     stages = [stage for stage in folder.glob("stage-*") if (stage / COMPLETE).exists()]
     with contextlib.suppress(RunError):
-        return bool(stages) and len(stages) == read_json(stages[0] / "state.json").get("num_stages")
+        return bool(stages) and len(stages) == history.read_object(stages[0] / "state.json").get("num_stages")
     return False
 
 
@@ -131,6 +135,14 @@ def set_aside_newer(run: str | Path, update: int) -> list[Path]:
     return moved
 
 
+def lost_seconds(run: str | Path, update: int) -> float | None:
+    """What saving it kept training for; None where its marker does not say so."""
+    try:
+        return float(history.read_object(folder_of(run, update) / COMPLETE)["lost_seconds"])
+    except (RunError, LookupError, TypeError, ValueError):
+        return None
+
+
 def has_sums(run: str | Path, update: int) -> bool:
     """Whether a checkpoint has a marker of its own: those of format 1 have one in every stage's folder."""
     return (folder_of(run, update) / COMPLETE).is_file()
@@ -144,7 +156,7 @@ def read_sums(folder: Path, set_aside: bool = False) -> Sums:
     """
     if not (folder / COMPLETE).is_file():
         return {}
-    marker = read_json(folder / COMPLETE)
+    marker = history.read_object(folder / COMPLETE)
     try:
         written, update = int(marker["format"]), int(marker["update"])
         sums: Sums = {str(path): [int(size), str(total)] for path, (size, total) in marker["files"].items()}
@@ -192,14 +204,3 @@ def _sum_of(path: Path, *_state: int) -> str:
 
 def _damaged(path: Path, why: str) -> RunError:
     return RunError(f"{path} is damaged ({why})")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises RunError where there is no JSON object."""
-    try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("it holds no JSON object")
-        return content
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}): choose another checkpoint") from None

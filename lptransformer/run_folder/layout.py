@@ -10,24 +10,20 @@ pretrained/       config.json and generation_config.json of the model folder tha
 ended.json        how it ended, written last   record.json                  a run of a study, in one file
 tensorboard/, wandb/  what these trackers keep (run.trackers)
 trace.jsonl       traced updates (run.trace), and trace.json and trace.png that `report --trace` makes of them
-run.lock, generation  who may write here, see run_folder/lock.py
+run.lock, generation  who may write here, see run_folder/lock.py; environment.json, ended.json: run_folder/history.py
 Pictures are PNG; `report --svg` adds .svg beside them, and versions before 0.2 wrote both.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import re
-import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +33,19 @@ from lptransformer.config.load import load, to_dict, to_yaml
 from lptransformer.config.resume import changes, resume_differences
 from lptransformer.config.schema import Config
 from lptransformer.errors import ConfigError, RunError
+from lptransformer.run_folder.history import (
+    ENDED,
+    ENVIRONMENT,
+    environment,
+    read_end,
+    read_object,
+    read_starts,
+    what_changed,
+)
 from lptransformer.run_folder.metrics_log import readable
 
-CONFIG, ENVIRONMENT, TOKENIZER, DATA, MODEL = "config.yaml", "environment.json", "tokenizer", "data.json", "model.json"
-ENDED, PRETRAINED = "ended.json", "pretrained"
+CONFIG, TOKENIZER, DATA, MODEL, PRETRAINED = "config.yaml", "tokenizer", "data.json", "model.json", "pretrained"
 WITHOUT_TOKENIZER = "a run keeps its tokenizer there; one on rows of a program has that which data.tokenizer names"
-COMMAND_VARIABLE = "LPTRANSFORMER_COMMAND"  # what a person typed, for the processes that a launcher starts
 LOCK, GENERATION = "run.lock", "generation"  # they stay when a run is replaced: another start may look at them
 # All else that a run can leave in its folder: what --overwrite removes, and nothing else.
 CONTENTS = (
@@ -287,20 +290,6 @@ def create(
     files.write_text(folder / CONFIG, to_yaml(config))
 
 
-def hub_commits(folder: Path) -> dict[str, str]:
-    """The commits of models of the hub that the newest start of a run took; none where nothing says so."""
-    try:
-        found: dict[str, str] = read_starts(folder)[-1].get("hub_commits", {})
-    except RunError:
-        return {}
-    return found
-
-
-def public_name(folder: Path, model: str) -> str:
-    """What a model that a run read is called on other machines: OWNER/NAME, or the name of its folder."""
-    return model if model in hub_commits(folder) else Path(model).name
-
-
 def note_resume(folder: Path, config: Config, update: int, data: Mapping[str, Any]) -> list[str]:
     """Add to a resumed run what it goes on with: environment.json has one entry per start, with what has changed.
 
@@ -321,53 +310,6 @@ def note_resume(folder: Path, config: Config, update: int, data: Mapping[str, An
     files.write_text(folder / DATA, json.dumps(data, indent=1) + "\n")
     files.write_text(folder / CONFIG, to_yaml(config))
     return said + what_changed(starts[-1:])
-
-
-def what_changed(starts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for every start of a run that went on with another configuration."""
-
-    def text(value: Any) -> str:
-        return "not set" if value is None else str(value)
-
-    return [
-        f"resumed after update {start['resumed_after']} with "
-        + ", ".join(f"{key} {text(before)} -> {text(now)}" for key, (before, now) in start["changed"].items())
-        for start in starts
-        if start.get("changed")
-    ]
-
-
-def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """What environment.json has of every start of a run, the newest last. Raises RunError."""
-    path = folder / ENVIRONMENT
-    try:
-        starts = json.loads(path.read_text())
-        if not (isinstance(starts, list) and starts and all(isinstance(start, dict) for start in starts)):
-            raise ValueError("it holds no list of starts")
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from None
-    return starts
-
-
-def note_end(folder: Path, how: str, update: int, command: Sequence[str | int]) -> None:
-    """How the run ended, written last: finished, stopped (it can be resumed), failed, or lost a process; and by which
-    command it was started ([host, pid])."""
-    files.write_text(folder / ENDED, json.dumps({"how": how, "update": update, "command": command}) + "\n")
-
-
-def read_end(folder: Path, command: Sequence[str | int] | None = None) -> str | None:
-    """How the run in a folder ended; None while it goes on, where it was killed, or another command started it."""
-    try:
-        end = json.loads((folder / ENDED).read_text())
-        how: str = end["how"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return how if command is None or end.get("command") == list(command) else None
-
-
-def forget_end(folder: Path) -> None:
-    """Before a run goes on."""
-    (folder / ENDED).unlink(missing_ok=True)
 
 
 def remove(folder: Path) -> list[Path]:
@@ -406,39 +348,6 @@ def _sorted_out(folder: Path, path: Path) -> tuple[list[Path], list[Path]]:
     return (own, left) if left else ([path], [])
 
 
-def environment() -> dict[str, Any]:
-    """What the run's numbers depend on beside its configuration."""
-    packages = ("lptransformer", "torch", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy")
-    return {
-        "command": typed_command(),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "versions": {name: _version(name) for name in packages},
-        "hub_commits": hub.commits(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    """The answer of git about the checkout that this code is in; None where it is in none."""
-    here = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def read_config(folder: Path) -> Config:
     """The configuration that a run was started with. Raises RunError where the folder holds no run, links, or only a
     part of the file; ConfigError where it is broken."""
@@ -457,48 +366,9 @@ def read_config(folder: Path) -> Config:
 
 def read_data(folder: Path) -> dict[str, Any]:
     """The token sets of a run: {"train": {name: folder}, "valid": {name: folder}}, as `create` was given them."""
-    return _read_json(folder / DATA)
+    return read_object(folder / DATA)
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
     """The configuration of the model that the run trains, as `create` was given it."""
-    return _read_json(folder / MODEL)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("it holds no JSON object")
-        return content
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from None
-
-
-def command_line() -> list[str]:
-    return [Path(sys.executable).name, *sys.argv]
-
-
-def typed_command() -> list[str]:
-    """What a person typed to start this run, also in the processes of a launcher."""
-    words: list[str] = json.loads(os.environ.get(COMMAND_VARIABLE) or "null") or command_line()
-    return words
-
-
-def program(started_by: str = "") -> str:
-    """How a person calls this program: as the console script where that was typed."""
-    return "lptransformer" if Path(started_by or sys.argv[0]).name == "lptransformer" else "python -m lptransformer"
-
-
-def command_to_resume() -> str | None:
-    """What a person typed to start this run, with --resume; None where another launcher started it."""
-    _, script, *arguments = typed_command()
-    if Path(script).name not in ("__main__.py", "lptransformer"):
-        return None
-    once = ("--until", "--step")
-    kept = [
-        word
-        for before, word in zip(["", *arguments], arguments, strict=False)
-        if before not in once and word not in ("--resume", "--overwrite") and word.partition("=")[0] not in once
-    ]
-    return f"{program(script)} {shlex.join([*kept, '--resume'])}"
+    return read_object(folder / MODEL)

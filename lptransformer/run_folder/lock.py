@@ -29,7 +29,8 @@ import psutil
 
 from lptransformer import files
 from lptransformer.errors import RunError, TakenOverError
-from lptransformer.run_folder.layout import GENERATION, LOCK, signed, typed_command
+from lptransformer.run_folder.history import typed_command
+from lptransformer.run_folder.layout import GENERATION, LOCK, signed
 
 TRIES, TRY_SECONDS = 6, 0.05  # others who only look hold a lock for a moment
 SEEN_SECONDS = 90.0  # until another host sees a file that took the place of one: NFS remembers names for a minute

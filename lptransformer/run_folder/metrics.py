@@ -157,12 +157,14 @@ class TraceReport:
 
 @dataclass(frozen=True)
 class SavedReport:
-    """What one process has written of a checkpoint of `run`: bytes and sums of its files, or what went wrong."""
+    """What one process has written of a checkpoint of `run`: bytes and sums of its files, the seconds that it kept the
+    process from training, or what went wrong."""
 
     run: str
     update: int
     global_rank: int
     sums: dict[str, list[int | str]]
+    lost_seconds: float
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,10 +18,12 @@ from lptransformer.run_folder.metrics import MetricsRow
 
 @dataclass(frozen=True)
 class Listed:
-    """A checkpoint: its update, bytes (without frozen weights, which all share), and what keeps it."""
+    """A checkpoint: its update, bytes (without frozen weights, which all share), seconds that saving it kept training
+    for (where that is known), and what keeps it."""
 
     update: int
     num_bytes: int
+    lost_seconds: float | None
     why: tuple[str, ...]
 
 
@@ -53,7 +55,10 @@ def losses_of(rows: Sequence[MetricsRow], name: str) -> dict[int, float]:
 def listed(run: Path, options: CheckpointSection, rows: Sequence[MetricsRow]) -> list[Listed]:
     """The checkpoints of a run, oldest first."""
     why = reasons(checkpoint.complete_updates(run), options, rows)
-    return [Listed(update, _bytes(checkpoint.folder_of(run, update)), tuple(reason)) for update, reason in why.items()]
+    return [
+        Listed(update, _bytes(checkpoint.folder_of(run, update)), checkpoint.lost_seconds(run, update), tuple(reason))
+        for update, reason in why.items()
+    ]
 
 
 def prune(run: Path, options: CheckpointSection, rows: Sequence[MetricsRow]) -> list[int]:

@@ -31,7 +31,7 @@ from lptransformer import files
 from lptransformer.errors import RunError
 from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.stages import StagePlan
-from lptransformer.run_folder import checkpoint
+from lptransformer.run_folder import checkpoint, history
 from lptransformer.run_folder.checkpoint import FORMAT, Sums
 
 WEIGHTS, STATE, COPIES, DEEPSPEED = "weights.safetensors", "state.json", "copies.safetensors", "deepspeed"
@@ -148,7 +148,7 @@ def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
 def read_state(folder: Path) -> dict[str, Any]:
     """What state.json says. Raises RunError when it is damaged."""
     checkpoint.check(folder.parent, [f"{folder.name}/{STATE}"])
-    state = checkpoint.read_json(folder / STATE)
+    state = history.read_object(folder / STATE)
     try:
         StagePlan(**state["plan"]), int(state["num_stages"])
         written = int(state.get("format", 0))

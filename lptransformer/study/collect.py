@@ -19,7 +19,7 @@ from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.heads import HeadOptions
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.planning import simulate
-from lptransformer.run_folder import layout
+from lptransformer.run_folder import history, layout
 from lptransformer.run_folder.metrics import MetricsRow
 from lptransformer.run_folder.metrics_log import read_metrics, read_updates
 from lptransformer.study.records import FORMAT, IDENTITY, RECORD, RECORDS, Record, read
@@ -175,7 +175,7 @@ def _counts(manifest: Path, run: Path) -> dict[str, int]:
 
 
 def _environment(run: Path) -> dict[str, Any]:
-    starts = layout.read_starts(run)
+    starts = history.read_starts(run)
     keys = ("git_commit", "git_changes", "python", "platform", "cpu_count", "omp_num_threads", "versions")
     return {key: starts[-1].get(key) for key in keys} | {"starts": len(starts)}
 
@@ -186,7 +186,7 @@ def _without_paths(values: dict[str, Any], run: Path) -> dict[str, Any]:
         del values[section][key]
     for section, key in (("data", "tokenizer"), ("model", "pretrained")):
         if values[section][key]:
-            values[section][key] = layout.public_name(run, values[section][key])
+            values[section][key] = history.public_name(run, values[section][key])
     return {section: keys for section, keys in values.items() if keys != {}}
 
 

@@ -14,7 +14,7 @@ from lptransformer.console import print_table
 from lptransformer.data.token_set import TokenSet
 from lptransformer.errors import RunError
 from lptransformer.evaluation import ngram
-from lptransformer.run_folder import layout
+from lptransformer.run_folder import history, layout
 from lptransformer.run_folder.loss_plot import plot_losses
 from lptransformer.run_folder.metrics import MetricsRow, perplexity, text_counts
 from lptransformer.run_folder.metrics_log import read_metrics, read_updates
@@ -34,7 +34,7 @@ def report(run: Path, baselines: bool = False, svg: bool = False) -> None:
     Raises RunError where the folder holds no run, or one without an update.
     """
     config = layout.read_config(run)
-    metrics, updates, starts = read_metrics(run), read_updates(run), layout.read_starts(run)
+    metrics, updates, starts = read_metrics(run), read_updates(run), history.read_starts(run)
     sets = layout.read_data(run)
     before = {row["evaluation"]: row["exits"] for row in metrics if "evaluation" in row and row["update"] == 0}
     for name, last in {row["evaluation"]: row for row in metrics if "evaluation" in row}.items():
@@ -54,7 +54,7 @@ def report(run: Path, baselines: bool = False, svg: bool = False) -> None:
         (f"{index} (blocks {first}-{last})", *_stage_numbers([update["stages"][index] for update in steady]))
         for index, first, last in stages
     ]
-    for line in layout.what_changed(starts):
+    for line in history.what_changed(starts):
         print(line)
     speed = median(update["tokens_per_second"] for update in steady)
     print_table(f"{speed:,.0f} tokens/s (median)", ("stage", "idle share", "peak memory of its process"), rows)

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from lptransformer.config.schema import Config
 from lptransformer.errors import UserError
 from lptransformer.processes import own_command, stop_signals
-from lptransformer.run_folder.layout import COMMAND_VARIABLE, command_line
+from lptransformer.run_folder.history import COMMAND_VARIABLE, command_line
 from lptransformer.store import ALL_STARTED_KEY, HOSTS_VARIABLE, STOP_KEY, reach
 from lptransformer.training.launcher import DEVICES_VARIABLE, WORKER, encode, own_free_port
 

@@ -22,8 +22,8 @@ from lptransformer.config.checks import check_world_size
 from lptransformer.config.load import load
 from lptransformer.config.schema import PLAIN, SECTIONS, Config
 from lptransformer.errors import ConfigError, DataError, ModelError, RunError, TrainingError, UserError
-from lptransformer.run_folder import layout
-from lptransformer.run_folder.layout import COMMAND_VARIABLE, command_line
+from lptransformer.run_folder import history, layout
+from lptransformer.run_folder.history import COMMAND_VARIABLE, command_line
 
 DEVICES_VARIABLE = "LPTRANSFORMER_VISIBLE_DEVICES"
 WORKER = "lptransformer.training.launcher"  # the module that a launcher starts in every process
@@ -69,7 +69,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
 
 def next_command(error: UserError, args: argparse.Namespace, words: Sequence[str]) -> str:
     """What to type after a refusal: what the error says, else what checks a run without starting it, else the help."""
-    program, name = layout.program(), getattr(args, "command", "train")  # no command: of a launcher's process
+    program, name = history.program(), getattr(args, "command", "train")  # no command: of a launcher's process
     typed = list(words) if hasattr(args, "command") else [name, *words]
     added = error.change.get("", "").split()
     replaced = {word.partition("=")[0] for word in added}
@@ -180,14 +180,14 @@ def exit_code(folder: Path, before: int | None, code: int = 0) -> int:
     `code` is that of the launcher, which is 0 for much. `before` is what `end_written` gave before the start.
     """
     own = (socket.gethostname(), os.getpid())  # a run that has taken this one's folder over has an end of its own
-    how = layout.read_end(folder, own) if end_written(folder) != before else None
+    how = history.read_end(folder, own) if end_written(folder) != before else None
     of_ends = {"finished": 0, "failed": 1, "stopped": 3, "lost a process": 4}
     return of_ends[how] if how is not None else code if code in (1, 2, 130) else 4
 
 
 def end_written(folder: Path) -> int | None:
     """When the end of a run was written into its folder, for `exit_code`."""
-    path = folder / layout.ENDED
+    path = folder / history.ENDED
     return path.stat().st_mtime_ns if path.is_file() else None
 
 

@@ -30,7 +30,7 @@ from lptransformer.config import deepspeed_keys
 from lptransformer.config.schema import Config
 from lptransformer.errors import ConfigError
 from lptransformer.processes import local_processes, own_memory
-from lptransformer.run_folder import layout
+from lptransformer.run_folder import history
 from lptransformer.store import HOSTS_VARIABLE, address_between_hosts, addresses_of, unreachable
 
 ANSWER = "lptransformer-host: "  # before an answer: libraries may print too
@@ -133,7 +133,7 @@ def facts(asked: Question) -> HostFacts:
     except ConfigError as error:
         problem = str(error)
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    environment = layout.environment()
+    environment = history.environment()
     return HostFacts(
         host=socket.gethostname(),
         versions={

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,31 @@ def test_a_save_that_fails_is_said_once_and_the_run_goes_on(pool: Pool, tmp_path
 def test_a_save_that_fails_ends_the_run_where_that_is_asked_for(pool: Pool, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="the checkpoint after 1 updates was not saved"):
         pool.run(2, failing, tmp_path, 1, ("checkpoint.on_error=stop",))
+
+
+def slow_to_write(run: Path) -> list[float | None]:
+    """Two saves, one right after the other, that take a second each to write."""
+    engine, write = open_engine(CHUNKED), saved_stage.write
+
+    def late(*args: Any) -> Any:
+        time.sleep(1.0)
+        return write(*args)
+
+    saved_stage.write = late  # type: ignore[assignment]
+    try:
+        for _ in range(2):
+            engine.train_batch()
+            engine.save_checkpoint(run)
+        engine.close()
+    finally:
+        saved_stage.write = write
+    return [checkpoint.lost_seconds(run, update) for update in (1, 2)]
+
+
+def test_a_checkpoint_says_what_it_kept_training_for(pool: Pool, tmp_path: Path) -> None:
+    """The second waits for the first."""
+    ((first, second),) = pool.run(1, slow_to_write, tmp_path)
+    assert first is not None and second is not None and first < 0.5 < second
 
 
 def without_room(run: Path) -> tuple[list[str], list[int], bool]:

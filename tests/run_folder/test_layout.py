@@ -10,7 +10,7 @@ from refusals import says
 
 from lptransformer.config.load import load
 from lptransformer.errors import RunError
-from lptransformer.run_folder import layout, lock
+from lptransformer.run_folder import history, layout, lock
 
 PICTURES = ("loss.png", "loss.svg", "trace.png", "trace.svg", "diagnosis.png", "diagnosis.svg")
 STEP = "checkpoints/step-00000010"
@@ -88,9 +88,9 @@ def test_a_folder_of_another_program_is_not_replaced(tmp_path: Path, overwrite: 
 def test_a_run_of_before_there_were_locks_is_known_by_what_it_ran_with(tmp_path: Path) -> None:
     put(tmp_path, "config.yaml")
     for content in ("", "{}", '[{"versions": {"torch": "2"}}]', "[1]"):
-        (tmp_path / layout.ENVIRONMENT).write_text(content)
+        (tmp_path / history.ENVIRONMENT).write_text(content)
         assert not layout.is_own(tmp_path)
-    (tmp_path / layout.ENVIRONMENT).write_text('[{"versions": {"lptransformer": "0.3"}}]')
+    (tmp_path / history.ENVIRONMENT).write_text('[{"versions": {"lptransformer": "0.3"}}]')
     assert layout.is_own(tmp_path)
     layout.remove(tmp_path)
     assert not files_in(tmp_path)

@@ -21,7 +21,7 @@ import small_run
 import yaml
 from tiers import full
 
-from lptransformer.run_folder import checkpoint, layout, lock
+from lptransformer.run_folder import checkpoint, history, layout, lock
 from lptransformer.run_folder.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -116,14 +116,14 @@ def test_nothing_is_left_and_the_run_goes_on(
     assert len(running["worker"]) == 2
     running[victim][0].send_signal(signal.SIGKILL)
     wait_for(f"left: {running}", folder, 90, lambda: not any(processes(str(folder)).values()))
-    assert layout.read_end(run) in ends
+    assert history.read_end(run) in ends
     if codes:
         assert started.wait(10) in codes
     update = checkpoint.latest(run)
     assert update > 0
     again = start(folder, "command", "--resume", f"--until={update + 2}")
     assert again.wait(120) == 0, (folder / "log.txt").read_text()[-3000:]
-    assert layout.read_end(run) == "finished" and checkpoint.latest(run) == update + 2
+    assert history.read_end(run) == "finished" and checkpoint.latest(run) == update + 2
 
 
 def test_a_paused_run_keeps_its_folder_and_writes_nothing_where_it_was_got_around(folder: Path) -> None:
@@ -173,6 +173,6 @@ def test_a_terminal_that_closes_stops_a_run_but_not_under_nohup(folder: Path) ->
         started.send_signal(signal.SIGHUP)
         if not stops:
             time.sleep(2)
-            assert started.poll() is None and layout.read_end(run) is None
+            assert started.poll() is None and history.read_end(run) is None
             started.send_signal(signal.SIGTERM)
-        assert started.wait(60) == 3 and layout.read_end(run) == "stopped"
+        assert started.wait(60) == 3 and history.read_end(run) == "stopped"

@@ -25,7 +25,7 @@ from lptransformer.engine.engine import LocalUpdateEngine
 from lptransformer.engine.p2p import Control
 from lptransformer.engine.process_groups import leave
 from lptransformer.evaluation.perplexity import evaluate_run
-from lptransformer.run_folder import checkpoint, layout
+from lptransformer.run_folder import checkpoint, history, layout
 from lptransformer.run_folder.metrics_log import read_metrics
 from lptransformer.training import train as story
 from lptransformer.training.launcher import run
@@ -101,12 +101,12 @@ def test_a_run_with_all_its_updates_is_complete_with_its_evaluation_alone(
     monkeypatch.setattr(story, "export", lambda folder, out: exported.append(out) or [])
     keep_rows(lambda row: row["update"] < 4 or row.get("evaluation", "-") not in missing)
     assert len(numbers()) == len(whole) - len(missing)
-    for name in (layout.ENDED, "loss.png"):
+    for name in (history.ENDED, "loss.png"):
         Path("run", name).unlink()
     before = checkpoint.stage_folder("run", 4, 0).stat().st_mtime_ns
     assert train("--resume", "--run.export=model") == 0
     assert numbers() == whole and checkpoint.stage_folder("run", 4, 0).stat().st_mtime_ns == before
-    assert layout.read_end(Path("run")) == "finished"
+    assert history.read_end(Path("run")) == "finished"
     assert Path("run/loss.png").is_file() and exported == ["model"]
     capsys.readouterr()
     assert train("--resume", "--run.export=other") == 2
@@ -152,10 +152,10 @@ def test_a_stop_within_an_evaluation_is_followed_by_no_update_and_made_up(
     with monkeypatch.context() as patch:
         patch.setattr(LocalUpdateEngine, "eval_batch", stopped)
         assert train(*keys) == 3
-    assert layout.read_end(Path("run")) == "stopped" and checkpoint.latest("run") == at
+    assert history.read_end(Path("run")) == "stopped" and checkpoint.latest("run") == at
     assert (at, "a") in numbers() and (at, "b") not in numbers()
     assert train(*keys, "--resume") == 0
-    assert numbers() == whole and layout.read_end(Path("run")) == "finished"
+    assert numbers() == whole and history.read_end(Path("run")) == "finished"
 
 
 def train_run(raw: dict[str, Any], resume: bool) -> None:
@@ -181,7 +181,7 @@ def test_every_process_makes_what_is_owed(pool: Pool, whole: Rows, tmp_path: Pat
     undisturbed = numbers()
     keep_rows(lambda row: row["update"] < 4 or row.get("evaluation") != "b")
     pool.run(2, train_run, raw, True)
-    assert numbers() == undisturbed and layout.read_end(Path("run")) == "finished"
+    assert numbers() == undisturbed and history.read_end(Path("run")) == "finished"
     shutil.rmtree(checkpoint.stage_folder("run", 4, 0).parent)
     keep_rows(lambda row: row["update"] <= 2 and "stages" in row)
     pool.run(2, train_run, raw, True)
@@ -217,7 +217,7 @@ def test_broken_metrics_and_notes_are_no_reason_to_refuse(
     whole: Rows, capsys: pytest.CaptureFixture[str], how: str
 ) -> None:
     shutil.rmtree(checkpoint.stage_folder("run", 4, 0).parent)
-    path, notes = Path("run", "metrics.jsonl"), Path("run", layout.ENVIRONMENT)
+    path, notes = Path("run", "metrics.jsonl"), Path("run", history.ENVIRONMENT)
     if how == "missing":
         path.unlink()
         notes.unlink()
@@ -235,7 +235,7 @@ def test_broken_metrics_and_notes_are_no_reason_to_refuse(
     assert Path("run/metrics.jsonl.broken").is_file() is (how != "missing")
     assert Path("run/environment.json.broken").is_file() is (how != "missing")
     says(out, f"the rows of {2 if how == 'missing' else 1} of 2 updates are missing", "environment.json")
-    assert [start["resumed_after"] for start in layout.read_starts(Path("run"))] == [2]
+    assert [start["resumed_after"] for start in history.read_starts(Path("run"))] == [2]
     lines = Path("run/metrics.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines[1:]] == (["3", "4"] if how == "missing" else ["1", "3", "4"])
     assert Path("run/loss.png").stat().st_size > 1000
@@ -243,7 +243,7 @@ def test_broken_metrics_and_notes_are_no_reason_to_refuse(
 
 @pytest.mark.parametrize("command", [["report", "run"], ["export", "run", "out"]])
 def test_others_say_that_notes_are_broken(whole: Rows, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
-    Path("run", layout.ENVIRONMENT).write_text("{}")
+    Path("run", history.ENVIRONMENT).write_text("{}")
     with pytest.raises(SystemExit) as end:
         run(parser(), command)
     assert end.value.code == 2
@@ -282,7 +282,7 @@ def test_another_learning_rate_is_noted_and_followed(whole: Rows, capsys: pytest
     )
     rates = [row["learning_rate"] for (_, name), row in numbers().items() if name is None]
     assert rates[4:] == pytest.approx([0.5e-4 * (1 + math.cos(math.pi * update / 8)) for update in (4, 5)])
-    assert layout.read_starts(Path("run"))[-1]["changed"]["train.learning_rate"] == [0.001, 0.0001]
+    assert history.read_starts(Path("run"))[-1]["changed"]["train.learning_rate"] == [0.001, 0.0001]
     run(parser(), ["report", "run"])
     says(capsys.readouterr().out, f"resumed after update 4 with {changed}")
     assert train("--resume", *changes, "--train.steps=5") == 2

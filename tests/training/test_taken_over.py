@@ -15,7 +15,7 @@ from lptransformer.__main__ import parser
 from lptransformer.engine.process_groups import leave
 from lptransformer.errors import RunError, TakenOverError
 from lptransformer.processes import command_of_run
-from lptransformer.run_folder import checkpoint, layout, lock
+from lptransformer.run_folder import checkpoint, history, layout, lock
 from lptransformer.run_folder.metrics_log import read_metrics
 from lptransformer.training import train as story
 from lptransformer.training.launcher import exit_code, run
@@ -45,7 +45,7 @@ def test_who_has_been_taken_over_writes_nothing_more(
         run(parser(), ["train", "c.yaml"])
     assert end.value.code == 1 and "another start of this run has taken over" in capsys.readouterr().err
     assert taken and small_run.contents(folder / "run") == taken
-    assert [row["update"] for row in read_metrics("run")] == [1] and not (folder / "run" / layout.ENDED).exists()
+    assert [row["update"] for row in read_metrics("run")] == [1] and not (folder / "run" / history.ENDED).exists()
 
 
 def test_an_engine_asks_before_it_saves(folder: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_run_that_is_resumed_at_its_last_update_makes_none(folder: Path, monke
     monkeypatch.setattr(layout, "check", lambda *arguments: None)
     run(parser(), ["train", "c.yaml", "--resume"])
     assert read_metrics("run") == rows and checkpoint.complete_updates("run") == [2]
-    assert layout.read_end(Path("run")) == "finished"
+    assert history.read_end(Path("run")) == "finished"
 
 
 def start_late(folder: Path) -> tuple[str, int]:
@@ -90,7 +90,7 @@ def start_late(folder: Path) -> tuple[str, int]:
 
 def test_the_end_of_another_command_s_run_is_not_that_of_this_one(tmp_path: Path) -> None:
     for command, code in ((command_of_run(), 3), (("elsewhere", 1), 1)):
-        layout.note_end(tmp_path, "stopped", 5, command)
+        history.note_end(tmp_path, "stopped", 5, command)
         assert exit_code(tmp_path, None, code=1) == code
 
 

@@ -358,9 +358,9 @@ def run_ahead(overrides: Sequence[str], in_flight: int, hold_seconds: float) -> 
     with CollectiveLog() as log:  # around everything: DeepSpeed looks some of the functions up when it is initialised
         engine = open_engine(overrides)
         world, group_calls = engine.world, set[str]()
-        link = engine.neighbours.above if world.pipeline_rank == 0 else engine.neighbours.below
-        assert link is not None
-        link.group = LoggedGroup(link.group, group_calls)  # type: ignore[assignment]
+        channel = engine.neighbours.above if world.pipeline_rank == 0 else engine.neighbours.below
+        assert channel is not None
+        channel.link.group = LoggedGroup(channel.link.group, group_calls)
         seen = Ahead(
             os.getpid(),
             updates_while_held=0,

@@ -1,6 +1,6 @@
 """A CUDA device that is not there: torch.cuda mocked, FakeTensors for its memory, and a log of the work for the GPU.
 
-What is logged, each with where in lptransformer, deepspeed or transformers it comes from:
+What the main thread does is logged, each with where in lptransformer, deepspeed or transformers it comes from:
 
     sync         the host waits for the device: the value of a tensor is read, a stream or the device is synchronised
     copy         between host and device; `blocking` where the host waits for it
@@ -34,6 +34,8 @@ from torch import Tensor, nn  # noqa: E402
 from torch._subclasses import FakeTensor, FakeTensorMode, fake_tensor  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from lptransformer.engine import helper_thread  # noqa: E402
 
 LIBRARIES = ("lptransformer", "deepspeed", "transformers")
 WRAPPERS = ("deepspeed/comm/", "deepspeed/utils/nvtx.py", "deepspeed/accelerator/")  # in between, and of no interest
@@ -312,8 +314,18 @@ def fake_gpu() -> Iterator[None]:
     replace(nn.Module, to=_move)
     replace(torch.autograd, _engine_run_backward=_run_backward)
     replace(FakeTensor, tolist=lambda tensor: made_up(tensor, "tolist"))
+    replace(helper_thread.HelperThread, begin=_begin)
     with Reads(), Copies():
         yield
+
+
+def _begin(thread: helper_thread.HelperThread, call: Callable[[], Any]) -> helper_thread.Later[Any]:
+    """A call of a helper thread is made at once, because the fake mode is of one thread, and logged as nothing."""
+    later, recording = helper_thread.Later(call), LOG.recording
+    LOG.recording = False
+    later.run()
+    LOG.recording = recording
+    return later
 
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)

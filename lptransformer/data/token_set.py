@@ -32,17 +32,31 @@ class Batch:
     """input_ids, labels: int64 [micro_batch_size, sequence_length]; labels[t] = input_ids[t + 1], -100 for no label.
 
     position_ids: the same shape, where documents are isolated: they begin again at 0 at every document and at the
-    padding.
+    padding. document_ids: then, which document of its window a position belongs to, counted from 0; None where every
+    window is one.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor | None = None
+    document_ids: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        every = (self.input_ids, self.labels, self.position_ids, self.document_ids)
+        return [tensor for tensor in every if tensor is not None]
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device."""
-        apart = None if self.position_ids is None else self.position_ids.to(device)
-        return Batch(self.input_ids.to(device), self.labels.to(device), apart)
+        """The batch on a device; on a GPU the host does not wait for that."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or device.type != "cuda":
+                return None if tensor is None else tensor.to(device)
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        input_ids, labels = moved(self.input_ids), moved(self.labels)
+        assert input_ids is not None and labels is not None
+        return Batch(input_ids, labels, moved(self.position_ids), moved(self.document_ids))
 
     @property
     def label_tokens(self) -> int:
@@ -247,7 +261,10 @@ def make_batch(windows: Sequence[Window], micro_batch_size: int, sequence_length
     positions = np.zeros(shape, np.int64)
     for number, (row, _, starts, _) in enumerate(windows):
         positions[number] = positions_of([0] if starts is None else starts, len(row), sequence_length)
-    return Batch(input_ids, labels, torch.from_numpy(positions))
+    begins = positions[:, 1:] != positions[:, :-1] + 1
+    documents = np.concatenate([np.zeros((micro_batch_size, 1), np.int64), begins.cumsum(1)], axis=1)
+    of_several = torch.from_numpy(documents) if begins.any() else None
+    return Batch(input_ids, labels, torch.from_numpy(positions), of_several)
 
 
 def positions_of(starts: Sequence[int] | np.ndarray, tokens: int, length: int) -> np.ndarray:

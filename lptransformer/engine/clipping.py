@@ -32,15 +32,19 @@ class ClipGroup:
             counts = gather(group, torch.tensor([own if self.zero_stage == 0 else len(stages)]), [1] * size)
             self._sizes = [int(count) for count in counts]
 
-    def norm(self) -> Tensor | None:
-        """The norm of the whole group's gradients; None at ZeRO 3, where every stage is a group by itself.
-
-        Every member calls this at the end of an update; it returns when all have. The wait counts as idle time.
-        """
+    def own_norms(self) -> Tensor | None:
+        """The norms of the local stages' gradients, where those are; None at ZeRO 3, where every stage is a group by
+        itself and its step finds the norm."""
         if self.zero_stage == 3:
             assert len(self.stages) == 1 and self.group is None
             return None
-        norms = torch.cat([stage.gradient_norms() for stage in self.stages])
+        return torch.cat([stage.gradient_norms() for stage in self.stages])
+
+    def norm(self, norms: Tensor) -> Tensor:
+        """The norm of the whole group's gradients, from `own_norms` on the host.
+
+        Every member calls this at the end of an update; it returns when all have. The wait counts as idle time.
+        """
         if self.group is not None:
             started = time.perf_counter()
             norms = torch.cat(gather(self.group, norms, self._sizes))

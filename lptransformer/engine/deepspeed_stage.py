@@ -26,6 +26,7 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
@@ -61,6 +62,7 @@ def deepspeed_config(
     zero = {**user.get("zero_optimization", {}), "stage": zero_stage, "memory_efficient_linear": False}
     config: dict[str, Any] = {
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # waits for the GPU in every forward, and for posted receives
         "zero_allow_untested_optimizer": True,
         **user,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -78,6 +80,14 @@ def _with_bucket(config: dict[str, Any], parameters: Sequence[nn.Parameter]) -> 
     """Where the user does not say how large the bucket for reducing gradients is, it is no larger than all of them."""
     bucket = bucket_elements(sum(parameter.numel() for parameter in parameters))
     return {**config, "zero_optimization": {"reduce_bucket_size": bucket, **config["zero_optimization"]}}
+
+
+def _mark_infinite(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
+    """DeepSpeed's mask_nan_or_inf_with_val_inplace, which brings the value to a GPU by a copy that the host waits for."""
+    norm.masked_fill_(norm.isfinite().logical_not(), val)
+
+
+stage_1_and_2.mask_nan_or_inf_with_val_inplace = _mark_infinite
 
 
 class SafeCheckpointEngine(TorchCheckpointEngine):
@@ -117,9 +127,10 @@ def read_safely(engine: deepspeed.DeepSpeedEngine) -> None:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an update did. The norm is before clipping, over the clip group; not finite when the update was skipped."""
+    """What an update did. The norm is before clipping, over the clip group; not finite when the update was skipped.
+    At ZeRO 3 it may be on the device."""
 
-    grad_norm: float
+    grad_norm: float | Tensor
     skipped: bool
     learning_rate: float
 
@@ -190,8 +201,8 @@ class TrainedStage:
     def update(self, norm: Tensor | None) -> StepResult:
         """Clip, step, next learning rate; a gradient that is not finite leaves weights and optimizer state alone.
 
-        `norm` is that of the clip group, from the gradient_norms() of its stages; None at ZeRO 3. A skipped update
-        still advances the step and the learning rate.
+        `norm` is that of the clip group, on the host, from the gradient_norms() of its stages; None at ZeRO 3. A
+        skipped update still advances the step and the learning rate.
         """
         learning_rate = self.optimizer.param_groups[0]["lr"]
         if norm is None:
@@ -201,12 +212,13 @@ class TrainedStage:
             with self._reduced(), self.versions.updating() if self.versions else contextlib.nullcontext():
                 self.engine.step()
         self.lr_scheduler.step()
+        grad_norm: float | Tensor
         if norm is not None and self.zero_stage == 0:
             grad_norm = norm.item()
             skipped = not math.isfinite(grad_norm)
         else:
             skipped = bool(self.engine.optimizer.overflow)
-            grad_norm = float("nan") if skipped else float(self.engine.optimizer._global_grad_norm)
+            grad_norm = float("nan") if skipped else self.engine.optimizer._global_grad_norm
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         return StepResult(grad_norm, skipped, learning_rate)
 
@@ -227,7 +239,10 @@ class TrainedStage:
             for parameter in parameters:
                 parameter.grad = None
         elif self.grad_clip > 0:
-            nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, self._norm)
+            # torch's formula (clip_grads_with_norm_), by a number of the host: a tensor would have to be copied there.
+            factor = (self.grad_clip / (self._norm + 1e-6)).item()
+            if factor < 1.0:
+                torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
 
     def train(self, mode: bool) -> None:
         """Training or evaluation mode."""

@@ -92,10 +92,11 @@ class LocalUpdateEngine(TrainingEngine):
         if tracer:
             tracer.begin(started)
         self.executor.tracer = tracer
-        phase, steps = self.objective.phase_at(self.update, self.blueprint.steps), self.blueprint.steps
+        steps = self.blueprint.steps
+        works = [self.work[self.objective.phase_at(update, steps)] for update in (self.update, self.update + 1)]
         with tracer.action(COPIES) if tracer and self.weight_copies.routes else contextlib.nullcontext():
             self.weight_copies.before(self.update)
-        done = self.executor.run(self.work[phase], self.update, is_last=self.update + 1 >= steps)
+        done = self.executor.run(works[0], self.update, works[1] if self.update + 1 < steps else None)
         with tracer.action(COPIES) if tracer and self.weight_copies.routes else contextlib.nullcontext():
             self.weight_copies.after(self.update + 1)
         if self.world.pipeline_size == 1:
@@ -131,7 +132,7 @@ class LocalUpdateEngine(TrainingEngine):
             if self.neighbours.below is None:
                 inputs = batch.input_ids.to(self.world.device)
                 stop = self._stop_requested or self.world.store.check([STOP_KEY])
-                control = Control.STOP if any_replica(stop, self.world) else Control.NOTHING
+                control = Control.STOP if any_replica([stop], self.world)[0] else Control.NOTHING
             else:
                 header, inputs = self.neighbours.below.receive()
                 assert (header.kind, header.update, header.micro_batch) == (Kind.EVALUATE, self.update, index)
@@ -212,11 +213,9 @@ class LocalUpdateEngine(TrainingEngine):
         requested = self._take_requests()
         if self.world.store.check([STOP_KEY]):
             requested |= Control.SAVE | Control.STOP
-        decided = Control.NOTHING
-        for flag in (Control.EVALUATE, Control.SAVE, Control.STOP):
-            if any_replica(bool(requested & flag), self.world):
-                decided |= flag
-        return decided
+        flags = (Control.EVALUATE, Control.SAVE, Control.STOP)
+        agreed = any_replica([bool(requested & flag) for flag in flags], self.world)
+        return Control(sum(flag for flag, is_set in zip(flags, agreed, strict=True) if is_set))
 
     def _finish(self) -> None:
         self.weight_copies.close(self.update)
@@ -243,7 +242,7 @@ class LocalUpdateEngine(TrainingEngine):
         return self._stage_report(
             self.local[index].plan,
             loss_sum=sum(loss.item() for loss in done.loss_sums[index]),
-            grad_norm=step.grad_norm if step else None,
+            grad_norm=float(step.grad_norm) if step else None,
             skipped=step.skipped if step else False,
             learning_rate=step.learning_rate if step else 0.0,
             seconds=seconds,

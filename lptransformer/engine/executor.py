@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from lptransformer.data.token_set import Batch
+from lptransformer.engine.batches import Batches
 from lptransformer.engine.clipping import ClipGroup, local_clip_groups
 from lptransformer.engine.deepspeed_stage import FrozenStage, StepResult, TrainedStage
+from lptransformer.engine.helper_thread import on_device
 from lptransformer.engine.p2p import Control, Header, Kind, Neighbours
 from lptransformer.engine.process_groups import World
 from lptransformer.errors import DataError
@@ -39,7 +42,7 @@ class Pass:
 
 @dataclass
 class Update:
-    """The results of an update so far."""
+    """The results of an update so far; the sums of its losses are on the host when it is made."""
 
     number: int
     control: Control = Control.NOTHING
@@ -49,22 +52,29 @@ class Update:
 
 @dataclass(frozen=True)
 class PhaseWork:
-    """The schedule of a phase on this pipeline rank, and what its actions need to know."""
+    """The schedule of a phase on this pipeline rank, and on the one below, and what its actions need to know."""
 
     pattern: Pattern
+    below: Pattern | None
     duties: Sequence[Duty]
     clip_groups: dict[int, ClipGroup]
     slots_below: list[int]  # the flows that cross the border below this rank: which channel each one takes
     slots_above: list[int]
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether the ranks below make such an update, and begin the next one, without anything from this one."""
+        return not self.slots_below and all(group.group is None for group in self.clip_groups.values())
+
 
 def plan_phases(world: World, blueprint: Blueprint, local: Mapping[int, LocalStage]) -> list[PhaseWork]:
     """The work of every phase on this pipeline rank."""
     trained = {index: stage for index, stage in local.items() if isinstance(stage, TrainedStage)}
-    stages, delayed = blueprint.stages, blueprint.objective.delayed
+    stages, delayed, rank = blueprint.stages, blueprint.objective.delayed, world.pipeline_rank
     return [
         PhaseWork(
-            one_update(stages, plan.phase, world.pipeline_rank, blueprint.rounds, delayed),
+            one_update(stages, plan.phase, rank, blueprint.rounds, delayed),
+            one_update(stages, plan.phase, rank - 1, blueprint.rounds, delayed) if rank > 0 else None,
             plan.duties,
             local_clip_groups(world, stages, plan.clip_groups, trained, str(number)),
             plan.crossing(min(local)),
@@ -97,7 +107,7 @@ class Executor:
         self.local = local
         self.neighbours = neighbours
         self.rounds = blueprint.rounds
-        self.batch = batch
+        self.batches = Batches(batch, world.device)
         self.label_tokens = label_tokens
         self.decide = decide
         self.tracer: Tracer | None = None  # while an update is traced
@@ -115,11 +125,11 @@ class Executor:
             "U": self._update,
         }
         # Keyed by the number of the micro-batch since the start of the run.
-        self._batches: dict[int, Batch] = {}
         self._hidden: dict[tuple[int, int], Tensor] = {}  # (stage, micro-batch): its output, detached
         self._passes: dict[tuple[int, int], Pass] = {}
         self._gradients: dict[tuple[int, int, int], Tensor] = {}  # (stage, micro-batch, flow): at the stage's output
-        self._norms: dict[int, Tensor | None] = {}
+        self._norms: dict[int, Tensor | None] | None = None  # of the clip groups, when they are known
+        self._expected = -1  # the newest update whose first messages from below are expected
         self._next: Update | None = None  # the update whose first forward passes were made in the one before
 
     @property
@@ -127,25 +137,38 @@ class Executor:
         """Whether nothing of the next update has begun; only with delayed gradients it begins early."""
         return self._next is None
 
-    def run(self, work: PhaseWork, number: int, is_last: bool) -> Update:
-        """All actions of update `number` (counted from 0), in the order of the schedule; the run may end with it."""
-        pattern, self._work = work.pattern, work
+    def run(self, work: PhaseWork, number: int, following: PhaseWork | None) -> Update:
+        """All actions of update `number` (counted from 0), in the order of the schedule. `following` is the work of the
+        update after it, None where the run ends."""
+        pattern, self._work, self._following = work.pattern, work, following
         self._now = self._next or self._begin(number)
         assert self._now.number == number
+        if self._expected < number:
+            self._expect(number, work, *(("body",) if self._next else ("fill", "body")))
         self._do(pattern.body if self._next else (*pattern.fill, *pattern.body))
         self._next = None
-        if pattern.goes_on and not self._now.control and not is_last:
+        if pattern.goes_on and not self._now.control and following is not None:
             self._next = self._begin(number + 1)
+            self._expect(number, work, "goes_on")
             self._do(pattern.goes_on)
         else:
+            self._expect(number, work, "drains")
             self._do(pattern.drains)
         self._do(pattern.updates)
+        self._bring_results()
         ended = (number + 1) * self.rounds
         left = [key for kept in (self._hidden, self._passes, self._gradients) for key in kept if key[1] < ended]
         assert not left, f"an update left something behind: {left}"
-        self._batches = {key: batch for key, batch in self._batches.items() if key >= ended}
-        self._norms.clear()
+        self.batches.forget(self._number(ended))
+        self._norms = None
         return self._now
+
+    def _expect(self, number: int, work: PhaseWork, *parts: str) -> None:
+        """What the rank below does in these parts of update `number`, or of one that begins early in it."""
+        self._expected = max(self._expected, number)
+        for part in parts if work.below is not None else ():
+            assert self.neighbours.below is not None
+            self.neighbours.below.expect(getattr(work.below, part))
 
     def _begin(self, number: int) -> Update:
         return Update(number, loss_sums={index: [] for index in self.local})
@@ -174,9 +197,13 @@ class Executor:
         return micro_batch * self.world.data_size + self.world.data_rank
 
     def _batch(self, micro_batch: int) -> Batch:
-        if micro_batch not in self._batches:
-            self._batches[micro_batch] = self.batch(self._number(micro_batch))
-        return self._batches[micro_batch]
+        """On the device."""
+        is_last = self._following is None and micro_batch + 1 == (self._now.number + 1) * self.rounds
+        return self.batches.get(self._number(micro_batch), None if is_last else self._number(micro_batch + 1))
+
+    def _digest(self, micro_batch: int) -> int:
+        self._batch(micro_batch)
+        return self.batches.on_host(self._number(micro_batch)).digest
 
     def _show_weights(self, stage: LocalStage, update: Update) -> None:
         """Delayed gradients: an update runs at the weights of one update before, what begins early at the current
@@ -190,7 +217,7 @@ class Executor:
         update, micro_batch = self._of(action)
         plan, duty, batch = stage.plan, self._work.duties[stage.plan.index], self._batch(micro_batch)
         if plan.is_first:
-            inputs = batch.input_ids.to(self.world.device)
+            inputs = batch.input_ids
         else:
             inputs = self._hidden.pop((plan.index - 1, micro_batch)).requires_grad_(bool(duty.below))
         self._show_weights(stage, update)
@@ -213,11 +240,11 @@ class Executor:
             scale = self.world.data_size / seen if seen else math.nan
             if fraction < 1.0:
                 block, (rows, length, _) = self.local[index].plan.last_block, self.blueprint.hidden_shape
-                drawn = token_positions(self.blueprint.seed, block, number, rows, length, fraction, batch.labels)
-                positions = drawn.to(self.world.device)
-        apart, device = batch.position_ids, self.world.device
-        position_ids = None if apart is None else apart.to(device)
-        return LossBatch(batch.labels.to(device), scale, positions, 1.0 / self.rounds, position_ids)
+                labels = self.batches.on_host(number).labels
+                drawn = token_positions(self.blueprint.seed, block, number, rows, length, fraction, labels)
+                positions = on_device(drawn, self.world.device)
+        share = 1.0 / self.rounds
+        return LossBatch(batch.labels, scale, positions, share, batch.position_ids, batch.document_ids)
 
     def handed_over(self, index: int, hidden_states: Tensor) -> Tensor:
         """A stage's output as the next stage receives it, detached."""
@@ -253,10 +280,32 @@ class Executor:
 
     def _update(self, stage: LocalStage, action: Action) -> None:
         assert isinstance(stage, TrainedStage)
-        group = self._work.clip_groups[action.stage]
-        if id(group) not in self._norms:
-            self._norms[id(group)] = group.norm()
-        self._now.step_results[action.stage] = stage.update(self._norms[id(group)])
+        if self._norms is None:
+            self._norms = self._find_norms()
+        self._now.step_results[action.stage] = stage.update(self._norms[id(self._work.clip_groups[action.stage])])
+
+    def _find_norms(self) -> dict[int, Tensor | None]:
+        """Of all clip groups that update here. With what is known of them the losses come to the host."""
+        groups = [self._work.clip_groups[action.stage] for action in self._work.pattern.updates]
+        groups = list({id(group): group for group in groups}.values())
+        own = [group.own_norms() for group in groups]
+        here = self._bring_results([norms for norms in own if norms is not None])
+        return {id(g): None if norms is None else g.norm(here.pop(0)) for g, norms in zip(groups, own, strict=True)}
+
+    def _bring_results(self, norms: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Bring the losses of the update, and what steps have found of norms, to the host, with these norms, in one
+        copy; nothing where all is there. Where there are norms to come (ZeRO 3) the losses wait for them."""
+        now = self._now
+        if not norms and self._norms is None and self._work.pattern.updates:
+            return []
+        losses = [loss for stage in now.loss_sums.values() for loss in stage]
+        found = {index: r.grad_norm for index, r in now.step_results.items() if isinstance(r.grad_norm, Tensor)}
+        here = to_host([*norms, *losses, *found.values()])
+        own, rest = here[: len(norms)], iter(here[len(norms) :])
+        now.loss_sums = {index: [next(rest) for _ in stage] for index, stage in now.loss_sums.items()}
+        for index in found:
+            now.step_results[index] = replace(now.step_results[index], grad_norm=next(rest).item())
+        return own
 
     # ------------------------------------------------------------------------------------------ messages
 
@@ -265,7 +314,7 @@ class Executor:
         update, micro_batch = self._of(action)
         header, hidden_states = self.neighbours.below.receive()
         self._check(header, Kind.TRAIN, update, micro_batch)
-        if header.digest not in (0, self._batch(micro_batch).digest):
+        if header.digest not in (0, self._digest(micro_batch)):
             raise DataError(
                 f"update {update.number + 1}, micro-batch {header.micro_batch}: pipeline rank "
                 f"{self.world.pipeline_rank} (process {self.world.global_rank}) has other rows than the one below: "
@@ -273,13 +322,22 @@ class Executor:
             )
         update.control |= header.control
         self._hidden[action.stage - 1, micro_batch] = hidden_states
+        if (micro_batch + 1) % self.rounds == 0 and update is self._now:
+            self._expect_following(update)
+
+    def _expect_following(self, update: Update) -> None:
+        """The last message of the update is here: the next update's first ones follow without anything from here,
+        unless something else comes first."""
+        comes_first = update.control & (Control.EVALUATE | Control.STOP) or self._work.pattern.goes_on
+        if self._following is not None and self._work.is_alone and not comes_first:
+            self._expect(update.number + 1, self._following, "body")
 
     def _send(self, stage: LocalStage, action: Action) -> None:
         assert self.neighbours.above is not None
         update, micro_batch = self._of(action)
         if self.world.pipeline_rank == 0 and (micro_batch + 1) % self.rounds == 0:
             update.control = self.decide()
-        digest = self._batch(micro_batch).digest
+        digest = self._digest(micro_batch)
         header = Header(Kind.TRAIN, update.number, self.index(micro_batch), update.control, digest)
         self.neighbours.above.send(header, self._hidden.pop((action.stage, micro_batch)))
 
@@ -296,7 +354,18 @@ class Executor:
         header = Header(Kind.GRADIENT, update.number, self.index(micro_batch))
         gradient = self._gradients.pop((action.stage - 1, micro_batch, action.flow))
         self.neighbours.gradients_below[self._work.slots_below.index(action.flow)].send(header, gradient)
+        assert self.neighbours.below is not None
+        self.neighbours.below.answered()
 
     def _check(self, header: Header, kind: Kind, update: Update, micro_batch: int) -> None:
         expected = (kind, update.number, self.index(micro_batch))
         assert (header.kind, header.update, header.micro_batch) == expected, f"expected {expected}, received {header}"
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Scalars and vectors on the host, in their dtypes: one copy for all, for which the host waits."""
+    if not tensors:
+        return []
+    flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.to(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

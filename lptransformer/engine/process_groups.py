@@ -1,8 +1,10 @@
 """Processes: one torch.distributed world per pipeline rank, and the store that joins them.
 
 The default process group of a process holds the data-parallel replicas of its pipeline rank and nothing else, so no
-collective of DeepSpeed can reach another pipeline rank. What crosses pipeline ranks are channels (groups of two
-processes, engine/p2p.py), groups over the pipeline ranks that clip together, and the store.
+collective of DeepSpeed can reach another pipeline rank; on GPUs it is NCCL's, also where it has one member, or
+DeepSpeed's sums would go through the host. What crosses pipeline ranks are channels (groups of two processes,
+engine/p2p.py), groups over the pipeline ranks that clip together, and the store. Replicas agree on what is to follow
+through the host, so that nobody waits for a GPU.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class World:
     store: dist.Store
     timeout: timedelta
     groups: list[dist.ProcessGroup] = field(default_factory=list)
+    replicas: dist.ProcessGroup | None = None  # of this pipeline rank, over gloo, where there are several
 
     @property
     def global_rank(self) -> int:
@@ -122,7 +125,7 @@ class World:
         for _ in range(self.size - 1):
             self.store.queue_pop("leaving", True)
 
-    def group(self, name: str, rank: int, size: int, backend: str = "gloo") -> dist.ProcessGroup:
+    def group(self, name: str, rank: int, size: int, backend: str = "gloo") -> Any:
         """A process group outside the default one; all its members call this with the same name."""
         store = dist.PrefixStore(f"group/{name}/{self.data_rank}", self.store)
         if backend == "nccl":
@@ -165,12 +168,24 @@ def join(pipeline: int, data: int, timeout_seconds: float, *, together: bool = F
     # DeepSpeed's shared-memory extension needs a compiler, leaks, and can wait forever: never build it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     name, rank, size = ("all", global_rank, size) if together else (f"pipeline_rank/{pipeline_rank}", data_rank, data)
-    backend = "nccl" if cuda and size > 1 else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank, world_size=size, timeout=timeout)
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(name, store),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=device if cuda else None,
+    )
     # ZeRO 3 refuses a group that is smaller than what the launcher's variable says: here the group is the world.
     os.environ["WORLD_SIZE"] = str(size)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    return World(pipeline_rank, pipeline, data_rank, data, device, store, timeout)
+    world = World(pipeline_rank, pipeline, data_rank, data, device, store, timeout)
+    if data > 1:
+        inside = dist.PrefixStore(f"replicas/{pipeline_rank}", store)
+        replicas: Any = dist.ProcessGroupGloo(inside, data_rank, data, timeout)
+        world.replicas = replicas
+    return world
 
 
 @contextlib.contextmanager
@@ -182,29 +197,29 @@ def translate_lost_processes() -> Iterator[None]:
         raise LostProcessError(f"another process of this run has gone: {str(error).splitlines()[0]}") from error
 
 
-def any_replica(flag: bool, world: World) -> bool:
-    """Whether the flag is set on any replica of this pipeline rank."""
-    if world.data_size == 1:
-        return flag
-    value = torch.tensor([int(flag)], device=world.device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+def any_replica(flags: Sequence[bool], world: World) -> list[bool]:
+    """Which of the flags are set on any replica of this pipeline rank."""
+    if world.replicas is None:
+        return list(flags)
+    values = torch.tensor(flags, dtype=torch.int32)
+    world.replicas.allreduce([values], dist.ReduceOp.MAX).wait()
+    return [bool(value) for value in values]
 
 
 def gather(group: dist.ProcessGroup, rows: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Every member's vector (member i has sizes[i] elements) on every member, in the order of the pipeline ranks.
+    """Every member's vector on the host (member i has sizes[i] elements), in the order of the pipeline ranks.
 
     Raises TrainingError when a member has gone.
     """
     longest = max(sizes)
     padded = torch.zeros(longest, dtype=rows.dtype)
-    padded[: rows.numel()] = rows.cpu()
+    padded[: rows.numel()] = rows
     out = [torch.zeros(longest, dtype=rows.dtype) for _ in sizes]
     try:
         group.allgather([out], [padded]).wait()
     except RuntimeError as error:
         raise LostProcessError(f"another stage of this clip group has gone: {str(error).splitlines()[0]}") from error
-    return [vector[:size].to(rows.device) for vector, size in zip(out, sizes, strict=True)]
+    return [vector[:size] for vector, size in zip(out, sizes, strict=True)]
 
 
 def leave(world: World | None = None) -> None:

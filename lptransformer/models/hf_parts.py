@@ -269,10 +269,11 @@ def fill(model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def whole_windows() -> Iterator[None]:
-    """For tensors without contents, where the library cannot look for several documents in a window: it holds one."""
+def known_documents(document_ids: Tensor | None) -> Iterator[None]:
+    """What the library would find out of the positions in every forward pass, and wait for a GPU to do so: to which
+    document of its window a token belongs, int64 [b, T], counted from 0; None where every window is one document."""
     find = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    masking_utils.find_packed_sequence_indices = lambda position_ids: document_ids
     try:
         yield
     finally:

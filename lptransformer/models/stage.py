@@ -34,6 +34,7 @@ from lptransformer.models.head import (
     Material,
     StageLoss,
     build_readout,
+    known_documents,
     make_read_only,
     placed,
 )
@@ -127,7 +128,8 @@ class Stage(nn.Module):
     def forward(self, inputs: Tensor, batch: LossBatch, split: bool = False) -> StageOutput:
         """Inputs as of `hidden_states`. With `split` the loss is taken at a copy of the hidden states and reaches the
         head's weights alone."""
-        ran = self._run(inputs, batch.position_ids)
+        with known_documents(batch):
+            ran = self._run(inputs, batch.position_ids)
         hidden_states, pull, gradient, losses = ran.last_hidden_state, None, None, {}
         if inputs.requires_grad:
             pull = partial(_pull, hidden_states, inputs)

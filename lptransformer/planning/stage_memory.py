@@ -175,7 +175,7 @@ class EmptyStages:
         shape, fraction = (micro_batch_size, self.blueprint.sequence_length), self.blueprint.head.token_fraction
         with (
             FakeTensorMode(),
-            hf_parts.whole_windows(),
+            hf_parts.known_documents(None),
             _few_chunks(),
             _Alive() as alive,
             alive.marked(self._blocks(stage)),

@@ -1,0 +1,112 @@
+"""A thread for what has to wait for a GPU, so that the main thread need not; and copies between host and device that
+nobody waits for."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Later(Generic[T]):
+    """What a call of the thread gives, or raises, when it is done."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call, self._done = call, threading.Event()
+        self._result: T
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._result = self._call()
+        except BaseException as error:
+            self._error = error
+        self._done.set()
+
+    def wait(self) -> T:
+        """Raises what the call has raised."""
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+class HelperThread:
+    """Makes calls one after another, in the order in which they were given. A daemon: the process ends without it."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Later] = queue.SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def begin(self, call: Callable[[], T]) -> Later[T]:
+        later = Later(call)
+        self._calls.put(later)
+        return later
+
+    def _work(self) -> None:
+        while True:
+            self._calls.get().run()
+
+
+class SideStream:
+    """A stream of a GPU beside that of the computation; on a CPU nothing is put off."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __enter__(self) -> None:
+        """What follows is queued behind all that the computation has been given so far, and holds up nothing of it."""
+        self._inside = contextlib.ExitStack()
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            self._inside.enter_context(torch.cuda.stream(self.stream))
+
+    def __exit__(self, *error: object) -> None:
+        self._inside.close()
+
+    def event(self) -> Event:
+        """What is done when all that is queued here is done."""
+        return Event(None if self.stream is None else self.stream.record_event())
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Queue a copy, inside of this. `source` may be freed before it is made."""
+        target.copy_(source, non_blocking=True)
+        if self.stream is not None and source.is_cuda:
+            source.record_stream(self.stream)
+
+
+class Event:
+    """A point in the work of a GPU. On a CPU it has always come."""
+
+    def __init__(self, event: torch.cuda.Event | None = None) -> None:
+        self._event = event
+
+    @classmethod
+    def now(cls, device: torch.device) -> Event:
+        """The computation as it is queued so far."""
+        return cls(torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None)
+
+    def wait(self) -> None:
+        """The host waits: for a helper thread."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def precede(self, device: torch.device) -> None:
+        """What the computation is given from here on waits, and the host does not."""
+        if self._event is not None:
+            torch.cuda.current_stream(device).wait_event(self._event)
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; on a GPU the host does not wait for that."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -5,10 +5,12 @@
 
     communicator  the first call of a channel makes its communicator: the calling thread waits until its peer calls too
                   (eager_connect_single_device on both ends does it beforehand)
-    synchronise   a posted receive is a kernel: whatever synchronises the device waits until its message has come
+    synchronise   what is posted is a kernel: who synchronises the device waits until it is done. Every forward,
+                  backward and step of a DeepSpeed engine does so here, as what frees memory or gathers weights may
     one_queue     the operations of a device run one after another, in the order in which they were posted
 
-Exit code 0 when every process has ended, 3 when one waits for what cannot come: what, and where, is printed.
+Exit code 0 when every process has ended, 3 when one waits for what cannot come, what was posted and never used
+included: what, and where, is printed.
 Other arguments are overrides of the configuration, by default a small GPT-2 on two pipeline ranks.
 """
 
@@ -34,9 +36,9 @@ RULES = ("communicator", "synchronise", "one_queue")
 HANG = 3
 SMALL = """
 model: {hidden_size: 16, num_layers: 4, num_heads: 2}
-data: {train: TEXT, tokenizer: bytes, sequence_length: 16, cache: FOLDER}
+data: {train: TEXT, valid: TEXT, tokenizer: bytes, sequence_length: 16, cache: FOLDER}
 parallel: {pipeline: 2}
-train: {steps: 6, micro_batch_size: 2, micro_batches_per_update: 4}
+train: {steps: 6, eval_every: 4, micro_batch_size: 2, micro_batches_per_update: 4}
 """
 
 
@@ -125,17 +127,19 @@ class Device:
 
 
 def channel(real: type, device: Device) -> type:
-    """A class like ProcessGroupGloo, whose channels between pipeline ranks follow NCCL's rules."""
+    """A class like ProcessGroupNCCL, which follows its rules over gloo."""
+
+    class Options:
+        _timeout: Any = None
 
     class Channel:
-        def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
-            self.store, self.rank, self.group = store, rank, real(store, rank, size, timeout)
-            self.name = next((kind for kind in ("hidden", "gradient") if kind in getattr(store, "name", "")), None)
+        def __init__(self, store: Any, rank: int, size: int, options: Any) -> None:
+            self.store, self.rank, self.group = store, rank, real(store, rank, size, options._timeout)
             self.connected, self.numbers = False, {"send": 0, "receive": 0}
 
         def eager_connect_single_device(self, on: Any) -> None:
             """Make the communicator: returns when the peer does so too."""
-            if self.connected or self.name is None or "communicator" not in device.rules:
+            if self.connected or "communicator" not in device.rules:
                 return
             self.connected = True
             self.store.set(f"communicator/{self.rank}", "")
@@ -152,8 +156,6 @@ def channel(real: type, device: Device) -> type:
             return self._on_device("receive", self.group.recv, buffers, peer, tag)
 
         def _on_device(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
-            if self.name is None:  # copies of weights: gloo on a GPU too
-                return call(*args)
             self.eager_connect_single_device(None)
             self.numbers[what] += 1
             name = f"{what} number {self.numbers[what]} of {self.store.name}"
@@ -162,6 +164,7 @@ def channel(real: type, device: Device) -> type:
         def __getattr__(self, name: str) -> Any:
             return getattr(self.group, name)
 
+    Channel.Options = Options  # type: ignore[attr-defined]
     return Channel
 
 
@@ -180,13 +183,26 @@ def work(config: str, overrides: list[str], rules: set[str], patience: float) ->
     device = Device(rules, patience)
     deepspeed_device = type(deepspeed.accelerator.get_accelerator())
     deepspeed_device.synchronize = lambda accelerator, *args: device.synchronise()
-    for name, value in {"PrefixStore": NamedStore, "ProcessGroupGloo": channel(dist.ProcessGroupGloo, device)}.items():
+    for name in ("forward", "backward", "step"):
+        setattr(deepspeed.DeepSpeedEngine, name, synchronised(getattr(deepspeed.DeepSpeedEngine, name), device))
+    for name, value in {"PrefixStore": NamedStore, "ProcessGroupNCCL": channel(dist.ProcessGroupGloo, device)}.items():
         setattr(dist, name, value)
-    sys.argv = ["train.py", "--config", config, *overrides]
+    from lptransformer.training import this_host
+
+    this_host.check_devices = lambda *args: None  # which would say that there is no GPU
+    sys.argv = ["train.py", "--config", config, *overrides, "--parallel.channel=nccl"]
     runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
-    left = sum(not one.is_done() for one in device.posted)
-    print(f"process {os.environ['RANK']} has ended; posted and never used: {left}", flush=True)
-    os._exit(0)  # the threads of what is left wait forever
+    left = [one.name for one in device.posted if not one.is_done()]
+    print(f"process {os.environ['RANK']} has ended; posted and never used: {len(left)}", flush=True)
+    os._exit(HANG if left else 0)  # the threads of what is left wait forever
+
+
+def synchronised(call: Callable[..., Any], device: Device) -> Callable[..., Any]:
+    def after_synchronising(*args: Any, **kwargs: Any) -> Any:
+        device.synchronise()
+        return call(*args, **kwargs)
+
+    return after_synchronising
 
 
 def run(config: str, overrides: list[str], args: argparse.Namespace) -> int:

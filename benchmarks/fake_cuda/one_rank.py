@@ -54,7 +54,7 @@ def observed(source: str | dict[str, Any], overrides: list[str], rank: int, upda
         raise SystemExit("head.kind=shared over several pipeline ranks: give as many objective.chunks as ranks")
     others = [stage for stage in range(pipeline - 1) if shared and stage != rank // parallel.data]
     rounds = train.micro_batches_per_update // parallel.data
-    peers.pretend(rank, pipeline * parallel.data, rounds, others, pipeline - 1)
+    peers.pretend(rank, pipeline * parallel.data, parallel.data, rounds, others, pipeline - 1)
     lptransformer.initialize  # noqa: B018  torch and deepspeed are imported outside of the fake mode
     broken = None
     with device.fake_gpu():

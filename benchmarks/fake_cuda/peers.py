@@ -48,7 +48,7 @@ class Message:
 class Group:
     """A channel, or a group over pipeline ranks; made like ProcessGroupGloo and ProcessGroupNCCL."""
 
-    backend, rounds = "gloo", 1
+    backend, rounds, replicas, replica = "gloo", 1, 1, 0
 
     class Options:
         _timeout: Any = None
@@ -65,7 +65,8 @@ class Group:
         self._note("receive", buffers[0])
         if self.kind is None:  # copies of weights have no header
             return Message()
-        header = [self.kind, *divmod(self.received, self.rounds), 0, 0, 0, 0, 0]
+        update, micro_batch = divmod(self.received, self.rounds)
+        header = [self.kind, update, micro_batch * self.replicas + self.replica, 0, 0, 0, 0, 0]
         self.received += 1
         return Message(buffers[0], header)
 
@@ -90,8 +91,8 @@ class NcclGroup(Group):
     backend = "nccl"
 
 
-def pretend(rank: int, size: int, rounds: int, shared_heads: list[int], last_stage: int) -> None:
-    """This process is `rank` of `size`, with `rounds` micro-batches per update; nobody else is there.
+def pretend(rank: int, size: int, replicas: int, rounds: int, shared_heads: list[int], last_stage: int) -> None:
+    """This process is `rank` of `size`, with `rounds` micro-batches per update and replica; nobody else is there.
 
     `shared_heads` are the stages of other processes whose heads hold copies of the last stage's readout: their
     processes would have said so in the store.
@@ -112,7 +113,7 @@ def pretend(rank: int, size: int, rounds: int, shared_heads: list[int], last_sta
         BACKENDS["world"] = backend
         real("fake", store=FakeStore(), rank=rank, world_size=world_size)
 
-    Group.rounds = rounds
+    Group.rounds, Group.replicas, Group.replica = rounds, replicas, rank % replicas
     os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     replace(process_groups, meet=lambda timeout: Meeting(store, rank, size))
     replace(dist, init_process_group=init_process_group)

@@ -83,7 +83,7 @@ def _with_bucket(config: dict[str, Any], parameters: Sequence[nn.Parameter]) -> 
 
 
 def _mark_infinite(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
-    """DeepSpeed's mask_nan_or_inf_with_val_inplace, which brings the value to a GPU by a copy that the host waits for."""
+    """In place of mask_nan_or_inf_with_val_inplace, which brings the value to a GPU by a copy that is waited for."""
     norm.masked_fill_(norm.isfinite().logical_not(), val)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lptransformer.console import megabytes
 from lptransformer.engine.deepspeed_stage import TrainedStage
-from lptransformer.engine.executor import Executor, LocalStage, Update, plan_phases
+from lptransformer.engine.executor import Executor, LocalStage, Update, plan_phases, to_host
 from lptransformer.engine.interface import (
     EngineOptions,
     Report,
@@ -78,7 +78,7 @@ class LocalUpdateEngine(TrainingEngine):
         self.weight_copies = WeightCopies(
             world, self.stages, self.local, blueprint.copy_lags, blueprint.head.refresh_every
         )
-        self._host_copies, self._in_foreground = HostCopies(), False
+        self._host_copies, self._in_foreground = HostCopies(world.device), False
         self._frozen: dict[tuple[Path, int], Frozen] = {}
         self._tracer = self._make_tracer(*options.trace) if options.trace else None
 
@@ -123,26 +123,26 @@ class LocalUpdateEngine(TrainingEngine):
                 "the next update has begun, because gradients are delayed: ask for an evaluation with "
                 "engine.request(Control.EVALUATE) before the update that it is to follow"
             )
-        sums = {index: 0.0 for index in self.local}
+        found: dict[int, list[Tensor]] = {index: [] for index in self.local}
         label_tokens, control = 0, Control.NOTHING
         for stage in self.local.values():
             stage.train(False)
         for index, batch in self._own_batches(name):
             label_tokens += batch.label_tokens
+            here = batch.to(self.world.device)
             if self.neighbours.below is None:
-                inputs = batch.input_ids.to(self.world.device)
+                inputs = here.input_ids
                 stop = self._stop_requested or self.world.store.check([STOP_KEY])
                 control = Control.STOP if any_replica([stop], self.world)[0] else Control.NOTHING
             else:
                 header, inputs = self.neighbours.below.receive()
                 assert (header.kind, header.update, header.micro_batch) == (Kind.EVALUATE, self.update, index)
                 control = header.control
-            here = batch.to(self.world.device)
-            loss_batch = LossBatch(here.labels, scale=1.0, position_ids=here.position_ids)
+            loss_batch = LossBatch(here.labels, 1.0, position_ids=here.position_ids, document_ids=here.document_ids)
             for stage_index, stage in self.local.items():
                 output = stage.forward(inputs, loss_batch)
                 if output.nll_sum is not None:
-                    sums[stage_index] += output.nll_sum.item()
+                    found[stage_index].append(output.nll_sum)
                 inputs = self.executor.handed_over(stage_index, output.hidden_states)
             if self.neighbours.above is not None:
                 self.neighbours.above.send(Header(Kind.EVALUATE, self.update, index, control), inputs)
@@ -154,6 +154,8 @@ class LocalUpdateEngine(TrainingEngine):
             stage.train(True)
         if control & Control.STOP:
             return self._gather([])
+        on_host = iter(to_host([nll_sum for of_stage in found.values() for nll_sum in of_stage]))
+        sums = {index: sum((next(on_host).item() for _ in of_stage), 0.0) for index, of_stage in found.items()}
         plans = {index: stage.plan for index, stage in self.local.items()}
         return self._gather(
             [self._evaluation_report(name, plans[index], nll_sum, label_tokens) for index, nll_sum in sums.items()],
@@ -170,7 +172,8 @@ class LocalUpdateEngine(TrainingEngine):
             self._in_foreground = True
             save.write(self.world.data_rank, ((i, self._host_copies.of(i, one, keep=False)) for i, one in contents))
         else:
-            save.begin(self.world.data_rank, [(i, self._host_copies.of(i, one, keep=True)) for i, one in contents])
+            copies = [(index, self._host_copies.of(index, one, keep=True)) for index, one in contents]
+            save.begin(self.world.data_rank, copies, self._host_copies.made())
         return save
 
     def _content(self, run: Path, index: int) -> StageContent:

@@ -144,15 +144,13 @@ class Executor:
         self._now = self._next or self._begin(number)
         assert self._now.number == number
         if self._expected < number:
-            self._expect(number, work, *(("body",) if self._next else ("fill", "body")))
+            self._expect(number, work, "fill", "body")
         self._do(pattern.body if self._next else (*pattern.fill, *pattern.body))
         self._next = None
         if pattern.goes_on and not self._now.control and following is not None:
             self._next = self._begin(number + 1)
-            self._expect(number, work, "goes_on")
             self._do(pattern.goes_on)
         else:
-            self._expect(number, work, "drains")
             self._do(pattern.drains)
         self._do(pattern.updates)
         self._bring_results()
@@ -164,7 +162,7 @@ class Executor:
         return self._now
 
     def _expect(self, number: int, work: PhaseWork, *parts: str) -> None:
-        """What the rank below does in these parts of update `number`, or of one that begins early in it."""
+        """What the rank below does in these parts of its pattern, up to the updates of update `number`."""
         self._expected = max(self._expected, number)
         for part in parts if work.below is not None else ():
             assert self.neighbours.below is not None
@@ -326,9 +324,15 @@ class Executor:
             self._expect_following(update)
 
     def _expect_following(self, update: Update) -> None:
-        """The last message of the update is here: the next update's first ones follow without anything from here,
-        unless something else comes first."""
-        comes_first = update.control & (Control.EVALUATE | Control.STOP) or self._work.pattern.goes_on
+        """The last message of the update is here, and with it what the rank below does next. Where gradients are
+        delayed it begins the next update; else it does so where nothing else comes first."""
+        assert self._work.below is not None
+        goes_on = self._following is not None and not update.control
+        if self._work.below.goes_on and goes_on:
+            self._expect(update.number + 1, self._work, "goes_on", "body")
+            return
+        self._expect(update.number, self._work, "drains")
+        comes_first = update.control & (Control.EVALUATE | Control.STOP) or self._work.below.goes_on
         if self._following is not None and self._work.is_alone and not comes_first:
             self._expect(update.number + 1, self._following, "body")
 

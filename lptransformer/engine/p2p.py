@@ -5,11 +5,12 @@ memory (pinned, beside a GPU); over NCCL the tensor travels from device to devic
 sender keeps one message of its own on the way, and that message leaves when the receiver has posted its receive; the
 receiver posts up to `in_flight` ahead. That bounds how far a pipeline rank can run ahead: `in_flight` + 1 messages.
 
-Over gloo a posted receive holds up nothing, so there are always `in_flight` of them. Over NCCL it is work on the device,
-and whatever waits for the device (a synchronisation, memory that is freed) waits for it; and the operations of a device
-may run one after another. So there a receive is posted only when its message will come even if this process sends
-nothing more: hidden states by what the pipeline rank below does (`Receiver.expect`), up to the end of an update or of
-the one after it, and gradients, which follow from what this process sends, when their turn has come.
+Over gloo a posted receive holds up nothing, so there are always `in_flight`. Over NCCL it is work on the device:
+whatever waits for the device (a synchronisation, memory that is freed) waits for it, and the operations of a device may
+run one after another. So there a receive is posted only when its message will come even if this process sends nothing
+more: hidden states by what the pipeline rank below does (`Receiver.expect`), up to the end of an update or of the one
+after it, and gradients, which follow from what this process sends, when their turn has come. So are the messages of an
+evaluation.
 """
 
 from __future__ import annotations
@@ -213,11 +214,6 @@ class Receiver:
                 self._taken += 1
             elif action.op == SEND_F:
                 self._coming.append(self._taken)
-        self._post_ahead()
-
-    def expect_another(self) -> None:
-        """A message that comes by itself."""
-        self._coming.append(0)
         self._post_ahead()
 
     def answered(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lptransformer import files
 from lptransformer.console import megabytes
+from lptransformer.engine.helper_thread import Event, SideStream
 from lptransformer.engine.process_groups import World, translate_lost_processes
 from lptransformer.errors import RunError
 from lptransformer.run_folder import checkpoint, saved_stage
@@ -27,7 +28,8 @@ from lptransformer.run_folder.saved_stage import StageContent
 class HostCopies:
     """Buffers in the host's memory that are kept from save to save: fresh memory is four times slower to fill."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._side = device, SideStream(device)
         self._kept: dict[tuple[int, str], Tensor] = {}
 
     def of(self, stage: int, content: StageContent, keep: bool) -> StageContent:
@@ -38,15 +40,23 @@ class HostCopies:
                 return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
             return {name: self._copy((stage, f"{kind}/{name}"), tensor) for name, tensor in tensors.items()}
 
-        flat = copied("piece", content.pieces.flat)
-        weights, copies = copied("weight", content.weights), copied("copy", content.copies)
+        with self._side:
+            flat = copied("piece", content.pieces.flat)
+            weights, copies = copied("weight", content.weights), copied("copy", content.copies)
         return replace(content, pieces=replace(content.pieces, flat=flat), weights=weights, copies=copies)
 
     def _copy(self, key: tuple[int, str], tensor: Tensor) -> Tensor:
         buffer = self._kept.get(key)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             self._kept[key] = buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return buffer.copy_(tensor)
+        self._side.copy(buffer, tensor)
+        return buffer
+
+    def made(self) -> Event:
+        """When the copies so far are made. The computation goes on then; the host does not wait."""
+        event = self._side.event()
+        event.precede(self._device)
+        return event
 
     @property
     def num_bytes(self) -> int:
@@ -79,9 +89,14 @@ class Save:
         except Exception as error:  # whatever it is, the run may go on
             self._error = f"{type(error).__name__}: {error}".removeprefix("OSError: ")
 
-    def begin(self, replica: int, contents: Sequence[tuple[int, StageContent]]) -> None:
-        """The same by a thread; `contents` stay as they are until it is done."""
-        self._thread = threading.Thread(target=self.write, args=(replica, contents), daemon=True)
+    def begin(self, replica: int, contents: Sequence[tuple[int, StageContent]], made: Event) -> None:
+        """The same by a thread, when they are `made`; `contents` stay as they are until it is done."""
+
+        def write() -> None:
+            made.wait()
+            self.write(replica, contents)
+
+        self._thread = threading.Thread(target=write, daemon=True)
         self._thread.start()
 
     def add_folder(self, folder: Path) -> None:

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lptransformer.engine.deepspeed_stage import FrozenStage, TrainedStage
-from lptransformer.engine.p2p import translate_broken_channel
+from lptransformer.engine.helper_thread import HelperThread, SideStream
+from lptransformer.engine.p2p import Waitable, translate_broken_channel
 from lptransformer.engine.process_groups import World
 from lptransformer.methods.stages import StagePlan
 
@@ -40,6 +41,7 @@ class CopyRoute:
         lag: int,
         refresh_every: int,
         name: str,
+        device: torch.device,
     ) -> None:
         self.name = name
         self.names = list(names)
@@ -51,7 +53,11 @@ class CopyRoute:
         self.arrived: deque[Tensor] = deque()  # the versions after it that are here, each one flat
         self.waited_seconds = 0.0
         self._posted: deque[tuple[Tensor, dist.Work]] = deque()
-        self._sending: tuple[Tensor, dist.Work] | None = None
+        self._sending: tuple[Tensor, Waitable] | None = None
+        self._side = SideStream(device)
+        self._on_gpu = device.type == "cuda"
+        self._thread = HelperThread() if self._on_gpu and source is not None and group is not None else None
+        self._buffer: Tensor | None = None  # on a GPU: pinned memory for what is sent
         if target is not None and group is not None:
             # All versions that can be on the way: their sender never waits.
             for _ in range(math.ceil(lag / refresh_every) + 1):
@@ -67,9 +73,23 @@ class CopyRoute:
             self.arrived.append(flat)
             return
         self.flush()
-        flat = flat.cpu()
-        with translate_broken_channel(self.name):
-            self._sending = (flat, self.group.send([flat], 1, 0))
+        group = self.group
+        if self._thread is None:
+            with translate_broken_channel(self.name):
+                self._sending = (flat, group.send([flat], 1, 0))
+            return
+        if self._buffer is None:
+            self._buffer = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+        sent = self._buffer
+        with self._side:
+            self._side.copy(sent, flat)
+        copied = self._side.event()
+
+        def send() -> None:
+            copied.wait()
+            group.send([sent], 1, 0).wait()
+
+        self._sending = (sent, self._thread.begin(send))
 
     def use(self, update: int) -> None:
         """Before an update of the target: bring the version that it is to use, waiting if it is not there."""
@@ -115,7 +135,7 @@ class CopyRoute:
     def _post(self) -> None:
         assert self.group is not None
         (dtype,) = {dtype for _, dtype in self._shapes}
-        buffer = torch.empty(sum(shape.numel() for shape, _ in self._shapes), dtype=dtype)
+        buffer = torch.empty(sum(shape.numel() for shape, _ in self._shapes), dtype=dtype, pin_memory=self._on_gpu)
         with translate_broken_channel(self.name):
             self._posted.append((buffer, self.group.recv([buffer], 0, 0)))
 
@@ -159,6 +179,7 @@ class WeightCopies:
                     lags[index],
                     refresh_every,
                     f"of copies from stage {source} to stage {index}",
+                    world.device,
                 )
 
     @property

@@ -252,8 +252,9 @@ class Head(nn.Module):
             decay, held = by_target[target].decay, self._below(target)
             if decay > 0:
                 average = self.average.of(target)
-                tensor = average.copy_(decay * average + (1 - decay) * tensor.to(average))
-            held.copy_(tensor)
+                received_here = tensor.to(average, non_blocking=True)
+                tensor = average.copy_(decay * average + (1 - decay) * received_here)
+            held.copy_(tensor, non_blocking=True)
 
     @torch.no_grad()
     def begin_copies(self, tensors: Mapping[str, Tensor]) -> None:

@@ -95,6 +95,11 @@ def check_devices(channel: str, replicas: int, engine: str, local: int) -> None:
     gpus = torch.cuda.device_count()
     if channel == "nccl" and gpus == 0:
         raise ConfigError("parallel.channel is nccl: that needs GPUs, and there is none here; gloo works everywhere")
+    if channel == "nccl" and gpus < local:
+        raise ConfigError(
+            f"parallel.channel is nccl and {local} processes share {gpus} GPUs here: NCCL takes one process per GPU; "
+            "give parallel.channel=gloo, or a GPU for every process"
+        )
     if engine == "deepspeed_pipeline" and 0 < gpus < local:
         raise ConfigError(
             f"engine is deepspeed_pipeline and {local} processes share {gpus} GPUs here: DeepSpeed's own pipelines "

@@ -22,9 +22,11 @@ GENTLE_LEARNING_RATE = 3e-4  # above it a pretrained model forgets more than it 
 
 
 def zero_stage(config: Config) -> int:
-    """The ZeRO stage of every engine: deepspeed.zero_optimization.stage, by default 0 in fp32 and 1 in bf16."""
-    stage = config.value("deepspeed.zero_optimization.stage")
-    return int(DTYPES[config.train.dtype].has_masters) if stage is None else int(stage)
+    """The ZeRO stage of every engine: deepspeed.zero_optimization.stage, by default 0 in fp32 and 2 in bf16, where it adds
+    up gradients in fp32 (DeepSpeed's own pipeline takes no more than 1)."""
+    if (stage := config.value("deepspeed.zero_optimization.stage")) is not None:
+        return int(stage)
+    return (1 if config.engine == "deepspeed_pipeline" else 2) if DTYPES[config.train.dtype].has_masters else 0
 
 
 def micro_batch_size(config: Config) -> int:

@@ -5,8 +5,8 @@ stage does:
 
     0        plain gradients; clipped here with torch's formula, before the optimizer's step
     1, 2, 3  optimizer state (and gradients, and weights) partitioned; clipped by DeepSpeed's own formula
-    bf16     ZeRO 1 to 3 only: fp32 master weights, gradients accumulated in bf16 (ZeRO 2 and 3: in fp32 with
-             `deepspeed.data_types.grad_accum_dtype: fp32`)
+    bf16     ZeRO 1 to 3 only: fp32 master weights; gradients are accumulated in fp32 at ZeRO 2 and 3 (in bf16 with
+             `deepspeed.data_types.grad_accum_dtype: bf16`), in bf16 at ZeRO 1
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ def deepspeed_config(
     }
     if bf16:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if zero_stage > 1:
+            config["data_types"] = {"grad_accum_dtype": "fp32", **user.get("data_types", {})}
     return config
 
 

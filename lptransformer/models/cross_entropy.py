@@ -62,6 +62,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         train_bias: bool,
     ) -> tuple[Tensor, Tensor]:
         starts = chunk_starts(hidden.shape[0], chunk_tokens)
+        total_dtype = torch.promote_types(weight.dtype, torch.float32)
         losses: dict[int, Tensor] = {}
         grad_hidden = torch.empty_like(hidden) if train_hidden else None
         grad_weight: Tensor | None = None
@@ -80,16 +81,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad_hidden[rows] = grad_logits @ weight
                 if train_weight:
                     product = grad_logits.T @ hidden[rows]
-                    grad_weight = product if grad_weight is None else grad_weight.add_(product)
+                    if grad_weight is None:  # added up in fp32 where the weight has less
+                        grad_weight = product.to(total_dtype) if len(starts) > 1 else product
+                    else:
+                        grad_weight.add_(product)
                     del product
                 if train_bias:
                     summed = grad_logits.sum(0)
-                    grad_bias = summed if grad_bias is None else grad_bias.add_(summed)
+                    if grad_bias is None:
+                        grad_bias = summed.to(total_dtype) if len(starts) > 1 else summed
+                    else:
+                        grad_bias.add_(summed)
                 del grad_logits  # or it would be there beside the next chunk's
             del logits, exact, loss
         total = losses[0]
         for start in starts[1:]:
             total = total + losses[start]
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_bias = None if grad_bias is None else grad_bias.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, total)
         ctx.mark_non_differentiable(total)
         ctx.scale = scale

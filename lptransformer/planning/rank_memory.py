@@ -122,18 +122,20 @@ def precision(
 ) -> Precision:
     """What the configuration says of it; `how`: zero_stage, replicas and fused_step.
 
-    AdamW at bf16: 2 + 2 + (4 + 8) bytes per weight, as in ZeRO (1910.02054, section 3.1); at fp32: 4 + 4 + 8.
+    AdamW at bf16: 2 + 2 + (4 + 8) bytes per weight, as in ZeRO (1910.02054, section 3.1), with gradients that are added
+    up in fp32 (ZeRO 2 and 3) 2 more; at fp32: 4 + 4 + 8.
     """
     optimizer, deepspeed = optimizer or OptimizerSection(), deepspeed or {}
     of_dtype, adamw = DTYPES[dtype], optimizer.name == "adamw"
     zero: Mapping[str, Any] = deepspeed.get("zero_optimization", {})
+    in_bf16 = deepspeed.get("data_types", {}).get("grad_accum_dtype") == "bf16"
     bucket = zero.get("reduce_bucket_size") if zero.get("contiguous_gradients", True) else 0
     return Precision(
         weights=of_dtype.bytes,
         master=of_dtype.state_bytes,
         moments=2 if adamw else int(optimizer.momentum > 0),
         step_temporaries=2 if adamw else 1,
-        accumulated=4 if deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32" else of_dtype.bytes,
+        accumulated=of_dtype.bytes if in_bf16 else max(4, of_dtype.bytes),
         bucket=BUCKET_ELEMENTS if bucket == "auto" else bucket,
         buckets=1 + bool(zero.get("overlap_comm")),
         **how,

@@ -487,11 +487,12 @@ STAGE = "deepspeed.zero_optimization.stage"
     ("overrides", "stage"),
     [
         ("train.dtype=fp32", 0),
-        ("train.dtype=bf16", 1),
+        ("train.dtype=bf16", 2),
         (f"{STAGE}=0", 0),
         (f"{STAGE}=3", 3),
         (f"train.dtype=bf16 {STAGE}=3", 3),
-        (f"train.dtype=bf16 {STAGE}=null", 1),
+        (f"train.dtype=bf16 {STAGE}=null", 2),
+        ("train.dtype=bf16 engine=deepspeed_pipeline objective.name=backprop", 1),
         (f"train.dtype=bf16 {STAGE}=2 deepspeed.data_types.grad_accum_dtype=fp32", 2),
     ],
 )
@@ -511,7 +512,7 @@ def test_zero_stage(overrides: str, stage: int) -> None:
         ("deepspeed.zero_optimization=true", ("deepspeed.zero_optimization = True", "must be a mapping")),
         ("deepspeed.steps_per_print=auto", ("deepspeed.steps_per_print = 'auto'", "must be a number")),
         (
-            "train.dtype=bf16 deepspeed.data_types.grad_accum_dtype=fp32",
+            f"train.dtype=bf16 {STAGE}=1 deepspeed.data_types.grad_accum_dtype=fp32",
             ("deepspeed.data_types.grad_accum_dtype = 'fp32'", "train.dtype = 'bf16'", f"{STAGE}=2"),
         ),
         ("deepspeed.data_types.grad_accum_dtype=bf16", ("grad_accum_dtype = 'bf16'", "train.dtype = 'fp32'", "fp32")),

@@ -207,6 +207,15 @@ def _train(config: Config) -> Iterator[str | ConfigError]:
     if train.warmup_steps and train.lr_scheduler == "constant":
         why = " (constant_with_warmup has one)"
         yield _no_meaning(config, "train.warmup_steps", "train.lr_scheduler", why=why)
+    if train.decay_steps is not None and train.steps is not None:
+        left = train.steps - train.warmup_steps
+        if train.decay_steps > left:
+            beside = f"{at('train.steps')} with {at('train.warmup_steps')}"
+            message = f"{at('train.decay_steps')} is more than is left of {beside}: give {left} or less"
+            keys = ["train.steps", "train.warmup_steps"]
+            yield NoMeaningError(message, ["train.decay_steps"], keys, instead=left or None)
+    if train.min_learning_rate > train.learning_rate:
+        yield f"{at('train.min_learning_rate')} is more than {at('train.learning_rate')}, the peak"
     if train.micro_batch_size == "auto" and config.engine == "deepspeed_pipeline":
         yield (
             f"train.micro_batch_size = auto with {at('engine')}: the memory of DeepSpeed's own pipeline is not "

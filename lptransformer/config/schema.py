@@ -228,10 +228,21 @@ class TrainSection(Section):
         default=4, description="micro-batches per update, over all replicas together"
     )
     learning_rate: Positive = Field(default=1e-3, description="peak learning rate")
-    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        default="cosine", description="linear, cosine, constant or constant_with_warmup"
+    lr_scheduler: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr", "warmup_stable_decay"
+    ] = Field(
+        default="cosine",
+        description="linear, cosine, constant, constant_with_warmup, cosine_with_min_lr or warmup_stable_decay, as "
+        "transformers has them",
     )
     warmup_steps: Whole = Field(default=0, description="updates until the learning rate is at its peak")
+    min_learning_rate: NotNegative = Field(
+        default=0.0, description="learning rate at the end of the run; of warmup_stable_decay at its start too"
+    )
+    decay_steps: MaybeCount = Field(
+        default=None,
+        description="how many of the last updates of warmup_stable_decay decay, as a cosine (null: a tenth)",
+    )
     grad_clip: NotNegative = Field(
         default=1.0, description="greatest gradient norm of what clips together, usually a chunk (0: off)"
     )
@@ -353,6 +364,8 @@ ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "data.vocab_size": ("data.tokenizer", ("sentencepiece",)),
     **{f"optimizer.{key}": ("optimizer.name", ("adamw",)) for key in ("beta1", "beta2", "eps")},
     "optimizer.momentum": ("optimizer.name", ("sgd",)),
+    "train.min_learning_rate": ("train.lr_scheduler", ("cosine_with_min_lr", "warmup_stable_decay")),
+    "train.decay_steps": ("train.lr_scheduler", ("warmup_stable_decay",)),
 }
 # Keys that were renamed. Typed or written by a person, an old one is refused with the new name; in a run folder or a
 # record it is translated.
@@ -365,6 +378,7 @@ RENAMED = {
 # Names that other programs have for keys.
 ALSO_CALLED = {
     **dict.fromkeys(("lr", "max_lr", "learning_rate"), "train.learning_rate"),
+    **dict.fromkeys(("min_lr", "lr_min"), "train.min_learning_rate"),
     **dict.fromkeys(("max_steps", "num_steps", "updates", "iterations", "train_iters"), "train.steps"),
     **dict.fromkeys(("num_train_epochs", "num_epochs", "n_epochs", "max_epochs"), "train.epochs"),
     **dict.fromkeys(("batch_size", "per_device_train_batch_size", "bs"), "train.micro_batch_size"),

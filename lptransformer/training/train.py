@@ -20,7 +20,7 @@ from lptransformer import hub
 from lptransformer.config.epochs import steps
 from lptransformer.config.schema import Config
 from lptransformer.engine.interface import TrainingEngine
-from lptransformer.engine.optimizer import learning_rate_after
+from lptransformer.engine.optimizer import DECAYING, decay_steps, learning_rate_after
 from lptransformer.engine.p2p import Control
 from lptransformer.engine.process_groups import World, translate_lost_processes
 from lptransformer.errors import LostProcessError, RunError, TakenOverError, TrainingError
@@ -162,10 +162,11 @@ def rate_from_here(before: Config, now: Config, update: int) -> list[str]:
     new = learning_rate_after(now.train, steps(now), update)
     if old == new:
         return []
-    train = now.train
+    train, many = now.train, steps(now)
+    decay = f", its last {decay_steps(train, many)} updates decaying" if train.lr_scheduler == DECAYING else ""
     return [
         f"the learning rate after update {update} goes from {old:.3g} to {new:.3g}, and on as {train.lr_scheduler} "
-        f"with its peak at {train.learning_rate:g} and its end at update {steps(now)}"
+        f"with its peak at {train.learning_rate:g} and its end at update {many}{decay}"
     ]
 
 

@@ -13,6 +13,7 @@ from lptransformer.config.schema import Config
 from lptransformer.errors import ConfigError
 
 DATA = {"train": "t.txt", "valid": "v.txt"}
+STABLE = {"lr_scheduler": "warmup_stable_decay"}
 # Sections of the file, what is typed, and of each key that gives way its value afterwards (None: as if not given).
 CASES: list[tuple[dict[str, Any], list[str], dict[str, Any]]] = [
     ({"objective": {"chunks": 4}}, ["objective.name=backprop"], {"objective.chunks": None}),
@@ -35,6 +36,8 @@ CASES: list[tuple[dict[str, Any], list[str], dict[str, Any]]] = [
     ({"border": {"codec": "bf16"}}, ["train.dtype=bf16"], {"border.codec": "none"}),
     ({"train": {"warmup_steps": 20}}, ["train.lr_scheduler=constant"], {"train.warmup_steps": 0}),
     ({"train": {"warmup_steps": 20}}, ["train.steps=4"], {"train.warmup_steps": 4}),
+    ({"train": STABLE | {"decay_steps": 20}}, ["train.steps=12"], {"train.decay_steps": 12}),
+    ({"train": STABLE | {"decay_steps": 20}}, ["train.lr_scheduler=cosine"], {"train.decay_steps": None}),
     ({"objective": {"backprop_every": 10}}, ["train.steps=4"], {"objective.backprop_every": None}),
     ({"objective": {"backprop_share": 0.1}}, ["train.steps=4"], {"objective.backprop_share": 0.0}),
     ({"train": {"epochs": 2.0}}, ["train.steps=4"], {"train.epochs": None}),

@@ -41,7 +41,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Device:
-    """What one process computes on. `flops` is the peak by dtype (fp32, bf16, fp64)."""
+    """What one process computes on. `flops` is the peak by dtype (fp32, bf16, fp64), `called` what drivers call it."""
 
     key: str
     name: str
@@ -50,6 +50,7 @@ class Device:
     memory_bytes: float
     memory_bandwidth: float
     intra_link: Link
+    called: tuple[str, ...] = ()
 
     @property
     def is_cpu(self) -> bool:
@@ -134,6 +135,10 @@ class Devices:
         """Raises UserError for a device that is not listed."""
         return _listed(self.devices, f"--gpu={key}", ": benchmarks/calibrate.py")
 
+    def called(self, name: str) -> Device | None:
+        """The device that its driver calls by this name, where one is listed."""
+        return next((device for device in self.devices.values() if name in device.called), None)
+
     def link(self, key: str) -> Link:
         """Raises UserError for a link that is not listed."""
         return _listed(self.links, f"--link={key}")
@@ -164,6 +169,7 @@ def load_devices(path: Path = DEVICES_FILE) -> Devices:
                 float(entry["memory_bytes"]),
                 float(entry["memory_bandwidth"]),
                 links[entry["intra_link"]],
+                tuple(entry.get("called", ())),
             )
             for key, entry in content["devices"].items()
         }

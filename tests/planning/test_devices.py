@@ -47,6 +47,22 @@ def test_what_is_not_in_the_table(ask: object, parts: tuple[str, ...]) -> None:
     assert all(part in str(caught.value) for part in parts) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA L40S", None),
+    ],
+)
+def test_a_device_is_known_by_its_whole_name(name: str, key: str | None) -> None:
+    found = load_devices().called(name)
+    assert (found.key if found else None) == key
+
+
 def test_a_broken_table_is_named(tmp_path: Path) -> None:
     path = tmp_path / "devices.yaml"
     path.write_text("devices: {x: {name: x}}\nlinks: {}\n")

@@ -66,7 +66,7 @@ def pretrained_warning(config: Config) -> str | None:
 
 def check(config: Config) -> None:
     """Raises ConfigError for the first contradiction between keys of a resolved configuration."""
-    rules = (_lone, _model, _tie, _lora, _train, _checkpoint, _trace, _deepspeed, _pipeline_baseline)
+    rules = (_lone, _model, _tie, _lora, _train, _checkpoint, _watched_updates, _deepspeed, _pipeline_baseline)
     for problem in itertools.chain.from_iterable(rule(config) for rule in rules):
         raise _error(problem)
     check_depth(config, config.model.num_layers, config.model.max_position_embeddings, "")
@@ -210,10 +210,10 @@ def _train(config: Config) -> Iterator[str | ConfigError]:
     if train.decay_steps is not None and train.steps is not None:
         left = train.steps - train.warmup_steps
         if train.decay_steps > left:
-            beside = f"{at('train.steps')} with {at('train.warmup_steps')}"
-            message = f"{at('train.decay_steps')} is more than is left of {beside}: give {left} or less"
-            keys = ["train.steps", "train.warmup_steps"]
-            yield NoMeaningError(message, ["train.decay_steps"], keys, instead=left or None)
+            of = f"{at('train.steps')} with {at('train.warmup_steps')}"
+            message = f"{at('train.decay_steps')} is more than is left of {of}: give {left} or less"
+            beside = ["train.steps", "train.warmup_steps"]
+            yield NoMeaningError(message, ["train.decay_steps"], beside, instead=left or None)
     if train.min_learning_rate > train.learning_rate:
         yield f"{at('train.min_learning_rate')} is more than {at('train.learning_rate')}, the peak"
     if train.micro_batch_size == "auto" and config.engine == "deepspeed_pipeline":
@@ -240,18 +240,19 @@ def _checkpoint(config: Config) -> Iterator[str | ConfigError]:
         )
 
 
-def _trace(config: Config) -> Iterator[str | ConfigError]:
-    if config.run.trace is None:
-        return
-    (first, last), at = config.run.trace, config.at
-    if first < 1:
-        yield f"{at('run.trace')}: updates are counted from 1; give [1, {last}]"
-    if first > last:
-        yield f"{at('run.trace')}: the first update to trace comes before the last; give [{last}, {first}]"
-    if config.train.steps is not None and last > config.train.steps:
-        message = f"{at('run.trace')}: the last update to trace is above {at('train.steps')}"
-        yield NoMeaningError(message, ["run.trace"], ["train.steps"])
-    if config.engine == "deepspeed_pipeline":
+def _watched_updates(config: Config) -> Iterator[str | ConfigError]:
+    at = config.at
+    for key in ("run.trace", "run.profile"):
+        if config.value(key) is None:
+            continue
+        (first, last), what = config.value(key), f"update to {key.partition('.')[2]}"
+        if first < 1:
+            yield f"{at(key)}: updates are counted from 1; give [1, {last}]"
+        if first > last:
+            yield f"{at(key)}: the first {what} comes before the last; give [{last}, {first}]"
+        if config.train.steps is not None and last > config.train.steps:
+            yield NoMeaningError(f"{at(key)}: the last {what} is above {at('train.steps')}", [key], ["train.steps"])
+    if config.run.trace is not None and config.engine == "deepspeed_pipeline":
         yield _no_meaning(config, "run.trace", "engine", why=", whose actions are not traced")
 
 

@@ -42,6 +42,10 @@ COMMAND_LINE, BY_PROGRAM, BY_DEFAULT = "on the command line", "given to initiali
 BatchSize = Annotated[Count | Literal["auto"], "a whole number, 1 or more, or auto"]
 MaybeSteps = Annotated[Count | None, "a whole number, 1 or more"]
 MaybeEpochs = Annotated[Annotated[float, Field(gt=0)] | None, "a number above 0, or null"]
+MaybeUpdates = Annotated[
+    Annotated[list[int], Field(min_length=2, max_length=2)] | None,
+    "two numbers of updates, the first and the last, counted from 1, or null",
+]
 _SOURCES = "a glob, a list of globs, or a mapping of names to globs or to {files, weight, format, fields, valid}"
 Format = Literal["auto", "text", "chat", "completion"]
 _FIELDS = "{text: COLUMN}, {messages: COLUMN} or {prompt: COLUMN, completion: COLUMN}"
@@ -281,10 +285,12 @@ class CheckpointSection(Section):
 
 class RunSection(Section):
     dir: MaybeText = Field(default=None, description="run folder (null: runs/ and the name of the file)")
-    trace: Annotated[
-        Annotated[list[int], Field(min_length=2, max_length=2)] | None,
-        "two numbers of updates, the first and the last, counted from 1, or null",
-    ] = Field(default=None, description="[first, last] updates to trace, for `report --trace` (null: none)")
+    trace: MaybeUpdates = Field(
+        default=None, description="[first, last] updates to trace, for `report --trace` (null: none)"
+    )
+    profile: MaybeUpdates = Field(
+        default=None, description="[first, last] updates that torch's profiler records, a file per process (null: none)"
+    )
     export: MaybeText = Field(
         default=None, description="folder for the finished run's model, as `export` writes it (null: none)"
     )

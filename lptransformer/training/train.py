@@ -29,6 +29,7 @@ from lptransformer.run_folder import checkpoint, history, layout, lock
 from lptransformer.run_folder.metrics import (
     EvaluationReport,
 )
+from lptransformer.run_folder.profile import Profiler
 from lptransformer.run_folder.trackers import check_installed
 from lptransformer.store import several_hosts
 from lptransformer.training.build import start
@@ -107,6 +108,9 @@ def train_in_folder(
         noting_the_end(engine, folder, lambda: is_done(reporter.last_update)),
         translate_lost_processes(),
         reporter,
+        Profiler(
+            folder, config.run.profile, engine.world.global_rank, engine.world.device, engine.may_commit
+        ) as profiler,
         stopping_cleanly(engine),
     ):
         # Before training, or what a run owes that ended between a save and the evaluation after it.
@@ -116,7 +120,8 @@ def train_in_folder(
             engine.save_checkpoint(folder)
         while engine.update < reporter.last_update and not cut_short:
             engine.request(due(config, engine.update + 1, until) | reporter.enough(engine))
-            result = reporter.watch(engine.train_batch)
+            with profiler.of(engine.update + 1):
+                result = reporter.watch(engine.train_batch)
             reporter.take(result.reports)
             if result.control & Control.SAVE:
                 engine.save_checkpoint(folder)

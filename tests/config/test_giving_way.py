@@ -43,6 +43,7 @@ CASES: list[tuple[dict[str, Any], list[str], dict[str, Any]]] = [
     ({"train": {"epochs": 2.0}}, ["train.steps=4"], {"train.epochs": None}),
     ({"train": {"steps": 9}}, ["train.epochs=2"], {"train.steps": None}),
     ({"run": {"trace": [5, 9]}}, ["train.steps=4"], {"run.trace": None}),
+    ({"run": {"profile": [5, 9]}}, ["train.steps=4"], {"run.profile": None}),
     ({"train": {"eval_every": 5}}, ["data.valid=null"], {"train.eval_every": 0}),
     ({"data": {**DATA, "vocab_size": 300}}, ["data.tokenizer=bytes"], {"data.vocab_size": 4096}),
     ({"optimizer": {"beta1": 0.8, "eps": 1e-6}}, ["optimizer.name=sgd"], {"optimizer.beta1": 0.9}),

@@ -27,6 +27,11 @@ def zero_stage(config: Config) -> int:
     return int(DTYPES[config.train.dtype].has_masters) if stage is None else int(stage)
 
 
+def product_dtype(config: Config) -> str:
+    """In what matrix products are computed where there is a GPU: train.dtype, or tf32."""
+    return "tf32" if config.train.tf32 else config.train.dtype
+
+
 def micro_batch_size(config: Config) -> int:
     """train.micro_batch_size, in windows. Raises ConfigError where it is still `auto`."""
     size = config.train.micro_batch_size
@@ -216,6 +221,8 @@ def _train(config: Config) -> Iterator[str | ConfigError]:
             yield NoMeaningError(message, ["train.decay_steps"], beside, instead=left or None)
     if train.min_learning_rate > train.learning_rate:
         yield f"{at('train.min_learning_rate')} is more than {at('train.learning_rate')}, the peak"
+    if train.tf32 and train.dtype != "fp32":
+        yield _no_meaning(config, "train.tf32", "train.dtype", why=f" (products are in {train.dtype} there)")
     if train.micro_batch_size == "auto" and config.engine == "deepspeed_pipeline":
         yield (
             f"train.micro_batch_size = auto with {at('engine')}: the memory of DeepSpeed's own pipeline is not "

@@ -253,6 +253,10 @@ class TrainSection(Section):
     dtype: Literal["fp32", "bf16", "fp64"] = Field(
         default="fp32", description="fp32, bf16 with fp32 master weights, or fp64 (to check algebra)"
     )
+    tf32: bool = Field(
+        default=False,
+        description="matrix products and convolutions of fp32 in TF32, on GPUs that have it; no effect on a CPU",
+    )
     freeze: Annotated[list[Text], "a list of patterns"] = Field(
         default=[],
         description="weights that do not train: patterns of their Hugging Face names, of auxiliary heads `head.*`",

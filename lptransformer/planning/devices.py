@@ -41,7 +41,8 @@ class Link:
 
 @dataclass(frozen=True)
 class Device:
-    """What one process computes on. `flops` is the peak by dtype (fp32, bf16, fp64), `called` what drivers call it."""
+    """What one process computes on. `flops` is the peak by dtype (fp32, tf32, bf16, fp64), `called` what its driver
+    calls it."""
 
     key: str
     name: str
@@ -164,7 +165,7 @@ def load_devices(path: Path = DEVICES_FILE) -> Devices:
             key: Device(
                 key,
                 entry["name"],
-                {dtype: float(value) for dtype, value in entry["flops"].items()},
+                {dtype: float(value) for dtype, value in {"tf32": entry["flops"]["fp32"], **entry["flops"]}.items()},
                 float(entry["achievable"]),
                 float(entry["memory_bytes"]),
                 float(entry["memory_bandwidth"]),

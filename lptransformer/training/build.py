@@ -374,7 +374,7 @@ def build_engine(
         return TrainedStage(*with_optimizer(stage), ds_config, train.grad_clip, blueprint.objective.delayed)
 
     stop = config.checkpoint.on_error == "stop"
-    options = EngineOptions(train.max_skipped_updates, config.parallel.channel, config.run.trace, stop)
+    options = EngineOptions(train.max_skipped_updates, config.parallel.channel, config.run.trace, stop, train.tf32)
     if config.engine == "deepspeed_pipeline":
         return PipelineBaseline(
             world,

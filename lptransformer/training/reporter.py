@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lptransformer.config.checks import pretrained_warning
+from lptransformer.config.checks import pretrained_warning, product_dtype
 from lptransformer.config.epochs import steps
 from lptransformer.config.schema import Config
 from lptransformer.console import bar, megabytes
@@ -99,7 +99,7 @@ class Reporter:
             tokens=tokens,
             seconds=seconds,
             process_flops=engine.blueprint.process_flops,
-            peak_flops=peak_flops(engine.world.device, engine.blueprint.dtype),
+            peak_flops=peak_flops(engine.world.device, product_dtype(config)),
         )
         windows = {name: len(token_set) for name, token_set in data.valid.items()}
         at_once = engine.blueprint.micro_batch_size * engine.world.data_size

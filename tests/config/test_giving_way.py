@@ -34,6 +34,7 @@ CASES: list[tuple[dict[str, Any], list[str], dict[str, Any]]] = [
     ({"border": {"codec": "int8"}}, ["objective.name=backprop"], {"border.codec": "none"}),
     ({"border": {"codec": "int8"}}, ["objective.name=overlapping"], {"border.codec": "none"}),
     ({"border": {"codec": "bf16"}}, ["train.dtype=bf16"], {"border.codec": "none"}),
+    ({"train": {"tf32": True}}, ["train.dtype=bf16"], {"train.tf32": False}),
     ({"train": {"warmup_steps": 20}}, ["train.lr_scheduler=constant"], {"train.warmup_steps": 0}),
     ({"train": {"warmup_steps": 20}}, ["train.steps=4"], {"train.warmup_steps": 4}),
     ({"train": STABLE | {"decay_steps": 20}}, ["train.steps=12"], {"train.decay_steps": 12}),

@@ -32,6 +32,7 @@ def test_entries_are_whole() -> None:
     assert {"25gbit", "100gbit", "400gbit", "1gbit", "100mbit", "nvlink4"} <= set(load_devices().links)
     for device in load_devices().devices.values():
         assert device.flops["bf16"] > 0 and device.flops["fp32"] > 0 and 0 < device.achievable <= 1
+        assert device.flops["tf32"] >= device.flops["fp32"], "where there is none it is fp32"
 
 
 @pytest.mark.parametrize(

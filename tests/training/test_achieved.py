@@ -66,7 +66,7 @@ def test_the_phase_of_an_update_and_the_processes_count() -> None:
 
 @pytest.mark.parametrize(
     ("name", "dtype", "key"),
-    [("NVIDIA H200", "bf16", "h200"), ("NVIDIA H200", "fp32", "h200"), ("NVIDIA T4", "bf16", None)],
+    [("NVIDIA H200", "bf16", "h200"), ("NVIDIA H200", "tf32", "h200"), ("NVIDIA T4", "bf16", None)],
 )
 def test_the_peak_is_that_of_a_device_that_is_known_by_name(
     name: str, dtype: str, key: str | None, monkeypatch: pytest.MonkeyPatch

@@ -25,8 +25,9 @@ from lptransformer.run_folder.layout import PROFILE
 class Profiler:
     """Profiles the updates from the first to the last of `updates` (counted from 1; None: none) of this process.
 
-    A context manager around the loop: where it is left between them what there is is written, after an error nothing.
-    `may_commit` is asked before a file is written. Outside of these updates there is no profiler.
+    A context manager: after an error nothing is written. Where a run ends among the updates, `end` writes those that it
+    has made. `may_commit` is asked before; `on_problem` hears of a file that could not be written, and the run goes on.
+    Outside of these updates there is no profiler.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class Profiler:
         updates: Sequence[int] | None,
         global_rank: int,
         device: torch.device,
-        may_commit: Callable[[], None] = lambda: None,
+        may_commit: Callable[[], None],
+        on_problem: Callable[[str], None],
     ) -> None:
-        self.folder, self.global_rank, self.may_commit = folder, global_rank, may_commit
+        self.folder, self.global_rank, self.may_commit, self.on_problem = folder, global_rank, may_commit, on_problem
         self.wanted = range(updates[0], updates[1] + 1) if updates else range(0)
         self._activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         self._running: profile | None = None
@@ -55,9 +57,10 @@ class Profiler:
         yield
         self._done.append(update)
         if update == self.wanted[-1]:
-            self._end()
+            self.end()
 
-    def _end(self, write: bool = True) -> None:
+    def end(self, write: bool = True) -> None:
+        """The profiler ends, where one is at work; `write`: its file is on the disk when this returns."""
         running, done, self._running, self._done = self._running, self._done, None, []
         if running is None:
             return
@@ -66,15 +69,18 @@ class Profiler:
             return
         self.may_commit()
         path = self.folder / PROFILE / f"update-{done[0]}-{done[-1]}-rank-{self.global_rank}.json.gz"
-        files.make_folders(path.parent)
-        with files.replacing(path) as packed, tempfile.TemporaryDirectory() as scratch:
-            plain = Path(scratch, "trace.json")
-            running.export_chrome_trace(str(plain))
-            with plain.open("rb") as source, gzip.open(packed, "wb") as target:
-                shutil.copyfileobj(source, target)
+        try:
+            files.make_folders(path.parent)
+            with files.replacing(path) as packed, tempfile.TemporaryDirectory() as scratch:
+                plain = Path(scratch, "trace.json")
+                running.export_chrome_trace(str(plain))
+                with plain.open("rb") as source, gzip.open(packed, "wb") as target:
+                    shutil.copyfileobj(source, target)
+        except OSError as error:
+            self.on_problem(f"{path} could not be written: {error}")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
-        self._end(write=kind is None)
+        self.end(write=kind is None)

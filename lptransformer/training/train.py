@@ -99,6 +99,8 @@ def train_in_folder(
             assert engine.describe_run is not None
             engine.describe_run(folder, overwrite)
     reporter = Reporter(engine, config, data, folder, resume, until, said)
+    rank, device = engine.world.global_rank, engine.world.device
+    profiler = Profiler(folder, config.run.profile, rank, device, engine.may_commit, engine.on_problem)
 
     def is_done(first: int) -> bool:
         """On global rank 0, when all reports are there: the first so many updates, with the evaluation after them."""
@@ -108,9 +110,7 @@ def train_in_folder(
         noting_the_end(engine, folder, lambda: is_done(reporter.last_update)),
         translate_lost_processes(),
         reporter,
-        Profiler(
-            folder, config.run.profile, engine.world.global_rank, engine.world.device, engine.may_commit
-        ) as profiler,
+        profiler,
         stopping_cleanly(engine),
     ):
         # Before training, or what a run owes that ended between a save and the evaluation after it.
@@ -133,6 +133,7 @@ def train_in_folder(
                     engine.save_checkpoint(folder)
             if result.control & Control.STOP:
                 break
+        profiler.end()
         reporter.take(engine.close())
         reporter.check_saved(engine.update)
         complete = engine.world.global_rank == 0 and is_done(reporter.steps)

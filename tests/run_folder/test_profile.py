@@ -22,9 +22,12 @@ from lptransformer.engine.process_groups import leave
 from lptransformer.methods.schedule import one_update
 from lptransformer.models.blueprint import make_blueprint
 from lptransformer.run_folder.metrics_log import read_updates
+from lptransformer.run_folder.profile import Profiler
 from lptransformer.training.launcher import run
 
-CONFIG = {**small_run.CONFIG, "objective": {"chunks": 2}}
+# What is stopped and resumed goes on in a schedule that decays at the end of the whole run.
+TRAIN = small_run.CONFIG["train"] | {"lr_scheduler": "warmup_stable_decay", "min_learning_rate": 1e-4}
+CONFIG = {**small_run.CONFIG, "objective": {"chunks": 2}, "train": TRAIN}
 
 
 def events(path: Path) -> list[dict[str, Any]]:
@@ -45,6 +48,12 @@ def wanted(pipeline_rank: int, *overrides: str) -> list[str]:
     return [str(action) for action in pattern.alone]
 
 
+def train(*more: str) -> list[list[float]]:
+    run(parser(), ["train", "c.yaml", "--train.steps=4", "--train.decay_steps=3", *more])
+    leave()
+    return [[stage["loss"] for stage in row["stages"]] for row in read_updates("run")]
+
+
 def test_the_updates_asked_for_are_profiled_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_run.stand_in(tmp_path, monkeypatch, CONFIG)
     seen: list[bool] = []
@@ -55,17 +64,10 @@ def test_the_updates_asked_for_are_profiled_and_no_others(tmp_path: Path, monkey
         return update(self)
 
     monkeypatch.setattr(LocalUpdateEngine, "train_batch", train_batch)
-
-    def train(*more: str) -> list[list[float]]:
-        run(parser(), ["train", "c.yaml", "--train.steps=4", *more])
-        leave()
-        return [[stage["loss"] for stage in row["stages"]] for row in read_updates("run")]
-
-    losses, folder = train("--run.profile=[2,3]"), Path("run/profile")
+    train("--run.profile=[2,3]")
     assert seen == [False, True, True, False] and not torch.autograd._profiler_enabled()
-    assert [path.name for path in folder.iterdir()] == ["update-2-3-rank-0.json.gz"]
-    path = folder / "update-2-3-rank-0.json.gz"
-    assert actions(path) == 2 * wanted(0)
+    (path,) = Path("run/profile").iterdir()
+    assert path.name == "update-2-3-rank-0.json.gz" and actions(path) == 2 * wanted(0)
     forward = next(one for one in events(path) if one["name"] == "0F0" and one["ph"] == "X")
     inside = [
         one["name"]
@@ -73,10 +75,37 @@ def test_the_updates_asked_for_are_profiled_and_no_others(tmp_path: Path, monkey
         if one.get("cat") == "cpu_op" and forward["ts"] <= one["ts"] <= forward["ts"] + forward["dur"]
     ]
     assert "aten::addmm" in inside, "operations lie in the action that they belong to"
-    # A run that stops among them has what there is, and goes on with the rest.
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_among_them_has_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And goes on with the rest, with the same losses."""
+    small_run.stand_in(tmp_path, monkeypatch, CONFIG)
+    losses = train()
     train("--overwrite", "--until", "2", "--run.profile=[2,3]")
     assert train("--resume", "--run.profile=[2,3]") == losses
-    assert sorted(path.name for path in folder.iterdir()) == [f"update-{u}-{u}-rank-0.json.gz" for u in (2, 3)]
+    assert sorted(path.name for path in Path("run/profile").iterdir()) == [
+        f"update-{u}-{u}-rank-0.json.gz" for u in (2, 3)
+    ]
+
+
+def test_what_cannot_be_written_is_said_and_after_an_error_nothing_is(tmp_path: Path) -> None:
+    problems: list[str] = []
+
+    def profiler() -> Profiler:
+        return Profiler(tmp_path, [1, 2], 0, torch.device("cpu"), lambda: None, problems.append)
+
+    with pytest.raises(ZeroDivisionError), profiler() as one:
+        with one.of(1):
+            pass
+        raise ZeroDivisionError
+    assert not torch.autograd._profiler_enabled() and not list(tmp_path.iterdir())
+    (tmp_path / "profile").touch()
+    with profiler() as one:
+        for update in (1, 2, 3):
+            with one.of(update):
+                pass
+    assert len(problems) == 1 and str(tmp_path / "profile" / "update-1-2-rank-0.json.gz") in problems[0]
 
 
 @pytest.mark.parametrize("engine", [slow("local"), slow("deepspeed_pipeline")])

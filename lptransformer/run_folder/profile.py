@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -52,6 +53,7 @@ class Profiler:
             yield
             return
         if self._running is None:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its library writes lines into the display of a run
             self._running = profile(activities=self._activities)
             self._running.start()
         yield

@@ -167,7 +167,7 @@ def _apart(trained: dict[str, nn.Parameter], blueprint: Blueprint, prototype: st
 
 def _schedule(optimizer: torch.optim.Optimizer, config: Config) -> torch.optim.lr_scheduler.LRScheduler:
     train = config.train
-    return build_lr_scheduler(optimizer, train.lr_scheduler, steps(config), train.warmup_steps)
+    return build_lr_scheduler(optimizer, train, steps(config))
 
 
 # ---- what it costs

@@ -74,7 +74,7 @@ def plain(config: Config, data: Prepared, tied: bool) -> dict[str, Any]:
     torch.manual_seed(train.seed)
     model = AutoModelForCausalLM.from_config(hf_config)
     optimizer = build_optimizer(model.parameters(), config.optimizer, train.learning_rate)
-    lr_scheduler = build_lr_scheduler(optimizer, train.lr_scheduler, steps(config), train.warmup_steps)
+    lr_scheduler = build_lr_scheduler(optimizer, train, steps(config))
     sources = [source.tokens for source in data.train]
     stream = TrainStream(sources, None, seed=train.seed, micro_batch_size=micro_batch_size(config))
     started = time.perf_counter()

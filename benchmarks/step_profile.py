@@ -78,6 +78,7 @@ ATTENTION = re.compile(r"aten::.*scaled_dot_product")
 UPDATE, MODEL, DEEPSPEED, CHANNEL = "bench: update", "bench: model", "bench: deepspeed", "bench: channel"
 LOSS = re.compile(r"_ChunkedCrossEntropy")
 OPTIMIZER = re.compile(r"Optimizer\.step#")
+ACTION = re.compile(r"\d+[A-Z]")  # the engine names its actions
 AUTOGRAD = re.compile(r"autograd::engine|Backward\d*$|AccumulateGrad")
 
 
@@ -100,7 +101,7 @@ def kind_of(name: str, around: list[str]) -> str:
             break
         if one == DEEPSPEED:
             return "ZeRO and DeepSpeed"
-    return "Python" if name in (UPDATE, MODEL) else "other operators"
+    return "Python" if name in (UPDATE, MODEL) or ACTION.match(name) else "other operators"
 
 
 def loaded(pipeline: int, chunks: int) -> Config:

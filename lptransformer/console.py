@@ -101,6 +101,12 @@ def short_number(value: float) -> str:
     return f"{value:.0f}"
 
 
+def achieved(tflops_per_process: float | None, mfu: float | None) -> list[str]:
+    """What is known of the FLOP/s of a process, and of their share of the peak."""
+    known = [] if tflops_per_process is None else [f"{tflops_per_process:.3g} TFLOP/s"]
+    return known if mfu is None else [*known, f"MFU {mfu:.1%}"]
+
+
 def megabytes(value: int) -> str:
     """Bytes in MB, or in GB from 10 GB on."""
     return f"{value / 1e6:.0f} MB" if value < 1e10 else f"{value / 1e9:.1f} GB"

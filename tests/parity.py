@@ -83,7 +83,13 @@ def phase_of_update(config: Config, updates: int) -> list[int]:
 def learning_rates(config: Config, updates: int) -> list[float]:
     train = config.train
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=train.learning_rate)
-    scheduler = get_scheduler(train.lr_scheduler, optimizer, train.warmup_steps, train.steps)
+    floor, own = train.min_learning_rate, {}
+    if train.lr_scheduler == "cosine_with_min_lr":
+        own = {"min_lr": floor}
+    if train.lr_scheduler == "warmup_stable_decay":
+        assert train.decay_steps is not None
+        own = {"min_lr_ratio": floor / train.learning_rate, "num_decay_steps": train.decay_steps}
+    scheduler = get_scheduler(train.lr_scheduler, optimizer, train.warmup_steps, train.steps, own)
     rates = []
     for _ in range(updates):
         rates.append(optimizer.param_groups[0]["lr"])

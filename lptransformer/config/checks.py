@@ -29,6 +29,11 @@ def zero_stage(config: Config) -> int:
     return (1 if config.engine == "deepspeed_pipeline" else 2) if DTYPES[config.train.dtype].has_masters else 0
 
 
+def product_dtype(config: Config) -> str:
+    """In what matrix products are computed where there is a GPU: train.dtype, or tf32."""
+    return "tf32" if config.train.tf32 else config.train.dtype
+
+
 def micro_batch_size(config: Config) -> int:
     """train.micro_batch_size, in windows. Raises ConfigError where it is still `auto`."""
     size = config.train.micro_batch_size
@@ -68,7 +73,7 @@ def pretrained_warning(config: Config) -> str | None:
 
 def check(config: Config) -> None:
     """Raises ConfigError for the first contradiction between keys of a resolved configuration."""
-    rules = (_lone, _model, _tie, _lora, _train, _checkpoint, _trace, _deepspeed, _pipeline_baseline)
+    rules = (_lone, _model, _tie, _lora, _train, _checkpoint, _watched_updates, _deepspeed, _pipeline_baseline)
     for problem in itertools.chain.from_iterable(rule(config) for rule in rules):
         raise _error(problem)
     check_depth(config, config.model.num_layers, config.model.max_position_embeddings, "")
@@ -209,6 +214,17 @@ def _train(config: Config) -> Iterator[str | ConfigError]:
     if train.warmup_steps and train.lr_scheduler == "constant":
         why = " (constant_with_warmup has one)"
         yield _no_meaning(config, "train.warmup_steps", "train.lr_scheduler", why=why)
+    if train.decay_steps is not None and train.steps is not None:
+        left = train.steps - train.warmup_steps
+        if train.decay_steps > left:
+            of = f"{at('train.steps')} with {at('train.warmup_steps')}"
+            message = f"{at('train.decay_steps')} is more than is left of {of}: give {left} or less"
+            beside = ["train.steps", "train.warmup_steps"]
+            yield NoMeaningError(message, ["train.decay_steps"], beside, instead=left or None)
+    if train.min_learning_rate > train.learning_rate:
+        yield f"{at('train.min_learning_rate')} is more than {at('train.learning_rate')}, the peak"
+    if train.tf32 and train.dtype != "fp32":
+        yield _no_meaning(config, "train.tf32", "train.dtype", why=f" (products are in {train.dtype} there)")
     if train.micro_batch_size == "auto" and config.engine == "deepspeed_pipeline":
         yield (
             f"train.micro_batch_size = auto with {at('engine')}: the memory of DeepSpeed's own pipeline is not "
@@ -233,18 +249,19 @@ def _checkpoint(config: Config) -> Iterator[str | ConfigError]:
         )
 
 
-def _trace(config: Config) -> Iterator[str | ConfigError]:
-    if config.run.trace is None:
-        return
-    (first, last), at = config.run.trace, config.at
-    if first < 1:
-        yield f"{at('run.trace')}: updates are counted from 1; give [1, {last}]"
-    if first > last:
-        yield f"{at('run.trace')}: the first update to trace comes before the last; give [{last}, {first}]"
-    if config.train.steps is not None and last > config.train.steps:
-        message = f"{at('run.trace')}: the last update to trace is above {at('train.steps')}"
-        yield NoMeaningError(message, ["run.trace"], ["train.steps"])
-    if config.engine == "deepspeed_pipeline":
+def _watched_updates(config: Config) -> Iterator[str | ConfigError]:
+    at = config.at
+    for key in ("run.trace", "run.profile"):
+        if config.value(key) is None:
+            continue
+        (first, last), what = config.value(key), f"update to {key.partition('.')[2]}"
+        if first < 1:
+            yield f"{at(key)}: updates are counted from 1; give [1, {last}]"
+        if first > last:
+            yield f"{at(key)}: the first {what} comes before the last; give [{last}, {first}]"
+        if config.train.steps is not None and last > config.train.steps:
+            yield NoMeaningError(f"{at(key)}: the last {what} is above {at('train.steps')}", [key], ["train.steps"])
+    if config.run.trace is not None and config.engine == "deepspeed_pipeline":
         yield _no_meaning(config, "run.trace", "engine", why=", whose actions are not traced")
 
 

@@ -42,6 +42,10 @@ COMMAND_LINE, BY_PROGRAM, BY_DEFAULT = "on the command line", "given to initiali
 BatchSize = Annotated[Count | Literal["auto"], "a whole number, 1 or more, or auto"]
 MaybeSteps = Annotated[Count | None, "a whole number, 1 or more"]
 MaybeEpochs = Annotated[Annotated[float, Field(gt=0)] | None, "a number above 0, or null"]
+MaybeUpdates = Annotated[
+    Annotated[list[int], Field(min_length=2, max_length=2)] | None,
+    "two numbers of updates, the first and the last, counted from 1, or null",
+]
 _SOURCES = "a glob, a list of globs, or a mapping of names to globs or to {files, weight, format, fields, valid}"
 Format = Literal["auto", "text", "chat", "completion"]
 _FIELDS = "{text: COLUMN}, {messages: COLUMN} or {prompt: COLUMN, completion: COLUMN}"
@@ -228,15 +232,30 @@ class TrainSection(Section):
         default=4, description="micro-batches per update, over all replicas together"
     )
     learning_rate: Positive = Field(default=1e-3, description="peak learning rate")
-    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        default="cosine", description="linear, cosine, constant or constant_with_warmup"
+    lr_scheduler: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr", "warmup_stable_decay"
+    ] = Field(
+        default="cosine",
+        description="linear, cosine, constant, constant_with_warmup, cosine_with_min_lr or warmup_stable_decay, as "
+        "transformers has them",
     )
     warmup_steps: Whole = Field(default=0, description="updates until the learning rate is at its peak")
+    min_learning_rate: NotNegative = Field(
+        default=0.0, description="learning rate at the end of the run; of warmup_stable_decay at its start too"
+    )
+    decay_steps: MaybeCount = Field(
+        default=None,
+        description="how many of the last updates of warmup_stable_decay decay, as a cosine (null: a tenth)",
+    )
     grad_clip: NotNegative = Field(
         default=1.0, description="greatest gradient norm of what clips together, usually a chunk (0: off)"
     )
     dtype: Literal["fp32", "bf16", "fp64"] = Field(
         default="fp32", description="fp32, bf16 with fp32 master weights, or fp64 (to check algebra)"
+    )
+    tf32: bool = Field(
+        default=False,
+        description="matrix products and convolutions of fp32 in TF32, on GPUs that have it; no effect on a CPU",
     )
     freeze: Annotated[list[Text], "a list of patterns"] = Field(
         default=[],
@@ -270,10 +289,12 @@ class CheckpointSection(Section):
 
 class RunSection(Section):
     dir: MaybeText = Field(default=None, description="run folder (null: runs/ and the name of the file)")
-    trace: Annotated[
-        Annotated[list[int], Field(min_length=2, max_length=2)] | None,
-        "two numbers of updates, the first and the last, counted from 1, or null",
-    ] = Field(default=None, description="[first, last] updates to trace, for `report --trace` (null: none)")
+    trace: MaybeUpdates = Field(
+        default=None, description="[first, last] updates to trace, for `report --trace` (null: none)"
+    )
+    profile: MaybeUpdates = Field(
+        default=None, description="[first, last] updates that torch's profiler records, a file per process (null: none)"
+    )
     export: MaybeText = Field(
         default=None, description="folder for the finished run's model, as `export` writes it (null: none)"
     )
@@ -353,6 +374,8 @@ ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "data.vocab_size": ("data.tokenizer", ("sentencepiece",)),
     **{f"optimizer.{key}": ("optimizer.name", ("adamw",)) for key in ("beta1", "beta2", "eps")},
     "optimizer.momentum": ("optimizer.name", ("sgd",)),
+    "train.min_learning_rate": ("train.lr_scheduler", ("cosine_with_min_lr", "warmup_stable_decay")),
+    "train.decay_steps": ("train.lr_scheduler", ("warmup_stable_decay",)),
 }
 # Keys that were renamed. Typed or written by a person, an old one is refused with the new name; in a run folder or a
 # record it is translated.
@@ -365,6 +388,7 @@ RENAMED = {
 # Names that other programs have for keys.
 ALSO_CALLED = {
     **dict.fromkeys(("lr", "max_lr", "learning_rate"), "train.learning_rate"),
+    **dict.fromkeys(("min_lr", "lr_min"), "train.min_learning_rate"),
     **dict.fromkeys(("max_steps", "num_steps", "updates", "iterations", "train_iters"), "train.steps"),
     **dict.fromkeys(("num_train_epochs", "num_epochs", "n_epochs", "max_epochs"), "train.epochs"),
     **dict.fromkeys(("batch_size", "per_device_train_batch_size", "bs"), "train.micro_batch_size"),

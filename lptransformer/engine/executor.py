@@ -5,12 +5,14 @@ One phase of the objective after another may need another schedule; the engine d
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from lptransformer.data.token_set import Batch
 from lptransformer.engine.batches import Batches
@@ -172,11 +174,16 @@ class Executor:
         return Update(number, loss_sums={index: [] for index in self.local})
 
     def _do(self, actions: Sequence[Action]) -> None:
+        profiled = torch.autograd._profiler_enabled()
         for action in actions:
-            if self.tracer is None:
+            if self.tracer is None and not profiled:
                 self._actions[action.op](self.local[action.stage], action)
                 continue
-            with self.tracer.action(str(action)):
+            with contextlib.ExitStack() as watched:
+                if profiled:
+                    watched.enter_context(record_function(str(action)))
+                if self.tracer is not None:
+                    watched.enter_context(self.tracer.action(str(action)))
                 self._actions[action.op](self.local[action.stage], action)
 
     def index(self, micro_batch: int) -> int:

@@ -83,13 +83,27 @@ class EngineOptions:
     """Options of an engine beside the blueprint; they change no result.
 
     `channel` is the backend between pipeline ranks, `trace` the first and last update to trace (counted from 1). With
-    `stop_without_checkpoint` a save that fails ends the run.
+    `stop_without_checkpoint` a save that fails ends the run. `tf32` is the one that rounds results, on GPUs.
     """
 
     max_skipped_updates: int
     channel: str = "gloo"
     trace: Sequence[int] | None = None
     stop_without_checkpoint: bool = False
+    tf32: bool = False
+
+
+@contextlib.contextmanager
+def products_in_tf32(allowed: bool) -> Iterator[None]:
+    """Whether CUDA may compute products and convolutions of fp32 in TF32, in this process. By itself torch lets
+    convolutions."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 def telling_of_wrong_data(call: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
@@ -147,6 +161,8 @@ class TrainingEngine(ABC):
         self._label_tokens: dict[tuple[int, float, int | None], int] = {}
         self._requested = Control.NOTHING
         self._stop_requested = False
+        self._until_it_leaves = contextlib.ExitStack()
+        self._until_it_leaves.enter_context(products_in_tf32(options.tf32))
 
     def label_tokens(self, update: int, fraction: float, replica: int | None = None) -> int:
         """The labels that a head which sees this fraction of them sees in update `update` (from 0): of all replicas, or
@@ -252,6 +268,7 @@ class TrainingEngine(ABC):
         self.world.leave_at_the_end()
         reports = settled + self._gather([]) if self.world.global_rank == 0 else []
         self._release()
+        self._until_it_leaves.close()
         leave(self.world)
         return reports
 
@@ -304,6 +321,7 @@ class TrainingEngine(ABC):
             self.close()
             return
         self._release()
+        self._until_it_leaves.close()
         if isinstance(error, DataError):
             self.world.leave_the_store()
         leave(self.world)

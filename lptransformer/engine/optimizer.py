@@ -12,6 +12,8 @@ from transformers import get_scheduler
 
 from lptransformer.config.schema import OptimizerSection, TrainSection
 
+DECAYING = "warmup_stable_decay"  # the schedule of which train.decay_steps says how long it decays
+
 
 def build_optimizer(
     parameters: Iterable[nn.Parameter],
@@ -38,15 +40,26 @@ def build_optimizer(
     return torch.optim.SGD(made, lr=learning_rate, momentum=options.momentum)
 
 
-def build_lr_scheduler(optimizer: torch.optim.Optimizer, name: str, steps: int, warmup_steps: int) -> LRScheduler:
+def build_lr_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, steps: int) -> LRScheduler:
     """The learning rate of every update, from 0 to `steps`, by transformers' schedule of that name."""
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
+    floor, own = train.min_learning_rate / train.learning_rate, None
+    if train.lr_scheduler == "cosine_with_min_lr":
+        own = {"min_lr_rate": floor}
+    elif train.lr_scheduler == DECAYING:
+        own = {"min_lr_ratio": floor, "num_decay_steps": decay_steps(train, steps)}
+    return get_scheduler(train.lr_scheduler, optimizer, train.warmup_steps, steps, own)
+
+
+def decay_steps(train: TrainSection, steps: int) -> int:
+    """How many of the last of `steps` updates decay: train.decay_steps, else a tenth, as far as the warm-up leaves
+    it."""
+    return train.decay_steps or min(max(1, steps // 10), steps - train.warmup_steps)
 
 
 def learning_rate_after(train: TrainSection, steps: int, updates: int) -> float:
     """The learning rate of the update that follows `updates` others in a run of `steps`."""
     optimizer = torch.optim.SGD([torch.zeros(())], lr=train.learning_rate)
-    scheduler = build_lr_scheduler(optimizer, train.lr_scheduler, steps, train.warmup_steps)
+    scheduler = build_lr_scheduler(optimizer, train, steps)
     return _rates(scheduler, updates)[0]
 
 

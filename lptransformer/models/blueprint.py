@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lptransformer.config.checks import micro_batch_size, zero_stage
 from lptransformer.config.load import load
 from lptransformer.config.schema import Config
 from lptransformer.errors import ConfigError, OptionError
-from lptransformer.methods import objectives
+from lptransformer.methods import flops, objectives
 from lptransformer.methods.codecs import CODECS
 from lptransformer.methods.cost import ModelCosts, TrainedWeights, model_costs
 from lptransformer.methods.dtypes import DTYPES
@@ -95,6 +96,21 @@ class Blueprint:
     def label_tokens(self) -> int:
         """Label tokens of an update of full windows, whose last position has no label."""
         return self.micro_batches * self.micro_batch_size * (self.sequence_length - 1)
+
+    @property
+    def tokens(self) -> int:
+        """Positions of an update of full windows, which its FLOPs count."""
+        return self.micro_batches * self.micro_batch_size * self.sequence_length
+
+    def process_flops(self, update: int) -> float:
+        """The FLOPs of update `update` (from 1), as methods/flops.py counts them, in the mean over the processes."""
+        return self._phase_flops[self.objective.phase_at(update - 1, self.steps)]
+
+    @cached_property
+    def _phase_flops(self) -> list[float]:
+        processes = (self.stages[-1].pipeline_rank + 1) * self.replicas
+        totals = (flops.of_phase(self.objective, phase, self.costs).total for phase in self.objective.phases)
+        return [total * self.tokens / processes for total in totals]
 
     @property
     def rounds(self) -> int:

@@ -41,7 +41,8 @@ class Link:
 
 @dataclass(frozen=True)
 class Device:
-    """What one process computes on. `flops` is the peak by dtype (fp32, bf16, fp64)."""
+    """What one process computes on. `flops` is the peak by dtype (fp32, tf32, bf16, fp64), `called` what its driver
+    calls it."""
 
     key: str
     name: str
@@ -50,6 +51,7 @@ class Device:
     memory_bytes: float
     memory_bandwidth: float
     intra_link: Link
+    called: tuple[str, ...] = ()
 
     @property
     def is_cpu(self) -> bool:
@@ -134,6 +136,10 @@ class Devices:
         """Raises UserError for a device that is not listed."""
         return _listed(self.devices, f"--gpu={key}", ": benchmarks/calibrate.py")
 
+    def called(self, name: str) -> Device | None:
+        """The device that its driver calls by this name, where one is listed."""
+        return next((device for device in self.devices.values() if name in device.called), None)
+
     def link(self, key: str) -> Link:
         """Raises UserError for a link that is not listed."""
         return _listed(self.links, f"--link={key}")
@@ -159,11 +165,12 @@ def load_devices(path: Path = DEVICES_FILE) -> Devices:
             key: Device(
                 key,
                 entry["name"],
-                {dtype: float(value) for dtype, value in entry["flops"].items()},
+                {dtype: float(value) for dtype, value in {"tf32": entry["flops"]["fp32"], **entry["flops"]}.items()},
                 float(entry["achievable"]),
                 float(entry["memory_bytes"]),
                 float(entry["memory_bandwidth"]),
                 links[entry["intra_link"]],
+                tuple(entry.get("called", ())),
             )
             for key, entry in content["devices"].items()
         }

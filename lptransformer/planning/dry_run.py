@@ -81,8 +81,7 @@ def _precision(config: Config, blueprint: Blueprint, **how: Any) -> Precision:
 
 
 def _flops_text(config: Config, blueprint: Blueprint) -> str:
-    steps = blueprint.steps
-    tokens = blueprint.micro_batches * blueprint.micro_batch_size * blueprint.sequence_length
+    steps, tokens = blueprint.steps, blueprint.tokens
     if not steps:
         return f"an update: {tokens} tokens; {config.at('train.epochs')}: its updates are counted when the run starts"
     total = flops.spent(blueprint.objective, blueprint.costs, steps, steps).total * tokens

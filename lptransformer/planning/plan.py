@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from glob import glob
 from typing import TYPE_CHECKING, Any
 
-from lptransformer.config.checks import micro_batch_size
+from lptransformer.config.checks import micro_batch_size, product_dtype
 from lptransformer.config.epochs import steps
 from lptransformer.config.schema import Config
 from lptransformer.errors import ConfigError, UserError
@@ -124,7 +124,7 @@ def _cluster(config: Config, nodes: int, per_node: int | None, gpu: str, link: s
             "comes with the device)"
         )
     device = load_devices().device(gpu)
-    if config.train.dtype not in device.flops:
+    if product_dtype(config) not in device.flops:
         raise UserError(f"--gpu={gpu} has no number for {config.at('train.dtype')}")
     between = device.intra_link if link is None else load_devices().link(link)
     return Cluster(device, nodes, per_node or processes // nodes, between)
@@ -193,7 +193,7 @@ def _work(config: Config, blueprint: Blueprint) -> Work:
         sequence_length=blueprint.sequence_length,
         micro_batch_size=blueprint.micro_batch_size,
         micro_batches=blueprint.micro_batches,
-        dtype=blueprint.dtype,
+        dtype=product_dtype(config),
         activations=kept,
         logit_bytes=kept.logits / rows,
         token_bytes=CODECS[config.border.codec].token_bytes(parts.hidden_size, dtype.bytes),

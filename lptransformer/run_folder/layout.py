@@ -10,6 +10,7 @@ pretrained/       config.json and generation_config.json of the model folder tha
 ended.json        how it ended, written last   record.json                  a run of a study, in one file
 tensorboard/, wandb/  what these trackers keep (run.trackers)
 trace.jsonl       traced updates (run.trace), and trace.json and trace.png that `report --trace` makes of them
+profile/          what torch's profiler saw (run.profile): run_folder/profile.py
 run.lock, generation  who may write here, see run_folder/lock.py; environment.json, ended.json: run_folder/history.py
 Pictures are PNG; `report --svg` adds .svg beside them, and versions before 0.2 wrote both.
 """
@@ -45,6 +46,7 @@ from lptransformer.run_folder.history import (
 from lptransformer.run_folder.metrics_log import readable
 
 CONFIG, TOKENIZER, DATA, MODEL, PRETRAINED = "config.yaml", "tokenizer", "data.json", "model.json", "pretrained"
+PROFILE = "profile"
 WITHOUT_TOKENIZER = "a run keeps its tokenizer there; one on rows of a program has that which data.tokenizer names"
 LOCK, GENERATION = "run.lock", "generation"  # they stay when a run is replaced: another start may look at them
 # All else that a run can leave in its folder: what --overwrite removes, and nothing else.
@@ -54,14 +56,15 @@ CONTENTS = (
     *(f"{ENVIRONMENT}.broken", "metrics.jsonl.broken"),
     ENDED,
     *("diagnosis.json", "diagnosis.png", "diagnosis.svg", "record.json"),
-    *("trace.jsonl", "trace.json", "trace.png", "trace.svg"),
+    *("trace.jsonl", "trace.json", "trace.png", "trace.svg", PROFILE),
 )
 # Folders in which others may have put something, and the files there that a run writes; its other folders are its own.
-SHARED = ("checkpoints", "tensorboard")
+SHARED = ("checkpoints", "tensorboard", PROFILE)
 _IN_STEP = r"(complete|deepspeed/.+|stage-\d+/(complete|state\.json|[\w.-]+\.safetensors|deepspeed/.+))"
 _WRITTEN = re.compile(
     rf"checkpoints/(set-aside/)?(\.|\.replaced-|\.removed-)?step-\d{{8,}}(\.\d+)?/{_IN_STEP}(\.tmp)?"
     r"|checkpoints/\.?frozen-[\w.-]+|tensorboard/events\.out\.tfevents\..+"
+    rf"|{PROFILE}/update-\d+-\d+-rank-\d+\.json\.gz(\.tmp)?"
 )
 
 
@@ -117,7 +120,7 @@ def refuse_links(folder: Path, update: int | None = None) -> None:
     keep is not read (wandb makes links).
     """
     found = [path for path in _links(folder, deep=False) if Path(path).name in {*CONTENTS} - {"tensorboard", "wandb"}]
-    for name, deep in ((TOKENIZER, True), (PRETRAINED, True), ("checkpoints", False)):
+    for name, deep in ((TOKENIZER, True), (PRETRAINED, True), ("checkpoints", False), (PROFILE, False)):
         found += _links(folder / name, deep)
     if update is not None:
         found += _links(folder / "checkpoints" / f"step-{update:08d}", deep=True)

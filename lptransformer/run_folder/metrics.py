@@ -3,16 +3,20 @@
 Every process reports every stage it holds to global rank 0, with a `StageReport` per update and an `EvaluationReport`
 per evaluation; `Aggregator` joins them into rows, run_folder/metrics_log.py writes rows. A row is a plain dictionary:
 
-    {"update", "tokens", "seconds", "tokens_per_second", "learning_rate",
+    {"update", "tokens", "seconds", "tokens_per_second", "tflops_per_process", "mfu", "learning_rate",
      "stages": [{"stage", "last_block", "loss", "grad_norm", "skipped", "idle_share", "memory_bytes"}]}
     {"update", "evaluation": name of the set,
      "exits": [{"stage", "last_block", "nll_per_token", "perplexity", "bits_per_byte", "word_perplexity", "tokens"}]}
+
+`tflops_per_process` are the TFLOP/s that a process has achieved, in the mean over all, in the time by which
+`tokens_per_second` goes; `mfu` is their share of the peak of its device, null where that is not known. What is computed
+twice is no work. Rows of earlier versions have neither.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -186,7 +190,8 @@ class Aggregator:
     `texts` has the counts of every validation set. A resumed run passes the `update` it starts from, and the `tokens`
     and `seconds` of the last row before. `tokens` counts label tokens; `seconds` is training time: the sum of the
     updates' wall times on the process where it is largest. Sums run in the order of the replicas, so that the order
-    of arrival changes no bit.
+    of arrival changes no bit. `process_flops` are the FLOPs of update u (from 1) in the mean over the processes,
+    `peak_flops` the FLOP/s of the device of one; None: not known.
     """
 
     def __init__(
@@ -197,11 +202,14 @@ class Aggregator:
         update: int = 0,
         tokens: int = 0,
         seconds: float = 0.0,
+        process_flops: Callable[[int], float] | None = None,
+        peak_flops: float | None = None,
     ) -> None:
         self.last_block = {stage: last for stage, _, last in stages}
         self.data_replicas = data_replicas
         self.texts = dict(texts or {})
         self.update, self.tokens, self.seconds = update, tokens, seconds
+        self.process_flops, self.peak_flops = process_flops, peak_flops
         self._process_seconds = {(s, d): seconds for s in self.last_block for d in range(data_replicas)}
         self._updates: dict[int, dict[tuple[int, int], StageReport]] = {}
         self._evaluations: dict[tuple[int, str], dict[tuple[int, int], EvaluationReport]] = {}
@@ -236,11 +244,15 @@ class Aggregator:
         update_tokens = max(sum(r.label_tokens for r in replicas) for replicas in by_stage)
         seconds_before, self.seconds = self.seconds, max(self._process_seconds.values())
         self.tokens += update_tokens
+        seconds = self.seconds - seconds_before
+        achieved = None if self.process_flops is None else _divide(self.process_flops(self.update), seconds)
         return {
             "update": self.update,
             "tokens": self.tokens,
             "seconds": self.seconds,
-            "tokens_per_second": _divide(update_tokens, self.seconds - seconds_before),
+            "tokens_per_second": _divide(update_tokens, seconds),
+            "tflops_per_process": None if achieved is None else achieved / 1e12,
+            "mfu": None if achieved is None or self.peak_flops is None else achieved / self.peak_flops,
             "learning_rate": by_stage[0][0].learning_rate,
             "stages": [self._stage_entry(replicas) for replicas in by_stage],
         }

@@ -110,8 +110,8 @@ def scalars(row: MetricsRow) -> dict[str, float]:
     """The numbers of a row of metrics by tag."""
     prefix = f"{row['evaluation']}/" if "evaluation" in row else ""
     found: dict[str, float] = {}
-    for key in ("tokens", "seconds", "tokens_per_second", "learning_rate"):
-        if key in row:
+    for key in ("tokens", "seconds", "tokens_per_second", "tflops_per_process", "mfu", "learning_rate"):
+        if row.get(key) is not None:
             found[key] = row[key]
     entries: list[dict[str, Any]] = row.get("stages", []) + row.get("exits", [])
     for entry in entries:

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from lptransformer import files
-from lptransformer.console import print_table
+from lptransformer.console import achieved, print_table
 from lptransformer.data.token_set import TokenSet
 from lptransformer.errors import RunError
 from lptransformer.evaluation import ngram
@@ -27,7 +27,7 @@ EXIT_COLUMNS = ("model", "nats/token", "perplexity", "bits/byte", "word perplexi
 
 def report(run: Path, baselines: bool = False, svg: bool = False) -> None:
     """Print the last evaluation of every exit, and what it was before training where that was measured (of a pretrained
-    model), and speed, idle share and memory of every stage.
+    model), speed and achieved FLOP/s, and idle share and memory of every stage.
 
     Writes loss.png and record.json into the run folder. With `baselines`, also unigram, bigram and trigram models of
     the training text, on the same validation text. With `svg`, also loss.svg.
@@ -56,8 +56,9 @@ def report(run: Path, baselines: bool = False, svg: bool = False) -> None:
     ]
     for line in history.what_changed(starts):
         print(line)
-    speed = median(update["tokens_per_second"] for update in steady)
-    print_table(f"{speed:,.0f} tokens/s (median)", ("stage", "idle share", "peak memory of its process"), rows)
+    speed, *of_process = (_median(steady, key) for key in ("tokens_per_second", "tflops_per_process", "mfu"))
+    known = "  ".join([f"{speed:,.0f} tokens/s", *achieved(*of_process)])
+    print_table(f"{known} (median)", ("stage", "idle share", "peak memory of its process"), rows)
     plot_losses(metrics, run / "loss.png", stages, svg)
     records.write(run / records.RECORD, collect.build(run))
     print(f"run folder: {run}   losses: {run / 'loss.png'}   record: {run / records.RECORD}")
@@ -108,6 +109,12 @@ def compare(
 
 def _first_block(update: MetricsRow, index: int) -> int:
     return update["stages"][index - 1]["last_block"] + 1 if index else 0
+
+
+def _median(updates: Sequence[MetricsRow], key: str) -> float | None:
+    """Of the rows that have the number; those of earlier versions lack some."""
+    known = [row[key] for row in updates if row.get(key) is not None]
+    return median(known) if known else None
 
 
 def _row(model: str, numbers: dict[str, Any]) -> tuple[str, ...]:

@@ -349,7 +349,7 @@ def build_engine(
         if resumed is not None and blueprint.zero_stage > 0 and not (saved := resumed.seen_by(stage.plan)).older:
             steps_made = saved_steps(stage, saved)
         optimizer = build_optimizer(stage.parameters(), config.optimizer, train.learning_rate, steps_made)
-        return stage, optimizer, build_lr_scheduler(optimizer, train.lr_scheduler, steps(config), train.warmup_steps)
+        return stage, optimizer, build_lr_scheduler(optimizer, train, steps(config))
 
     made: dict[int, Stage] = {}  # stages that were made early
     auxiliary = [plan for plan in blueprint.stages if plan.has_head and not plan.is_last]
@@ -374,7 +374,7 @@ def build_engine(
         return TrainedStage(*with_optimizer(stage), ds_config, train.grad_clip, blueprint.objective.delayed)
 
     stop = config.checkpoint.on_error == "stop"
-    options = EngineOptions(train.max_skipped_updates, config.parallel.channel, config.run.trace, stop)
+    options = EngineOptions(train.max_skipped_updates, config.parallel.channel, config.run.trace, stop, train.tf32)
     if config.engine == "deepspeed_pipeline":
         return PipelineBaseline(
             world,

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lptransformer.console import clock, megabytes, print_line, short_number, standard_console
+from lptransformer.console import achieved, clock, megabytes, print_line, short_number, standard_console
 from lptransformer.run_folder.metrics import MetricsRow, Stages
 
 
@@ -109,7 +109,7 @@ class Progress:
             "loss " + " ".join(_optional(e["loss"], ".3f") for e in entries),
             "grad " + " ".join(_optional(e["grad_norm"], ".2g") for e in entries),
             f"lr {row['learning_rate']:.1e}",
-            f"{short_number(row['tokens_per_second'])} tok/s",
+            _speed(row),
             f"eta {clock(self._remaining_seconds())}",
             "idle " + " ".join(f"{e['idle_share']:.0%}" for e in entries),
             megabytes(max(e["memory_bytes"] for e in entries)),
@@ -138,7 +138,7 @@ class Progress:
 
     def _render_bar(self) -> RenderableType:
         done = self._row["update"] if self._row else 0
-        speed = f"{short_number(self._row['tokens_per_second'])} tok/s" if self._row else "starting"
+        speed = _speed(self._row) if self._row else "starting"
         elapsed, eta = clock(time.monotonic() - self._started), clock(self._remaining_seconds())
         grid = Table.grid(padding=(0, 2), expand=True)
         grid.add_column(no_wrap=True)
@@ -184,6 +184,11 @@ class Progress:
                 cells += [f"{e['nll_per_token']:.3f} / {_perplexity(e['perplexity'])}" for e in exits] or ["-"]
             grid.add_row(*cells)
         return grid
+
+
+def _speed(row: MetricsRow) -> str:
+    of_process = achieved(row.get("tflops_per_process"), row.get("mfu"))
+    return "  ".join([f"{short_number(row['tokens_per_second'])} tok/s", *of_process])
 
 
 def _optional(value: float | None, form: str) -> str:

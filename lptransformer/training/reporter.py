@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lptransformer.config.checks import pretrained_warning
+import torch
+
+from lptransformer.config.checks import pretrained_warning, product_dtype
 from lptransformer.config.epochs import steps
 from lptransformer.config.schema import Config
 from lptransformer.console import bar, megabytes
@@ -22,6 +24,7 @@ from lptransformer.engine.p2p import Control
 from lptransformer.errors import LostProcessError, RunError, TakenOverError, TrainingError
 from lptransformer.methods.heads import label
 from lptransformer.models.blueprint import Blueprint
+from lptransformer.planning.devices import load_devices
 from lptransformer.planning.disk import checkpoint_bytes
 from lptransformer.planning.dry_run import print_stages
 from lptransformer.run_folder import checkpoint, history, layout, retention
@@ -47,6 +50,12 @@ def in_force(config: Config, blueprint: Blueprint) -> str:
         f"{train.learning_rate:g}, {train.lr_scheduler}, warm-up {train.warmup_steps}, weight decay "
         f"{config.optimizer.weight_decay:g}{crossed}. By backprop: objective.name=backprop (delayed: one update late)"
     )
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """The FLOP/s of a device at its peak, where planning/devices.yaml knows it by its name; of a CPU nobody does."""
+    listed = load_devices().called(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return listed.flops.get(dtype) if listed else None
 
 
 class Reporter:
@@ -83,7 +92,14 @@ class Reporter:
         tokens += sum(engine.label_tokens(update, fraction) for update in range(after, engine.update))
         texts = {name: text_counts(token_set.manifest) for name, token_set in data.valid.items()}
         self.aggregator = Aggregator(
-            self.stages, engine.world.data_size, texts, update=engine.update, tokens=tokens, seconds=seconds
+            self.stages,
+            engine.world.data_size,
+            texts,
+            update=engine.update,
+            tokens=tokens,
+            seconds=seconds,
+            process_flops=engine.blueprint.process_flops,
+            peak_flops=peak_flops(engine.world.device, product_dtype(config)),
         )
         windows = {name: len(token_set) for name, token_set in data.valid.items()}
         at_once = engine.blueprint.micro_batch_size * engine.world.data_size

@@ -20,7 +20,7 @@ from lptransformer import hub
 from lptransformer.config.epochs import steps
 from lptransformer.config.schema import Config
 from lptransformer.engine.interface import TrainingEngine
-from lptransformer.engine.optimizer import learning_rate_after
+from lptransformer.engine.optimizer import DECAYING, decay_steps, learning_rate_after
 from lptransformer.engine.p2p import Control
 from lptransformer.engine.process_groups import World, translate_lost_processes
 from lptransformer.errors import LostProcessError, RunError, TakenOverError, TrainingError
@@ -29,6 +29,7 @@ from lptransformer.run_folder import checkpoint, history, layout, lock
 from lptransformer.run_folder.metrics import (
     EvaluationReport,
 )
+from lptransformer.run_folder.profile import Profiler
 from lptransformer.run_folder.trackers import check_installed
 from lptransformer.store import several_hosts
 from lptransformer.training.build import start
@@ -98,6 +99,8 @@ def train_in_folder(
             assert engine.describe_run is not None
             engine.describe_run(folder, overwrite)
     reporter = Reporter(engine, config, data, folder, resume, until, said)
+    rank, device = engine.world.global_rank, engine.world.device
+    profiler = Profiler(folder, config.run.profile, rank, device, engine.may_commit, engine.on_problem)
 
     def is_done(first: int) -> bool:
         """On global rank 0, when all reports are there: the first so many updates, with the evaluation after them."""
@@ -107,6 +110,7 @@ def train_in_folder(
         noting_the_end(engine, folder, lambda: is_done(reporter.last_update)),
         translate_lost_processes(),
         reporter,
+        profiler,
         stopping_cleanly(engine),
     ):
         # Before training, or what a run owes that ended between a save and the evaluation after it.
@@ -116,7 +120,8 @@ def train_in_folder(
             engine.save_checkpoint(folder)
         while engine.update < reporter.last_update and not cut_short:
             engine.request(due(config, engine.update + 1, until) | reporter.enough(engine))
-            result = reporter.watch(engine.train_batch)
+            with profiler.of(engine.update + 1):
+                result = reporter.watch(engine.train_batch)
             reporter.take(result.reports)
             if result.control & Control.SAVE:
                 engine.save_checkpoint(folder)
@@ -128,6 +133,7 @@ def train_in_folder(
                     engine.save_checkpoint(folder)
             if result.control & Control.STOP:
                 break
+        profiler.end()
         reporter.take(engine.close())
         reporter.check_saved(engine.update)
         complete = engine.world.global_rank == 0 and is_done(reporter.steps)
@@ -162,10 +168,11 @@ def rate_from_here(before: Config, now: Config, update: int) -> list[str]:
     new = learning_rate_after(now.train, steps(now), update)
     if old == new:
         return []
-    train = now.train
+    train, many = now.train, steps(now)
+    decay = f", its last {decay_steps(train, many)} updates decaying" if train.lr_scheduler == DECAYING else ""
     return [
         f"the learning rate after update {update} goes from {old:.3g} to {new:.3g}, and on as {train.lr_scheduler} "
-        f"with its peak at {train.learning_rate:g} and its end at update {steps(now)}"
+        f"with its peak at {train.learning_rate:g} and its end at update {many}{decay}"
     ]
 
 

@@ -152,7 +152,7 @@ def number(rows: list[dict[str, Any]], kind: str, what: str, where: str = "") ->
 @pytest.mark.slow
 def test_a_fake_gpu_shows_who_waits_for_it_and_that_no_devices_are_mixed(compiled: None, tmp_path: Path) -> None:
     """Two stages, two micro-batches, one process. What stands here as a number is what is to become less."""
-    rows = events(tmp_path)
+    rows = events(tmp_path, "--train.tf32=true")
     assert number(rows, "sync", "item of a tensor", "engine/engine.py") == 4  # the losses, one by one
     assert number(rows, "sync", "all of the device", "deepspeed/utils/timer.py") == 6  # DeepSpeed's throughput timer
     assert number(rows, "sync", "__bool__", "transformers/masking_utils.py") == 4  # its packed-window check

@@ -169,6 +169,7 @@ def test_yaml_shows_every_key_that_has_a_meaning() -> None:
     shown = {key for key in PLAIN if key in sections}
     shown |= {f"{section}.{key}" for section in SECTIONS for key in sections[section]}
     unshown = {"optimizer.momentum", "head.rank", "objective.trained_blocks"}
+    unshown |= {"train.min_learning_rate", "train.decay_steps"}
     unshown |= {f"objective.{key}" for key in ("overlap", "own_weight", "first_head")} | {"head.train_blocks"}
     assert {key for key in known_keys() if not key.startswith("deepspeed.")} - shown == unshown
 
@@ -246,7 +247,9 @@ WRONG = [
     ("train.learning_rate", True, "a number above 0"),
     ("train.warmup_steps", -1, "a whole number, 0 or more"),
     ("train.grad_clip", -1.0, "a number, 0 or more"),
-    ("train.lr_scheduler", "cosin", "one of linear, cosine, constant, constant_with_warmup; did you mean cosine?"),
+    ("train.lr_scheduler", "cosin", "cosine_with_min_lr, warmup_stable_decay; did you mean cosine?"),
+    ("train.min_learning_rate", -1e-5, "a number, 0 or more"),
+    ("train.decay_steps", 0, "a whole number, 1 or more, or null"),
     ("train.dtype", "fp16", "one of fp32, bf16"),
     ("train.seed", 2**32, "a whole number from 0 to 4294967295"),
     ("train.max_skipped_updates", 0, "a whole number, 1 or more"),
@@ -388,6 +391,7 @@ def test_yaml_merge_keys_may_repeat(tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------------------------- checks between keys
 
+FLOOR, DECAY = "train.lr_scheduler=cosine_with_min_lr", "train.lr_scheduler=warmup_stable_decay"
 CROSS = [
     ("model.num_layers=3 objective.chunks=4", "objective.chunks = 4", "model.num_layers = 3"),
     ("model.num_layers=1", "objective.chunks = 2 (by default)", "model.num_layers = 1 (on the command line)"),
@@ -403,6 +407,13 @@ CROSS = [
     ("model.max_position_embeddings=128", "data.sequence_length = 256", "model.max_position_embeddings = 128"),
     ("train.warmup_steps=2000", "train.warmup_steps = 2000", "train.steps = 1000"),
     ("train.warmup_steps=5 train.lr_scheduler=constant", "train.warmup_steps = 5", "constant_with_warmup"),
+    ("train.min_learning_rate=1e-4", "train.min_learning_rate = 0.0001", "train.lr_scheduler = 'cosine' (by default)"),
+    (f"{FLOOR} train.decay_steps=9", "train.decay_steps = 9", "train.lr_scheduler = 'cosine_with_min_lr'"),
+    (f"{FLOOR} train.min_learning_rate=0.1", "train.min_learning_rate = 0.1", "train.learning_rate = 0.001", "peak"),
+    (
+        f"{DECAY} train.decay_steps=991 train.warmup_steps=10",
+        *("train.decay_steps = 991", "train.steps = 1000", "train.warmup_steps = 10", "give 990 or less"),
+    ),
     ("train.eval_every=5", "train.eval_every = 5", "data.valid"),
     ('data.train={"a":{"files":"x","weight":2},"b":"y"}', "data.train.b has no weight", "or none of them"),
     ("data.valid.a.files=x data.valid.a.weight=2", "data.valid.a.weight = 2.0", "not mixed"),
@@ -427,6 +438,7 @@ CROSS = [
     ("border.codec=int8 objective.backprop_every=9", "border.codec = 'int8'", "objective.backprop_every = 9"),
     ("border.codec=bf16 train.dtype=bf16", "border.codec = 'bf16'", "train.dtype = 'bf16'"),
     ("border.codec=int4", "border.codec = 'int4'", "none, bf16, int8"),
+    ("train.tf32=true train.dtype=bf16", "train.tf32 = True", "train.dtype = 'bf16'", "products are in bf16"),
     ("train.dtype=fp64 parallel.data=2", "parallel.data = 2", "train.dtype = 'fp64'"),
     ("optimizer.name=sgd optimizer.beta1=0.5", "optimizer.beta1 = 0.5", "optimizer.name = 'sgd'"),
     ("optimizer.name=sgd optimizer.eps=1e-6", "optimizer.eps = 1e-06", "optimizer.name = 'sgd'"),
@@ -450,6 +462,8 @@ ALLOWED = [
     "model.max_position_embeddings=256",
     "train.warmup_steps=1000",
     "train.warmup_steps=5 train.lr_scheduler=constant_with_warmup",
+    f"{FLOOR} train.min_learning_rate=0.001",
+    f"{DECAY} train.decay_steps=990 train.warmup_steps=10",
     "optimizer.name=sgd optimizer.momentum=0",
     "model.family=llama model.num_key_value_heads=2",
     "objective.name=greedy objective.chunks=null",
@@ -862,7 +876,10 @@ def test_differences() -> None:
         ("train.learning_rate=7", Effect.ONWARDS),
         ("train.lr_scheduler=linear", Effect.ONWARDS),
         ("train.warmup_steps=7", Effect.ONWARDS),
+        ("train.min_learning_rate=1e-4 train.lr_scheduler=cosine_with_min_lr", Effect.ONWARDS),
+        ("train.decay_steps=7 train.lr_scheduler=warmup_stable_decay", Effect.ONWARDS),
         ("train.grad_clip=7", Effect.ONWARDS),
+        ("train.tf32=true", Effect.ONWARDS),
         ("optimizer.weight_decay=7", Effect.ONWARDS),
         ("optimizer.beta2=0.5", Effect.ONWARDS),
         ("loss.chunk_tokens=7", Effect.ONWARDS),

@@ -13,6 +13,7 @@ from lptransformer.config.schema import Config
 from lptransformer.errors import ConfigError
 
 DATA = {"train": "t.txt", "valid": "v.txt"}
+STABLE = {"lr_scheduler": "warmup_stable_decay"}
 # Sections of the file, what is typed, and of each key that gives way its value afterwards (None: as if not given).
 CASES: list[tuple[dict[str, Any], list[str], dict[str, Any]]] = [
     ({"objective": {"chunks": 4}}, ["objective.name=backprop"], {"objective.chunks": None}),
@@ -33,13 +34,17 @@ CASES: list[tuple[dict[str, Any], list[str], dict[str, Any]]] = [
     ({"border": {"codec": "int8"}}, ["objective.name=backprop"], {"border.codec": "none"}),
     ({"border": {"codec": "int8"}}, ["objective.name=overlapping"], {"border.codec": "none"}),
     ({"border": {"codec": "bf16"}}, ["train.dtype=bf16"], {"border.codec": "none"}),
+    ({"train": {"tf32": True}}, ["train.dtype=bf16"], {"train.tf32": False}),
     ({"train": {"warmup_steps": 20}}, ["train.lr_scheduler=constant"], {"train.warmup_steps": 0}),
     ({"train": {"warmup_steps": 20}}, ["train.steps=4"], {"train.warmup_steps": 4}),
+    ({"train": STABLE | {"decay_steps": 20}}, ["train.steps=12"], {"train.decay_steps": 12}),
+    ({"train": STABLE | {"decay_steps": 20}}, ["train.lr_scheduler=cosine"], {"train.decay_steps": None}),
     ({"objective": {"backprop_every": 10}}, ["train.steps=4"], {"objective.backprop_every": None}),
     ({"objective": {"backprop_share": 0.1}}, ["train.steps=4"], {"objective.backprop_share": 0.0}),
     ({"train": {"epochs": 2.0}}, ["train.steps=4"], {"train.epochs": None}),
     ({"train": {"steps": 9}}, ["train.epochs=2"], {"train.steps": None}),
     ({"run": {"trace": [5, 9]}}, ["train.steps=4"], {"run.trace": None}),
+    ({"run": {"profile": [5, 9]}}, ["train.steps=4"], {"run.profile": None}),
     ({"train": {"eval_every": 5}}, ["data.valid=null"], {"train.eval_every": 0}),
     ({"data": {**DATA, "vocab_size": 300}}, ["data.tokenizer=bytes"], {"data.vocab_size": 4096}),
     ({"optimizer": {"beta1": 0.8, "eps": 1e-6}}, ["optimizer.name=sgd"], {"optimizer.beta1": 0.9}),

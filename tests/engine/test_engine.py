@@ -253,16 +253,31 @@ def test_too_many_skipped_updates_in_a_row_end_the_run(pool: Pool, mode: tuple[i
         assert len(one.reports[2]) == 6
 
 
-@pytest.mark.parametrize("mode", [MODES[0], slow(MODES[3])], ids=str)
-def test_a_resumed_run_follows_the_schedule_that_is_given(pool: Pool, tmp_path: Path, mode: tuple[int, str]) -> None:
-    """Until the warm-up ends, schedules of any kind and length are one."""
-    before = ("objective.chunks=2", "train.warmup_steps=3", *zero(*mode))
-    after = (*before, "train.lr_scheduler=linear", "train.steps=30")
+STABLE = ("train.lr_scheduler=warmup_stable_decay", "train.min_learning_rate=0.001", "train.warmup_steps=2")
+SCHEDULES = {  # of which the first three updates are one: before, after
+    "linear": (("train.warmup_steps=3",), ("train.lr_scheduler=linear", "train.steps=30")),
+    "a floor": (("train.warmup_steps=3",), ("train.lr_scheduler=cosine_with_min_lr", "train.min_learning_rate=0.001")),
+    "stable": ((*STABLE, "train.steps=5", "train.decay_steps=2"), ("train.steps=7", "train.decay_steps=3")),
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [(MODES[0], "linear"), (MODES[0], "stable"), slow(MODES[0], "a floor"), slow(MODES[3], "stable")],
+    ids=str,
+)
+def test_a_resumed_run_follows_the_schedule_that_is_given(
+    pool: Pool, tmp_path: Path, mode: tuple[int, str], name: str
+) -> None:
+    """Until the warm-up ends, schedules of any kind and length are one; one that is stable goes on as it is."""
+    before = ("objective.chunks=2", *zero(*mode), *SCHEDULES[name][0])
+    after = (*before, *SCHEDULES[name][1])
     start(pool, before, 3, save=tmp_path)
     (whole,), (resumed,) = start(pool, after, 6), start(pool, after, 3, load=tmp_path)
     for stage in (0, 1):
         rates = [report.learning_rate for report in resumed.reports[stage]]
-        assert rates == [report.learning_rate for report in whole.reports[stage][3:]] and rates[0] == 0.01 > rates[1]
+        assert rates == [report.learning_rate for report in whole.reports[stage][3:]] and rates[0] == 0.01 > rates[2]
+        assert rates == learning_rates(load_config(after), 6)[3:]
         assert equal(resumed.weights[stage], whole.weights[stage])
 
 

@@ -48,10 +48,25 @@ def test_the_model_so_far_is_that_of_the_export(folder: Path, overrides: tuple[s
         assert torch.equal(AutoModelForCausalLM.from_pretrained("out")(ids).logits, before)
 
 
-def test_an_error_inside_leaves_the_world_too(folder: Path) -> None:
-    with pytest.raises(ZeroDivisionError), lptransformer.initialize("c.yaml"):
+def tf32() -> list[bool]:
+    return [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
+
+
+def test_an_error_inside_leaves_the_world_too_and_torch_s_switches_as_they_were(folder: Path) -> None:
+    before = tf32()
+    with pytest.raises(ZeroDivisionError), lptransformer.initialize("c.yaml", ["train.tf32=true"]):
+        assert tf32() == [True, True]
         raise ZeroDivisionError
-    assert not dist.is_initialized()
+    assert not dist.is_initialized() and tf32() == before == [False, True]
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_fp32_is_fp32_until_the_engine_is_closed_but_with_tf32(folder: Path, allowed: bool) -> None:
+    before = tf32()
+    engine = lptransformer.initialize("c.yaml", [f"train.tf32={allowed}"])
+    assert tf32() == [allowed, allowed]
+    engine.close()
+    assert tf32() == before
 
 
 def model_of_a_part(overrides: tuple[str, ...]) -> str:

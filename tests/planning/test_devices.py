@@ -32,6 +32,7 @@ def test_entries_are_whole() -> None:
     assert {"25gbit", "100gbit", "400gbit", "1gbit", "100mbit", "nvlink4"} <= set(load_devices().links)
     for device in load_devices().devices.values():
         assert device.flops["bf16"] > 0 and device.flops["fp32"] > 0 and 0 < device.achievable <= 1
+        assert device.flops["tf32"] >= device.flops["fp32"], "where there is none it is fp32"
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,22 @@ def test_what_is_not_in_the_table(ask: object, parts: tuple[str, ...]) -> None:
     with pytest.raises(UserError) as caught:
         ask()  # type: ignore[operator]
     assert all(part in str(caught.value) for part in parts) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA L40S", None),
+    ],
+)
+def test_a_device_is_known_by_its_whole_name(name: str, key: str | None) -> None:
+    found = load_devices().called(name)
+    assert (found.key if found else None) == key
 
 
 def test_a_broken_table_is_named(tmp_path: Path) -> None:

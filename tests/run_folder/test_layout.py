@@ -19,11 +19,11 @@ WRITTEN = (
     *(f"{STEP}/complete", f"{STEP}/deepspeed/state/layer_00.pt", f"{STEP}/stage-0/deepspeed/state/mp_rank_00.pt"),
     *(f"{STEP}/stage-0/{name}" for name in ("weights.safetensors", "state.json", "complete", "others.safetensors")),
     "checkpoints/step-00000020/stage-1/weights.safetensors",
-    "tensorboard/events.out.tfevents.1.host",
+    *("tensorboard/events.out.tfevents.1.host", "profile/update-2-13-rank-0.json.gz"),
 )
 FOREIGN = (
     *("notes.svg", "checkpoints/best/model.pt", f"{STEP}/why.txt", f"{STEP}/stage-0/mine.bin"),
-    "tensorboard/other.txt",
+    *("tensorboard/other.txt", "profile/update-2-13-rank-0.json"),
 )
 
 

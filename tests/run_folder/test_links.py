@@ -46,7 +46,7 @@ READERS: dict[str, Callable[[Path, Path], Any]] = {
     "resume": lambda run, out: layout.check(run, layout.read_config(run), resume=True, overwrite=False),
 }
 PLACES = ["config.yaml", "model.json", "tokenizer", "tokenizer/tokenizer_config.json", "metrics.jsonl", "checkpoints"]
-PLACES += ["pretrained/generation_config.json", "checkpoints/step-00000020"]
+PLACES += ["profile", "pretrained/generation_config.json", "checkpoints/step-00000020"]
 IN_CHECKPOINT = ["stage-1", "stage-1/weights.safetensors", "stage-0/state.json"]
 
 

@@ -61,6 +61,7 @@ def update_row(update: int, losses: list[float | None] | None = None) -> Metrics
         for stage, loss in enumerate(losses or [3.0, 2.0])
     ]
     numbers = {"tokens": 8 * update, "seconds": 0.5 * update, "tokens_per_second": 16.0, "learning_rate": 0.001}
+    numbers |= {"tflops_per_process": 0.25, "mfu": None}
     return {"update": update, **numbers, "stages": entries}
 
 
@@ -125,6 +126,8 @@ def test_replicas_are_summed_before_dividing() -> None:
         "tokens": 8,
         "seconds": 4.0,
         "tokens_per_second": 2.0,
+        "tflops_per_process": None,
+        "mfu": None,
         "learning_rate": 0.1,
         "stages": [
             {
@@ -178,6 +181,19 @@ def test_seconds_are_those_of_the_process_that_took_longest_in_total() -> None:
     assert [row["tokens_per_second"] for row in rows] == [4 / 3.0, 4.0]
     assert [row["tokens"] for row in rows] == [104, 108]
     assert [row["update"] for row in rows] == [11, 12]
+
+
+def test_flops_are_those_of_the_update_over_the_seconds_of_its_row() -> None:
+    of_update = {11: 6e12, 12: 2e12}
+    aggregator = Aggregator(
+        [(0, 0, 0)], data_replicas=1, update=10, process_flops=of_update.__getitem__, peak_flops=8e12
+    )
+    rows = [
+        row
+        for update, seconds in ((11, 3.0), (12, 0.5))
+        for row in aggregator.add(stage_report(update, 0, 0, seconds=seconds))
+    ]
+    assert [(row["tflops_per_process"], row["mfu"]) for row in rows] == [(2.0, 0.25), (4.0, 0.5)]
 
 
 def test_stages_without_a_head_or_a_norm_and_skipped_ones() -> None:

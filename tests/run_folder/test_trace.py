@@ -95,22 +95,29 @@ def test_a_report_survives_the_store() -> None:
     assert report_from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
+NO_UPDATES = [
+    ("[0,2]", ("[0, 2] (on the command line)", "give [1, 2]")),
+    ("[3]", ("[3]", "two numbers of updates")),
+    ("[1,2,3]", ("[1, 2, 3]", "two numbers of updates")),
+    ("3", ("3", "two numbers of updates")),
+    ("[3,2]", ("[3, 2] (on the command line)", "give [2, 3]")),
+    ("[1,41]", ("[1, 41]", "train.steps = 40")),
+]
+PIPELINE = "[1,2] engine=deepspeed_pipeline objective.name=backprop"
+
+
 @pytest.mark.parametrize(
-    ("override", "parts"),
+    ("key", "override", "parts"),
     [
-        ("[0,2]", ("run.trace = [0, 2] (on the command line)", "give [1, 2]")),
-        ("[3]", ("run.trace = [3]", "two numbers of updates")),
-        ("[1,2,3]", ("run.trace = [1, 2, 3]", "two numbers of updates")),
-        ("3", ("run.trace = 3", "two numbers of updates")),
-        ("[3,2]", ("run.trace = [3, 2] (on the command line)", "give [2, 3]")),
-        ("[1,41]", ("run.trace = [1, 41]", "train.steps = 40")),
-        ("[1,2] engine=deepspeed_pipeline objective.name=backprop", ("run.trace = [1, 2]", "deepspeed_pipeline")),
+        *((key, *case) for key in ("run.trace", "run.profile") for case in NO_UPDATES),
+        ("run.trace", PIPELINE, ("[1, 2]", "deepspeed_pipeline")),
     ],
 )
-def test_updates_that_cannot_be_traced_are_refused(override: str, parts: tuple[str, ...]) -> None:
+def test_updates_that_cannot_be_traced_or_profiled_are_refused(key: str, override: str, parts: tuple[str, ...]) -> None:
     source = {"data": {"train": "a.txt"}, "train": {"steps": 40}}
     with pytest.raises(ConfigError) as raised:
-        load(source, f"run.trace={override}".split())
+        load(source, f"{key}={override}".split())
+    assert f"{key} = {parts[0]}" in str(raised.value)
     assert all(part in str(raised.value) for part in parts), raised.value
 
 

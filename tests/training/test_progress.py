@@ -92,6 +92,21 @@ def test_a_plain_line_says_everything(capsys: pytest.CaptureFixture[str], clock:
     )
 
 
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        ({"tflops_per_process": 0.05214, "mfu": None}, "12.3k tok/s  0.0521 TFLOP/s  eta"),
+        ({"tflops_per_process": 412.3, "mfu": 0.4167}, "12.3k tok/s  412 TFLOP/s  MFU 41.7%  eta"),
+    ],
+)
+def test_what_is_known_of_the_flops(
+    capsys: pytest.CaptureFixture[str], clock: Clock, known: dict[str, Any], said: str
+) -> None:
+    with Progress(600, STAGES) as shown:
+        shown.update(update_row(1) | known)
+    assert said in capsys.readouterr().out
+
+
 def test_plain_lines_are_rare_but_the_first_and_the_last_come(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
     with Progress(100, STAGES, interval_seconds=5.0) as shown:
         for update in range(1, 101):

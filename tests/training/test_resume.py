@@ -37,7 +37,7 @@ CONFIG: dict[str, Any] = {
     "checkpoint": {"every": 2},
 }
 Rows = dict[tuple[int, str | None], Any]
-TIMES = ("seconds", "tokens_per_second", "idle_share", "memory_bytes")
+TIMES = ("seconds", "tokens_per_second", "tflops_per_process", "mfu", "idle_share", "memory_bytes")
 
 
 def train(*arguments: str) -> int:

@@ -20,7 +20,7 @@ from lptransformer.run_folder.metrics_log import read_metrics
 
 pytestmark = [pytest.mark.full]
 KILLS = 20  # of each run
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "tflops_per_process", "mfu")
 RUNS: dict[str, dict[str, Any]] = {
     "two pipeline ranks, shared head": {
         "parallel": {"pipeline": 2, "timeout_seconds": 30},

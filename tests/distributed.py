@@ -28,9 +28,12 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 START_SECONDS = 120.0
 GRACE_SECONDS = 10.0  # for the other ranks, once a rank has failed
 LOG_CHARACTERS = 3000
+MOST_THREADS = 100  # of a worker: ZeRO 3 and failures leave groups behind, whose threads never rest
 FIXED_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
 
 
@@ -89,6 +92,8 @@ class Pool:
         silent = [rank for rank in range(world_size) if rank not in answers and rank not in dead]
         failed = sorted((answer["time"], rank) for rank, answer in answers.items() if "error" in answer)
         if not (silent or dead or failed):
+            if any(answer.get("worn") for answer in answers.values()):
+                self.kill()
             return [pickle.loads(answers[rank]["result"]) for rank in range(world_size)]
 
         notes = [f"rank {rank} raised:\n{answers[rank]['traceback']}" for _, rank in failed]
@@ -270,7 +275,7 @@ def leave(answer: dict[str, Any]) -> dict[str, Any]:
             torch.distributed.destroy_process_group()
         forget_zero3()
         gc.collect()
-        return {}
+        return {"worn": True} if psutil.Process().num_threads() > MOST_THREADS else {}
     except BaseException as error:
         return {"dirty": True} | ({} if "error" in answer else failure(error))
 

@@ -88,7 +88,7 @@ class CheapHead(nn.Module):
     def cast_copies(self, dtype: torch.dtype) -> None:
         """There are none."""
 
-    def share_frozen(self, held: dict[str, Tensor]) -> None:
+    def share_frozen(self, held: dict[str, Tensor], device: torch.device) -> None:
         """There is nothing frozen."""
 
 

@@ -22,8 +22,8 @@ GENTLE_LEARNING_RATE = 3e-4  # above it a pretrained model forgets more than it 
 
 
 def zero_stage(config: Config) -> int:
-    """The ZeRO stage of every engine: deepspeed.zero_optimization.stage, by default 0 in fp32 and 2 in bf16, where it adds
-    up gradients in fp32 (DeepSpeed's own pipeline takes no more than 1)."""
+    """The ZeRO stage of every engine: deepspeed.zero_optimization.stage. By default 0 in fp32, and in bf16 2, where
+    gradients are added up in fp32 (DeepSpeed's own pipeline takes no more than 1)."""
     if (stage := config.value("deepspeed.zero_optimization.stage")) is not None:
         return int(stage)
     return (1 if config.engine == "deepspeed_pipeline" else 2) if DTYPES[config.train.dtype].has_masters else 0

@@ -250,6 +250,10 @@ class TrainedStage:
         """Training or evaluation mode."""
         self.engine.train(mode)
 
+    def release(self) -> None:
+        """After the last update: hooks of DeepSpeed on the weights would keep them, and the process groups, alive."""
+        self.engine.destroy()
+
     @property
     def copies(self) -> tuple[Copy, ...]:
         """What its head holds of other stages' weights."""
@@ -394,11 +398,11 @@ class FrozenStage:
 
     skipped_in_a_row = 0
 
-    def __init__(self, stage: Stage, dtype: torch.dtype) -> None:
+    def __init__(self, stage: Stage, dtype: torch.dtype, device: torch.device) -> None:
         self.plan = stage.plan
-        self.stage = stage
         for weight in stage.parameters():  # as DeepSpeed does it: buffers stay precise
             weight.data = weight.data.to(dtype)
+        self.stage = stage.to(device)
         assert not any(weight.requires_grad for weight in stage.parameters())
 
     def forward(self, inputs: Tensor, batch: LossBatch, split: bool = False) -> StageOutput:
@@ -408,6 +412,9 @@ class FrozenStage:
     def train(self, mode: bool) -> None:
         """Training or evaluation mode."""
         self.stage.train(mode)
+
+    def release(self) -> None:
+        """There is nothing to let go."""
 
     @property
     def copies(self) -> tuple[Copy, ...]:

@@ -228,6 +228,8 @@ class LocalUpdateEngine(TrainingEngine):
         self.neighbours = self.executor.neighbours = Neighbours()
         self.weight_copies.routes.clear()
         self.work = []
+        for stage in self.local.values():
+            stage.release()
 
     # ------------------------------------------------------------------------------------------ reports
 

@@ -272,10 +272,13 @@ class Head(nn.Module):
         for target in (*(copy.target for copy in self.copies), *self.frozen):
             self._put(target, self._below(target).to(dtype))
 
-    def share_frozen(self, held: dict[str, Tensor]) -> None:
-        """Use the frozen tensors that another head of this process has brought into `held`, and bring the others."""
+    def share_frozen(self, held: dict[str, Tensor], device: torch.device) -> None:
+        """Use the frozen tensors that another head of this process has brought into `held`, on the device, and bring
+        the others."""
         for name in self.frozen:
-            self._put(name, held.setdefault(name, self._below(name)))
+            if name not in held:
+                held[name] = self._below(name).to(device)
+            self._put(name, held[name])
 
     @property
     def fitted(self) -> FittedMap | None:

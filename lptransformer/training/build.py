@@ -341,8 +341,8 @@ def build_engine(
     pretrained = pretrained_folder(config) if weights is None else weights
 
     def make(plan: StagePlan) -> Stage:
-        stage = for_training(make_stage(plan, blueprint, seed=train.seed, pretrained=pretrained), blueprint)
-        return stage.to(world.device)
+        """On the CPU: DeepSpeed casts a stage, and then moves it."""
+        return for_training(make_stage(plan, blueprint, seed=train.seed, pretrained=pretrained), blueprint)
 
     def with_optimizer(stage: Stage) -> Built:
         steps_made = None
@@ -355,7 +355,8 @@ def build_engine(
     auxiliary = [plan for plan in blueprint.stages if plan.has_head and not plan.is_last]
     new = [plan.index for plan in auxiliary if resumed is None or resumed.seen_by(plan).head is None]
     if new and HEADS[blueprint.head.kind].fitted:
-        made = {plan.index: make(plan) for plan in blueprint.stages if plan.pipeline_rank == world.pipeline_rank}
+        local = [plan for plan in blueprint.stages if plan.pipeline_rank == world.pipeline_rank]
+        made = {plan.index: make(plan).to(world.device) for plan in local}
         if resumed is not None:
             for stage in made.values():
                 resumed.seen_by(stage.plan).fill(stage.state_dict(keep_vars=True), saved_name)
@@ -368,9 +369,9 @@ def build_engine(
             stage.to(torch_dtype)
         if stage.head is not None:
             stage.head.cast_copies(torch_dtype)  # DeepSpeed casts the parameters
-            stage.head.share_frozen(frozen)
+            stage.head.share_frozen(frozen, world.device)
         if not plan.trained:
-            return FrozenStage(stage, torch_dtype)
+            return FrozenStage(stage, torch_dtype, world.device)
         return TrainedStage(*with_optimizer(stage), ds_config, train.grad_clip, blueprint.objective.delayed)
 
     stop = config.checkpoint.on_error == "stop"
@@ -379,7 +380,7 @@ def build_engine(
         return PipelineBaseline(
             world,
             blueprint,
-            lambda plan: with_optimizer(make(plan)),
+            lambda plan: with_optimizer(make(plan).to(world.device)),
             ds_config,
             stream,
             valid,

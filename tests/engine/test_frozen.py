@@ -128,7 +128,7 @@ def test_a_map_that_was_fitted_is_loaded_where_nothing_trains(tmp_path: Path) ->
     content = StageContent(state=state, frozen=Frozen(dict(saved.state_dict())))
     checkpoint.finish(tmp_path, 1, saved_stage.write(tmp_path, 1, 0, 0, content))
     kept = SavedFor(plan, [SavedStage(checkpoint.stage_folder(tmp_path, 1, 0))])
-    FrozenStage(fresh, torch.float32).load(kept)
+    FrozenStage(fresh, torch.float32, torch.device("cpu")).load(kept)
     assert fresh.head is not None and fresh.head.fitted is not None and (fresh.head.fitted.linear.weight == 0.5).all()
 
 

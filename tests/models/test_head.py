@@ -444,7 +444,7 @@ def test_heads_of_a_process_share_what_is_frozen() -> None:
     made = [head_of(make_stage(plan, blueprint, seed=0)) for plan in blueprint.stages[:2]]
     held: dict[str, Tensor] = {}
     for one in made:
-        one.share_frozen(held)
+        one.share_frozen(held, torch.device("cpu"))
     lower, upper = (dict(one.named_buffers()) for one in made)
     assert set(made[0].frozen) == set(made[1].frozen) == set(held) and "blocks.layers.4.mlp.up_proj.weight" in held
     assert all(lower[name].data_ptr() == upper[name].data_ptr() for name in held)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from lptransformer.config import deepspeed_keys
 from lptransformer.config.schema import ONLY_WITH, Config
 from lptransformer.errors import ConfigError, NoMeaningError, OptionError
-from lptransformer.methods import objectives
+from lptransformer.methods import objectives, recomputing
 from lptransformer.methods.codecs import CODECS
 from lptransformer.methods.cost import ModelCosts
 from lptransformer.methods.dtypes import DTYPES
@@ -270,6 +270,9 @@ def _depth(config: Config, num_layers: int, layers: str) -> Iterator[str | Confi
     if config.engine == "deepspeed_pipeline" and not of_run.is_backprop:
         message = f"{at('engine')} with {at('objective.name')}: it trains by backprop alone: set that"
         yield NoMeaningError(message, ["objective.name"], ["engine"], instead="backprop")
+    again, key = config.train.activation_checkpointing, "train.activation_checkpointing"
+    if again != recomputing.KEPT and not any(recomputing.recomputed(again, block) for block in range(num_layers)):
+        yield f"{at(key)} with {layers}: no block would compute anything again; give a smaller number"
     yield from _border(config, of_run)
     yield from _one_stage(config, of_run)
     if zero_stage(config) == 3:

@@ -25,6 +25,7 @@ RULES: dict[str, tuple[Effect, str]] = {
     **dict.fromkeys(("run", "checkpoint"), (Effect.NOTHING, "")),
     **dict.fromkeys(("train.eval_every", "train.max_skipped_updates", "train.patience"), (Effect.NOTHING, "")),
     **dict.fromkeys(("parallel.timeout_seconds", "parallel.in_flight", "parallel.channel"), (Effect.NOTHING, "")),
+    "train.activation_checkpointing": (Effect.NOTHING, ""),
     "data.bos": (Effect.NOTHING, ""),  # what it decides is in the token sets
     **dict.fromkeys(("data.cache", "data.tokenizer", "data.format", "data.fields"), (Effect.CONTENT, "")),
     **{f"data.{kind}.*.{key}": (Effect.CONTENT, "") for kind in ("train", "valid") for key in ("files", "format")},

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from lptransformer.config import deepspeed_keys
+from lptransformer.methods import recomputing
 from lptransformer.methods.heads import HEADS, HeadOptions
 from lptransformer.methods.objectives import METHODS, ChunkedOptions, ObjectiveOptions
 from lptransformer.section import (
@@ -238,6 +239,11 @@ class TrainSection(Section):
     dtype: Literal["fp32", "bf16", "fp64"] = Field(
         default="fp32", description="fp32, bf16 with fp32 master weights, or fp64 (to check algebra)"
     )
+    activation_checkpointing: Annotated[str, AfterValidator(recomputing.right), recomputing.VALUES] = Field(
+        default="none",
+        description="blocks whose activations are computed again in the backward pass instead of being kept: none, all "
+        "(blocks), all but for what products and attention give (selective), or each N-th (every N)",
+    )
     freeze: Annotated[list[Text], "a list of patterns"] = Field(
         default=[],
         description="weights that do not train: patterns of their Hugging Face names, of auxiliary heads `head.*`",
@@ -373,6 +379,7 @@ ALSO_CALLED = {
     **dict.fromkeys(("model_name_or_path", "checkpoint_path"), "model.pretrained"),
     **dict.fromkeys(("output_dir", "out_dir"), "run.dir"),
     **dict.fromkeys(("bf16", "fp16", "precision"), "train.dtype"),
+    **dict.fromkeys(("gradient_checkpointing", "recompute"), "train.activation_checkpointing"),
 }
 
 

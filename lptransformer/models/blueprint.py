@@ -64,7 +64,8 @@ class Blueprint:
     next one. Sizes: windows in a micro-batch, tokens in a window, micro-batches in an update (over all replicas). With
     `tied` embedding and readout are one matrix in training; weights that a pattern of `freeze` names do not train.
     `steps` is 0 where the updates of `train.epochs` are not counted yet.
-    Where there are `adapters` they train in place of the model's own weights.
+    Where there are `adapters` they train in place of the model's own weights. `activation_checkpointing` says which
+    blocks compute their activations again in the backward pass (methods/recomputing.py).
     """
 
     model_config: Any
@@ -90,6 +91,7 @@ class Blueprint:
     tied: bool = False
     freeze: tuple[str, ...] = ()
     adapters: Adapters | None = None
+    activation_checkpointing: str = "none"
 
     @property
     def label_tokens(self) -> int:
@@ -232,6 +234,7 @@ def _laid_out(
         tied=tied,
         freeze=tuple(train.freeze),
         adapters=found,
+        activation_checkpointing=train.activation_checkpointing,
     )
 
 

@@ -281,6 +281,7 @@ WRONG = [
     ("data.long_rows", "cut", "one of truncate, split"),
     ("data.bos", True, "one of auto, always, never"),
     ("data.isolate_documents", "some", "true, false or null"),
+    ("train.activation_checkpointing", "every 0", "none, blocks, selective, or every N (such as every 2)"),
 ]
 
 
@@ -440,6 +441,11 @@ def test_keys_that_contradict(overrides: str, parts: tuple[str, ...]) -> None:
     says(message(DATA, *overrides.split()), *parts)
 
 
+def test_recomputing_that_comes_to_no_block() -> None:
+    says(message(DATA, "train.activation_checkpointing=every 5"), "'every 5' (on the command line)", "num_layers = 4")
+    assert load(DATA, ["train.activation_checkpointing=every 4"]).train.activation_checkpointing == "every 4"
+
+
 ALLOWED = [
     "objective.chunks=4",
     "objective.chunks=[1,3]",
@@ -558,6 +564,7 @@ def test_zero_3_where_runs_end_at_pipeline_ranks(more: str) -> None:
         ("torch_autocast", "train.dtype"),
         ("data_types.param_dtype", "train.dtype"),
         ("pipeline", "parallel.pipeline"),
+        ("activation_checkpointing", "train.activation_checkpointing"),
         ("checkpoint", "checkpoint.every"),
         ("managed_gradient_accumulation", "set by itself"),
         ("zero_optimization.compute_grad_norm", "gradient norm"),
@@ -882,6 +889,7 @@ def test_differences() -> None:
         ("data.tokenizer=moved", Effect.CONTENT),
         ("data.train={other: a.txt}", Effect.REFUSED),
         ("data.bos=never", Effect.NOTHING),
+        ("train.activation_checkpointing=blocks", Effect.NOTHING),
         ("data.loss_on=all", Effect.REFUSED),
     ],
 )

@@ -131,6 +131,8 @@ def _lone(config: Config) -> Iterator[str | ConfigError]:
 
 def _model(config: Config) -> Iterator[str | ConfigError]:
     model, at = config.model, config.at
+    if model.attention.startswith("flash") and config.train.dtype != "bf16":
+        yield f"{at('model.attention')} with {at('train.dtype')}: its kernels compute in bf16; give that, or sdpa"
     if model.pretrained is not None:  # its sizes are in its own configuration
         return
     if model.family not in FAMILIES:
@@ -361,6 +363,11 @@ def _fitted(config: Config) -> Iterator[str | ConfigError]:
         yield (
             f"{at('head.kind')} without model.pretrained: such a head is fitted to a model that has been trained; give "
             "its folder as model.pretrained, or another head.kind"
+        )
+    if config.model.attention.startswith("flash"):
+        yield (
+            f"{at('model.attention')} with {at('head.kind')}: heads are fitted in fp32, and its kernels compute in "
+            "bf16; give sdpa"
         )
     for key in ("init", "ema_decay"):
         if getattr(head, key) is not None:

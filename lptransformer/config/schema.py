@@ -40,6 +40,9 @@ from lptransformer.section import (
 # Where a value came from, beside files.
 COMMAND_LINE, BY_PROGRAM, BY_DEFAULT = "on the command line", "given to initialize", "by default"
 # Code that needs the number takes it from config/checks.micro_batch_size.
+Attention = Literal[
+    "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"
+]
 BatchSize = Annotated[Count | Literal["auto"], "a whole number, 1 or more, or auto"]
 MaybeSteps = Annotated[Count | None, "a whole number, 1 or more"]
 MaybeEpochs = Annotated[Annotated[float, Field(gt=0)] | None, "a number above 0, or null"]
@@ -106,6 +109,11 @@ class ModelSection(Section):
         default="separate",
         description="a pretrained model whose embedding and readout are one matrix: separate (two, trained apart) or "
         "keep (one; one stage must hold both)",
+    )
+    attention: Attention = Field(
+        default="auto",
+        description="how attention is computed: auto (the library's choice), or one of its names; all but eager and "
+        "sdpa need a GPU",
     )
     hidden_size: Count = Field(default=256, description="width of the hidden states")
     num_layers: Count = Field(default=4, description="number of blocks")
@@ -380,6 +388,7 @@ ALSO_CALLED = {
     **dict.fromkeys(("output_dir", "out_dir"), "run.dir"),
     **dict.fromkeys(("bf16", "fp16", "precision"), "train.dtype"),
     **dict.fromkeys(("gradient_checkpointing", "recompute"), "train.activation_checkpointing"),
+    **dict.fromkeys(("attn_implementation", "attention_implementation"), "model.attention"),
 }
 
 

@@ -187,7 +187,7 @@ def _pieces(
     blueprint: Blueprint, seed: int | None, pretrained: Pretrained | None
 ) -> Callable[[range, bool, bool], Piece]:
     """What gives parts of the model by blocks, embedding and final norm and readout: new ones, or those of a model."""
-    config, parts = blueprint.model_config, blueprint.parts
+    config, parts = hf_config.with_attention(blueprint.model_config, blueprint.attention), blueprint.parts
 
     def piece(blocks: range, embedding: bool, final: bool) -> Piece:
         if pretrained is None:
@@ -211,7 +211,8 @@ def _auxiliary_head(
     `piece` gives parts of the model (blocks, embedding, final norm and readout). What follows other stages starts as a
     copy of what it follows. Raises OptionError where the options do not fit.
     """
-    config, parts, options = blueprint.model_config, blueprint.parts, blueprint.head
+    config = hf_config.with_attention(blueprint.model_config, blueprint.attention)
+    parts, options = blueprint.parts, blueprint.head
     depth, decay = config.num_hidden_layers, options.ema_decay
     final = cache(lambda: piece(range(0), False, True))
 

@@ -48,7 +48,9 @@ class EmptyStages:
     """
 
     def __init__(self, blueprint: Blueprint, *, alike: bool = False) -> None:
-        self.blueprint, self.alike = blueprint, alike
+        # Others of the library's keep as much as sdpa, and run on GPUs alone.
+        attention = blueprint.attention if blueprint.attention in ("auto", "eager") else "sdpa"
+        self.blueprint, self.alike = replace(blueprint, attention=attention), alike
         self.dtype: torch.dtype = getattr(torch, DTYPES[blueprint.dtype].name)
         self._period = recomputing.period(blueprint.activation_checkpointing)
         self._stages: dict[Hashable, tuple[Stage, StageTensors, StageTensors]] = {}

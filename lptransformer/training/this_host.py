@@ -81,6 +81,11 @@ def check_host(config: Config, processes: int | None = None) -> None:
     """Raises ConfigError where this host cannot run the configuration with so many processes (None: as many as the
     launcher says)."""
     check_devices(config.parallel.channel, config.parallel.data, config.engine, processes or local_processes())
+    if config.model.attention != "auto":
+        from lptransformer.models.hf_config import missing_for_attention  # imports transformers
+
+        if lacking := missing_for_attention(config.model.attention):
+            raise ConfigError(f"{config.at('model.attention')}: {lacking} here; auto, eager and sdpa work everywhere")
     keys = deepspeed_keys.compiled(config.deepspeed)
     if keys and (missing := missing_build_tools()):
         raise ConfigError(

@@ -194,6 +194,13 @@ def _one_stage(config: Config, of_run: Objective) -> Iterator[str]:
 
 def _train(config: Config) -> Iterator[str | ConfigError]:
     train, at = config.train, config.at
+    if train.compile and zero_stage(config) == 3:
+        yield (
+            f"{at('train.compile')} with {at('deepspeed.zero_optimization.stage')}: DeepSpeed gathers weights in hooks "
+            "around every module, which cut a block's graph into pieces. Use ZeRO 2 or less"
+        )
+    if train.compile and config.engine == "deepspeed_pipeline":
+        yield f"{at('train.compile')} with {at('engine')}: not tried with DeepSpeed's own pipeline; give engine=local"
     if train.steps is not None and train.epochs is not None:
         typed = config.is_typed("train.steps") and not config.is_typed("train.epochs")
         keys = ("train.epochs", "train.steps") if typed else ("train.steps", "train.epochs")

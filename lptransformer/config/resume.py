@@ -33,7 +33,9 @@ RULES: dict[str, tuple[Effect, str]] = {
     **dict.fromkeys(("train.learning_rate", "train.lr_scheduler", "train.warmup_steps"), (Effect.ONWARDS, "")),
     **dict.fromkeys(("train.steps", "train.grad_clip"), (Effect.ONWARDS, "")),
     **{f"optimizer.{key}": (Effect.ONWARDS, "") for key in ("beta1", "beta2", "eps", "weight_decay", "momentum")},
-    **dict.fromkeys(("loss.chunk_tokens", "model.attention"), (Effect.ONWARDS, "")),  # the order of sums alone
+    **dict.fromkeys(
+        ("loss.chunk_tokens", "model.attention", "train.compile"), (Effect.ONWARDS, "")
+    ),  # the order of sums
     "engine": (Effect.REFUSED, "what a checkpoint holds"),
     "model": (Effect.REFUSED, "what the weights are"),
     "data": (Effect.REFUSED, "what is trained on and evaluated"),

@@ -252,6 +252,9 @@ class TrainSection(Section):
         description="blocks whose activations are computed again in the backward pass instead of being kept: none, all "
         "(blocks), all but for what products and attention give (selective), or each N-th (every N)",
     )
+    compile: Annotated[bool, "true or false"] = Field(
+        default=False, description="every block goes through torch.compile, at ZeRO 0 to 2; needs a C++ compiler"
+    )
     freeze: Annotated[list[Text], "a list of patterns"] = Field(
         default=[],
         description="weights that do not train: patterns of their Hugging Face names, of auxiliary heads `head.*`",
@@ -388,6 +391,7 @@ ALSO_CALLED = {
     **dict.fromkeys(("output_dir", "out_dir"), "run.dir"),
     **dict.fromkeys(("bf16", "fp16", "precision"), "train.dtype"),
     **dict.fromkeys(("gradient_checkpointing", "recompute"), "train.activation_checkpointing"),
+    "torch_compile": "train.compile",
     **dict.fromkeys(("attn_implementation", "attention_implementation"), "model.attention"),
 }
 

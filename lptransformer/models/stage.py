@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -364,7 +365,9 @@ def _frozen(name: str, blueprint: Blueprint) -> bool:
     return of_model or any(fnmatchcase(name, pattern) for pattern in blueprint.freeze)
 
 
-# ---------------------------------------------------------------------------------------------- what is computed again
+# ------------------------------------------------------------------------ what is computed again, and what is compiled
+
+COMPILER = "inductor"
 
 # What `selective` keeps: products with weights, and attention as one operation. The products of eager attention are as
 # large as T x T, so they are computed again.
@@ -406,6 +409,16 @@ def _contexts() -> tuple[Any, Any]:
     kept = _kept()
     keeping, giving = create_selective_checkpoint_contexts(kept)
     return keeping, _Giving(giving, kept)
+
+
+def compile_blocks(stage: Stage, parts: Anatomy) -> None:
+    """Let every block run through torch.compile, in place. Blocks of one kind share a graph for each shape."""
+    # A pull and the backward pass run one graph backward twice: it must not give its buffers away in the first.
+    functorch_config.donated_buffer = False
+    for blocks in block_lists(stage, parts):
+        for block in blocks.children():
+            if not isinstance(block, Passing):
+                block.compile(dynamic=False, backend=COMPILER)
 
 
 class _Giving(TorchDispatchMode):

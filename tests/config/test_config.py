@@ -281,6 +281,7 @@ WRONG = [
     ("data.long_rows", "cut", "one of truncate, split"),
     ("data.bos", True, "one of auto, always, never"),
     ("data.isolate_documents", "some", "true, false or null"),
+    ("train.compile", "yes please", "true or false"),
     ("model.attention", "owner/kernel", "one of auto, eager, sdpa, flash_attention_2"),
     ("train.activation_checkpointing", "every 0", "none, blocks, selective, or every N (such as every 2)"),
 ]
@@ -400,6 +401,13 @@ CROSS = [
     ("model.num_heads=3", "model.hidden_size = 256 (by default)", "model.num_heads = 3 (on the command line)"),
     ("model.family=llama model.hidden_size=20", "model.hidden_size = 20", "width 5", "even"),
     ("model.family=llama model.num_key_value_heads=3", "model.num_heads = 4", "model.num_key_value_heads = 3"),
+    (
+        "train.compile=true deepspeed.zero_optimization.stage=3",
+        "train.compile = True",
+        "stage = 3",
+        "Use ZeRO 2 or less",
+    ),
+    ("train.compile=true engine=deepspeed_pipeline objective.name=backprop", "train.compile = True", "engine=local"),
     ("model.attention=flash_attention_2", "model.attention = 'flash_attention_2'", "train.dtype = 'fp32'", "in bf16"),
     ("model.num_key_value_heads=2", "model.num_key_value_heads = 2", "model.family = 'gpt2'"),
     ("parallel.data=3", "train.micro_batches_per_update = 4 (by default)", "parallel.data = 3 (on the command line)"),
@@ -893,6 +901,7 @@ def test_differences() -> None:
         ("data.bos=never", Effect.NOTHING),
         ("train.activation_checkpointing=blocks", Effect.NOTHING),
         ("model.attention=eager", Effect.ONWARDS),
+        ("train.compile=true", Effect.ONWARDS),
         ("data.loss_on=all", Effect.REFUSED),
     ],
 )

@@ -93,6 +93,7 @@ def _peak(config: Config, plan: Blueprint, pipeline_rank: int) -> int:
     last = 1 + max(
         plan.copy_lags.values(), default=0
     )  # optimizer state is there from the second update on, copies later
+    gc.collect()  # what went later of an engine before this one would count as less than nothing
     stream = RandomTokens(plan.micro_batch_size, plan.sequence_length, plan.parts.vocab_size)
     with _collectives_of_one():
         world = join(1, 1, config.parallel.timeout_seconds)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from lptransformer.config import deepspeed_keys
 from lptransformer.config.schema import ONLY_WITH, Config
 from lptransformer.errors import ConfigError, NoMeaningError, OptionError
-from lptransformer.methods import objectives
+from lptransformer.methods import objectives, recomputing
 from lptransformer.methods.codecs import CODECS
 from lptransformer.methods.cost import ModelCosts
 from lptransformer.methods.dtypes import DTYPES
@@ -138,6 +138,8 @@ def _lone(config: Config) -> Iterator[str | ConfigError]:
 
 def _model(config: Config) -> Iterator[str | ConfigError]:
     model, at = config.model, config.at
+    if model.attention.startswith("flash") and config.train.dtype != "bf16":
+        yield f"{at('model.attention')} with {at('train.dtype')}: its kernels compute in bf16; give that, or sdpa"
     if model.pretrained is not None:  # its sizes are in its own configuration
         return
     if model.family not in FAMILIES:
@@ -199,6 +201,13 @@ def _one_stage(config: Config, of_run: Objective) -> Iterator[str]:
 
 def _train(config: Config) -> Iterator[str | ConfigError]:
     train, at = config.train, config.at
+    if train.compile and zero_stage(config) == 3:
+        yield (
+            f"{at('train.compile')} with {at('deepspeed.zero_optimization.stage')}: DeepSpeed gathers weights in hooks "
+            "around every module, which cut a block's graph into pieces. Use ZeRO 2 or less"
+        )
+    if train.compile and config.engine == "deepspeed_pipeline":
+        yield f"{at('train.compile')} with {at('engine')}: not tried with DeepSpeed's own pipeline; give engine=local"
     if train.steps is not None and train.epochs is not None:
         typed = config.is_typed("train.steps") and not config.is_typed("train.epochs")
         keys = ("train.epochs", "train.steps") if typed else ("train.steps", "train.epochs")
@@ -289,6 +298,9 @@ def _depth(config: Config, num_layers: int, layers: str) -> Iterator[str | Confi
     if config.engine == "deepspeed_pipeline" and not of_run.is_backprop:
         message = f"{at('engine')} with {at('objective.name')}: it trains by backprop alone: set that"
         yield NoMeaningError(message, ["objective.name"], ["engine"], instead="backprop")
+    again, key = config.train.activation_checkpointing, "train.activation_checkpointing"
+    if again != recomputing.KEPT and not any(recomputing.recomputed(again, block) for block in range(num_layers)):
+        yield f"{at(key)} with {layers}: no block would compute anything again; give a smaller number"
     yield from _border(config, of_run)
     yield from _one_stage(config, of_run)
     if zero_stage(config) == 3:
@@ -377,6 +389,11 @@ def _fitted(config: Config) -> Iterator[str | ConfigError]:
         yield (
             f"{at('head.kind')} without model.pretrained: such a head is fitted to a model that has been trained; give "
             "its folder as model.pretrained, or another head.kind"
+        )
+    if config.model.attention.startswith("flash"):
+        yield (
+            f"{at('model.attention')} with {at('head.kind')}: heads are fitted in fp32, and its kernels compute in "
+            "bf16; give sdpa"
         )
     for key in ("init", "ema_decay"):
         if getattr(head, key) is not None:

@@ -25,6 +25,7 @@ RULES: dict[str, tuple[Effect, str]] = {
     **dict.fromkeys(("run", "checkpoint"), (Effect.NOTHING, "")),
     **dict.fromkeys(("train.eval_every", "train.max_skipped_updates", "train.patience"), (Effect.NOTHING, "")),
     **dict.fromkeys(("parallel.timeout_seconds", "parallel.in_flight", "parallel.channel"), (Effect.NOTHING, "")),
+    "train.activation_checkpointing": (Effect.NOTHING, ""),
     "data.bos": (Effect.NOTHING, ""),  # what it decides is in the token sets
     **dict.fromkeys(("data.cache", "data.tokenizer", "data.format", "data.fields"), (Effect.CONTENT, "")),
     **{f"data.{kind}.*.{key}": (Effect.CONTENT, "") for kind in ("train", "valid") for key in ("files", "format")},
@@ -33,7 +34,8 @@ RULES: dict[str, tuple[Effect, str]] = {
     **dict.fromkeys(("train.min_learning_rate", "train.decay_steps"), (Effect.ONWARDS, "")),
     **dict.fromkeys(("train.steps", "train.grad_clip"), (Effect.ONWARDS, "")),
     **{f"optimizer.{key}": (Effect.ONWARDS, "") for key in ("beta1", "beta2", "eps", "weight_decay", "momentum")},
-    **dict.fromkeys(("loss.chunk_tokens", "train.tf32"), (Effect.ONWARDS, "")),  # rounding alone
+    # rounding alone
+    **dict.fromkeys(("loss.chunk_tokens", "model.attention", "train.compile", "train.tf32"), (Effect.ONWARDS, "")),
     "engine": (Effect.REFUSED, "what a checkpoint holds"),
     "model": (Effect.REFUSED, "what the weights are"),
     "data": (Effect.REFUSED, "what is trained on and evaluated"),

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from lptransformer.config import deepspeed_keys
+from lptransformer.methods import recomputing
 from lptransformer.methods.heads import HEADS, HeadOptions
 from lptransformer.methods.objectives import METHODS, ChunkedOptions, ObjectiveOptions
 from lptransformer.section import (
@@ -39,6 +40,9 @@ from lptransformer.section import (
 # Where a value came from, beside files.
 COMMAND_LINE, BY_PROGRAM, BY_DEFAULT = "on the command line", "given to initialize", "by default"
 # Code that needs the number takes it from config/checks.micro_batch_size.
+Attention = Literal[
+    "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"
+]
 BatchSize = Annotated[Count | Literal["auto"], "a whole number, 1 or more, or auto"]
 MaybeSteps = Annotated[Count | None, "a whole number, 1 or more"]
 MaybeEpochs = Annotated[Annotated[float, Field(gt=0)] | None, "a number above 0, or null"]
@@ -109,6 +113,11 @@ class ModelSection(Section):
         default="separate",
         description="a pretrained model whose embedding and readout are one matrix: separate (two, trained apart) or "
         "keep (one; one stage must hold both)",
+    )
+    attention: Attention = Field(
+        default="auto",
+        description="how attention is computed: auto (the library's choice), or one of its names; all but eager and "
+        "sdpa need a GPU",
     )
     hidden_size: Count = Field(default=256, description="width of the hidden states")
     num_layers: Count = Field(default=4, description="number of blocks")
@@ -257,6 +266,14 @@ class TrainSection(Section):
         default=False,
         description="matrix products and convolutions of fp32 in TF32, on GPUs that have it; no effect on a CPU",
     )
+    activation_checkpointing: Annotated[str, AfterValidator(recomputing.right), recomputing.VALUES] = Field(
+        default="none",
+        description="blocks whose activations are computed again in the backward pass instead of being kept: none, all "
+        "(blocks), all but for what products and attention give (selective), or each N-th (every N)",
+    )
+    compile: Annotated[bool, "true or false"] = Field(
+        default=False, description="every block goes through torch.compile, at ZeRO 0 to 2; needs a C++ compiler"
+    )
     freeze: Annotated[list[Text], "a list of patterns"] = Field(
         default=[],
         description="weights that do not train: patterns of their Hugging Face names, of auxiliary heads `head.*`",
@@ -397,6 +414,9 @@ ALSO_CALLED = {
     **dict.fromkeys(("model_name_or_path", "checkpoint_path"), "model.pretrained"),
     **dict.fromkeys(("output_dir", "out_dir"), "run.dir"),
     **dict.fromkeys(("bf16", "fp16", "precision"), "train.dtype"),
+    **dict.fromkeys(("gradient_checkpointing", "recompute"), "train.activation_checkpointing"),
+    "torch_compile": "train.compile",
+    **dict.fromkeys(("attn_implementation", "attention_implementation"), "model.attention"),
 }
 
 

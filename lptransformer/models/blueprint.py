@@ -65,7 +65,9 @@ class Blueprint:
     next one. Sizes: windows in a micro-batch, tokens in a window, micro-batches in an update (over all replicas). With
     `tied` embedding and readout are one matrix in training; weights that a pattern of `freeze` names do not train.
     `steps` is 0 where the updates of `train.epochs` are not counted yet.
-    Where there are `adapters` they train in place of the model's own weights.
+    Where there are `adapters` they train in place of the model's own weights. `activation_checkpointing` says which
+    blocks compute their activations again in the backward pass (methods/recomputing.py), `attention` how a run that is
+    to be started computes it: who reads a run takes the library's choice.
     """
 
     model_config: Any
@@ -91,6 +93,8 @@ class Blueprint:
     tied: bool = False
     freeze: tuple[str, ...] = ()
     adapters: Adapters | None = None
+    activation_checkpointing: str = "none"
+    attention: str = "auto"
 
     @property
     def label_tokens(self) -> int:
@@ -148,7 +152,11 @@ def make_blueprint(config: Config, vocab_size: int | None, end_of_text_id: int |
             max_position_embeddings=model.max_position_embeddings or config.data.sequence_length,
             end_of_text_id=end_of_text_id,
         )
-    return of_model(config, model_config)
+    try:
+        hf_config.check_attention(model_config, model.attention)
+    except OptionError as error:
+        raise ConfigError(f"{config.at(error.key)}: {error.problem}") from None
+    return replace(of_model(config, model_config), attention=model.attention)
 
 
 def embedded(config: Config) -> int | None:
@@ -248,6 +256,7 @@ def _laid_out(
         tied=tied,
         freeze=tuple(train.freeze),
         adapters=found,
+        activation_checkpointing=train.activation_checkpointing,
     )
 
 

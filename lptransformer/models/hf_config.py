@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import utils as transformers_utils
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from lptransformer import hub
-from lptransformer.errors import ModelError
+from lptransformer.errors import ModelError, OptionError
+
+_FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
 def _gpt2(sizes: dict[str, Any]) -> GPT2Config:
@@ -149,6 +152,40 @@ def for_training(config: Any) -> Any:
             setattr(config, name, 0.0)
     config.use_cache = False
     return config
+
+
+def with_attention(config: Any, name: str) -> Any:
+    """A configuration whose models compute attention so; `auto` leaves it to the library, and to the configuration."""
+    if name == "auto":
+        return config
+    config = copy.deepcopy(config)
+    config._attn_implementation = name
+    return config
+
+
+def check_attention(config: Any, name: str) -> None:
+    """Raises OptionError where the family cannot compute attention so.
+
+    The library is not asked to try: for some families, or for a missing package, it would fetch a kernel of the hub.
+    """
+    of_class: Any = model_class(config)
+    flash = [one for one in _FLASH if of_class._supports_flash_attn]
+    if (own := getattr(of_class, "_compatible_flash_implementations", None)) is not None:
+        flash = [one for one in flash if one in own]
+    names = ["auto", "eager", *(["sdpa"] if of_class._supports_sdpa else []), *flash]
+    names += ["flex_attention"] if of_class._supports_flex_attn else []
+    if name not in names:
+        raise OptionError("model.attention", name, f"{of_class.__name__} has {', '.join(names)}")
+
+
+def missing_for_attention(name: str) -> str:
+    """What this host lacks to compute attention so; empty for nothing."""
+    if name not in (*_FLASH, "flex_attention"):
+        return ""
+    there = getattr(transformers_utils, f"is_flash_attn_{name[-1]}_available", lambda: False)
+    if name in _FLASH and not there():
+        return "its package, or the version that transformers needs, does not import"
+    return "" if torch.cuda.is_available() else "there is no GPU"
 
 
 def check_no_noise(config: Any) -> None:

@@ -214,7 +214,7 @@ def strip(model: PreTrainedModel, parts: Anatomy, blocks: range, embedding: bool
     assert isinstance(block_list, nn.ModuleList)
     for index in range(len(block_list)):
         if index not in blocks:
-            block_list[index] = _Passing(parts.tuples)
+            block_list[index] = Passing(parts.tuples)
     if not embedding:
         drop_embedding(model, parts)
     if not final:
@@ -238,7 +238,7 @@ class _Zero(nn.Module):
         return torch.zeros(())  # a scalar takes the dtype and device of what it is added to
 
 
-class _Passing(nn.Module):
+class Passing(nn.Module):
     """Stands for a block of another stage: hands the hidden states on, whatever else blocks are called with."""
 
     def __init__(self, tuples: bool) -> None:

@@ -16,11 +16,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lptransformer.errors import OptionError, RunError
 from lptransformer.methods.cost import TrainedWeights
 from lptransformer.methods.gradient_flow import Duty
 from lptransformer.methods.heads import HEADS, blocks_like
+from lptransformer.methods.recomputing import SELECTIVE, recomputed
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models import adapters, hf_config
 from lptransformer.models.head import (
@@ -38,7 +43,7 @@ from lptransformer.models.head import (
     make_read_only,
     placed,
 )
-from lptransformer.models.hf_parts import Anatomy
+from lptransformer.models.hf_parts import Anatomy, Passing
 from lptransformer.models.router_loss import RouterLoss
 from lptransformer.models.split import Piece, copied_piece, load_piece, new_head, new_head_blocks, new_piece
 
@@ -185,7 +190,7 @@ def _pieces(
     blueprint: Blueprint, seed: int | None, pretrained: Pretrained | None
 ) -> Callable[[range, bool, bool], Piece]:
     """What gives parts of the model by blocks, embedding and final norm and readout: new ones, or those of a model."""
-    config, parts = blueprint.model_config, blueprint.parts
+    config, parts = hf_config.with_attention(blueprint.model_config, blueprint.attention), blueprint.parts
 
     def piece(blocks: range, embedding: bool, final: bool) -> Piece:
         if pretrained is None:
@@ -209,7 +214,8 @@ def _auxiliary_head(
     `piece` gives parts of the model (blocks, embedding, final norm and readout). What follows other stages starts as a
     copy of what it follows. Raises OptionError where the options do not fit.
     """
-    config, parts, options = blueprint.model_config, blueprint.parts, blueprint.head
+    config = hf_config.with_attention(blueprint.model_config, blueprint.attention)
+    parts, options = blueprint.parts, blueprint.head
     depth, decay = config.num_hidden_layers, options.ema_decay
     final = cache(lambda: piece(range(0), False, True))
 
@@ -280,7 +286,7 @@ def load_stage(plan: StagePlan, blueprint: Blueprint, weights: Mapping[str, Tens
 
 def for_training(stage: Stage, blueprint: Blueprint) -> Stage:
     """The stage with what the run makes of it: one matrix for embedding and readout (`model.tie`), adapters (`lora`),
-    and frozen weights without a gradient."""
+    frozen weights without a gradient, and blocks that compute their activations again."""
     parts, plan = blueprint.parts, stage.plan
     if blueprint.tied:
         assert stage.head is not None and plan.is_first and plan.is_last, "config/checks refuses it"
@@ -294,7 +300,15 @@ def for_training(stage: Stage, blueprint: Blueprint) -> Stage:
         whole_name = parts.whole_name(adapters.saved_name(name), plan.is_last)
         if not plan.trained or _frozen(whole_name, blueprint):
             weight.requires_grad_(False)
+    for of_blocks in block_lists(stage, parts):
+        _recompute(of_blocks, blueprint.activation_checkpointing)
     return stage
+
+
+def block_lists(stage: Stage, parts: Anatomy) -> list[nn.Module]:
+    """The model's list of blocks in the stage's body and in its head's extra blocks; of others nothing is in there."""
+    bodies = [stage.body, *([stage.head.blocks] if stage.head is not None and stage.head.blocks is not None else [])]
+    return [body.get_submodule(parts.blocks_in_base) for body in bodies]
 
 
 def trained_weights(blueprint: Blueprint) -> TrainedWeights:
@@ -351,3 +365,96 @@ def _frozen(name: str, blueprint: Blueprint) -> bool:
     """Whether a weight of this name in the Hugging Face model, or in an auxiliary head, is frozen."""
     of_model = blueprint.adapters is not None and ".lora_" not in name and not name.startswith("head.")
     return of_model or any(fnmatchcase(name, pattern) for pattern in blueprint.freeze)
+
+
+# ------------------------------------------------------------------------ what is computed again, and what is compiled
+
+COMPILER = "inductor"
+
+# What `selective` keeps: products with weights, and attention as one operation. The products of eager attention are as
+# large as T x T, so they are computed again.
+_KEPT = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+)
+
+
+def _recompute(blocks: nn.Module, how: str) -> None:
+    """Let those of a list of blocks that `train.activation_checkpointing` means compute their activations again.
+
+    Their `forward` is replaced in place, so names of weights, hooks and types stay, and whatever calls it (a family,
+    DeepSpeed) need not know. It is torch's own checkpoint without reentrance: a graph is there after the forward pass,
+    and gradients can be taken from it more than once, as pulls do.
+    """
+    for index, block in enumerate(blocks.children()):
+        if recomputed(how, index) and not isinstance(block, Passing):
+            block.forward = partial(_again, block.forward, how == SELECTIVE)
+
+
+def _again(forward: Callable[..., Any], selective: bool, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # There are no random numbers in training (models/hf_config.for_training).
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if selective:
+        options["context_fn"] = _contexts
+    return checkpoint(forward, *args, **options, **kwargs)
+
+
+def _contexts() -> tuple[Any, Any]:
+    kept = _kept()
+    keeping, giving = create_selective_checkpoint_contexts(kept)
+    return keeping, _Giving(giving, kept)
+
+
+def compile_blocks(stage: Stage, parts: Anatomy) -> None:
+    """Let every block run through torch.compile, in place. Blocks of one kind share a graph for each shape."""
+    # A pull and the backward pass run one graph backward twice: it must not give its buffers away in the first.
+    functorch_config.donated_buffer = False
+    for blocks in block_lists(stage, parts):
+        for block in blocks.children():
+            if not isinstance(block, Passing):
+                block.compile(dynamic=False, backend=COMPILER)
+
+
+class _Giving(TorchDispatchMode):
+    """Torch's context, for any number of backward passes.
+
+    It takes out what it gives, so it gets a copy of its table for each. And it gives the very tensors that it keeps, on
+    which autograd would hang all that was computed again: blocks get other tensors of the same memory.
+    """
+
+    def __init__(self, giving: Any, kept: list[Any]) -> None:
+        super().__init__()
+        self._giving, self._kept = giving, kept
+
+    def __enter__(self) -> Any:
+        self._now = copy.copy(self._giving)
+        self._now.storage = {key: copy.copy(entries) for key, entries in self._giving.storage.items()}
+        self._now.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._now.__exit__(*exception)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return tree_map_only(Tensor, Tensor.detach, out) if func in self._kept else out
+
+
+def _kept() -> list[Any]:
+    """Those of the operations that are there: of a package of its own only where that was imported."""
+    found = []
+    for name in _KEPT:
+        namespace, _, operation = name.partition("::")
+        packet = getattr(getattr(torch.ops, namespace), operation, None)
+        if packet is not None:
+            found.append(packet.default)
+    return found

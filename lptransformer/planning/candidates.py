@@ -1,8 +1,8 @@
 """Ways to train something on a cluster: every method on every split, and of each the fastest that fits. No torch.
 
-Our methods keep all activations. Backprop is what other programs do: 1F1B replayed as this program runs it, or data
-parallel training; both may recompute some activations to fit, sum gradients beside the last backward pass, and have
-messages that wait for no receiver.
+Our methods compute again what the configuration says (`train.activation_checkpointing`). Backprop is what other
+programs do: 1F1B replayed as this program runs it, or data parallel training; both may recompute some activations to
+fit, sum gradients beside the last backward pass, and have messages that wait for no receiver.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from lptransformer.config.checks import micro_batch_size, product_dtype
 from lptransformer.config.epochs import steps
 from lptransformer.config.schema import Config
 from lptransformer.errors import ConfigError, UserError
+from lptransformer.methods import recomputing
 from lptransformer.methods.codecs import CODECS
 from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.heads import label
@@ -182,7 +183,8 @@ def _work(config: Config, blueprint: Blueprint) -> Work:
     from lptransformer.planning.stage_memory import EmptyStages
 
     empty, parts, dtype = EmptyStages(blueprint, alike=True), blueprint.parts, DTYPES[blueprint.dtype]
-    kept = empty.of_others(blueprint.micro_batch_size)
+    whole = EmptyStages(replace(blueprint, activation_checkpointing=recomputing.KEPT))
+    kept = whole.of_others(blueprint.micro_batch_size)
     states = precision(blueprint.dtype, config.optimizer, config.deepspeed)
     rows = min(blueprint.chunk_tokens, blueprint.micro_batch_size * blueprint.sequence_length)
     return Work(
@@ -202,6 +204,8 @@ def _work(config: Config, blueprint: Blueprint) -> Work:
         update_bytes=states.update_bytes,
         empty=empty,
         in_flight=blueprint.in_flight,
+        head=blueprint.head,
+        activation_checkpointing=blueprint.activation_checkpointing,
         channel=load_devices().links[HOST_MEMORY],
     )
 

@@ -22,7 +22,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lptransformer.methods import cost
+from lptransformer.methods import cost, recomputing
 from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.gradient_flow import Duty, copy_lags, duties
 from lptransformer.methods.heads import blocks_like, followed
@@ -36,19 +36,23 @@ from lptransformer.planning import rank_memory
 from lptransformer.planning.rank_memory import ActivationBytes, PassBytes, Precision, RankMemory, StageTensors
 
 MOST_CHUNKS = 64  # of the loss that are counted one by one
-COUNTED = 3  # blocks: the first and the last that a pass comes to are not like the others
+ENDS = 2  # blocks: the first and the last that a pass comes to are not like the others
 
 
 class EmptyStages:
     """The stages of a model on the meta device, each counted once.
 
     With `alike` blocks count as equal: of a longer stage the last three are counted, and what the one in the middle
-    adds is added again for the others. That is how a large model is planned for many splits.
+    adds is added again for the others. Where every N-th block computes its activations again, N stand in the middle.
+    That is how a large model is planned for many splits.
     """
 
     def __init__(self, blueprint: Blueprint, *, alike: bool = False) -> None:
-        self.blueprint, self.alike = blueprint, alike
+        # Others of the library's keep as much as sdpa, and run on GPUs alone.
+        attention = blueprint.attention if blueprint.attention in ("auto", "eager") else "sdpa"
+        self.blueprint, self.alike = replace(blueprint, attention=attention), alike
         self.dtype: torch.dtype = getattr(torch, DTYPES[blueprint.dtype].name)
+        self._period = recomputing.period(blueprint.activation_checkpointing)
         self._stages: dict[Hashable, tuple[Stage, StageTensors, StageTensors]] = {}
         self._counts: dict[Hashable, _Count] = {}
 
@@ -104,7 +108,7 @@ class EmptyStages:
         key = self._kind(stage), micro_batch_size, work
         if key not in self._counts:
             self._counts[key] = self._count(self._empty(stage)[0], duty, micro_batch_size)
-        return self._counts[key].passes(self._more(stage))
+        return self._counts[key].passes(self._more(stage) // self._period)
 
     def of_others(self, micro_batch_size: int) -> ActivationBytes:
         """What programs of others keep, by block and head: from the last blocks, with the model's own head and without.
@@ -112,6 +116,7 @@ class EmptyStages:
         Of the readout's gradient, which the loss keeps too, no more is said than how large a weight of it is.
         """
         last, size = self.blueprint.objective.num_blocks - 1, self.dtype.itemsize
+        assert self.blueprint.activation_checkpointing == recomputing.KEPT
         with_head = StagePlan(0, last, last, 0, has_head=True, is_first=False, is_last=True, trained=True)
         without = replace(with_head, has_head=False, is_last=False)
         whole = self.passes(with_head, Duty(1.0, None, (), (), 0), micro_batch_size)
@@ -129,20 +134,23 @@ class EmptyStages:
 
     def _more(self, stage: StagePlan) -> int:
         """Blocks beside those that are counted."""
-        return max(0, stage.num_blocks - COUNTED) if self.alike else 0
+        periods = max(0, (stage.num_blocks - ENDS) // self._period - 1)
+        return periods * self._period if self.alike else 0
 
     def _kind(self, stage: StagePlan) -> Hashable:
         if not self.alike:
             return stage
         head, of = self.blueprint.head, self.blueprint.costs.trained
-        counted = of and (
-            of.blocks[stage.first_block : stage.last_block + 1][-COUNTED:],
-            of.auxiliary.get(stage.last_block),
-        )
+        first = stage.first_block + self._more(stage)
+        counted = of and (of.blocks[first : stage.last_block + 1], of.auxiliary.get(stage.last_block))
         # A fitted head has no more blocks than are above it.
-        of_head = len(blocks_like(head, stage.last_block, self.blueprint.objective.num_blocks)) * stage.has_head
-        ends = stage.is_first, stage.is_last, stage.has_head, stage.trained
-        return min(stage.num_blocks, COUNTED), *ends, of_head, counted
+        of_head = blocks_like(head, stage.last_block, self.blueprint.objective.num_blocks) if stage.has_head else ()
+        how = self.blueprint.activation_checkpointing
+        again = tuple(
+            tuple(recomputing.recomputed(how, block) for block in blocks)
+            for blocks in (range(first, stage.last_block + 1), of_head)
+        )
+        return stage.is_first, stage.is_last, stage.has_head, stage.trained, again, counted
 
     def _empty(self, stage: StagePlan) -> tuple[Stage, StageTensors, StageTensors]:
         """A stage without memory; what it is made of, and what its last block is."""
@@ -178,7 +186,7 @@ class EmptyStages:
             hf_parts.known_documents(None),
             _few_chunks(),
             _Alive() as alive,
-            alive.marked(self._blocks(stage)),
+            alive.marked(self._blocks(stage), self._period),
         ):
             _give_tensors(stage, self.dtype)
             labels = torch.zeros(shape, dtype=torch.int64)
@@ -226,20 +234,23 @@ class EmptyStages:
 
 @dataclass(frozen=True)
 class _Peak:
-    """The peak of a pass, by its parts, with a border at every block; `grows` is what the last but one adds.
+    """The peak of a pass, by its parts, with a border at every block; `grows` is what the last `period` of blocks adds,
+    backward but for the one that a pass comes to last.
 
     Behind a block more can be alive than what stays; then it is so behind all but the first one.
     """
 
     parts: tuple[int, ...]
     grows: int
+    period: int = 1
 
     def of(self, more: int) -> int:
-        """With `more` blocks behind that one."""
-        if len(self.parts) <= COUNTED:  # the pass comes to no blocks, or to few
+        """With `more` periods behind that one."""
+        if len(self.parts) <= ENDS + self.period:  # the pass comes to no blocks, or to few
             return max(self.parts)
-        *before, block, rest = self.parts
-        return max(*before, block + max(0, more * self.grows), rest + more * self.grows)
+        before, repeated, rest = self.parts[: -self.period - 1], self.parts[-self.period - 1 : -1], self.parts[-1]
+        more_bytes = more * self.grows
+        return max(*before, *(part + max(0, more_bytes) for part in repeated), rest + more_bytes)
 
 
 @dataclass(frozen=True)
@@ -308,6 +319,7 @@ class _Alive(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self._peak = self._start = 0
+        self._period = 1
         self._marks: list[tuple[int, int]] = []  # alive then, and the peak since the mark before
         self._storages: dict[int, Any] = {}
 
@@ -320,11 +332,14 @@ class _Alive(TorchDispatchMode):
     def end(self) -> _Peak:
         """What the pass came to, beyond what was alive before it."""
         peaks = tuple(peak - self._start for peak in (*(peak for _, peak in self._marks), self._peak))
-        return _Peak(peaks, self._marks[-1][0] - self._marks[-2][0] if len(self._marks) > 1 else 0)
+        before = self._marks[-1 - self._period : -self._period]
+        return _Peak(peaks, self._marks[-1][0] - before[0][0] if before else 0, self._period)
 
     @contextmanager
-    def marked(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
-        """Passes in here are counted in parts: a mark behind every block, forward and backward."""
+    def marked(self, blocks: Sequence[nn.Module], period: int) -> Iterator[None]:
+        """Passes in here are counted in parts: a mark behind every block, forward and backward. What they do repeats
+        after a `period` of blocks."""
+        self._period = period
 
         def mark(*_: Any) -> None:
             self._marks.append((self.now, self._peak))

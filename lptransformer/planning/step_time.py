@@ -7,11 +7,13 @@ time; a step of the optimizer takes what it reads and writes over the memory's b
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from lptransformer.methods import recomputing
 from lptransformer.methods.cost import ModelCosts
 from lptransformer.methods.gradient_flow import crossing, flows
+from lptransformer.methods.heads import HeadOptions, blocks_like
 from lptransformer.methods.objectives import Objective
 from lptransformer.methods.stages import StagePlan, trained_of, weights_of
 from lptransformer.planning.devices import Cluster, Link
@@ -28,7 +30,8 @@ class Work:
 
     `micro_batches` are those of an update over all replicas. `activations` are of a micro-batch of `micro_batch_size`
     windows; `logit_bytes` of one row of logits; `token_bytes` of one token's hidden states in a message that may be
-    encoded (border.codec); `update_bytes` what the optimizer reads and writes per weight. `channel` limits what a
+    encoded (border.codec); `update_bytes` what the optimizer reads and writes per weight. Of this program's methods:
+    the options of the auxiliary `head`, and which blocks compute their activations again. `channel` limits what a
     border has, where it is slower than the link. `empty` are the model's stages on any split; without them
     nothing is said of memory.
     """
@@ -48,6 +51,8 @@ class Work:
     states: Precision
     update_bytes: float
     in_flight: int = 2
+    head: HeadOptions = field(default_factory=HeadOptions)
+    activation_checkpointing: str = recomputing.KEPT
     channel: Link | None = None
     empty: EmptyStages | None = None
 
@@ -85,22 +90,33 @@ def stage_seconds(
     """Of every stage what its actions take, and the seconds of an update in which it waits for its replicas.
 
     Gradients are summed over the replicas before the update; ZeRO 2 scatters them after every backward pass; ZeRO 3
-    gathers weights and scatters gradients in every micro-batch, beside the compute. Programs of others (not `ours`) sum
-    beside the last backward pass, take the gradients of the loss in the backward pass, and may recompute the
-    activations of a share of the blocks (`recompute`), one more forward pass of these.
+    gathers weights and scatters gradients in every micro-batch, beside the compute. A block that computes its
+    activations again does so in every backward pass and in every pull; in a head's extra blocks it counts with the
+    head. Programs of others (not `ours`) sum beside the last backward pass, take the gradients of the loss in the
+    backward pass, and may recompute the activations of a share of the blocks (`recompute`), one more forward pass of
+    these.
     """
+
+    def again(blocks: Iterable[int]) -> float:
+        """Seconds in which blocks run forward once more."""
+        passes = ours * sum(recomputing.forwards_again(work.activation_checkpointing, block) for block in blocks)
+        return device.compute_seconds(work.micro_batch_tokens * passes * costs.block_flops, work.dtype)
+
     costs, device, rounds = work.costs, cluster.device, work.micro_batches // data
     found, waits = [], []
     for stage in stages:
-        pull = device.compute_seconds(work.micro_batch_tokens * stage.num_blocks * costs.block_flops, work.dtype)
+        body = device.compute_seconds(work.micro_batch_tokens * stage.num_blocks * costs.block_flops, work.dtype)
+        own_again = again(range(stage.first_block, stage.last_block + 1))
         head_flops = costs.after(stage.last_block).head_training_flops(stage.is_last)
         head = device.compute_seconds(work.micro_batch_tokens * head_flops, work.dtype)
+        if stage.has_head and not stage.is_last:
+            head += again(blocks_like(work.head, stage.last_block, work.num_blocks))
         head *= stage.has_head
-        forward = pull + (head if ours else head / 3)
+        forward = body + (head if ours else head / 3)
         below = any(other.trained for other in stages[: stage.index])
         flops = costs.backward_flops(stage.first_block, stage.last_block, below)
         backward = device.compute_seconds(work.micro_batch_tokens * flops, work.dtype)
-        backward += recompute * pull + (0.0 if ours else head * 2 / 3)
+        backward += own_again + recompute * body + (0.0 if ours else head * 2 / 3)
         trained, pieces = trained_of(stage, costs), stage.num_blocks
         weights, gradients = weights_of(stage, costs)[0] * work.states.weights, trained * work.states.gradients
         in_forward = in_backward = in_update = 0.0
@@ -118,7 +134,7 @@ def stage_seconds(
             in_update = cluster.ring_seconds(gradients, data)
         step = device.update_seconds(trained / data if zero_stage > 0 else trained, work.update_bytes)
         update = (step + in_update) * stage.trained
-        found.append(StageSeconds(forward + in_forward, backward + in_backward, pull, update))
+        found.append(StageSeconds(forward + in_forward, backward + in_backward, body + own_again, update))
         waits.append(rounds * in_forward + stage.trained * (rounds * in_backward + in_update))
     return found, waits
 

@@ -42,7 +42,7 @@ from lptransformer.models import family_check
 from lptransformer.models.adapters import saved_name
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.hf_config import described
-from lptransformer.models.stage import Stage, for_training, make_stage
+from lptransformer.models.stage import Stage, compile_blocks, for_training, make_stage
 from lptransformer.processes import launched_size, use_fair_share_of_cores
 from lptransformer.run_folder import layout
 from lptransformer.run_folder.saved_stage import SavedStep
@@ -342,7 +342,10 @@ def build_engine(
 
     def make(plan: StagePlan) -> Stage:
         """On the CPU: DeepSpeed casts a stage, and then moves it."""
-        return for_training(make_stage(plan, blueprint, seed=train.seed, pretrained=pretrained), blueprint)
+        stage = for_training(make_stage(plan, blueprint, seed=train.seed, pretrained=pretrained), blueprint)
+        if train.compile:
+            compile_blocks(stage, blueprint.parts)
+        return stage
 
     def with_optimizer(stage: Stage) -> Built:
         steps_made = None

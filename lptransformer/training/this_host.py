@@ -81,6 +81,16 @@ def check_host(config: Config, processes: int | None = None) -> None:
     """Raises ConfigError where this host cannot run the configuration with so many processes (None: as many as the
     launcher says)."""
     check_devices(config.parallel.channel, config.parallel.data, config.engine, processes or local_processes())
+    if config.model.attention != "auto":
+        from lptransformer.models.hf_config import missing_for_attention  # imports transformers
+
+        if lacking := missing_for_attention(config.model.attention):
+            raise ConfigError(f"{config.at('model.attention')}: {lacking} here; auto, eager and sdpa work everywhere")
+    if config.train.compile and (absent := missing_build_tools(with_ninja=False)):
+        raise ConfigError(
+            f"{config.at('train.compile')}: torch.compile builds kernels, and {' and '.join(absent)} not found here: "
+            "install that, or give false"
+        )
     keys = deepspeed_keys.compiled(config.deepspeed)
     if keys and (missing := missing_build_tools()):
         raise ConfigError(
@@ -112,11 +122,11 @@ def check_devices(channel: str, replicas: int, engine: str, local: int) -> None:
         )
 
 
-def missing_build_tools() -> list[str]:
-    """What DeepSpeed needs to build its operators and does not find here."""
+def missing_build_tools(with_ninja: bool = True) -> list[str]:
+    """What DeepSpeed needs to build its operators and does not find here; torch.compile needs no ninja."""
     compilers = [name for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name]
     missing = [] if any(map(shutil.which, compilers)) else ["a C++ compiler (g++, c++ or clang++)"]
-    if not shutil.which("ninja"):
+    if with_ninja and not shutil.which("ninja"):
         missing.append("ninja (with `source .venv/bin/activate` it is on the PATH)")
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         missing.append(f"Python.h ({sysconfig.get_path('include')}; python3-dev of the system)")

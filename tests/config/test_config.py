@@ -284,6 +284,9 @@ WRONG = [
     ("data.long_rows", "cut", "one of truncate, split"),
     ("data.bos", True, "one of auto, always, never"),
     ("data.isolate_documents", "some", "true, false or null"),
+    ("train.compile", "yes please", "true or false"),
+    ("model.attention", "owner/kernel", "one of auto, eager, sdpa, flash_attention_2"),
+    ("train.activation_checkpointing", "every 0", "none, blocks, selective, or every N (such as every 2)"),
 ]
 
 
@@ -402,6 +405,14 @@ CROSS = [
     ("model.num_heads=3", "model.hidden_size = 256 (by default)", "model.num_heads = 3 (on the command line)"),
     ("model.family=llama model.hidden_size=20", "model.hidden_size = 20", "width 5", "even"),
     ("model.family=llama model.num_key_value_heads=3", "model.num_heads = 4", "model.num_key_value_heads = 3"),
+    (
+        "train.compile=true deepspeed.zero_optimization.stage=3",
+        "train.compile = True",
+        "stage = 3",
+        "Use ZeRO 2 or less",
+    ),
+    ("train.compile=true engine=deepspeed_pipeline objective.name=backprop", "train.compile = True", "engine=local"),
+    ("model.attention=flash_attention_2", "model.attention = 'flash_attention_2'", "train.dtype = 'fp32'", "in bf16"),
     ("model.num_key_value_heads=2", "model.num_key_value_heads = 2", "model.family = 'gpt2'"),
     ("parallel.data=3", "train.micro_batches_per_update = 4 (by default)", "parallel.data = 3 (on the command line)"),
     ("model.max_position_embeddings=128", "data.sequence_length = 256", "model.max_position_embeddings = 128"),
@@ -450,6 +461,11 @@ CROSS = [
 @pytest.mark.parametrize(("overrides", "parts"), [(row[0], row[1:]) for row in CROSS])
 def test_keys_that_contradict(overrides: str, parts: tuple[str, ...]) -> None:
     says(message(DATA, *overrides.split()), *parts)
+
+
+def test_recomputing_that_comes_to_no_block() -> None:
+    says(message(DATA, "train.activation_checkpointing=every 5"), "'every 5' (on the command line)", "num_layers = 4")
+    assert load(DATA, ["train.activation_checkpointing=every 4"]).train.activation_checkpointing == "every 4"
 
 
 ALLOWED = [
@@ -573,6 +589,7 @@ def test_zero_3_where_runs_end_at_pipeline_ranks(more: str) -> None:
         ("torch_autocast", "train.dtype"),
         ("data_types.param_dtype", "train.dtype"),
         ("pipeline", "parallel.pipeline"),
+        ("activation_checkpointing", "train.activation_checkpointing"),
         ("checkpoint", "checkpoint.every"),
         ("managed_gradient_accumulation", "set by itself"),
         ("zero_optimization.compute_grad_norm", "gradient norm"),
@@ -900,6 +917,9 @@ def test_differences() -> None:
         ("data.tokenizer=moved", Effect.CONTENT),
         ("data.train={other: a.txt}", Effect.REFUSED),
         ("data.bos=never", Effect.NOTHING),
+        ("train.activation_checkpointing=blocks", Effect.NOTHING),
+        ("model.attention=eager", Effect.ONWARDS),
+        ("train.compile=true", Effect.ONWARDS),
         ("data.loss_on=all", Effect.REFUSED),
     ],
 )

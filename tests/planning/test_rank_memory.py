@@ -49,8 +49,10 @@ EXACT = {
     "gpt2, chunked, 2 ranks": ("model.family=gpt2", "parallel.pipeline=2"),
     "gpt2, backprop, 4 ranks": ("model.family=gpt2", "objective.name=backprop", "parallel.pipeline=4"),
     "llama, frozen": FROZEN,
+    "llama, recomputed": ("model.num_layers=6", "train.activation_checkpointing=blocks"),
     "llama, one micro-batch": ("objective.chunks=4", "train.micro_batches_per_update=1"),
 }
+SELECTIVE = ("objective.chunks=4", "train.activation_checkpointing=selective")
 ZERO = "deepspeed.zero_optimization"
 EXACT_TOO = {
     "overlapping": ("objective.name=overlapping", "objective.chunks=4", "parallel.pipeline=2"),
@@ -65,6 +67,9 @@ EXACT_TOO = {
         f"frozen, ZeRO {stage}": (*FROZEN, f"{ZERO}.stage={stage}", f"{ZERO}.reduce_bucket_size=20000")
         for stage in (1, 2, 3)
     },
+    "recomputed, overlapping": ("objective.name=overlapping", "parallel.pipeline=2", *SELECTIVE),
+    "recomputed, delayed": ("objective.name=delayed", "parallel.pipeline=2", "train.activation_checkpointing=every 2"),
+    "recomputed, ZeRO 3": ("head.blocks=1", f"{ZERO}.stage=3", "train.activation_checkpointing=blocks"),
     "frozen, gradients through": (*UPPER_FROZEN, "parallel.pipeline=2"),
     **{
         f"{dtype}, ZeRO {stage}": (f"train.dtype={dtype}", f"{ZERO}.stage={stage}", f"{ZERO}.reduce_bucket_size=20000")
@@ -109,8 +114,8 @@ def test_predicted_bytes_of_fitted_heads_are_those_of_the_engine(blocks: int) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("case", EXACT_TOO)
 def test_predicted_bytes_are_those_of_the_engine_for_every_objective_and_head(case: str) -> None:
-    # At ZeRO 3 frozen weights count as gathered all at once, and are not.
-    check_against_the_engine(EXACT_TOO[case], 0.06 if case == "frozen, ZeRO 3" else 0.01)
+    # At ZeRO 3 all weights count as gathered at once; those that are frozen or computed with again are not.
+    check_against_the_engine(EXACT_TOO[case], 0.06 if case in ("frozen, ZeRO 3", "recomputed, ZeRO 3") else 0.01)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -165,6 +170,27 @@ def test_plan_and_dry_run_agree_to_the_byte(case: str) -> None:
     configured = make(config, gpus_per_node=processes, vocab_size=V).configured
     assert configured is not None
     assert [row.memory for row in configured.ranks] == predicted(config, plan)
+
+
+RECOMPUTED = {
+    "blocks": ("model.num_layers=5", "objective.chunks=1"),
+    "selective": ("model.num_layers=8", "head.blocks=2"),
+    "every 2": ("model.num_layers=7", "objective.chunks=1"),
+    "every 3": ("model.num_layers=16", "objective.name=overlapping"),
+}
+
+
+@pytest.mark.parametrize(
+    "how", [*(how if how == "every 2" else pytest.param(how, marks=pytest.mark.slow) for how in RECOMPUTED)]
+)
+def test_recomputed_blocks_are_counted_by_what_repeats(how: str) -> None:
+    """As many as repeat, between the first and the last; and less is kept than without."""
+    overrides = (*RECOMPUTED[how], "data.sequence_length=16", "model.hidden_size=16")
+    config, plan = loaded(*overrides, f"train.activation_checkpointing={how}")
+    found = predicted(config, plan)
+    assert predicted(config, plan, alike=True) == found
+    for rank, kept in zip(found, predicted(*loaded(*overrides)), strict=True):
+        assert rank.activations < kept.activations
 
 
 # ---------------------------------------------------------------------------------------------- arithmetic, by hand

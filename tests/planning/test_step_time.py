@@ -102,6 +102,29 @@ def test_seconds_of_a_stage() -> None:
     assert zero_3.forward > low.forward and zero_3.backward > low.backward and zero_3.update < low.update
 
 
+def test_seconds_of_blocks_that_are_computed_again() -> None:
+    """One more forward pass in every backward pass and every pull, of a head's extra blocks too."""
+    one, here = work(), cluster()
+    one = replace(one, head=HeadOptions(blocks=1))
+    stages = cut(objectives.build(BLOCKS, "chunked", chunks=[3, 5]), 1, one.costs)
+    block = one.costs.block_flops * 2 * T / (6.69e13 * 0.43)
+
+    def more(how: str) -> list[tuple[float, ...]]:
+        kept, _ = stage_seconds(stages, one, here, 1, 0)
+        again, _ = stage_seconds(stages, replace(one, activation_checkpointing=how), here, 1, 0)
+        pairs = zip(kept, again, strict=True)
+        return [((b.forward - a.forward), (b.backward - a.backward), (b.pull - a.pull)) for a, b in pairs]
+
+    # The extra block of the head after block 2 is like block 3, the fourth.
+    for how, expected in {
+        "blocks": [(1, 3, 3), (0, 5, 5)],
+        "every 2": [(1, 1, 1), (0, 3, 3)],
+        "selective": [(0, 0, 0), (0, 0, 0)],
+    }.items():
+        for found, blocks in zip(more(how), expected, strict=True):
+            assert found == pytest.approx([number * block for number in blocks], abs=1e-3 * block)
+
+
 def test_local_updates_have_no_bubble_and_backprop_has_one() -> None:
     one, here = work(micro_batches=4), cluster(per_node=4)
     objective = objectives.build(BLOCKS, "chunked", chunks=4)

@@ -35,7 +35,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode, fake_tensor  # noqa: E
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from lptransformer.engine import helper_thread  # noqa: E402
+from lptransformer.engine import deepspeed_stage, transfers  # noqa: E402
 
 LIBRARIES = ("lptransformer", "deepspeed", "transformers")
 WRAPPERS = ("deepspeed/comm/", "deepspeed/utils/nvtx.py", "deepspeed/accelerator/")  # in between, and of no interest
@@ -314,14 +314,24 @@ def fake_gpu() -> Iterator[None]:
     replace(nn.Module, to=_move)
     replace(torch.autograd, _engine_run_backward=_run_backward)
     replace(FakeTensor, tolist=lambda tensor: made_up(tensor, "tolist"))
-    replace(helper_thread.HelperThread, begin=_begin)
+    replace(transfers.HelperThread, begin=_begin)
+    replace(deepspeed_stage.TrainedStage, __init__=_trained_stage)
     with Reads(), Copies():
         yield
 
 
-def _begin(thread: helper_thread.HelperThread, call: Callable[[], Any]) -> helper_thread.Later[Any]:
+def _trained_stage(made: Any, stage: Any, optimizer: torch.optim.Optimizer, *rest: Any, **options: Any) -> None:
+    """DeepSpeed moves a stage whose optimizer is there already. Here that makes new parameters, so it comes first."""
+    names = {id(parameter): name for name, parameter in stage.named_parameters()}
+    moved = dict(stage.to(DEVICE).named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [moved[names[id(parameter)]] for parameter in group["params"]]
+    _real_trained_stage(made, stage, optimizer, *rest, **options)
+
+
+def _begin(thread: transfers.HelperThread, call: Callable[[], Any]) -> transfers.Later[Any]:
     """A call of a helper thread is made at once, because the fake mode is of one thread, and logged as nothing."""
-    later, recording = helper_thread.Later(call), LOG.recording
+    later, recording = transfers.Later(call), LOG.recording
     LOG.recording = False
     later.run()
     LOG.recording = recording
@@ -329,6 +339,7 @@ def _begin(thread: helper_thread.HelperThread, call: Callable[[], Any]) -> helpe
 
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+_real_trained_stage = deepspeed_stage.TrainedStage.__init__
 _real_move, _real_backward = nn.Module.to, torch.autograd._engine_run_backward
 _mock_cuda()
 _mock_collectives()

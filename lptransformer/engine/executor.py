@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lptransformer.data.token_set import Batch
-from lptransformer.engine.batches import Batches
 from lptransformer.engine.clipping import ClipGroup, local_clip_groups
 from lptransformer.engine.deepspeed_stage import FrozenStage, StepResult, TrainedStage
-from lptransformer.engine.helper_thread import on_device
 from lptransformer.engine.p2p import Control, Header, Kind, Neighbours
 from lptransformer.engine.process_groups import World
+from lptransformer.engine.transfers import Batches, on_device
 from lptransformer.errors import DataError
 from lptransformer.methods.gradient_flow import Duty
 from lptransformer.methods.schedule import RECV_B, RECV_F, SEND_B, SEND_F, Action, Pattern, one_update

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lptransformer.engine.helper_thread import Event, HelperThread, Later, SideStream
 from lptransformer.engine.process_groups import World
+from lptransformer.engine.transfers import Event, HelperThread, Later, SideStream
 from lptransformer.errors import LostProcessError
 from lptransformer.methods.schedule import RECV_B, SEND_F, Action
 from lptransformer.models.border_codec import AsTheyAre, BorderCodec

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lptransformer import files
 from lptransformer.console import megabytes
-from lptransformer.engine.helper_thread import Event, SideStream
 from lptransformer.engine.process_groups import World, translate_lost_processes
+from lptransformer.engine.transfers import Event, SideStream
 from lptransformer.errors import RunError
 from lptransformer.run_folder import checkpoint, saved_stage
 from lptransformer.run_folder.checkpoint import Sums

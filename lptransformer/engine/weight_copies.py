@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lptransformer.engine.deepspeed_stage import FrozenStage, TrainedStage
-from lptransformer.engine.helper_thread import HelperThread, SideStream
 from lptransformer.engine.p2p import Waitable, translate_broken_channel
 from lptransformer.engine.process_groups import World
+from lptransformer.engine.transfers import HelperThread, SideStream
 from lptransformer.methods.stages import StagePlan
 
 

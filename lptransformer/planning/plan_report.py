@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from lptransformer.console import print_table
+from lptransformer.methods.heads import label
 from lptransformer.planning.candidates import USABLE_MEMORY, WORTH, Prediction, fastest, recommend
 from lptransformer.planning.plan import Plan
 
@@ -52,7 +53,7 @@ def to_json(plan: Plan) -> str:
     """The whole plan; docs/design.md, section Data and formats on disk, has the keys."""
     content = {
         "cluster": asdict(plan.cluster),
-        "work": asdict(replace(plan.work, empty=None)),
+        "work": asdict(replace(plan.work, empty=None)) | {"head": label(plan.work.head)},
         "body_to_head": plan.ratio,
         "configured": None if plan.configured is None else _as_data(plan.configured),
         "methods": [_as_data(one) for one in plan.methods],

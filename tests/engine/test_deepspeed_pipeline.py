@@ -404,6 +404,8 @@ def test_processes_that_share_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch)
     check_devices("gloo", 1, "local", 2)
     with pytest.raises(ConfigError, match="engine is deepspeed_pipeline and 2 processes share 1 GPUs"):
         check_devices("gloo", 1, "deepspeed_pipeline", 2)
+    with pytest.raises(ConfigError, match="parallel.channel is nccl and 2 processes share 1 GPUs"):
+        check_devices("nccl", 1, "local", 2)
 
 
 # --------------------------------------------------------------------------------------------- launchers

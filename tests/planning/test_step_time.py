@@ -76,8 +76,10 @@ def test_memory_of_somebody_else_s_program_by_hand() -> None:
     assert weights % 4 == 0
     # Weights, gradients, master weights and moments of the own share; activations; the bucket.
     assert bytes_of(1) == pytest.approx(4 * weights + weights / 4 * 12 + passes + 2 * weights)
-    # Everything divided; the bucket, and the weights of two of the largest pieces on their way.
-    assert bytes_of(3) == pytest.approx(weights + weights / 4 * 12 + passes + 2 * weights + 2 * 2 * 12 * H * H)
+    # Everything divided, gradients in fp32; the bucket, and the weights of two of the largest pieces on their way.
+    assert bytes_of(3) == pytest.approx(
+        weights / 4 * (2 + 4) + weights / 4 * 12 + passes + 2 * weights + 2 * 2 * 12 * H * H
+    )
     # Nothing kept: the step decides, with gradients in fp32, a temporary of every own weight, and at ZeRO 1 the
     # gradients of the own share once more.
     nothing = replace(one, activations=ActivationBytes(0.0, 0.0, 0.0, 0.0, 0))

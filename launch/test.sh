@@ -6,7 +6,7 @@ source "$(dirname "$0")/setup.sh"
 install installed-test requirements-test.txt
 run() { .venv/bin/python -m pytest -q -m "$@" || [ $? = 5 ]; }  # 5: none of those asked for is of this kind
 case "${1:-}" in
-  --slow) shift; run "slow and not full and not timing" -n 2 --dist loadfile "$@"; run "slow and not full and timing" "$@" ;;
+  --slow) shift; run "slow and not full and not timing" -n 2 --dist loadfile --no-loadscope-reorder "$@"; run "slow and not full and timing" "$@" ;;
   --full) shift; run "not timing" -n 2 --dist loadfile "$@"; run "timing" "$@" ;;
   *) run "not slow and not full" -n 2 --dist loadfile "$@" ;;
 esac

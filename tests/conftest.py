@@ -12,6 +12,13 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import pytest  # noqa: E402
 from distributed import Pool  # noqa: E402
 
+LONGEST = ("test_readme.py", "test_launchers.py", "test_benchmarks.py")  # of the slow tier: few tests, minutes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files begin, or at the end one worker would wait for the other."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:

@@ -25,7 +25,7 @@ from lptransformer.errors import OptionError, RunError
 from lptransformer.methods.cost import TrainedWeights
 from lptransformer.methods.gradient_flow import Duty
 from lptransformer.methods.heads import HEADS, blocks_like
-from lptransformer.methods.recomputing import SELECTIVE, recomputed
+from lptransformer.methods.recomputing import KEPT, SELECTIVE, recomputed
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models import adapters, hf_config
 from lptransformer.models.head import (
@@ -300,8 +300,9 @@ def for_training(stage: Stage, blueprint: Blueprint) -> Stage:
         whole_name = parts.whole_name(adapters.saved_name(name), plan.is_last)
         if not plan.trained or _frozen(whole_name, blueprint):
             weight.requires_grad_(False)
-    for of_blocks in block_lists(stage, parts):
-        _recompute(of_blocks, blueprint.activation_checkpointing)
+    if blueprint.activation_checkpointing != KEPT:
+        for of_blocks in block_lists(stage, parts):
+            _recompute(of_blocks, blueprint.activation_checkpointing)
     return stage
 
 

@@ -91,7 +91,7 @@ def _fit(
                 above.send([inputs.cpu()], 1, 0).wait()
         rows = sum(int(counted.sum()) for _, counted in _first_tokens(blueprint, stream))
         wanted = torch.cat(reached) if reached else torch.empty(rows, blueprint.parts.hidden_size)
-        if above is not None:
+        if above is not None and rank >= lowest:  # ranks below the lowest head have given it its inputs, and are done
             above.recv([wanted], 1, 0).wait()
         if below is not None and rank > lowest:
             below.send([wanted], 0, 0).wait()

@@ -131,7 +131,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-SLOW = {("chunked", "pipeline"), ("a shared head", "bf16"), ("LoRA", "ZeRO")}
+SLOW = {("chunked", "pipeline"), ("a shared head", "bf16"), ("LoRA", "ZeRO"), ("LoRA", "pipeline")}
 
 
 def cases() -> list[object]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,17 @@ from lptransformer.run_folder import checkpoint, saved_stage
 CHUNKED = ("objective.chunks=2",)
 
 
+@contextlib.contextmanager
+def written_by(write: Callable[..., Any]) -> Iterator[None]:
+    """In here this takes the place of saved_stage.write."""
+    real = saved_stage.write
+    saved_stage.write = write
+    try:
+        yield
+    finally:
+        saved_stage.write = real
+
+
 def saved_while_training(run: Path) -> tuple[list[bool], bool]:
     """The writer waits until two more updates are made: was it a save of the update at which it was asked for?"""
     engine, gate, seen = open_engine(CHUNKED), threading.Event(), list[bool]()
@@ -30,8 +43,7 @@ def saved_while_training(run: Path) -> tuple[list[bool], bool]:
         gate.wait(60)
         return write(*args)
 
-    saved_stage.write = late  # type: ignore[assignment]
-    try:
+    with written_by(late):
         engine.train_batch()
         held: list[dict[str, Tensor]] = [stage.weights() for stage in engine.local.values()]
         engine.save_checkpoint(run)
@@ -42,8 +54,6 @@ def saved_while_training(run: Path) -> tuple[list[bool], bool]:
         engine.settle()
         seen.append(checkpoint.complete_updates(run) == [1])
         engine.close()
-    finally:
-        saved_stage.write = write
     found = [saved_stage.read_weights(folder) for folder in saved_stage.folders(run, 1)]
     return seen, all(torch.equal(one[name], own[name]) for one, own in zip(found, held, strict=True) for name in own)
 
@@ -66,15 +76,12 @@ def failing(run: Path, failures: int, options: tuple[str, ...]) -> tuple[list[st
             raise OSError(28, "No space left on device")
         return write(*args)
 
-    saved_stage.write = full  # type: ignore[assignment]
-    try:
+    with written_by(full):
         for _ in range(3):
             engine.train_batch()
             engine.save_checkpoint(run)
             engine.settle()
         engine.close()
-    finally:
-        saved_stage.write = write
     return said, checkpoint.complete_updates(run)
 
 
@@ -98,14 +105,11 @@ def slow_to_write(run: Path) -> list[float | None]:
         time.sleep(1.0)
         return write(*args)
 
-    saved_stage.write = late  # type: ignore[assignment]
-    try:
+    with written_by(late):
         for _ in range(2):
             engine.train_batch()
             engine.save_checkpoint(run)
         engine.close()
-    finally:
-        saved_stage.write = write
     return [checkpoint.lost_seconds(run, update) for update in (1, 2)]
 
 

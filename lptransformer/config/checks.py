@@ -208,6 +208,11 @@ def _train(config: Config) -> Iterator[str | ConfigError]:
         )
     if train.compile and config.engine == "deepspeed_pipeline":
         yield f"{at('train.compile')} with {at('engine')}: not tried with DeepSpeed's own pipeline; give engine=local"
+    if config.loss.fused == "torch" and train.dtype == "bf16":
+        yield (
+            f"{at('loss.fused')} with {at('train.dtype')}: torch 2.13 gives the sum of a micro-batch's losses in bf16, "
+            "of which two digits are right. Give chunked, or liger on a GPU"
+        )
     if train.steps is not None and train.epochs is not None:
         typed = config.is_typed("train.steps") and not config.is_typed("train.epochs")
         keys = ("train.epochs", "train.steps") if typed else ("train.steps", "train.epochs")

@@ -35,7 +35,7 @@ RULES: dict[str, tuple[Effect, str]] = {
     **dict.fromkeys(("train.steps", "train.grad_clip"), (Effect.ONWARDS, "")),
     **{f"optimizer.{key}": (Effect.ONWARDS, "") for key in ("beta1", "beta2", "eps", "weight_decay", "momentum")},
     # rounding alone
-    **dict.fromkeys(("loss.chunk_tokens", "model.attention", "train.compile", "train.tf32"), (Effect.ONWARDS, "")),
+    **dict.fromkeys(("loss", "model.attention", "train.compile", "train.tf32"), (Effect.ONWARDS, "")),
     "engine": (Effect.REFUSED, "what a checkpoint holds"),
     "model": (Effect.REFUSED, "what the weights are"),
     "data": (Effect.REFUSED, "what is trained on and evaluated"),

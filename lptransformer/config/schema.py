@@ -196,6 +196,12 @@ class LossSection(Section):
     """How the loss of every head is taken, the model's own included."""
 
     chunk_tokens: Count = Field(default=1024, description="rows of logits that exist at once")
+    fused: Literal["auto", "chunked", "torch", "liger"] = Field(
+        default="auto",
+        description="what takes loss and gradients of a chunk in training: torch's own operations (chunked), its "
+        "linear_cross_entropy (torch; not in bf16), Liger-Kernel (liger; on GPUs, with chunks of its own), or by the "
+        "device (auto: torch on a GPU in fp32, else chunked)",
+    )
 
 
 class BorderSection(Section):
@@ -416,6 +422,7 @@ ALSO_CALLED = {
     **dict.fromkeys(("bf16", "fp16", "precision"), "train.dtype"),
     **dict.fromkeys(("gradient_checkpointing", "recompute"), "train.activation_checkpointing"),
     "torch_compile": "train.compile",
+    **dict.fromkeys(("use_liger_kernel", "use_liger"), "loss.fused"),
     **dict.fromkeys(("attn_implementation", "attention_implementation"), "model.attention"),
 }
 

@@ -37,6 +37,7 @@ from lptransformer.methods.spans import Phase
 from lptransformer.methods.stages import StagePlan, balanced_chunks, cut
 from lptransformer.models import adapters, family_check, hf_config, hf_parts, router_loss
 from lptransformer.models.adapters import Adapters
+from lptransformer.models.cross_entropy import check_kernel
 from lptransformer.models.hf_parts import Anatomy
 from lptransformer.models.stage import trained_weights
 
@@ -152,11 +153,13 @@ def make_blueprint(config: Config, vocab_size: int | None, end_of_text_id: int |
             max_position_embeddings=model.max_position_embeddings or config.data.sequence_length,
             end_of_text_id=end_of_text_id,
         )
+    blueprint = replace(of_model(config, model_config), attention=model.attention)
     try:
         hf_config.check_attention(model_config, model.attention)
+        check_kernel(config.loss.fused, blueprint.parts.logit_rule)
     except OptionError as error:
         raise ConfigError(f"{config.at(error.key)}: {error.problem}") from None
-    return replace(of_model(config, model_config), attention=model.attention)
+    return blueprint
 
 
 def embedded(config: Config) -> int | None:

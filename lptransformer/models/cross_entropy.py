@@ -2,17 +2,21 @@
 
 The logits of a micro-batch, [tokens, vocabulary], never exist at once: the loss and its gradients are taken chunk of
 rows by chunk of rows during the forward pass, so the backward pass costs nothing but a scaling and holds no logits.
+A kernel does that (`loss.fused`): the loop below, or a function of a library.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lptransformer.errors import OptionError
 
 IGNORE_INDEX = -100
 
@@ -46,60 +50,208 @@ def chunk_starts(rows: int, chunk_tokens: int) -> Sequence[int]:
     return range(0, rows, chunk_tokens)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class Trained(NamedTuple):
+    """Which gradients are wanted; that of the bias beside that of the weight alone."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+Result = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+class Kernel(Protocol):
+    """The sum of the losses in nats, and the gradients of `scale` times that, of hidden, weight and bias where they are
+    wanted. Arguments as of `chunked_cross_entropy`; it is called without autograd."""
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        scale: float,
+        chunk_tokens: int,
+        rule: LogitRule,
+        trained: Trained,
+    ) -> Result: ...
+
+
+def chunked(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: float,
+    chunk_tokens: int,
+    rule: LogitRule,
+    trained: Trained,
+) -> Result:
+    """Torch's own operations in a loop: every rule, dtype and device."""
+    starts = chunk_starts(hidden.shape[0], chunk_tokens)
+    total_dtype = torch.promote_types(weight.dtype, torch.float32)
+    losses: dict[int, Tensor] = {}
+    grad_hidden = torch.empty_like(hidden) if trained.hidden else None
+    grad_weight: Tensor | None = None
+    grad_bias: Tensor | None = None
+    # Last chunk first: the order in which autograd would add up the gradients of the weight.
+    for start in reversed(starts):
+        rows = slice(start, start + chunk_tokens)
+        logits = F.linear(hidden[rows], weight, bias).detach().requires_grad_(trained.hidden or trained.weight)
+        with torch.enable_grad():
+            exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = F.cross_entropy(rule(exact), labels[rows], ignore_index=IGNORE_INDEX, reduction="sum")
+        losses[start] = loss.detach()
+        if trained.hidden or trained.weight:
+            (grad_logits,) = torch.autograd.grad(loss, logits, torch.full_like(loss, scale))
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad_logits @ weight
+            if trained.weight:
+                product = grad_logits.T @ hidden[rows]
+                if grad_weight is None:  # added up in fp32 where the weight has less
+                    grad_weight = product.to(total_dtype) if len(starts) > 1 else product
+                else:
+                    grad_weight.add_(product)
+                del product
+            if trained.bias:
+                summed = grad_logits.sum(0)
+                if grad_bias is None:
+                    grad_bias = summed.to(total_dtype) if len(starts) > 1 else summed
+                else:
+                    grad_bias.add_(summed)
+            del grad_logits  # or it would be there beside the next chunk's
+        del logits, exact, loss
+    total = losses[0]
+    for start in starts[1:]:
+        total = total + losses[start]
+    grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+    grad_bias = None if grad_bias is None else grad_bias.to(weight.dtype)
+    return total, grad_hidden, grad_weight, grad_bias
+
+
+def by_torch(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: float,
+    chunk_tokens: int,
+    rule: LogitRule,
+    trained: Trained,
+) -> Result:
+    """`torch.nn.functional.linear_cross_entropy`: softmax and gradient in the memory of the logits."""
+    assert rule == PLAIN, rule
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_tokens)
+
+    def total(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        found: Tensor = F.linear_cross_entropy(
+            hidden, weight, labels, linear_bias=bias, reduction="sum", ignore_index=IGNORE_INDEX, options=options
+        )
+        return found
+
+    return _differentiated(total, hidden, weight, bias, scale, trained)
+
+
+def by_liger(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: float,
+    chunk_tokens: int,
+    rule: LogitRule,
+    trained: Trained,
+) -> Result:
+    """Liger-Kernel's fused linear cross-entropy (arXiv 2410.10989), which chooses its own chunks; gradients of the
+    weight are added up in fp32. It waits for the device, to count the labels."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    assert rule == LogitRule(cap=rule.cap), rule
+
+    def total(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        found: Tensor = liger_fused_linear_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+            softcap=rule.cap,
+            accum_dtype=torch.promote_types(weight.dtype, torch.float32),
+        )
+        return found
+
+    return _differentiated(total, hidden, weight, bias, scale, trained)
+
+
+def _differentiated(
+    total: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    trained: Trained,
+) -> Result:
+    """A library's loss, and its gradients at once: some of them can be taken once only."""
+    leaves = [
+        one if one is None else one.detach().requires_grad_(wanted)
+        for one, wanted in zip((hidden, weight, bias), trained, strict=True)
+    ]
+    with torch.enable_grad():
+        loss = total(*leaves)  # type: ignore[arg-type]
+    wanted = [one for one in leaves if one is not None and one.requires_grad]
+    found = iter(torch.autograd.grad(loss, wanted, torch.full_like(loss, scale)) if wanted else ())
+    gradients = [next(found) if one is not None and one.requires_grad else None for one in leaves]
+    return loss.detach(), *gradients  # type: ignore[return-value]
+
+
+KERNELS: dict[str, Kernel] = {"chunked": chunked, "torch": by_torch, "liger": by_liger}
+AUTO = "auto"
+
+
+def kernel(name: str, rule: LogitRule, dtype: str, device: str) -> Kernel:
+    """What `loss.fused` means: `auto` is torch's function on a GPU in fp32, where torch has it and the family's logits
+    are plain, else the loop."""
+    if name == AUTO:
+        fused = device == "cuda" and dtype == "fp32" and rule == PLAIN and not missing("torch")
+        name = "torch" if fused else "chunked"
+    return KERNELS[name]
+
+
+def check_kernel(name: str, rule: LogitRule) -> None:
+    """Raises OptionError where a kernel cannot do to the logits what the family does."""
+    if name == "torch" and rule != PLAIN:
+        raise OptionError("loss.fused", name, f"it takes plain logits, and those of this model have {rule}; give auto")
+    if name == "liger" and rule != LogitRule(cap=rule.cap):
+        raise OptionError("loss.fused", name, f"it has a soft cap alone, and this model has {rule}; give auto")
+
+
+def missing(name: str) -> str:
+    """What this host lacks for a kernel; empty for nothing."""
+    if name == "torch" and not hasattr(F, "linear_cross_entropy"):
+        return f"torch {torch.__version__} has no linear_cross_entropy (2.13 has)"
+    if name == "liger" and find_spec("liger_kernel") is None:
+        return "its package does not import (pip install --no-deps liger-kernel)"
+    return "there is no GPU" if name == "liger" and not torch.cuda.is_available() else ""
+
+
+class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         labels: Tensor,
         scale: float,
         chunk_tokens: int,
         rule: LogitRule,
-        bias: Tensor | None,
-        train_hidden: bool,
-        train_weight: bool,
-        train_bias: bool,
+        trained: Trained,
+        kernel: Kernel,
     ) -> tuple[Tensor, Tensor]:
-        starts = chunk_starts(hidden.shape[0], chunk_tokens)
-        total_dtype = torch.promote_types(weight.dtype, torch.float32)
-        losses: dict[int, Tensor] = {}
-        grad_hidden = torch.empty_like(hidden) if train_hidden else None
-        grad_weight: Tensor | None = None
-        grad_bias: Tensor | None = None
-        # Last chunk first: the order in which autograd would add up the gradients of the weight.
-        for start in reversed(starts):
-            rows = slice(start, start + chunk_tokens)
-            logits = F.linear(hidden[rows], weight, bias).detach().requires_grad_(train_hidden or train_weight)
-            with torch.enable_grad():
-                exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                loss = F.cross_entropy(rule(exact), labels[rows], ignore_index=IGNORE_INDEX, reduction="sum")
-            losses[start] = loss.detach()
-            if train_hidden or train_weight:
-                (grad_logits,) = torch.autograd.grad(loss, logits, torch.full_like(loss, scale))
-                if grad_hidden is not None:
-                    grad_hidden[rows] = grad_logits @ weight
-                if train_weight:
-                    product = grad_logits.T @ hidden[rows]
-                    if grad_weight is None:  # added up in fp32 where the weight has less
-                        grad_weight = product.to(total_dtype) if len(starts) > 1 else product
-                    else:
-                        grad_weight.add_(product)
-                    del product
-                if train_bias:
-                    summed = grad_logits.sum(0)
-                    if grad_bias is None:
-                        grad_bias = summed.to(total_dtype) if len(starts) > 1 else summed
-                    else:
-                        grad_bias.add_(summed)
-                del grad_logits  # or it would be there beside the next chunk's
-            del logits, exact, loss
-        total = losses[0]
-        for start in starts[1:]:
-            total = total + losses[start]
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        grad_bias = None if grad_bias is None else grad_bias.to(weight.dtype)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, total)
+        total, *gradients = kernel(hidden, weight, bias, labels, scale, chunk_tokens, rule, trained)
+        ctx.save_for_backward(*gradients, total)
         ctx.mark_non_differentiable(total)
         ctx.scale = scale
         return total * scale, total
@@ -111,8 +263,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # gradient norm alone decides whether an update is skipped, on every replica alike and without a host sync. So
         # does a scale that is not: that of an update without a label.
         factor = grads[0] + (total - total) * ctx.scale
-        hidden, weight, bias = (None if grad is None else grad * factor.to(grad.dtype) for grad in gradients)
-        return hidden, weight, None, None, None, None, bias, None, None, None
+        return *(None if grad is None else grad * factor.to(grad.dtype) for grad in gradients), *[None] * 6
 
 
 def chunked_cross_entropy(
@@ -123,17 +274,18 @@ def chunked_cross_entropy(
     chunk_tokens: int,
     rule: LogitRule = PLAIN,
     bias: Tensor | None = None,
+    kernel: Kernel = chunked,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of `rule(hidden @ weight.T + bias)` against `labels`, summed over rows, without the whole logits.
 
     hidden [tokens, hidden_size], weight [vocab_size, hidden_size], bias [vocab_size], labels [tokens] int64 with
     IGNORE_INDEX where there is no loss. Returns (sum times `scale`, to be called backward on; sum, for logs), both
     scalars in nats, in fp32 or the higher precision of `hidden`. Logits are cast to that before rule and loss. With
-    equal `chunk_tokens`, loss and gradients are bit for bit those of the plain loop over chunks of rows. A gradient
-    that is not required (of a weight that is a read-only copy) is not computed.
+    equal `chunk_tokens`, loss and gradients of the kernel `chunked` are bit for bit those of the plain loop over chunks
+    of rows. A gradient that is not required (of a weight that is a read-only copy) is not computed.
     """
-    trained = (x is not None and torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias))
-    loss, total = _ChunkedCrossEntropy.apply(hidden, weight, labels, scale, chunk_tokens, rule, bias, *trained)
+    trained = Trained(*(x is not None and torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias)))
+    loss, total = _CrossEntropy.apply(hidden, weight, bias, labels, scale, chunk_tokens, rule, trained, kernel)
     return loss, total
 
 

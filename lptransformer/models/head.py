@@ -24,7 +24,9 @@ from lptransformer.models import hf_parts
 from lptransformer.models.cross_entropy import (
     IGNORE_INDEX,
     PLAIN,
+    Kernel,
     LogitRule,
+    chunked,
     chunked_cross_entropy,
     token_cross_entropy,
 )
@@ -87,6 +89,8 @@ class Readout(nn.Module):
     must not be used from outside.
     """
 
+    kernel: Kernel = staticmethod(chunked)
+
     def __init__(self, weight: Tensor, chunk_tokens: int, rule: LogitRule = PLAIN, bias: Tensor | None = None) -> None:
         super().__init__()
         assert isinstance(weight, nn.Parameter)
@@ -103,7 +107,8 @@ class Readout(nn.Module):
 
     def forward(self, rows: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """rows [tokens, H] and labels [tokens] to (scaled loss, sum of the losses in nats)."""
-        return chunked_cross_entropy(rows, self.weight, labels, scale, self.chunk_tokens, self.rule, self.bias)
+        given = rows, self.weight, labels, scale, self.chunk_tokens, self.rule, self.bias
+        return chunked_cross_entropy(*given, self.kernel)
 
     def logits(self, rows: Tensor) -> Tensor:
         """rows [..., H] to logits [..., V]; for evaluation, outside DeepSpeed."""
@@ -121,6 +126,8 @@ class SharedReadout(nn.Module):
     rows, which is the same before rounding and takes no pass over logits; the family's scale and soft cap come after.
     """
 
+    kernel: Kernel = staticmethod(chunked)
+
     def __init__(self, readout: nn.Linear, chunk_tokens: int, rule: LogitRule = PLAIN) -> None:
         super().__init__()
         self.weight: Tensor
@@ -133,8 +140,8 @@ class SharedReadout(nn.Module):
 
     def forward(self, rows: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See Readout.forward."""
-        rows = rows * self.temperature
-        return chunked_cross_entropy(rows, self.weight, labels, scale, self.chunk_tokens, self.rule, self.bias)
+        given = rows * self.temperature, self.weight, labels, scale, self.chunk_tokens, self.rule, self.bias
+        return chunked_cross_entropy(*given, self.kernel)
 
     def logits(self, rows: Tensor) -> Tensor:
         """See Readout.logits."""

@@ -38,7 +38,7 @@ from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.heads import HEADS
 from lptransformer.methods.stages import StagePlan
 from lptransformer.models import blueprint as blueprints
-from lptransformer.models import family_check
+from lptransformer.models import cross_entropy, family_check
 from lptransformer.models.adapters import saved_name
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.hf_config import described
@@ -339,10 +339,13 @@ def build_engine(
     )
 
     pretrained = pretrained_folder(config) if weights is None else weights
+    kernel = cross_entropy.kernel(config.loss.fused, blueprint.parts.logit_rule, train.dtype, world.device.type)
 
     def make(plan: StagePlan) -> Stage:
         """On the CPU: DeepSpeed casts a stage, and then moves it."""
         stage = for_training(make_stage(plan, blueprint, seed=train.seed, pretrained=pretrained), blueprint)
+        if stage.head is not None:
+            stage.head.readout.kernel = kernel
         if train.compile:
             compile_blocks(stage, blueprint.parts)
         return stage

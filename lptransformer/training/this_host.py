@@ -29,6 +29,7 @@ import lptransformer
 from lptransformer.config import deepspeed_keys
 from lptransformer.config.schema import Config
 from lptransformer.errors import ConfigError
+from lptransformer.models import cross_entropy
 from lptransformer.processes import local_processes, own_memory
 from lptransformer.run_folder import history
 from lptransformer.store import HOSTS_VARIABLE, address_between_hosts, addresses_of, unreachable
@@ -86,6 +87,8 @@ def check_host(config: Config, processes: int | None = None) -> None:
 
         if lacking := missing_for_attention(config.model.attention):
             raise ConfigError(f"{config.at('model.attention')}: {lacking} here; auto, eager and sdpa work everywhere")
+    if lacking := cross_entropy.missing(config.loss.fused):
+        raise ConfigError(f"{config.at('loss.fused')}: {lacking} here; auto and chunked work everywhere")
     if config.train.compile and (absent := missing_build_tools(with_ninja=False)):
         raise ConfigError(
             f"{config.at('train.compile')}: torch.compile builds kernels, and {' and '.join(absent)} not found here: "

@@ -412,6 +412,7 @@ CROSS = [
         "Use ZeRO 2 or less",
     ),
     ("train.compile=true engine=deepspeed_pipeline objective.name=backprop", "train.compile = True", "engine=local"),
+    ("loss.fused=torch train.dtype=bf16", "loss.fused = 'torch'", "train.dtype = 'bf16'", "Give chunked, or liger"),
     ("model.attention=flash_attention_2", "model.attention = 'flash_attention_2'", "train.dtype = 'fp32'", "in bf16"),
     ("model.num_key_value_heads=2", "model.num_key_value_heads = 2", "model.family = 'gpt2'"),
     ("parallel.data=3", "train.micro_batches_per_update = 4 (by default)", "parallel.data = 3 (on the command line)"),
@@ -920,6 +921,7 @@ def test_differences() -> None:
         ("train.activation_checkpointing=blocks", Effect.NOTHING),
         ("model.attention=eager", Effect.ONWARDS),
         ("train.compile=true", Effect.ONWARDS),
+        ("loss.fused=torch", Effect.ONWARDS),
         ("data.loss_on=all", Effect.REFUSED),
     ],
 )

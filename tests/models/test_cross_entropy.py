@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from lptransformer.config.load import load
+from lptransformer.errors import ConfigError, OptionError
 from lptransformer.models.cross_entropy import (
     IGNORE_INDEX,
+    KERNELS,
     PLAIN,
     LogitRule,
+    by_liger,
+    by_torch,
+    check_kernel,
+    chunked,
     chunked_cross_entropy,
+    kernel,
     token_cross_entropy,
 )
+from lptransformer.training.this_host import check_host
 
 ROWS, HIDDEN, VOCABULARY = 37, 16, 50
 
@@ -168,3 +181,91 @@ def test_bf16_computes_the_loss_in_fp32(problem: tuple[Tensor, Tensor, Tensor]) 
     assert total.dtype == torch.float32 and low[0].grad is not None and low[0].grad.dtype == torch.bfloat16
     expected = F.cross_entropy(F.linear(*(x.detach() for x in low)).float(), labels, reduction="sum")
     torch.testing.assert_close(total, expected)
+
+
+# ---------------------------------------------------------------------------------------------- kernels of libraries
+
+
+def liger(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    accum_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """In place of Liger-Kernel's function, which runs on GPUs alone: those of its arguments that are used."""
+    assert reduction == "sum" and accum_dtype == torch.promote_types(weight.dtype, torch.float32)
+    logits = LogitRule(cap=softcap)(F.linear(input, weight, bias))
+    return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
+
+
+@pytest.fixture
+def with_liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())  # type: ignore[arg-type]
+    functional: Any = SimpleNamespace(liger_fused_linear_cross_entropy=liger)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
+
+
+@pytest.mark.parametrize(("name", "rule"), [("torch", PLAIN), ("liger", PLAIN), ("liger", LogitRule(cap=2.0))], ids=str)
+@pytest.mark.parametrize("trained", ["hidden weight bias", "hidden", "weight", ""])
+@pytest.mark.usefixtures("with_liger")
+def test_a_library_s_kernel_gives_what_the_loop_gives(
+    problem: tuple[Tensor, Tensor, Tensor], name: str, rule: LogitRule, trained: str
+) -> None:
+    hidden, weight, labels = problem
+    found = {}
+    for how in (chunked, KERNELS[name]):
+        given = {
+            "hidden": hidden.double(),
+            "weight": weight.double(),
+            "bias": torch.linspace(-1, 1, VOCABULARY).double(),
+        }
+        for one in trained.split():
+            given[one].requires_grad_()
+        args = (given["hidden"], given["weight"], labels, 1 / 7, 10, rule, given["bias"], how)
+        loss, total = chunked_cross_entropy(*args)
+        if trained:
+            (2 * loss).backward(retain_graph=True)
+            loss.backward()  # as behind a pull
+        found[how] = loss.detach(), total, *(one.grad for one in given.values())
+    for ours, wanted in zip(found[KERNELS[name]], found[chunked], strict=True):
+        assert (ours is None) == (wanted is None)
+        if wanted is not None:
+            torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_library_s_loss_that_is_not_finite_poisons_every_gradient(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, labels = problem
+    hidden[3, 0] = float("inf")
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    chunked_cross_entropy(hidden, weight, labels, 1.0, 10, kernel=by_torch)[0].backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert hidden.grad.isnan().all() and weight.grad.isnan().all()
+
+
+def test_what_auto_means_follows_from_device_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernel("auto", PLAIN, "fp32", "cpu") is chunked
+    assert kernel("auto", PLAIN, "fp32", "cuda") is by_torch
+    assert kernel("auto", PLAIN, "bf16", "cuda") is chunked
+    assert kernel("auto", LogitRule(cap=2.0), "fp32", "cuda") is chunked
+    assert kernel("liger", PLAIN, "bf16", "cuda") is by_liger
+    monkeypatch.delattr(F, "linear_cross_entropy")  # torch 2.11
+    assert kernel("auto", PLAIN, "fp32", "cuda") is chunked
+
+
+def test_what_a_kernel_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_kernel("liger", LogitRule(cap=2.0))
+    for name, rule in (("torch", LogitRule(cap=2.0)), ("torch", LogitRule(divisor=2.0)), ("liger", LogitRule(0.3))):
+        with pytest.raises(OptionError, match=f"loss.fused is {name}: .* give auto"):
+            check_kernel(name, rule)
+    config = {"data": {"train": "unused.txt"}}
+    with pytest.raises(ConfigError, match="loss.fused = 'liger' .*: its package does not import .* auto and chunked"):
+        check_host(load(config, ["loss.fused=liger"]), 1)
+    check_host(load(config, ["loss.fused=torch"]), 1)
+    monkeypatch.delattr(F, "linear_cross_entropy")
+    with pytest.raises(ConfigError, match="loss.fused = 'torch' .*: torch .* has no linear_cross_entropy"):
+        check_host(load(config, ["loss.fused=torch"]), 1)

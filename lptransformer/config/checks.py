@@ -435,9 +435,8 @@ def _deepspeed(config: Config) -> Iterator[str]:
     stage_at, stage = at("deepspeed.zero_optimization.stage"), config.value("deepspeed.zero_optimization.stage")
     if stage not in (None, 0, 1, 2, 3):
         yield f"{stage_at}: must be 0, 1, 2 or 3"
-    if METHODS[config.objective.name].delayed and (bf16 or zero_stage(config) > 0):
-        what = at("train.dtype") if bf16 else stage_at
-        yield f"{what} with {at('objective.name')}: two versions of the weights are kept, in fp32 at ZeRO 0 only"
+    if METHODS[config.objective.name].delayed and zero_stage(config) == 3:
+        yield f"{stage_at} with {at('objective.name')}: two versions of the weights are kept whole; use ZeRO 2 or less"
     if bf16 and stage == 0:
         yield (
             f"{stage_at} with {at('train.dtype')}: DeepSpeed steps the optimizer once with zero gradients when it is "

@@ -18,7 +18,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -163,8 +163,7 @@ class TrainedStage:
         )
         read_safely(self.engine)
         self.zero_stage: int = self.engine.zero_optimization_stage()
-        assert not delayed or self.zero_stage == 0, "at ZeRO 1 to 3 the weights are DeepSpeed's"
-        self.versions = TwoVersions(self.parameters) if delayed else None
+        self.versions = TwoVersions(self.parameters, self.engine) if delayed else None
         if self.zero_stage == 0:
             optimizer.register_step_pre_hook(self._clip_or_skip)
         elif self.zero_stage < 3:
@@ -298,7 +297,8 @@ class TrainedStage:
             if self.zero_stage == 3 or piece.flat.dtype != piece.parameter.dtype:
                 kinds[FP32] = piece.of(piece.flat)
             if self.versions is not None:
-                kinds[BEFORE] = self.versions.before_of(piece.parameter).view(-1)
+                before = self.versions.before_of(piece.parameter).view(-1)
+                kinds[BEFORE] = before[piece.start : piece.start + piece.numel]
             pieces.flat |= {f"{kind}/{piece.name}": tensor for kind, tensor in kinds.items()}
             pieces.start[piece.name] = piece.start
             if (steps := optimizer_state.step(self.optimizer, piece)) is not None:
@@ -468,29 +468,58 @@ def combine_norms(norms: Tensor, zero_stage: int) -> Tensor:
     return norms[0] if norms.numel() == 1 else combine_grad_norm_groups(list(norms))
 
 
+class Version(NamedTuple):
+    """The weights as of some update: what is stored, of every parameter its own part of that, and DeepSpeed's views of
+    the replicas' shares."""
+
+    stored: list[Tensor]
+    shown: list[Tensor]
+    partitions: list[list[Tensor]]
+
+
 class TwoVersions:
     """The current weights and those of one update before, in storages of their own; the parameters show one of them.
 
     A forward pass that was made before an update is followed by its backward after it, at the same weights: so an
-    update never writes into a storage that a forward pass may have read, and what was `now` becomes `before`.
+    update never writes into a storage that a forward pass may have read, and what was `now` becomes `before`. At ZeRO 1
+    and 2 the weights are parts of DeepSpeed's flat tensors, into which it writes the updated ones: it is given others.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], engine: deepspeed.DeepSpeedEngine) -> None:
         self.parameters = list(parameters)
-        self.now = [parameter.data for parameter in self.parameters]
-        self.before = [parameter.data.clone() for parameter in self.parameters]
+        assert engine.zero_optimization_stage() < 3, "no replica has all weights of a version"
+        self._zero = engine.optimizer if engine.zero_optimization_stage() else None
+        shown = [parameter.data for parameter in self.parameters]
+        if self._zero is None:
+            self.now = Version(shown, shown, [])
+            copied = [one.clone() for one in shown]
+            self.before = Version(copied, copied, [])
+            return
+        flat, split = list(self._zero.bit16_groups_flat), self._zero.get_data_parallel_partitions
+        self.now = Version(flat, shown, list(self._zero.parallel_partitioned_bit16_groups))
+        group_of = {one: group for group, members in enumerate(self._zero.bit16_groups) for one in members}
+        copied = [one.clone() for one in flat]
+        parts = []
+        for parameter, data in zip(self.parameters, shown, strict=True):
+            group = group_of[parameter]
+            offset = data.storage_offset() - flat[group].storage_offset()
+            parts.append(copied[group].narrow(0, offset, data.numel()).view(data.shape))
+        self.before = Version(copied, parts, [split(one, group) for group, one in enumerate(copied)])
 
     def show(self, before: bool) -> None:
         """Let the parameters be the weights of one update before, or the current ones."""
-        for parameter, data in zip(self.parameters, self.before if before else self.now, strict=True):
+        for parameter, data in zip(self.parameters, (self.before if before else self.now).shown, strict=True):
             parameter.data = data
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
         """Around the optimizer's step, which works in place: it gets a copy of `now`."""
-        for old, new in zip(self.now, self.before, strict=True):
+        for old, new in zip(self.now.stored, self.before.stored, strict=True):
             new.copy_(old)
         self.now, self.before = self.before, self.now
+        if self._zero is not None:
+            self._zero.bit16_groups_flat[:] = self.now.stored
+            self._zero.parallel_partitioned_bit16_groups[:] = self.now.partitions
         self.show(before=False)
         # The passes under way saved weights of another storage: autograd need not see that a step was made.
         with torch.autograd._unsafe_preserve_version_counter(tuple(self.parameters)):
@@ -498,10 +527,10 @@ class TwoVersions:
 
     def before_of(self, parameter: nn.Parameter) -> Tensor:
         """A weight as it was one update before."""
-        return next(data for one, data in zip(self.parameters, self.before, strict=True) if one is parameter)
+        return next(data for one, data in zip(self.parameters, self.before.shown, strict=True) if one is parameter)
 
     def load(self, before: Mapping[nn.Parameter, Tensor]) -> None:
         """The weights of one update before; the current ones are loaded with the stage."""
         self.show(before=False)
-        for parameter, data in zip(self.parameters, self.before, strict=True):
+        for parameter, data in zip(self.parameters, self.before.shown, strict=True):
             data.copy_(before.get(parameter, parameter))

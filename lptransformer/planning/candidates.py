@@ -296,7 +296,7 @@ def methods(
         if work.dtype == "fp64" and data > 1:
             return
         stages = cut(objective, pipeline, work.costs, sizes)
-        most = 0 if objective.delayed else 2 if borders_carry_gradients(objective, stages) else 3
+        most = 2 if objective.delayed or borders_carry_gradients(objective, stages) else 3
         zeros = {min(zero_stage, most), *(range(max(1, zero_stage), most + 1) if data > 1 else ())}
         add(
             Candidate(method, objective, stages, work, cluster, data, zero, head=head, steps=steps)

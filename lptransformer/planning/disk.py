@@ -58,7 +58,7 @@ def _of_stage(stage: StagePlan, config: Config, blueprint: Blueprint) -> _Conten
     tensors = 2 if config.optimizer.name == "adamw" else int(config.optimizer.momentum > 0)
     trained, (own, copied) = trained_of(stage, costs), weights_of(stage, costs)
     frozen = own - trained + (copied if HEADS[blueprint.head.kind].fitted else 0)
-    owned = trained * exact * (tensors + blueprint.objective.delayed + (zero == 3 or dtype < exact))
+    owned = trained * (exact * (tensors + (zero == 3 or dtype < exact)) + blueprint.objective.delayed * dtype)
     whole = (own + copied - frozen - (trained if zero == 3 else 0)) * dtype
     return _Content(whole, owned, frozen * dtype)
 

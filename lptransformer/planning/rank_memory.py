@@ -191,7 +191,7 @@ def stage_state(stage: StageTensors, how: Precision, delayed: bool = False) -> S
     return StageState(
         weights=(-(-all_weights // how.replicas) if zero == 3 else all_weights) * how.weights,
         gradients=partitioned if zero > 1 else size * how.gradients,
-        optimizer=own * how.master * (1 + how.moments),
+        optimizer=own * how.master * (1 + how.moments) + delayed * size * how.weights,
         buffers=stage.buffer_bytes,
         step=int(temporaries * how.master) + cast + (partitioned if zero == 1 and how.replicas > 1 else 0),
         zero_stage=zero,

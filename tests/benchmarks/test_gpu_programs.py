@@ -155,7 +155,8 @@ WITHOUT_WAITING = {
     "replicas, ZeRO 1, above": "--parallel.pipeline=2 --parallel.data=2 --train.dtype=bf16 "
     "--deepspeed.zero_optimization.stage=1 --objective.name=overlapping",
     "ZeRO 2, a head that is followed": "--parallel.pipeline=2 --train.dtype=bf16 --head.kind=shared",
-    "delayed, recomputing": "--parallel.pipeline=2 --objective.name=delayed --train.activation_checkpointing=blocks",
+    "delayed, recomputing": "--parallel.pipeline=2 --objective.name=delayed --train.activation_checkpointing=blocks "
+    "--train.dtype=bf16",
 }
 
 

@@ -149,7 +149,9 @@ def test_two_names_of_one_thing_give_the_same_bits(pool: Pool, case: str) -> Non
 
 
 @pytest.mark.parametrize("stage", [1, slow(2)])
-@pytest.mark.parametrize("objective", ["overlapping", slow("hybrid chunked"), slow("deep supervision"), "last"])
+@pytest.mark.parametrize(
+    "objective", ["overlapping", slow("hybrid chunked"), slow("deep supervision"), "last", "delayed"]
+)
 def test_zero_1_and_2_where_borders_carry_gradients(pool: Pool, objective: str, stage: int) -> None:
     """Against ZeRO 0 with the same two replicas, without clipping: sums of two replicas have one order."""
     overrides = (*OBJECTIVES[objective], *SGD, "train.grad_clip=0", "parallel.pipeline=2", "parallel.data=2")
@@ -206,7 +208,7 @@ def evaluate_unasked(overrides: tuple[str, ...]) -> str:
     return said
 
 
-@pytest.mark.parametrize("objective", ["overlapping", "hybrid chunked"])
+@pytest.mark.parametrize("objective", ["overlapping", "hybrid chunked", "delayed"])
 def test_bf16_does_not_depend_on_the_placement(pool: Pool, objective: str) -> None:
     overrides = (*OBJECTIVES[objective], "train.dtype=bf16", "train.grad_clip=1")
     together, apart = (run(pool, (*overrides, f"parallel.pipeline={ranks}"), UPDATES) for ranks in (1, 2))
@@ -265,6 +267,7 @@ RESUMED = {
     "overlapping": OBJECTIVES["overlapping"],
     "hybrid chunked": OBJECTIVES["hybrid chunked"],
     "delayed": OBJECTIVES["delayed"],
+    "delayed, bf16": (*OBJECTIVES["delayed"], "train.dtype=bf16"),
     "last": OBJECTIVES["last"],
     "shared": (*CHUNKED, *HEADS["shared"]),
     "all at once": (*CHUNKED, *HEADS["all at once"]),

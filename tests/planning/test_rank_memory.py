@@ -69,6 +69,7 @@ EXACT_TOO = {
     },
     "recomputed, overlapping": ("objective.name=overlapping", "parallel.pipeline=2", *SELECTIVE),
     "recomputed, delayed": ("objective.name=delayed", "parallel.pipeline=2", "train.activation_checkpointing=every 2"),
+    "delayed, bf16": ("objective.name=delayed", "parallel.pipeline=2", "train.dtype=bf16"),
     "recomputed, ZeRO 3": ("head.blocks=1", f"{ZERO}.stage=3", "train.activation_checkpointing=blocks"),
     "frozen, gradients through": (*UPPER_FROZEN, "parallel.pipeline=2"),
     **{
@@ -250,9 +251,11 @@ def test_what_repeats_is_counted_once(name: str, ranks: int, rounds: int, monkey
 def test_zero_divides_what_it_divides() -> None:
     stage = StageTensors(trained=True, weights=1000, largest=400, decaying=900, buffer_bytes=8)
 
-    def of(zero_stage: int, replicas: int = 2) -> StageState:
-        how = Precision(2, 4, 2, 2, 2, bucket=50, zero_stage=zero_stage, replicas=replicas)
-        return stage_state(stage, how)
+    def how(zero_stage: int) -> Precision:
+        return Precision(2, 4, 2, 2, 2, bucket=50, zero_stage=zero_stage, replicas=2)
+
+    def of(zero_stage: int) -> StageState:
+        return stage_state(stage, how(zero_stage))
 
     assert (of(1).weights, of(1).gradients, of(1).optimizer) == (2000, 2000, 500 * 12)
     assert (of(2).weights, of(2).gradients, of(2).optimizer) == (2000, 1000, 500 * 12)
@@ -261,6 +264,7 @@ def test_zero_divides_what_it_divides() -> None:
     plain, delayed = stage_state(stage, FP32), stage_state(stage, FP32, delayed=True)
     assert (plain.weights, plain.gradients, plain.optimizer, plain.step) == (4000, 4000, 8000, 3200)
     assert delayed.optimizer == 8000 + 4000, "a second version of the weights"
+    assert stage_state(stage, how(2), delayed=True).optimizer == 500 * 12 + 2000, "whole on every replica"
     frozen = stage_state(StageTensors(False, 1000, 400, 900, 0), FP32)
     assert (frozen.weights, frozen.gradients, frozen.optimizer) == (4000, 0, 0)
 

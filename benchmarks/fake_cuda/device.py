@@ -36,6 +36,8 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from lptransformer.engine import deepspeed_stage, transfers  # noqa: E402
+from lptransformer.models import family_check  # noqa: E402
+from lptransformer.run_folder import saved_stage  # noqa: E402
 
 LIBRARIES = ("lptransformer", "deepspeed", "transformers")
 WRAPPERS = ("deepspeed/comm/", "deepspeed/utils/nvtx.py", "deepspeed/accelerator/")  # in between, and of no interest
@@ -316,6 +318,8 @@ def fake_gpu() -> Iterator[None]:
     replace(FakeTensor, tolist=lambda tensor: made_up(tensor, "tolist"))
     replace(transfers.HelperThread, begin=_begin)
     replace(deepspeed_stage.TrainedStage, __init__=_trained_stage)
+    replace(saved_stage, save_file=_save_file)
+    replace(family_check, check=lambda *args, **kwargs: None)  # compares gradients
     with Reads(), Copies():
         yield
 
@@ -329,6 +333,11 @@ def _trained_stage(made: Any, stage: Any, optimizer: torch.optim.Optimizer, *res
     _real_trained_stage(made, stage, optimizer, *rest, **options)
 
 
+def _save_file(tensors: dict[str, Tensor], *rest: Any) -> None:
+    """What a checkpoint holds of a FakeTensor are zeros."""
+    _real_save_file({name: torch.zeros(one.shape, dtype=one.dtype) for name, one in tensors.items()}, *rest)
+
+
 def _begin(thread: transfers.HelperThread, call: Callable[[], Any]) -> transfers.Later[Any]:
     """A call of a helper thread is made at once, because the fake mode is of one thread, and logged as nothing."""
     later, recording = transfers.Later(call), LOG.recording
@@ -339,7 +348,7 @@ def _begin(thread: transfers.HelperThread, call: Callable[[], Any]) -> transfers
 
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
-_real_trained_stage = deepspeed_stage.TrainedStage.__init__
+_real_trained_stage, _real_save_file = deepspeed_stage.TrainedStage.__init__, saved_stage.save_file
 _real_move, _real_backward = nn.Module.to, torch.autograd._engine_run_backward
 _mock_cuda()
 _mock_collectives()

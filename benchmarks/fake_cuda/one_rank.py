@@ -3,8 +3,12 @@
     python benchmarks/fake_cuda/one_rank.py --parallel.pipeline=2 --train.dtype=bf16
     python benchmarks/fake_cuda/one_rank.py --config configs/quickstart.yaml --rank 1 --parallel.channel=nccl
 
-The last of `--updates` updates is reported: one row for every kind of event and place. Exit code 1 where tensors of
-two devices meet, with the place. Other arguments are overrides of the configuration, by default a small Llama.
+The last of `--updates` updates is reported: one row for every kind of event and place. A run of one process evaluates,
+saves and loads what it saved after that. Exit code 1 where tensors of two devices meet, with the place. Other arguments
+are overrides of the configuration, by default a small Llama.
+
+With `--cases` many are observed, each in a process of its own that begins when everything has been imported; FILE is a
+JSON list of the arguments of each.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import traceback
@@ -34,11 +39,12 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--rank", type=int, default=0, metavar="N", help="which process, counted from 0 (default: 0)")
     main.add_argument("--updates", type=int, default=3, metavar="N", help="updates that are made (default: 3)")
     main.add_argument("--json", metavar="FILE", help="write the events there too")
+    main.add_argument("--cases", metavar="FILE", help="arguments of many runs, as JSON; with --json a list is written")
     return main
 
 
-def observed(source: str | dict[str, Any], overrides: list[str], rank: int, updates: int) -> dict[str, Any]:
-    """The events of the last of the updates, and what went wrong, or None."""
+def observed(source: str | dict[str, Any], overrides: list[str], rank: int, updates: int, run: Path) -> dict[str, Any]:
+    """The events of the last of the updates, and what went wrong, or None. What is saved is saved into `run`."""
     import device
     import peers
 
@@ -63,6 +69,13 @@ def observed(source: str | dict[str, Any], overrides: list[str], rank: int, upda
             for update in range(updates):
                 device.LOG.recording = update == updates - 1
                 engine.train_batch()
+            device.LOG.recording = False
+            if engine.world.size == 1:
+                for name in engine.valid:
+                    engine.eval_batch(name)
+                engine.save_checkpoint(run)
+                engine.load_checkpoint(run)
+                engine.train_batch()
         except Exception as error:
             traceback.print_exc()
             broken = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
@@ -72,16 +85,53 @@ def observed(source: str | dict[str, Any], overrides: list[str], rank: int, upda
     return {"broken": broken, "backend": device.BACKENDS["world"], "events": device.LOG.rows()}
 
 
-def main(arguments: list[str] | None = None) -> int:
+def of_case(arguments: list[str]) -> dict[str, Any]:
+    """What is observed of a run with these arguments."""
     args, overrides = parser().parse_known_args(arguments)
-    sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, whatever is installed
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs a lot
         source: Any = args.config
         if source is None:
             text = Path(folder, "text.txt")
             text.write_text("All that is here is read by nobody: a FakeTensor has no values. " * 400)
-            source = {**SMALL, "data": {**SMALL["data"], "train": str(text), "cache": folder}}
-        found = observed(source, overrides, args.rank, args.updates)
+            valid = Path(folder, "valid.txt")
+            valid.write_text("Some windows, and a part of one. " * 5)
+            data = {"train": str(text), "valid": str(valid), "cache": folder}
+            source = {**SMALL, "data": {**SMALL["data"], **data}}
+        return observed(source, overrides, args.rank, args.updates, Path(folder, "run"))
+
+
+def of_cases(file: Path) -> list[dict[str, Any]]:
+    """Of each; what is imported is imported once."""
+    import device  # noqa: F401
+    import peers  # noqa: F401
+
+    import lptransformer.training.build  # noqa: F401
+
+    found = []
+    for arguments in json.loads(file.read_text()):
+        reader, writer = os.pipe()
+        if (child := os.fork()) == 0:
+            with os.fdopen(writer, "w") as pipe:
+                json.dump(of_case(arguments), pipe)
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as pipe:
+            answer = pipe.read()
+        os.waitpid(child, 0)
+        found.append(json.loads(answer) if answer else {"broken": "the process ended", "backend": "none", "events": []})
+        print(f"{' '.join(arguments)}: {found[-1]['broken'] or 'whole'}", flush=True)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args, _ = parser().parse_known_args(arguments)
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, whatever is installed
+    if args.cases:
+        several = of_cases(Path(args.cases))
+        if args.json:
+            Path(args.json).write_text(json.dumps(several, indent=1))
+        return int(any(one["broken"] is not None for one in several))
+    found = of_case(sys.argv[1:] if arguments is None else arguments)
     print(f"one update of process {args.rank}; its replicas talk over {found['backend']}")
     for row in found["events"]:
         moved = f" ({row['bytes']} bytes)" if row["bytes"] else ""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -137,45 +139,97 @@ def compiled() -> None:
     guard.built()
 
 
-def events(tmp_path: Path, *arguments: str, rank: int = 0) -> list[dict[str, Any]]:
-    file = tmp_path / "events.json"
-    ran("fake_cuda/one_rank.py", "--rank", str(rank), "--json", str(file), *arguments)
-    found = json.loads(file.read_text())
-    assert found["broken"] is None
-    return found["events"]
+Rows = list[dict[str, Any]]
 
 
-def number(rows: list[dict[str, Any]], kind: str, what: str, where: str = "") -> int:
+def number(rows: Rows, kind: str, what: str, where: str = "") -> int:
     return sum(r["count"] for r in rows if r["kind"] == kind and what in r["what"] and where in r["where"])
 
 
 ONE_COPY = "engine/executor.py"  # of norms and losses, when the last backward pass is queued
-WITHOUT_WAITING = {
-    "fp32": "--train.tf32=true --head.token_fraction=0.25",
-    "replicas, ZeRO 1, above": "--parallel.pipeline=2 --parallel.data=2 --train.dtype=bf16 "
-    "--deepspeed.zero_optimization.stage=1 --objective.name=overlapping",
-    "ZeRO 2, a head that is followed": "--parallel.pipeline=2 --train.dtype=bf16 --head.kind=shared",
-    "delayed, recomputing": "--parallel.pipeline=2 --objective.name=delayed --train.activation_checkpointing=blocks "
-    "--train.dtype=bf16",
+ZERO = "deepspeed.zero_optimization.stage"
+PRETRAINED = "model.pretrained=MODEL model.hidden_size=null model.num_layers=null model.num_heads=null"
+# Every value of every option that a GPU could see, and pairs that share code. `rank` is the process, by default 0; a
+# run of one process evaluates, saves and loads too.
+CASES = {
+    "fp32": "train.tf32=true head.token_fraction=0.25 optimizer.name=sgd train.freeze=\"['*.mlp.*']\" model.family=gpt2",
+    "fp32, ZeRO 2": f"{ZERO}=2 loss.fused=torch objective.name=deep_supervision model.attention=eager "
+    "train.activation_checkpointing=selective run.trace=[1,2]",
+    "replicas, ZeRO 1, above": f"rank=1 parallel.pipeline=2 parallel.data=2 train.dtype=bf16 {ZERO}=1 "
+    "objective.name=overlapping objective.overlap=1 objective.first_head=true",
+    "replicas, ZeRO 2 that overlaps": "parallel.data=2 train.dtype=bf16 "
+    "deepspeed.zero_optimization.overlap_comm=true border.codec=int8 loss.fused=chunked",
+    "ZeRO 2, a head that is followed": "rank=1 parallel.pipeline=2 train.dtype=bf16 head.kind=shared",
+    "delayed, recomputing": "rank=1 parallel.pipeline=2 objective.name=delayed train.dtype=bf16 "
+    "train.activation_checkpointing=blocks",
+    "delayed, fp32": "objective.name=delayed objective.chunks=2",
+    "greedy, low rank": "objective.name=greedy head.kind=low_rank head.rank=8 train.dtype=bf16 "
+    "train.activation_checkpointing='every 2'",
+    "hybrid, extra blocks": "rank=1 parallel.pipeline=2 parallel.channel=nccl objective.backprop_every=2 head.blocks=1 "
+    "model.attention=sdpa",
+    "last": "objective.name=last objective.trained_blocks=2 train.dtype=bf16 model.family=gpt2",
+    "rounded borders": "objective.name=greedy border.codec=bf16 train.activation_checkpointing=blocks",
+    "backprop, channels of NCCL": "parallel.pipeline=2 parallel.channel=nccl objective.name=backprop train.dtype=bf16 "
+    f"{ZERO}=1",
+    "averaged blocks": "train.dtype=bf16 head.blocks=1 head.ema_decay=0.9 train.grad_clip=0",
+    "fitted heads": f"{PRETRAINED} train.dtype=bf16 train.activation_checkpointing=selective",
+    "tied": f"{PRETRAINED} objective.name=backprop model.tie=keep data.isolate_documents=true",
+}
+CASES_3 = {
+    "ZeRO 3": f"{ZERO}=3 train.dtype=bf16 head.blocks=1 train.activation_checkpointing=blocks",
+    "ZeRO 3, a head that is followed": f"{ZERO}=3 parallel.data=2 head.kind=shared data.isolate_documents=true",
+    "ZeRO 3, fitted heads": f"{ZERO}=3 {PRETRAINED} train.dtype=bf16",
 }
 
 
+@pytest.fixture(scope="module")
+def observed(compiled: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rows]:
+    """The events of every case; those of one update."""
+    folder = tmp_path_factory.mktemp("cases")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=300, max_position_embeddings=32, tie_word_embeddings=True, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    arguments = []
+    for case in (CASES | CASES_3).values():
+        arguments.append([f"--{one}" for one in shlex.split(case.replace("MODEL", str(folder / "model")))])
+    (folder / "cases.json").write_text(json.dumps(arguments))
+    done = ran(
+        "fake_cuda/one_rank.py",
+        "--cases",
+        str(folder / "cases.json"),
+        "--json",
+        str(folder / "events.json"),
+        check=False,
+    )
+    found = json.loads((folder / "events.json").read_text())
+    assert [one["broken"] for one in found] == [None] * len(found), done.stdout + done.stderr[-3000:]
+    return {name: one["events"] for name, one in zip(CASES | CASES_3, found, strict=True)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", WITHOUT_WAITING)
-def test_nobody_waits_for_a_gpu_but_for_one_copy_of_an_update(compiled: None, tmp_path: Path, case: str) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_nobody_waits_for_a_gpu_but_for_one_copy_of_an_update(observed: dict[str, Rows], case: str) -> None:
     """On the main thread, at ZeRO 0 to 2, with no devices mixed."""
-    rows = events(tmp_path, *WITHOUT_WAITING[case].split(), rank=1 if "pipeline" in WITHOUT_WAITING[case] else 0)
+    rows = observed[case]
     assert number(rows, "sync", "") == 0
     assert number(rows, "copy", "cuda to cpu, blocking", ONE_COPY) == number(rows, "copy", ", blocking") == 1
     assert number(rows, "collective", "over gloo of a cuda tensor") == 0
 
 
 @pytest.mark.slow
-def test_at_zero_3_only_deepspeed_waits_for_a_gpu(compiled: None, tmp_path: Path) -> None:
-    rows = events(tmp_path, "--train.dtype=bf16", "--deepspeed.zero_optimization.stage=3")
-    waits = [row for row in rows if row["kind"] == "sync" or row["what"].endswith(", blocking")]
+@pytest.mark.parametrize("case", CASES_3)
+def test_at_zero_3_only_deepspeed_waits_for_a_gpu(observed: dict[str, Rows], case: str) -> None:
+    waits = [row for row in observed[case] if row["kind"] == "sync" or row["what"].endswith(", blocking")]
     ours = [row for row in waits if row["where"].startswith("lptransformer")]
     assert [(row["count"], row["where"].partition(":")[0]) for row in ours] == [(1, f"lptransformer/{ONE_COPY}")]
+
+
+def events(tmp_path: Path, *arguments: str, rank: int = 0) -> Rows:
+    file = tmp_path / "events.json"
+    ran("fake_cuda/one_rank.py", "--rank", str(rank), "--json", str(file), *arguments)
+    found = json.loads(file.read_text())
+    assert found["broken"] is None
+    return found["events"]
 
 
 @pytest.mark.slow

@@ -8,6 +8,9 @@ What the main thread does is logged, each with where in lptransformer, deepspeed
     message      sent or received over a channel between pipeline ranks (peers.py), with backend, device and bytes
 
 A FakeTensor has no values. Where a program reads one it gets 1, or 0 where it asks whether something is not finite.
+
+The device takes `TIME.op_seconds` for every operation that it is given, one after another, on all streams; events say
+when it would have come so far, and who waits for it waits as long.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -45,14 +49,38 @@ ASKS_FOR_INFINITIES = ("overflow", "inf", "nan", "invalid")
 
 
 @dataclass
+class DeviceTime:
+    """When the device is done with what it was given, by perf_counter."""
+
+    op_seconds: float = 0.0
+    done: float = 0.0
+
+    def work(self) -> None:
+        self.done = self.now() + self.op_seconds
+
+    def now(self) -> float:
+        """When what is given now begins."""
+        return max(self.done, time.perf_counter())
+
+    def wait(self) -> None:
+        time.sleep(max(0.0, self.done - time.perf_counter()))
+
+
+@dataclass
 class Log:
-    """Events by (kind, what, where), and the bytes that were moved, while `recording`."""
+    """Events by (kind, what, where), and the bytes that were moved, while `recording`. Of a helper thread (`muted`)
+    nothing is logged, and it takes no time."""
 
     recording: bool = False
+    muted: bool = False
     events: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     moved: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
     def note(self, kind: str, what: str, num_bytes: int = 0) -> None:
+        if self.muted:
+            return
+        if kind == "sync" or what == "cuda to cpu, blocking":
+            TIME.wait()
         if self.recording:
             key = (kind, what, where())
             self.events[key] += 1
@@ -67,7 +95,7 @@ class Log:
         ]
 
 
-LOG = Log()
+LOG, TIME = Log(), DeviceTime()
 HEADERS: list[list[int]] = []  # of messages that have been waited for (peers.py); a FakeTensor cannot hold them
 
 
@@ -100,16 +128,20 @@ class FakeStream:
     def wait_event(self, event: FakeEvent) -> None: ...
 
     def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
-        return event or FakeEvent()
+        event = event or FakeEvent()
+        event.record()
+        return event
 
     def query(self) -> bool:
         return True
 
 
 class FakeEvent:
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, enable_timing: bool = False, **kwargs: Any) -> None:
+        self.timed, self.comes = enable_timing, 0.0
 
-    def record(self, *args: Any) -> None: ...
+    def record(self, *args: Any) -> None:
+        self.comes = TIME.now()
 
     def wait(self, *args: Any) -> None: ...
 
@@ -117,10 +149,12 @@ class FakeEvent:
         LOG.note("sync", "event.synchronize")
 
     def query(self) -> bool:
-        return True
+        return time.perf_counter() >= self.comes
 
     def elapsed_time(self, other: FakeEvent) -> float:
-        return 1.0
+        """In ms, where both are timed, and have come: else CUDA raises."""
+        assert self.timed and other.timed and self.query() and other.query()
+        return 1e3 * (other.comes - self.comes)
 
 
 @dataclass(frozen=True)
@@ -236,6 +270,7 @@ class Reads(TorchFunctionMode):
             return made_up(tensor, name)
         if not concerns_gpu((*args, *kwargs.values())):
             return func(*args, **kwargs)
+        TIME.work()
         with FAKE:
             if tensor is not None and not isinstance(tensor, FakeTensor) and name != "copy_":
                 args = (FAKE.from_tensor(tensor), *args[1:])  # from the host to the device
@@ -331,10 +366,9 @@ def _trained_stage(made: Any, stage: Any, optimizer: torch.optim.Optimizer, *res
 
 def _begin(thread: transfers.HelperThread, call: Callable[[], Any]) -> transfers.Later[Any]:
     """A call of a helper thread is made at once, because the fake mode is of one thread, and logged as nothing."""
-    later, recording = transfers.Later(call), LOG.recording
-    LOG.recording = False
+    later, LOG.muted = transfers.Later(call), True
     later.run()
-    LOG.recording = recording
+    LOG.muted = False
     return later
 
 

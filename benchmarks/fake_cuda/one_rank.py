@@ -3,8 +3,9 @@
     python benchmarks/fake_cuda/one_rank.py --parallel.pipeline=2 --train.dtype=bf16
     python benchmarks/fake_cuda/one_rank.py --config configs/quickstart.yaml --rank 1 --parallel.channel=nccl
 
-The last of `--updates` updates is reported: one row for every kind of event and place. Exit code 1 where tensors of
-two devices meet, with the place. Other arguments are overrides of the configuration, by default a small Llama.
+The last of `--updates` updates is reported: one row for every kind of event and place; `--json` has the reports of the
+engine too, in which the device takes `--op-seconds` for an operation and messages come `--late`. Exit code 1 where
+tensors of two devices meet, with the place. Other arguments are overrides of a configuration (default: a small Llama).
 """
 
 from __future__ import annotations
@@ -33,12 +34,16 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--config", metavar="FILE", help="YAML file of a run (default: a small Llama)")
     main.add_argument("--rank", type=int, default=0, metavar="N", help="which process, counted from 0 (default: 0)")
     main.add_argument("--updates", type=int, default=3, metavar="N", help="updates that are made (default: 3)")
+    main.add_argument("--op-seconds", type=float, default=0.0, metavar="S", help="of the device, each (default: 0)")
+    main.add_argument("--late", type=float, default=0.0, metavar="S", help="the wait for a message (default: 0)")
     main.add_argument("--json", metavar="FILE", help="write the events there too")
     return main
 
 
-def observed(source: str | dict[str, Any], overrides: list[str], rank: int, updates: int) -> dict[str, Any]:
-    """The events of the last of the updates, and what went wrong, or None."""
+def observed(
+    source: str | dict[str, Any], overrides: list[str], rank: int, updates: int, op_seconds: float, late: float
+) -> dict[str, Any]:
+    """The events and reports of the last of the updates, and what went wrong, or None."""
     import device
     import peers
 
@@ -56,20 +61,21 @@ def observed(source: str | dict[str, Any], overrides: list[str], rank: int, upda
     rounds = train.micro_batches_per_update // parallel.data
     peers.pretend(rank, pipeline * parallel.data, parallel.data, rounds, others, pipeline - 1)
     lptransformer.initialize  # noqa: B018  torch and deepspeed are imported outside of the fake mode
-    broken = None
+    broken, reports, device.TIME.op_seconds, peers.Message.late = None, list[Any](), op_seconds, late
     with device.fake_gpu():
         try:
             engine = lptransformer.initialize(config, force=True)
             for update in range(updates):
                 device.LOG.recording = update == updates - 1
-                engine.train_batch()
+                reports = [report.to_dict() for report in engine.train_batch().reports]
         except Exception as error:
             traceback.print_exc()
             broken = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
             mixed = any(text in str(error) for text in TWO_DEVICES)
             broken = f"tensors of two devices meet: {broken}" if mixed else broken
         device.LOG.recording = False
-    return {"broken": broken, "backend": device.BACKENDS["world"], "events": device.LOG.rows()}
+    found = {"broken": broken, "backend": device.BACKENDS["world"], "events": device.LOG.rows()}
+    return {**found, "reports": reports}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
             text = Path(folder, "text.txt")
             text.write_text("All that is here is read by nobody: a FakeTensor has no values. " * 400)
             source = {**SMALL, "data": {**SMALL["data"], "train": str(text), "cache": folder}}
-        found = observed(source, overrides, args.rank, args.updates)
+        found = observed(source, overrides, args.rank, args.updates, args.op_seconds, args.late)
     print(f"one update of process {args.rank}; its replicas talk over {found['backend']}")
     for row in found["events"]:
         moved = f" ({row['bytes']} bytes)" if row["bytes"] else ""

@@ -329,7 +329,7 @@ class TrainingEngine(ABC):
     @property
     @abstractmethod
     def waited_seconds(self) -> float:
-        """What this process has waited for others so far: its idle time."""
+        """What this process has waited for others in its updates so far: its idle time."""
 
     # ------------------------------------------------------------------------------------------ parts
 

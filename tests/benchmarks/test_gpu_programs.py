@@ -137,12 +137,16 @@ def compiled() -> None:
     guard.built()
 
 
-def events(tmp_path: Path, *arguments: str, rank: int = 0) -> list[dict[str, Any]]:
-    file = tmp_path / "events.json"
+def observed(tmp_path: Path, *arguments: str, rank: int = 0) -> dict[str, Any]:
+    file = tmp_path / "observed.json"
     ran("fake_cuda/one_rank.py", "--rank", str(rank), "--json", str(file), *arguments)
     found = json.loads(file.read_text())
     assert found["broken"] is None
-    return found["events"]
+    return found
+
+
+def events(tmp_path: Path, *arguments: str, rank: int = 0) -> list[dict[str, Any]]:
+    return observed(tmp_path, *arguments, rank=rank)["events"]
 
 
 def number(rows: list[dict[str, Any]], kind: str, what: str, where: str = "") -> int:
@@ -167,6 +171,24 @@ def test_nobody_waits_for_a_gpu_but_for_one_copy_of_an_update(compiled: None, tm
     assert number(rows, "sync", "") == 0
     assert number(rows, "copy", "cuda to cpu, blocking", ONE_COPY) == number(rows, "copy", ", blocking") == 1
     assert number(rows, "collective", "over gloo of a cuda tensor") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timing
+def test_a_gpu_is_traced_and_found_idle_by_its_own_time(compiled: None, tmp_path: Path) -> None:
+    """Messages come 0.3 s late. The first one finds the GPU at the last update's step, or done with it; while the host
+    waits for the second one it computes."""
+    timed = ("--op-seconds=5e-4", "--late=0.3", "--run.trace=[3,3]")
+    found = observed(tmp_path, "--parallel.pipeline=2", *timed, rank=1)
+    stage, trace = found["reports"]
+    spans = {text: numbers for text, *numbers in trace["actions"]}
+    waited = {text: numbers[2] for text, numbers in spans.items()}
+    assert 0 < stage["idle_seconds"] < 0.4 and sum(waited.values()) == pytest.approx(stage["idle_seconds"], abs=1e-5)
+    assert waited["1RECV_F1"] < 0.01 < waited["1RECV_F0"]
+    assert spans["1RECV_F1"][0] == pytest.approx(spans["1B0"][1], abs=0.01), "when the GPU was done, not the host"
+    times = [time for _, start, end, *_ in trace["actions"] for time in (start, end)]
+    assert times == sorted(times) and times[0] >= 0 and times[-1] <= trace["seconds"]
+    assert number(found["events"], "sync", "") == number(found["events"], "sync", "event", "transfers.py") == 1
 
 
 @pytest.mark.slow

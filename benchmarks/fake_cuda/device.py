@@ -96,6 +96,7 @@ class Log:
 
 
 LOG, TIME = Log(), DeviceTime()
+PEAK = Counter[str]()  # "bytes" of the modules that came to the device since its peak was reset: all that is counted
 HEADERS: list[list[int]] = []  # of messages that have been waited for (peers.py); a FakeTensor cannot hold them
 
 
@@ -179,14 +180,16 @@ def _always(value: Any) -> Callable[..., Any]:
 def _mock_cuda() -> None:
     stream = FakeStream()
     same: dict[str, Any] = dict.fromkeys(
-        ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "current_device"), 0
+        ("memory_allocated", "memory_reserved", "max_memory_reserved", "current_device"), 0
     )
     same |= {"is_available": True, "is_initialized": True, "device_count": 1, "is_bf16_supported": True}
     same |= {"get_device_capability": (9, 0), "get_device_name": Properties().name}
     same |= {"get_device_properties": Properties(), "current_stream": stream, "default_stream": stream}
-    same |= dict.fromkeys(("set_device", "_lazy_init", "empty_cache", "reset_peak_memory_stats", "init"), None)
+    same |= dict.fromkeys(("set_device", "_lazy_init", "empty_cache", "init"), None)
     replace(torch.cuda, **{name: _always(value) for name, value in same.items()})
     changed: dict[str, Any] = {"Stream": FakeStream, "Event": FakeEvent, "stream": lambda s: contextlib.nullcontext()}
+    changed["max_memory_allocated"] = lambda *args: PEAK["bytes"]
+    changed["reset_peak_memory_stats"] = lambda *args: PEAK.clear()
     changed["synchronize"] = lambda *args: LOG.note("sync", "torch.cuda.synchronize: all of the device")
     replace(torch.cuda, **changed)
     replace(torch.cuda.nvtx, range_push=lambda *args: 0, range_pop=lambda *args: 0)
@@ -318,6 +321,7 @@ def _move(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         target = device if device is not None else tensor.device
         if isinstance(tensor, FakeTensor) and (kind, target.type) == (tensor.dtype, tensor.device.type):
             return tensor
+        PEAK["bytes"] += tensor.numel() * tensor.element_size()
         LOG.note("copy", f"{tensor.device.type} to {target.type}, blocking", tensor.numel() * tensor.element_size())
         return torch.empty(tensor.shape, dtype=kind, device=target)
 

@@ -189,6 +189,7 @@ def test_a_gpu_is_traced_and_found_idle_by_its_own_time(compiled: None, tmp_path
     times = [time for _, start, end, *_ in trace["actions"] for time in (start, end)]
     assert times == sorted(times) and times[0] >= 0 and times[-1] <= trace["seconds"]
     assert number(found["events"], "sync", "") == number(found["events"], "sync", "event", "transfers.py") == 1
+    assert stage["peak_memory_bytes"] == 0, "what was moved when the stages were built is not of training"
 
 
 @pytest.mark.slow

@@ -130,6 +130,12 @@ def on_stop_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(signum, earlier)
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """On a GPU `peak_memory_bytes` counts from here on. A CPU's peak is that of the process, from its beginning."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most that was in use: of the GPU's memory where there is one, else of the process's."""
     if device.type == "cuda":

@@ -8,6 +8,9 @@ What the main thread does is logged, each with where in lptransformer, deepspeed
     message      sent or received over a channel between pipeline ranks (peers.py), with backend, device and bytes
 
 A FakeTensor has no values. Where a program reads one it gets 1, or 0 where it asks whether something is not finite.
+
+The device takes `TIME.op_seconds` for every operation that it is given, one after another, on all streams; events say
+when it would have come so far, and who waits for it waits as long.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -47,14 +51,38 @@ ASKS_FOR_INFINITIES = ("overflow", "inf", "nan", "invalid")
 
 
 @dataclass
+class DeviceTime:
+    """When the device is done with what it was given, by perf_counter."""
+
+    op_seconds: float = 0.0
+    done: float = 0.0
+
+    def work(self) -> None:
+        self.done = self.now() + self.op_seconds
+
+    def now(self) -> float:
+        """When what is given now begins."""
+        return max(self.done, time.perf_counter())
+
+    def wait(self) -> None:
+        time.sleep(max(0.0, self.done - time.perf_counter()))
+
+
+@dataclass
 class Log:
-    """Events by (kind, what, where), and the bytes that were moved, while `recording`."""
+    """Events by (kind, what, where), and the bytes that were moved, while `recording`. Of a helper thread (`muted`)
+    nothing is logged, and it takes no time."""
 
     recording: bool = False
+    muted: bool = False
     events: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     moved: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
     def note(self, kind: str, what: str, num_bytes: int = 0) -> None:
+        if self.muted:
+            return
+        if kind == "sync" or what == "cuda to cpu, blocking":
+            TIME.wait()
         if self.recording:
             key = (kind, what, where())
             self.events[key] += 1
@@ -69,7 +97,8 @@ class Log:
         ]
 
 
-LOG = Log()
+LOG, TIME = Log(), DeviceTime()
+PEAK = Counter[str]()  # "bytes" of the modules that came to the device since its peak was reset: all that is counted
 HEADERS: list[list[int]] = []  # of messages that have been waited for (peers.py); a FakeTensor cannot hold them
 
 
@@ -102,16 +131,20 @@ class FakeStream:
     def wait_event(self, event: FakeEvent) -> None: ...
 
     def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
-        return event or FakeEvent()
+        event = event or FakeEvent()
+        event.record()
+        return event
 
     def query(self) -> bool:
         return True
 
 
 class FakeEvent:
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, enable_timing: bool = False, **kwargs: Any) -> None:
+        self.timed, self.comes = enable_timing, 0.0
 
-    def record(self, *args: Any) -> None: ...
+    def record(self, *args: Any) -> None:
+        self.comes = TIME.now()
 
     def wait(self, *args: Any) -> None: ...
 
@@ -119,10 +152,12 @@ class FakeEvent:
         LOG.note("sync", "event.synchronize")
 
     def query(self) -> bool:
-        return True
+        return time.perf_counter() >= self.comes
 
     def elapsed_time(self, other: FakeEvent) -> float:
-        return 1.0
+        """In ms, where both are timed, and have come: else CUDA raises."""
+        assert self.timed and other.timed and self.query() and other.query()
+        return 1e3 * (other.comes - self.comes)
 
 
 @dataclass(frozen=True)
@@ -147,14 +182,16 @@ def _always(value: Any) -> Callable[..., Any]:
 def _mock_cuda() -> None:
     stream = FakeStream()
     same: dict[str, Any] = dict.fromkeys(
-        ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "current_device"), 0
+        ("memory_allocated", "memory_reserved", "max_memory_reserved", "current_device"), 0
     )
     same |= {"is_available": True, "is_initialized": True, "device_count": 1, "is_bf16_supported": True}
     same |= {"get_device_capability": (9, 0), "get_device_name": Properties().name}
     same |= {"get_device_properties": Properties(), "current_stream": stream, "default_stream": stream}
-    same |= dict.fromkeys(("set_device", "_lazy_init", "empty_cache", "reset_peak_memory_stats", "init"), None)
+    same |= dict.fromkeys(("set_device", "_lazy_init", "empty_cache", "init"), None)
     replace(torch.cuda, **{name: _always(value) for name, value in same.items()})
     changed: dict[str, Any] = {"Stream": FakeStream, "Event": FakeEvent, "stream": lambda s: contextlib.nullcontext()}
+    changed["max_memory_allocated"] = lambda *args: PEAK["bytes"]
+    changed["reset_peak_memory_stats"] = lambda *args: PEAK.clear()
     changed["synchronize"] = lambda *args: LOG.note("sync", "torch.cuda.synchronize: all of the device")
     replace(torch.cuda, **changed)
     replace(torch.cuda.nvtx, range_push=lambda *args: 0, range_pop=lambda *args: 0)
@@ -238,6 +275,7 @@ class Reads(TorchFunctionMode):
             return made_up(tensor, name)
         if not concerns_gpu((*args, *kwargs.values())):
             return func(*args, **kwargs)
+        TIME.work()
         with FAKE:
             if tensor is not None and not isinstance(tensor, FakeTensor) and name != "copy_":
                 args = (FAKE.from_tensor(tensor), *args[1:])  # from the host to the device
@@ -285,6 +323,7 @@ def _move(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         target = device if device is not None else tensor.device
         if isinstance(tensor, FakeTensor) and (kind, target.type) == (tensor.dtype, tensor.device.type):
             return tensor
+        PEAK["bytes"] += tensor.numel() * tensor.element_size()
         LOG.note("copy", f"{tensor.device.type} to {target.type}, blocking", tensor.numel() * tensor.element_size())
         return torch.empty(tensor.shape, dtype=kind, device=target)
 
@@ -340,10 +379,9 @@ def _save_file(tensors: dict[str, Tensor], *rest: Any) -> None:
 
 def _begin(thread: transfers.HelperThread, call: Callable[[], Any]) -> transfers.Later[Any]:
     """A call of a helper thread is made at once, because the fake mode is of one thread, and logged as nothing."""
-    later, recording = transfers.Later(call), LOG.recording
-    LOG.recording = False
+    later, LOG.muted = transfers.Later(call), True
     later.run()
-    LOG.recording = recording
+    LOG.muted = False
     return later
 
 

@@ -3,9 +3,10 @@
     python benchmarks/fake_cuda/one_rank.py --parallel.pipeline=2 --train.dtype=bf16
     python benchmarks/fake_cuda/one_rank.py --config configs/quickstart.yaml --rank 1 --parallel.channel=nccl
 
-The last of `--updates` updates is reported: one row for every kind of event and place. A run of one process evaluates,
-saves and loads what it saved after that. Exit code 1 where tensors of two devices meet, with the place. Other arguments
-are overrides of the configuration, by default a small Llama.
+The last of `--updates` updates is reported: one row for every kind of event and place; `--json` has the reports of the
+engine too, in which the device takes `--op-seconds` for an operation and messages come `--late`. A run of one process
+evaluates, saves and loads what it saved after that. Exit code 1 where tensors of two devices meet, with the place.
+Other arguments are overrides of a configuration (default: a small Llama).
 
 With `--cases` many are observed, each in a process of its own that begins when everything has been imported; FILE is a
 JSON list of the arguments of each.
@@ -38,13 +39,24 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--config", metavar="FILE", help="YAML file of a run (default: a small Llama)")
     main.add_argument("--rank", type=int, default=0, metavar="N", help="which process, counted from 0 (default: 0)")
     main.add_argument("--updates", type=int, default=3, metavar="N", help="updates that are made (default: 3)")
+    main.add_argument("--op-seconds", type=float, default=0.0, metavar="S", help="of the device, each (default: 0)")
+    main.add_argument("--late", type=float, default=0.0, metavar="S", help="the wait for a message (default: 0)")
     main.add_argument("--json", metavar="FILE", help="write the events there too")
     main.add_argument("--cases", metavar="FILE", help="arguments of many runs, as JSON; with --json a list is written")
     return main
 
 
-def observed(source: str | dict[str, Any], overrides: list[str], rank: int, updates: int, run: Path) -> dict[str, Any]:
-    """The events of the last of the updates, and what went wrong, or None. What is saved is saved into `run`."""
+def observed(
+    source: str | dict[str, Any],
+    overrides: list[str],
+    rank: int,
+    updates: int,
+    run: Path,
+    op_seconds: float = 0.0,
+    late: float = 0.0,
+) -> dict[str, Any]:
+    """The events and reports of the last of the updates, and what went wrong, or None. What is saved is saved into
+    `run`."""
     import device
     import peers
 
@@ -62,13 +74,13 @@ def observed(source: str | dict[str, Any], overrides: list[str], rank: int, upda
     rounds = train.micro_batches_per_update // parallel.data
     peers.pretend(rank, pipeline * parallel.data, parallel.data, rounds, others, pipeline - 1)
     lptransformer.initialize  # noqa: B018  torch and deepspeed are imported outside of the fake mode
-    broken = None
+    broken, reports, device.TIME.op_seconds, peers.Message.late = None, list[Any](), op_seconds, late
     with device.fake_gpu():
         try:
             engine = lptransformer.initialize(config, force=True)
             for update in range(updates):
                 device.LOG.recording = update == updates - 1
-                engine.train_batch()
+                reports = [report.to_dict() for report in engine.train_batch().reports]
             device.LOG.recording = False
             if engine.world.size == 1:
                 for name in engine.valid:
@@ -82,7 +94,8 @@ def observed(source: str | dict[str, Any], overrides: list[str], rank: int, upda
             mixed = any(text in str(error) for text in TWO_DEVICES)
             broken = f"tensors of two devices meet: {broken}" if mixed else broken
         device.LOG.recording = False
-    return {"broken": broken, "backend": device.BACKENDS["world"], "events": device.LOG.rows()}
+    found = {"broken": broken, "backend": device.BACKENDS["world"], "events": device.LOG.rows()}
+    return {**found, "reports": reports}
 
 
 def of_case(arguments: list[str]) -> dict[str, Any]:
@@ -97,7 +110,7 @@ def of_case(arguments: list[str]) -> dict[str, Any]:
             valid.write_text("Some windows, and a part of one. " * 5)
             data = {"train": str(text), "valid": str(valid), "cache": folder}
             source = {**SMALL, "data": {**SMALL["data"], **data}}
-        return observed(source, overrides, args.rank, args.updates, Path(folder, "run"))
+        return observed(source, overrides, args.rank, args.updates, Path(folder, "run"), args.op_seconds, args.late)
 
 
 def of_cases(file: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ TrainedStage.update (engine/deepspeed_stage.py) clips or skips by it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,17 +14,19 @@ from torch import Tensor
 
 from lptransformer.engine.deepspeed_stage import TrainedStage, combine_norms
 from lptransformer.engine.process_groups import World, gather
+from lptransformer.engine.transfers import Clock
 from lptransformer.methods.stages import StagePlan
 
 
 class ClipGroup:
     """The local stages of a clip group; `group` joins the processes that hold the others, for one replica."""
 
-    def __init__(self, stages: Sequence[TrainedStage], group: dist.ProcessGroup | None, size: int) -> None:
+    def __init__(
+        self, stages: Sequence[TrainedStage], group: dist.ProcessGroup | None, size: int, clock: Clock
+    ) -> None:
         self.stages = list(stages)
-        self.group = group
+        self.group, self.clock = group, clock
         self.zero_stage = stages[0].zero_stage
-        self.waited_seconds = 0.0
         self._sizes: list[int] = []  # how many norms every member has
         if group is not None:
             own = sum(len(stage.parameters) for stage in stages)
@@ -46,9 +47,8 @@ class ClipGroup:
         Every member calls this at the end of an update; it returns when all have. The wait counts as idle time.
         """
         if self.group is not None:
-            started = time.perf_counter()
-            norms = torch.cat(gather(self.group, norms, self._sizes))
-            self.waited_seconds += time.perf_counter() - started
+            with self.clock.waiting():
+                norms = torch.cat(gather(self.group, norms, self._sizes))
         return combine_norms(norms, self.zero_stage)
 
 
@@ -68,6 +68,6 @@ def local_clip_groups(
             group = None
             if len(ranks) > 1:
                 group = world.group(f"clip/{name}/{number}", ranks.index(world.pipeline_rank), len(ranks))
-            clip_group = ClipGroup([local[index] for index in here], group, len(ranks))
+            clip_group = ClipGroup([local[index] for index in here], group, len(ranks), world.clock)
             found |= dict.fromkeys(here, clip_group)
     return found

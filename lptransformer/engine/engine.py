@@ -87,7 +87,8 @@ class LocalUpdateEngine(TrainingEngine):
     @telling_of_wrong_data
     def train_batch(self) -> UpdateResult:
         """See TrainingEngine. No stage waits for another's optimizer."""
-        started, waited = time.perf_counter(), self.waited_seconds
+        started, clock = time.perf_counter(), self.world.clock
+        clock.begin()
         tracer = self._tracer if self._tracer and self._tracer.wants(self.update + 1) else None
         if tracer:
             tracer.begin(started)
@@ -102,7 +103,9 @@ class LocalUpdateEngine(TrainingEngine):
         if self.world.pipeline_size == 1:
             done.control = self._decide()
         self.update += 1
-        seconds, idle_seconds = time.perf_counter() - started, self.waited_seconds - waited
+        if tracer:
+            tracer.end()
+        seconds, idle_seconds = time.perf_counter() - started, clock.end()
         if self._stop_requested and self.world.pipeline_rank > 0:
             self.world.store.set(STOP_KEY, "")
         own: list[Report] = [self._report(index, done, seconds, idle_seconds) for index in self.local]
@@ -235,12 +238,7 @@ class LocalUpdateEngine(TrainingEngine):
 
     @property
     def waited_seconds(self) -> float:
-        groups = {id(group): group for work in self.work for group in work.clip_groups.values()}
-        return (
-            self.neighbours.waited_seconds
-            + self.weight_copies.waited_seconds
-            + sum(group.waited_seconds for group in groups.values())
-        )
+        return self.world.clock.waited_seconds
 
     def _report(self, index: int, done: Update, seconds: float, idle_seconds: float) -> StageReport:
         step = done.step_results.get(index)
@@ -256,7 +254,7 @@ class LocalUpdateEngine(TrainingEngine):
 
     def _make_tracer(self, first: int, last: int) -> Tracer:
         """What traces the updates `first` to `last`, counted from 1."""
-        tracer = Tracer(first, last, lambda: self.waited_seconds)
+        tracer = Tracer(first, last, self.world.clock)
         for stage in self.local.values():
             if isinstance(stage, TrainedStage) and stage.plan.has_head:
                 tracer.watch_head(stage.engine.module.head)

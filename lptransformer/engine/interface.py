@@ -34,7 +34,7 @@ from lptransformer.methods.stages import StagePlan
 from lptransformer.models.adapters import merged
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.whole_model import whole_model, whole_weights
-from lptransformer.processes import peak_memory_bytes
+from lptransformer.processes import forget_peak_memory, peak_memory_bytes
 from lptransformer.run_folder import layout, saved_stage
 from lptransformer.run_folder.metrics import EvaluationReport, SavedReport, StageReport, TraceReport, report_from_dict
 from lptransformer.run_folder.saved_stage import SavedStage
@@ -227,6 +227,7 @@ class TrainingEngine(ABC):
         self._newest_save = None
         update = agreed_step(self.world, Path(run), update)
         self._load(Path(run), update)
+        forget_peak_memory(self.world.device)
         self.update = update
         return update
 
@@ -329,7 +330,7 @@ class TrainingEngine(ABC):
     @property
     @abstractmethod
     def waited_seconds(self) -> float:
-        """What this process has waited for others so far: its idle time."""
+        """What this process has waited for others in its updates so far: its idle time."""
 
     # ------------------------------------------------------------------------------------------ parts
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -117,6 +116,7 @@ class Link:
     """One direction of a border, for one replica: what carries its messages, and what waits for a GPU there."""
 
     def __init__(self, world: World, name: str, rank: int, frame: Frame, says: str) -> None:
+        self.clock = world.clock
         self.frame, self.peer, self.name = frame, 1 - rank, f"{says} {name.split('/')[1]}"
         self.group = world.group(name, rank, 2, frame.backend)
         self.headers = self.group
@@ -168,7 +168,6 @@ class Sender:
         self.link = link
         self.message = link.frame.message()
         self.under_way: list[Waitable] = []
-        self.waited_seconds = 0.0
 
     def send(self, header: Header, tensor: Tensor) -> None:
         """Start sending; returns once the message before this one has left."""
@@ -184,11 +183,9 @@ class Sender:
     def flush(self) -> None:
         """Wait until the message on the way has left; the wait counts as idle time."""
         if self.under_way:
-            started = time.perf_counter()
-            with translate_broken_channel(self.link.name), self.link.side:
+            with self.link.clock.waiting(), translate_broken_channel(self.link.name), self.link.side:
                 for work in self.under_way:
                     work.wait()
-            self.waited_seconds += time.perf_counter() - started
             self.under_way = []
 
 
@@ -202,7 +199,6 @@ class Receiver:
         self.link, self._always = link, link.frame.backend == "gloo"
         self.free = deque((link.frame.message(), Event()) for _ in range(in_flight))
         self.posted: deque[tuple[Message, list[Waitable]]] = deque()
-        self.waited_seconds = 0.0
         self._coming: deque[int] = deque()  # of every message that is expected: the answers that its sender takes first
         self._taken = self._answered = 0
         self._post_ahead()
@@ -237,11 +233,9 @@ class Receiver:
         if not self.posted:
             self._post()
         message, works = self.posted.popleft()
-        started = time.perf_counter()
-        with translate_broken_channel(self.link.name):
+        with self.link.clock.waiting(), translate_broken_channel(self.link.name):
             for work in works:  # of NCCL this queues what follows behind it
                 work.wait()
-        self.waited_seconds += time.perf_counter() - started
         kind, update, micro_batch, control, digest, *_ = message.header.tolist()
         tensor = self.link.frame.decode(message.payload)
         self.free.append((message, Event.now(self.link.frame.device)))
@@ -266,11 +260,6 @@ class Neighbours:
     above: Sender | None = None
     gradients_below: list[Sender] = field(default_factory=list)
     gradients_above: list[Receiver] = field(default_factory=list)
-
-    @property
-    def waited_seconds(self) -> float:
-        channels = (self.below, self.above, *self.gradients_below, *self.gradients_above)
-        return sum((channel.waited_seconds for channel in channels if channel is not None), 0.0)
 
     def flush(self) -> None:
         for channel in (self.above, *self.gradients_below):

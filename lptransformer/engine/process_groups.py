@@ -16,11 +16,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from lptransformer.engine.transfers import Clock, clock_of
 from lptransformer.errors import LostProcessError, UserError
 from lptransformer.store import INTERFACE_VARIABLE, meet
 
@@ -53,6 +55,11 @@ class World:
     @property
     def size(self) -> int:
         return self.pipeline_size * self.data_size
+
+    @cached_property
+    def clock(self) -> Clock:
+        """By which this process is timed."""
+        return clock_of(self.device)
 
     def wait_for_all(self, word: str) -> None:
         """Return when every process of the run has called this with the same word."""

@@ -1,5 +1,5 @@
 """Between host and device without waiting: a thread for what has to wait for a GPU, so that the main thread need not,
-copies on a stream beside the computation, and the micro-batches of an update.
+copies on a stream beside the computation, the micro-batches of an update, and a clock that knows when a GPU got there.
 
 On a CPU all of it is immediate.
 """
@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
-from typing import Generic, TypeVar
+import time
+from collections.abc import Callable, Iterator
+from itertools import takewhile
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -108,6 +110,87 @@ class Event:
         """What the computation is given from here on waits, and the host does not."""
         if self._event is not None:
             torch.cuda.current_stream(device).wait_event(self._event)
+
+
+class Clock:
+    """What happens when in an update, and how long the computation of this process waits for others in it.
+
+    A moment is a time of perf_counter.
+    """
+
+    def __init__(self) -> None:
+        self.waited_seconds = 0.0  # in all updates, as far as it is known
+        self.waits: list[tuple[Any, Any]] = []  # from and to which moment; those that are not counted yet
+        self._in_update = False
+
+    def now(self) -> Any:
+        """A moment: this one."""
+        return time.perf_counter()
+
+    def has_come(self, moment: Any) -> bool:
+        return True
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Between two moments that have come."""
+        return end - begin
+
+    def settle(self) -> Callable[[Any], float]:
+        """Let all moments come; what gives their times of perf_counter."""
+        return lambda moment: moment
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a wait for another process: in an update it counts as idle time."""
+        if not self._in_update:
+            yield
+            return
+        begin = self.now()
+        yield
+        self.waits.append((begin, self.now()))
+
+    def begin(self) -> None:
+        """An update begins."""
+        self._in_update = True
+
+    def end(self) -> float:
+        """An update ends: the seconds that it has waited, with those of the one before that were not known then."""
+        self._in_update = False
+        known = list(takewhile(lambda wait: self.has_come(wait[1]), self.waits))
+        del self.waits[: len(known)]
+        waited = sum((self.seconds(*wait) for wait in known), 0.0)
+        self.waited_seconds += waited
+        return waited
+
+
+class EventClock(Clock):
+    """Of a GPU: a moment is an event on the stream of the computation, which comes when all before it is done.
+
+    So a wait of the host counts only as far as the computation had nothing left to do. Nobody waits for an event but
+    `settle`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def now(self) -> Any:
+        return torch.cuda.current_stream(self._device).record_event(torch.cuda.Event(enable_timing=True))
+
+    def has_come(self, moment: Any) -> bool:
+        return moment.query()
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) / 1e3
+
+    def settle(self) -> Callable[[Any], float]:
+        last = self.now()
+        last.synchronize()
+        came = time.perf_counter()
+        return lambda moment: came - self.seconds(moment, last)
+
+
+def clock_of(device: torch.device) -> Clock:
+    return EventClock(device) if device.type == "cuda" else Clock()
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:

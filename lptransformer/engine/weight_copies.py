@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -41,9 +40,9 @@ class CopyRoute:
         lag: int,
         refresh_every: int,
         name: str,
-        device: torch.device,
+        world: World,
     ) -> None:
-        self.name = name
+        self.name, self._clock = name, world.clock
         self.names = list(names)
         self.source, self.target, self.group = source, target, group
         self.lag, self.refresh_every = lag, refresh_every
@@ -51,11 +50,10 @@ class CopyRoute:
         held = target.tensors([name for _, name in self.names]) if target is not None else {}
         self._shapes = [(held[name].shape, held[name].dtype) for _, name in self.names] if held else []
         self.arrived: deque[Tensor] = deque()  # the versions after it that are here, each one flat
-        self.waited_seconds = 0.0
         self._posted: deque[tuple[Tensor, dist.Work]] = deque()
         self._sending: tuple[Tensor, Waitable] | None = None
-        self._side = SideStream(device)
-        self._on_gpu = device.type == "cuda"
+        self._side = SideStream(world.device)
+        self._on_gpu = world.device.type == "cuda"
         self._thread = HelperThread() if self._on_gpu and source is not None and group is not None else None
         self._buffer: Tensor | None = None  # on a GPU: pinned memory for what is sent
         if target is not None and group is not None:
@@ -126,10 +124,8 @@ class CopyRoute:
     def flush(self) -> None:
         """Wait until the version on the way has left."""
         if self._sending is not None:
-            started = time.perf_counter()
-            with translate_broken_channel(self.name):
+            with self._clock.waiting(), translate_broken_channel(self.name):
                 self._sending[1].wait()
-            self.waited_seconds += time.perf_counter() - started
             self._sending = None
 
     def _post(self) -> None:
@@ -142,10 +138,8 @@ class CopyRoute:
     def _receive(self) -> None:
         assert self._posted, "a version that nobody sends"
         buffer, work = self._posted.popleft()
-        started = time.perf_counter()
-        with translate_broken_channel(self.name):
+        with self._clock.waiting(), translate_broken_channel(self.name):
             work.wait()
-        self.waited_seconds += time.perf_counter() - started
         self.arrived.append(buffer)
         self._post()
 
@@ -179,12 +173,8 @@ class WeightCopies:
                     lags[index],
                     refresh_every,
                     f"of copies from stage {source} to stage {index}",
-                    world.device,
+                    world,
                 )
-
-    @property
-    def waited_seconds(self) -> float:
-        return sum(route.waited_seconds for route in self.routes.values())
 
     def before(self, update: int) -> None:
         """Before an update (counted from 0): every local head gets the copies that it is to use."""

@@ -5,6 +5,8 @@ The sizes come from the library's own configuration of the model; no weights are
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from glob import glob
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from lptransformer.errors import ConfigError, UserError
 from lptransformer.methods import recomputing
 from lptransformer.methods.codecs import CODECS
 from lptransformer.methods.dtypes import DTYPES
-from lptransformer.methods.heads import label
+from lptransformer.methods.heads import blocks_like, followed, label
 from lptransformer.methods.objectives import METHODS, Objective
 from lptransformer.planning import candidates
 from lptransformer.planning.candidates import Candidate, Prediction
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 MOST_WINDOWS = 65_536  # of an update: nobody trains with larger batches
 LONGEST = 2**20  # tokens of a window: torch can still say how large the attention mask of MOST_WINDOWS of them is
+COPYING = 0.1  # of an update: copies of weights that take longer are worth a word
 PIPELINE_ENGINE = "backprop, DeepSpeed's PipelineEngine"
 
 
@@ -93,7 +96,10 @@ def make(
         raise ConfigError(no_split)
     processes = config.parallel.pipeline * config.parallel.data
     configured = _configured(config, blueprint, work, cluster, options) if processes == size else None
-    return Plan(cluster, work, configured, methods, bounds, _remarks(config, objective, cluster))
+    remarks = _remarks(config, objective, cluster)
+    if configured is not None and (said := copies_remark(config, blueprint, cluster, configured.step_seconds)):
+        remarks.append(said)
+    return Plan(cluster, work, configured, methods, bounds, remarks)
 
 
 def _method(config: Config) -> str:
@@ -151,6 +157,43 @@ def _remarks(config: Config, objective: Objective, cluster: Cluster) -> list[str
             "DeepSpeed's PipelineEngine takes for buffers of its own is not counted. Local updates need engine: local."
         )
     return lines
+
+
+def copies_remark(config: Config, blueprint: Blueprint, cluster: Cluster, step_seconds: float) -> str | None:
+    """What the copies of weights that auxiliary heads follow take, and what to set; None where that is little of an
+    update of `step_seconds`.
+
+    They cross from host to host, or through the memory of one, beside the computation, and are late where that has no
+    time for them. The process counts that sends most.
+    """
+    stages, costs, head = blueprint.stages, blueprint.costs, blueprint.head
+    sent = Counter[int]()  # by pipeline rank, in weights
+    for index in blueprint.copy_lags:
+        target, depth = stages[index], blueprint.objective.num_blocks
+        blocks = [] if head.trains_blocks else list(blocks_like(head, target.last_block, depth))
+        readout = costs.after(target.last_block).auxiliary_copied - len(blocks) * costs.block_parameters
+        for block, weights in (*((block, costs.block_parameters) for block in blocks), (depth - 1, readout)):
+            source = next(stage for stage in stages if stage.first_block <= block <= stage.last_block)
+            if source.pipeline_rank != target.pipeline_rank:
+                sent[source.pipeline_rank] += weights
+    size = max(sent.values(), default=0) * DTYPES[blueprint.dtype].bytes
+    links = [load_devices().links[HOST_MEMORY], cluster.device.intra_link]
+    if cluster.nodes > 1:
+        links.append(cluster.link.shared(min(blueprint.replicas, cluster.devices_per_node)))
+    link = min(links, key=lambda one: one.bytes_per_second)
+    seconds = size / link.bytes_per_second
+    if seconds <= COPYING * step_seconds * head.refresh_every:
+        return None
+    from_last = followed(head) == "last"
+    instead = f"head.kind={'fitted' if config.model.pretrained else 'low_rank'}" if from_last else "head.ema_decay=null"
+    share = seconds / step_seconds
+    return (
+        f"Heads hold copies of other ranks' weights ({config.at('head.kind' if from_last else 'head.ema_decay')}): a "
+        f"refresh takes {seconds:.3g} s ({size / 1e6:,.1f} MB over {link.name}), which with "
+        f"{config.at('head.refresh_every')} is {share / head.refresh_every:.2g} of an update ({step_seconds:.3g} s): "
+        f"set head.refresh_every={math.ceil(share / COPYING)} to make it {COPYING:.0%} at most, or {instead}, without "
+        "copies."
+    )
 
 
 def _vocab_size(config: Config, given: int | None) -> int | None:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lptransformer.errors import RunError
 from lptransformer.methods.schedule import RECEIVES, SENDS, Action, parse
@@ -239,7 +239,7 @@ def chrome(traces: Sequence[Trace], name: str) -> dict[str, Any]:
     for trace in traces:
         offset = trace.beginning - first
         events += [_complete(one, offset) for one in slices(trace)]
-    clock = "host times, without synchronisation" if traces[0].device != "cpu" else "wall clock of every process"
+    clock = "wall clock of every process" + (", by events of its GPU" if traces[0].device == "cuda" else "")
     return {
         "traceEvents": events,
         "displayTimeUnit": "ms",
@@ -273,26 +273,39 @@ COPIES = "copies"  # taking and sending read-only copies of weights: around the 
 DIGITS = 7  # of seconds: a tenth of a microsecond
 
 
+Span = tuple[Any, Any]
+"""From one moment of a clock to another."""
+
+
+class Clock(Protocol):
+    """What times a process (engine/transfers.Clock); `waits` are those for others."""
+
+    waits: list[Span]
+
+    def now(self) -> Any: ...
+
+    def settle(self) -> Callable[[Any], float]: ...
+
+
 class Tracer:
-    """The actions of the updates `first` to `last` (counted from 1) on this process.
+    """The actions of the updates `first` to `last` (counted from 1) on this process, by its clock."""
 
-    `waited` gives the seconds that the process has waited so far.
-    """
-
-    def __init__(self, first: int, last: int, waited: Callable[[], float]) -> None:
+    def __init__(self, first: int, last: int, clock: Clock) -> None:
         self.first, self.last = first, last
-        self.actions: list[list[Any]] = []  # of the update under way: [text, start, end, waited, in the head]
-        self._waited = waited
+        self.actions: list[list[Any]] = []  # of the update that has ended: [text, start, end, waited, in the head]
+        self._clock = clock
         self._to_wall_clock = _seconds_to_wall_clock()
         self._started = 0.0
-        self._head_started, self._head_seconds = 0.0, 0.0
+        self._made: list[tuple[str, Span, list[Span], list[Span]]] = []  # under way: text, itself, waits, in the head
+        self._head_started: Any = None
+        self._heads: list[Span] = []
 
     def wants(self, update: int) -> bool:
         return self.first <= update <= self.last
 
     def begin(self, started: float) -> None:
         """An update begins, at this time of perf_counter."""
-        self.actions, self._started = [], started
+        self._made, self._heads, self._started = [], [], started
 
     @property
     def started(self) -> float:
@@ -302,11 +315,18 @@ class Tracer:
     @contextlib.contextmanager
     def action(self, text: str) -> Iterator[None]:
         """Around an action."""
-        waited, head, start = self._waited(), self._head_seconds, time.perf_counter() - self._started
+        waits, heads, start = len(self._clock.waits), len(self._heads), self._clock.now()
         yield
-        end = time.perf_counter() - self._started
-        numbers = (start, end, self._waited() - waited, self._head_seconds - head)
-        self.actions.append([text, *(round(number, DIGITS) for number in numbers)])
+        end = self._clock.now()
+        self._made.append((text, (start, end), self._clock.waits[waits:], self._heads[heads:]))
+
+    def end(self) -> None:
+        """The update has ended. On a GPU this waits for it."""
+        time_of, self.actions = self._clock.settle(), []
+        for text, span, *parts in self._made:
+            start, end = (time_of(moment) - self._started for moment in span)
+            waited, head = (sum((time_of(b) - time_of(a) for a, b in part), 0.0) for part in parts)
+            self.actions.append([text, *(round(number, DIGITS) for number in (start, end, waited, head))])
 
     def watch_head(self, head: Any) -> None:
         """Separate the time in a head (forward pass, loss, gradient of the loss) from that in the blocks."""
@@ -314,10 +334,10 @@ class Tracer:
         head.register_forward_hook(self._head_ends)
 
     def _head_begins(self, *_: Any) -> None:
-        self._head_started = time.perf_counter()
+        self._head_started = self._clock.now()
 
     def _head_ends(self, *_: Any) -> None:
-        self._head_seconds += time.perf_counter() - self._head_started
+        self._heads.append((self._head_started, self._clock.now()))
 
 
 def _seconds_to_wall_clock() -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lptransformer import files
 from lptransformer.console import print_table
@@ -241,22 +241,14 @@ def report_trace(run: Path, out: Path, svg: bool = False) -> None:
     is_backprop = trained_model.blueprint_of(run).objective.is_backprop
     traces = read_traces(run, config.parallel.pipeline, config.parallel.data)
     newest, method = traces[-1], collect.method_name(config)
-    beside = None
-    if newest.device == "cpu":
-        extra = config.head.blocks * (1.0 if config.head.ema_decay is None else 0.5)
-        beside = simulated_1f1b(_picture(newest), config.parallel.in_flight, extra)
-    columns: tuple[str, ...] = ("pipeline rank", "busy s", "of it head s", "waiting s", "other s", "idle share")
-    rows: list[tuple[Any, ...]] = [
-        (one.pipeline_rank, one.busy, one.head, one.waiting, one.other, f"{one.idle_share:.1%}")
-        for one in rank_times(newest)
-    ]
-    title = f"{method}, {_updates(newest)}, measured"
-    if beside:
-        title += "; beside it 1F1B of the same blocks, simulated"
-        columns = (*columns, "1F1B's idle share")
-        rows = [(*row, f"{idle_share(beside, row[0]):.1%}") for row in rows]
-    else:
-        print(f"1F1B is not simulated: on {newest.device} the host's times are not those of the computation")
+    extra = config.head.blocks * (1.0 if config.head.ema_decay is None else 0.5)
+    beside = simulated_1f1b(_picture(newest), config.parallel.in_flight, extra)
+    columns = ("pipeline rank", "busy s", "of it head s", "waiting s", "other s", "idle share", "1F1B's idle share")
+    rows = []
+    for one in rank_times(newest):
+        shares = f"{one.idle_share:.1%}", f"{idle_share(beside, one.pipeline_rank):.1%}"
+        rows.append((one.pipeline_rank, one.busy, one.head, one.waiting, one.other, *shares))
+    title = f"{method}, {_updates(newest)}, measured; beside it 1F1B of the same blocks, simulated"
     files.make_folder(out, "--out")
     print_table(title, columns, rows)
     files.write_text(out / TIMELINE, json.dumps(chrome(traces, str(run)), separators=(",", ":")) + "\n")
@@ -273,19 +265,16 @@ def _picture(whole: Trace) -> Trace:
     return whole.only(following[:room])
 
 
-def _panels(shown: Trace, method: str, is_backprop: bool, beside: Sequence[Slice] | None) -> list[Panel]:
+def _panels(shown: Trace, method: str, is_backprop: bool, beside: Sequence[Slice]) -> list[Panel]:
     number = len(shown.updates)
     seconds = max(one.total for one in rank_times(shown)) / number
-    on = "" if shown.device == "cpu" else f" on {shown.device}, times of the host"
+    on = "" if shown.device == "cpu" else f" on {shown.device}"
     what = "backprop by 1F1B" if is_backprop else method
     measured = f"Measured: {what}, {_updates(shown)}{on}: {_duration(seconds)} per update"
-    panels = [Panel(measured, slices(shown))]
-    if beside:
-        seconds = max(one.end for one in beside) / number
-        what = "the same run" if is_backprop else "backprop by 1F1B over the same blocks"
-        simulated = f"Simulated: {what}, from the medians of the measured times, links that cost nothing"
-        panels.append(Panel(f"{simulated}: {_duration(seconds)} per update", beside))
-    return panels
+    seconds = max(one.end for one in beside) / number
+    what = "the same run" if is_backprop else "backprop by 1F1B over the same blocks"
+    simulated = f"Simulated: {what}, from the medians of the measured times, links that cost nothing"
+    return [Panel(measured, slices(shown)), Panel(f"{simulated}: {_duration(seconds)} per update", beside)]
 
 
 def _duration(seconds: float) -> str:

@@ -43,7 +43,7 @@ from lptransformer.models.adapters import saved_name
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.hf_config import described
 from lptransformer.models.stage import Stage, compile_blocks, for_training, make_stage
-from lptransformer.processes import launched_size, use_fair_share_of_cores
+from lptransformer.processes import forget_peak_memory, launched_size, use_fair_share_of_cores
 from lptransformer.run_folder import layout
 from lptransformer.run_folder.saved_stage import SavedStep
 from lptransformer.training.memory import Given, agreed
@@ -382,8 +382,9 @@ def build_engine(
 
     stop = config.checkpoint.on_error == "stop"
     options = EngineOptions(train.max_skipped_updates, config.parallel.channel, config.run.trace, stop, train.tf32)
+    engine: TrainingEngine
     if config.engine == "deepspeed_pipeline":
-        return PipelineBaseline(
+        engine = PipelineBaseline(
             world,
             blueprint,
             lambda plan: with_optimizer(make(plan).to(world.device)),
@@ -393,4 +394,7 @@ def build_engine(
             options,
             grad_clip=train.grad_clip,
         )
-    return LocalUpdateEngine(world, blueprint, build, stream, valid, options)
+    else:
+        engine = LocalUpdateEngine(world, blueprint, build, stream, valid, options)
+    forget_peak_memory(world.device)
+    return engine

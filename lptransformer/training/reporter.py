@@ -24,9 +24,10 @@ from lptransformer.engine.p2p import Control
 from lptransformer.errors import LostProcessError, RunError, TakenOverError, TrainingError
 from lptransformer.methods.heads import label
 from lptransformer.models.blueprint import Blueprint
-from lptransformer.planning.devices import load_devices
+from lptransformer.planning.devices import Cluster, Device, load_devices
 from lptransformer.planning.disk import checkpoint_bytes
 from lptransformer.planning.dry_run import print_stages
+from lptransformer.planning.plan import copies_remark
 from lptransformer.run_folder import checkpoint, history, layout, retention
 from lptransformer.run_folder.loss_plot import plot_losses
 from lptransformer.run_folder.metrics import Aggregator, MetricsRow, SavedReport, TraceReport, text_counts
@@ -52,10 +53,24 @@ def in_force(config: Config, blueprint: Blueprint) -> str:
     )
 
 
+def known(device: torch.device) -> Device | None:
+    """A device as planning/devices.yaml knows it by its name; of a CPU nobody does."""
+    return load_devices().called(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """The FLOP/s of a device at its peak, where planning/devices.yaml knows it by its name; of a CPU nobody does."""
-    listed = load_devices().called(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    """The FLOP/s of a device at its peak, where it is known."""
+    listed = known(device)
     return listed.flops.get(dtype) if listed else None
+
+
+def copies_at_the_start(config: Config, blueprint: Blueprint, device: torch.device) -> str | None:
+    """`copies_remark` on a device that is known, as if all processes were on one host and did nothing but compute."""
+    listed, dtype = known(device), product_dtype(config)
+    if listed is None or dtype not in listed.flops:
+        return None
+    cluster = Cluster(listed, 1, config.parallel.pipeline * config.parallel.data, listed.intra_link)
+    return copies_remark(config, blueprint, cluster, listed.compute_seconds(blueprint.process_flops(1), dtype))
 
 
 class Reporter:
@@ -111,7 +126,7 @@ class Reporter:
             need, free = checkpoint_bytes(config, engine.blueprint), shutil.disk_usage(folder).free
             what = f"{need.many} checkpoints of {megabytes(need.each)}, {megabytes(need.total)} in all"
             self.progress.message(f"on disk at the end: {what}; {megabytes(free)} are free")
-        for line in (*said, self.writer.lost):
+        for line in (*said, self.writer.lost, copies_at_the_start(config, engine.blueprint, engine.world.device)):
             if line:
                 self.progress.message(line)
         if config.model.pretrained is not None:

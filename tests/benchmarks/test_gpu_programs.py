@@ -152,7 +152,8 @@ PRETRAINED = "model.pretrained=MODEL model.hidden_size=null model.num_layers=nul
 # Every value of every option that a GPU could see, and pairs that share code. `rank` is the process, by default 0; a
 # run of one process evaluates, saves and loads too.
 CASES = {
-    "fp32": "train.tf32=true head.token_fraction=0.25 optimizer.name=sgd train.freeze=\"['*.mlp.*']\" model.family=gpt2",
+    "fp32": "train.tf32=true head.token_fraction=0.25 optimizer.name=sgd model.family=gpt2 "
+    "train.freeze=\"['*.mlp.*']\"",
     "fp32, ZeRO 2": f"{ZERO}=2 loss.fused=torch objective.name=deep_supervision model.attention=eager "
     "train.activation_checkpointing=selective run.trace=[1,2]",
     "replicas, ZeRO 1, above": f"rank=1 parallel.pipeline=2 parallel.data=2 train.dtype=bf16 {ZERO}=1 "
@@ -224,19 +225,38 @@ def test_at_zero_3_only_deepspeed_waits_for_a_gpu(observed: dict[str, Rows], cas
     assert [(row["count"], row["where"].partition(":")[0]) for row in ours] == [(1, f"lptransformer/{ONE_COPY}")]
 
 
-def events(tmp_path: Path, *arguments: str, rank: int = 0) -> Rows:
-    file = tmp_path / "events.json"
+def alone(tmp_path: Path, *arguments: str, rank: int = 0) -> dict[str, Any]:
+    file = tmp_path / "observed.json"
     ran("fake_cuda/one_rank.py", "--rank", str(rank), "--json", str(file), *arguments)
     found = json.loads(file.read_text())
     assert found["broken"] is None
-    return found["events"]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timing
+def test_a_gpu_is_traced_and_found_idle_by_its_own_time(compiled: None, tmp_path: Path) -> None:
+    """Messages come 0.3 s late. The first one finds the GPU at the last update's step, or done with it; while the host
+    waits for the second one it computes."""
+    timed = ("--op-seconds=5e-4", "--late=0.3", "--run.trace=[3,3]")
+    found = alone(tmp_path, "--parallel.pipeline=2", *timed, rank=1)
+    stage, trace = found["reports"]
+    spans = {text: numbers for text, *numbers in trace["actions"]}
+    waited = {text: numbers[2] for text, numbers in spans.items()}
+    assert 0 < stage["idle_seconds"] < 0.4 and sum(waited.values()) == pytest.approx(stage["idle_seconds"], abs=1e-5)
+    assert waited["1RECV_F1"] < 0.01 < waited["1RECV_F0"]
+    assert spans["1RECV_F1"][0] == pytest.approx(spans["1B0"][1], abs=0.01), "when the GPU was done, not the host"
+    times = [time for _, start, end, *_ in trace["actions"] for time in (start, end)]
+    assert times == sorted(times) and times[0] >= 0 and times[-1] <= trace["seconds"]
+    assert number(found["events"], "sync", "") == number(found["events"], "sync", "event", "transfers.py") == 1
+    assert stage["peak_memory_bytes"] == 0, "what was moved when the stages were built is not of training"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("channel", ["gloo", "nccl"])
 def test_a_fake_gpu_shows_what_is_sent_through_which_memory(compiled: None, tmp_path: Path, channel: str) -> None:
     overrides = ["--parallel.pipeline=2", f"--parallel.channel={channel}", "--train.dtype=bf16"]
-    rows = events(tmp_path, *overrides, "--objective.name=overlapping", rank=1)
+    rows = alone(tmp_path, *overrides, "--objective.name=overlapping", rank=1)["events"]
     header, tensor = 64, 2 * 32 * 32 * 2  # b x T x H in bf16
     sizes = {"gloo": {"gloo of a cpu": header + tensor}, "nccl": {"gloo of a cpu": header, "nccl of a cuda": tensor}}
     for what, size in sizes[channel].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from dataclasses import replace
@@ -289,6 +290,51 @@ def test_what_trains_a_part_of_the_blocks_is_not_compared() -> None:
 def test_a_cluster_of_another_size_is_told() -> None:
     assert any("of 1 x 1 processes" in line for line in advice(plan(gpus_per_node=2)))
     assert not any("of 1 x 1 processes" in line for line in advice(plan(gpus_per_node=1)))
+
+
+TWO_RANKS = ["parallel.pipeline=2", "objective.chunks=2", "train.dtype=bf16", "model.hidden_size=1024"]
+H100, ETHERNET = load_devices().device("h100"), load_devices().link("1gbit")
+
+
+def said_of_copies(*overrides: str, vocab_size: int = 131_072, nodes: int = 1) -> str | None:
+    """In an update of half a second."""
+    from lptransformer.models.blueprint import make_blueprint
+
+    config = load(SMALL, [*TWO_RANKS, *overrides])
+    cluster = Cluster(H100, nodes, 2 // nodes, ETHERNET if nodes > 1 else H100.intra_link)
+    return planning.copies_remark(config, make_blueprint(config, vocab_size, None), cluster, 0.5)
+
+
+def test_copies_of_a_large_readout_are_told_with_what_to_set() -> None:
+    """V x H weights in bf16, over 1.875 GB/s of the host's memory or 0.1125 GB/s between hosts: 0.143 s and 2.39 s."""
+    shared = "head.kind=shared"
+    assert said_of_copies(shared, vocab_size=V) is None, "a small one"
+    said = said_of_copies(shared)
+    assert (
+        said is not None
+        and "a refresh takes 0.143 s (268.4 MB over host-memory), which with head.refresh_every" in said
+    )
+    assert "is 0.29 of an update (0.5 s): set head.refresh_every=3 to" in said and "or head.kind=low_rank" in said
+    assert said_of_copies(shared, "head.refresh_every=2") and said_of_copies(shared, "head.refresh_every=3") is None
+    assert said_of_copies(shared, "parallel.pipeline=1") is None, "they stay in their process"
+    assert said_of_copies() is None, "private heads"
+    said = said_of_copies(shared, nodes=2)
+    assert said is not None and "takes 2.39 s (268.4 MB over 1gbit)" in said and "head.refresh_every=48 " in said
+
+
+def test_averaged_blocks_are_copies_too() -> None:
+    assert said_of_copies("head.blocks=2", nodes=2) is None
+    said = said_of_copies("head.blocks=2", "head.ema_decay=0.9", nodes=2)
+    size = 2 * 2 * (12 * 1024 * 1024 + 13 * 1024)
+    assert said is not None and f"s ({size / 1e6:.1f} MB over 1gbit)" in said and "or head.ema_decay=null" in said
+
+
+def test_a_plan_tells_of_copies_by_the_time_that_it_predicts() -> None:
+    made = plan(["parallel.pipeline=2", "objective.chunks=2", "head.kind=shared"], "l4", gpus_per_node=2)
+    assert made.configured is not None
+    seconds = V * H * 4 / (1.5e10 / 8)
+    often = math.ceil(seconds / made.configured.step_seconds / 0.1)
+    assert often > 1 and f"head.refresh_every={often} to" in made.remarks[-1]
 
 
 def test_a_pretrained_model_has_its_own_vocabulary(tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from distributed import Pool
 from fake_runs import make_run
 
 from lptransformer.__main__ import COMPARISON, parser
 from lptransformer.config.load import load, to_dict
 from lptransformer.config.resume import resume_differences
+from lptransformer.engine.transfers import Clock, clock_of
 from lptransformer.errors import ConfigError, RunError
 from lptransformer.methods import objectives, schedule
 from lptransformer.methods.cost import ModelCosts
@@ -69,25 +71,111 @@ def write(folder: Path, *sessions: Sequence[TraceReport]) -> None:
 
 
 def test_a_tracer_separates_waiting_and_the_head_from_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, waited = [100.0], [7.0]
+    now = [100.0]
     monkeypatch.setattr("lptransformer.run_folder.trace.time.perf_counter", lambda: now[0])
     monkeypatch.setattr("lptransformer.run_folder.trace.time.time", lambda: now[0] + 5000.0)
-    tracer = Tracer(2, 3, lambda: waited[0])
+    clock = Clock()
+    tracer = Tracer(2, 3, clock)
     assert [update for update in range(6) if tracer.wants(update)] == [2, 3]
+    with clock.waiting():  # for an evaluation
+        now[0] = 100.5
+    clock.begin()
     tracer.begin(100.0)
     now[0] = 101.0
     with tracer.action("1F0"):
-        now[0], waited[0] = 102.0, 7.5
+        with clock.waiting():
+            now[0] = 101.5
+        now[0] = 102.0
         tracer._head_begins()
         now[0] = 103.5
         tracer._head_ends()
         now[0] = 104.0
     with tracer.action("1B0"):
         now[0] = 106.0
+    tracer.end()
     assert tracer.actions == [["1F0", 1.0, 4.0, 0.5, 1.5], ["1B0", 4.0, 6.0, 0.0, 0.0]]
-    assert tracer.started == 5100.0
+    assert tracer.started == 5100.0 and (clock.end(), clock.waited_seconds) == (0.5, 0.5)
     tracer.begin(106.0)
+    tracer.end()
     assert tracer.actions == [] and tracer.started == 5106.0
+
+
+class Gpu:
+    """The host's time, and when a GPU is done with what it was given; in place of torch's stream and its events."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.done = 0.0
+        self.synchronised = 0
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: self if enable_timing else None)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self)
+
+    def record_event(self, timed: Gpu) -> GpuEvent:
+        assert timed is self
+        return GpuEvent(self, max(self.now, self.done))
+
+
+class GpuEvent:
+    def __init__(self, gpu: Gpu, comes: float) -> None:
+        self.gpu, self.comes = gpu, comes
+
+    def query(self) -> bool:
+        return self.gpu.now >= self.comes
+
+    def synchronize(self) -> None:
+        self.gpu.now, self.gpu.synchronised = max(self.gpu.now, self.comes), self.gpu.synchronised + 1
+
+    def elapsed_time(self, other: GpuEvent) -> float:
+        assert self.query() and other.query(), "CUDA raises where an event has not come"
+        return 1e3 * (other.comes - self.comes)
+
+
+def test_a_gpu_waits_only_when_it_has_nothing_left_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, clock = Gpu(monkeypatch), clock_of(torch.device("cuda", 0))
+    clock.begin()
+    gpu.done = 3.0
+    with clock.waiting():
+        gpu.now = 2.0  # the host waits 2 s, the GPU is at work
+    with clock.waiting():
+        gpu.now = 4.5  # it is done in the middle
+    gpu.done = 6.0
+    with clock.waiting():
+        gpu.done = 8.0  # for a message over NCCL, for which the host does not wait
+    assert clock.end() == 1.5
+    with clock.waiting():  # for an evaluation
+        gpu.now = 10.0
+    clock.begin()
+    assert clock.end() == 2.0, "what the update before could not know"
+    assert clock.waited_seconds == 3.5 and gpu.synchronised == 0
+
+
+def test_a_gpu_is_traced_by_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update before is at work until 2 s. The host gives two actions at once, which take 3 s, 1 s in the head, and
+    4 s; the second one needs a message, which comes at 6 s."""
+    gpu, clock = Gpu(monkeypatch), clock_of(torch.device("cuda", 0))
+    tracer = Tracer(1, 1, clock)
+    gpu.now, gpu.done = 1.0, 2.0
+    clock.begin()
+    tracer.begin(1.0)
+    with tracer.action("1F0"):
+        gpu.done = 4.0
+        tracer._head_begins()
+        gpu.done = 5.0
+        tracer._head_ends()
+    with tracer.action("1RECV_F1"):
+        with clock.waiting():
+            gpu.now = 6.0
+        gpu.done = 6.25
+    with tracer.action("1B0"):
+        gpu.done = 10.0
+    assert gpu.synchronised == 0
+    tracer.end()
+    assert gpu.synchronised == 1 and clock.end() == 1.0
+    assert tracer.actions == [
+        ["1F0", 1.0, 4.0, 0.0, 1.0],
+        ["1RECV_F1", 4.0, 5.25, 1.0, 0.0],
+        ["1B0", 5.25, 9.0, 0.0, 0.0],
+    ]
 
 
 def test_a_report_survives_the_store() -> None:
@@ -400,14 +488,13 @@ def test_a_run_by_backprop_is_compared_with_itself(tmp_path: Path) -> None:
     assert "Measured: backprop by 1F1B, " in svg and "Simulated: the same run, " in svg
 
 
-def test_on_a_gpu_nothing_is_simulated_from_the_times_of_the_host(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_times_of_a_gpu_say_so(tmp_path: Path) -> None:
     made = traced_run(tmp_path / "run", device="cuda")
     run(parser(), ["report", "--trace", "--svg", str(made)])
-    assert "1F1B is not simulated: on cuda" in capsys.readouterr().out
     svg = (made / "trace.svg").read_text()
-    assert "on cuda, times of the host" in svg and "Simulated" not in svg
+    assert "updates 3-4 on cuda: 12.00 s" in svg and "Simulated" in svg
+    clock = json.loads((made / "trace.json").read_text())["otherData"]["clock"]
+    assert clock == "wall clock of every process, by events of its GPU"
 
 
 def test_a_picture_has_the_first_updates_that_fit(tmp_path: Path) -> None:

@@ -75,3 +75,15 @@ def test_the_peak_is_that_of_a_device_that_is_known_by_name(
     device: Any = SimpleNamespace(type="cuda")
     assert reporter.peak_flops(device, dtype) == (load_devices().device(key).flops[dtype] if key else None)
     assert reporter.peak_flops(torch.device("cpu"), dtype) is None
+
+
+def test_a_start_on_a_known_gpu_tells_what_copies_of_a_large_readout_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(name: str, vocab_size: int) -> str | None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        overrides = ["parallel.pipeline=2", "objective.chunks=2", "head.kind=shared", "model.hidden_size=1024"]
+        config = load_config([*overrides, "data.sequence_length=512"])
+        return reporter.copies_at_the_start(config, make_blueprint(config, vocab_size, None), torch.device("cuda", 0))
+
+    large = said("NVIDIA H200", 131_072)
+    assert large is not None and "a refresh takes 0.286 s (536.9 MB over host-memory)" in large
+    assert said("NVIDIA H200", VOCAB_SIZE) is said("NVIDIA T4", 131_072) is None

@@ -275,6 +275,8 @@ class Reads(TorchFunctionMode):
             return made_up(tensor, name)
         if not concerns_gpu((*args, *kwargs.values())):
             return func(*args, **kwargs)
+        if name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+            args = (tensor, args[1].nonzero(as_tuple=True))  # how many there are is known, if not to a FakeTensor
         TIME.work()
         with FAKE:
             if tensor is not None and not isinstance(tensor, FakeTensor) and name != "copy_":

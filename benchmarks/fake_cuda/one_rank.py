@@ -105,7 +105,7 @@ def of_case(arguments: list[str]) -> dict[str, Any]:
         source: Any = args.config
         if source is None:
             text = Path(folder, "text.txt")
-            text.write_text("All that is here is read by nobody: a FakeTensor has no values. " * 400)
+            text.write_text("All that is here is read by nobody: a FakeTensor has no values. " * 50)
             valid = Path(folder, "valid.txt")
             valid.write_text("Some windows, and a part of one. " * 5)
             data = {"train": str(text), "valid": str(valid), "cache": folder}

@@ -130,7 +130,8 @@ def diagnose(
                 states = borders[number].to(device)
                 if not plan.is_first:
                     states.requires_grad_()
-                output = stage(states, LossBatch(labels, 1 / label_tokens, position_ids=here.position_ids))
+                known = (here.position_ids, here.document_ids)
+                output = stage(states, LossBatch(labels, 1 / label_tokens, None, 1.0, *known))
                 true, local = below.gradients(number, plan, states, output, weights, last.block)
                 for unit, gradient in local.items():
                     compared[unit].add(true[unit], gradient)

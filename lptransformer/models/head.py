@@ -7,7 +7,6 @@ weights (`Head.copies` lists those, and `Head.refresh` takes what came in), and 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -38,8 +37,8 @@ class LossBatch(NamedTuple):
 
     `labels` int64 [b, T], IGNORE_INDEX where there is none; `scale` is what the sum over the labels is multiplied by;
     of every row only the `positions` int64 [b, k] count (None: all). `share` is what a loss of the whole micro-batch is
-    multiplied by. `position_ids` int64 [b, T] keep documents apart (None: 0 to T - 1, one document); `document_ids` are
-    those of Batch (data/token_set), for who has them.
+    multiplied by. `position_ids` int64 [b, T] keep documents apart (None: 0 to T - 1, one document), and `document_ids`,
+    those of Batch (data/token_set), say where: None is one document in every window.
     """
 
     labels: Tensor
@@ -232,7 +231,7 @@ class Head(nn.Module):
 
     def forward(self, hidden_states: Tensor, batch: LossBatch) -> dict[str, LossTerm]:
         """See StageLoss. Norm and readout see the positions that count and no others."""
-        with known_documents(batch):
+        with hf_parts.known_documents(batch.document_ids):
             hidden_states, labels = self._through_blocks(hidden_states, batch.position_ids), batch.labels
         if batch.positions is not None:
             width = hidden_states.shape[-1]
@@ -310,13 +309,6 @@ class Head(nn.Module):
     def _below(self, target: str) -> Tensor:
         """The read-only tensor of a name below the stage."""
         return self.get_buffer(target.removeprefix("head."))
-
-
-def known_documents(batch: LossBatch) -> contextlib.AbstractContextManager[None]:
-    """Around what runs blocks on a micro-batch: the library need not look for documents, where it is known which there
-    are."""
-    looks = batch.position_ids is not None and batch.document_ids is None
-    return contextlib.nullcontext() if looks else hf_parts.known_documents(batch.document_ids)
 
 
 def placed(position_ids: Tensor | None) -> dict[str, Tensor]:

@@ -235,7 +235,8 @@ class _Zero(nn.Module):
     """Stands for an additive position embedding after the first stage."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros(())  # a scalar takes the dtype and device of what it is added to
+        # A scalar takes the dtype of what it is added to. One of the host would be copied to a GPU in every forward.
+        return torch.zeros((), device=next(one.device for one in (*args, *kwargs.values()) if isinstance(one, Tensor)))
 
 
 class Passing(nn.Module):

@@ -27,7 +27,7 @@ from lptransformer.methods.gradient_flow import Duty
 from lptransformer.methods.heads import HEADS, blocks_like
 from lptransformer.methods.recomputing import KEPT, SELECTIVE, recomputed
 from lptransformer.methods.stages import StagePlan
-from lptransformer.models import adapters, hf_config
+from lptransformer.models import adapters, hf_config, hf_parts
 from lptransformer.models.head import (
     CROSS_ENTROPY,
     ROUTER,
@@ -39,7 +39,6 @@ from lptransformer.models.head import (
     Material,
     StageLoss,
     build_readout,
-    known_documents,
     make_read_only,
     placed,
 )
@@ -133,7 +132,7 @@ class Stage(nn.Module):
     def forward(self, inputs: Tensor, batch: LossBatch, split: bool = False) -> StageOutput:
         """Inputs as of `hidden_states`. With `split` the loss is taken at a copy of the hidden states and reaches the
         head's weights alone."""
-        with known_documents(batch):
+        with hf_parts.known_documents(batch.document_ids):
             ran = self._run(inputs, batch.position_ids)
         hidden_states, pull, gradient, losses = ran.last_hidden_state, None, None, {}
         if inputs.requires_grad:

@@ -148,7 +148,9 @@ def number(rows: Rows, kind: str, what: str, where: str = "") -> int:
 
 ONE_COPY = "engine/executor.py"  # of norms and losses, when the last backward pass is queued
 ZERO = "deepspeed.zero_optimization.stage"
-PRETRAINED = "model.pretrained=MODEL model.hidden_size=null model.num_layers=null model.num_heads=null"
+PRETRAINED = (
+    "model.pretrained=MODEL model.hidden_size=null model.num_layers=null model.num_heads=null train.micro_batch_size=16"
+)
 # Every value of every option that a GPU could see, and pairs that share code. `rank` is the process, by default 0; a
 # run of one process evaluates, saves and loads too.
 CASES = {

@@ -34,7 +34,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lptransformer.config.deepspeed_keys import bucket_elements
 from lptransformer.engine import optimizer_state
-from lptransformer.engine.optimizer import as_configured
+from lptransformer.engine.optimizer import Muon, as_configured
 from lptransformer.engine.optimizer_state import BEFORE
 from lptransformer.errors import RunError
 from lptransformer.models.adapters import saved_name
@@ -165,6 +165,8 @@ class TrainedStage:
         self.zero_stage: int = self.engine.zero_optimization_stage()
         assert not delayed or self.zero_stage == 0, "at ZeRO 1 to 3 the weights are DeepSpeed's"
         self.versions = TwoVersions(self.parameters) if delayed else None
+        if isinstance(optimizer, Muon):
+            optimizer.partition(optimizer_state.owned(self.engine, self._names))
         if self.zero_stage == 0:
             optimizer.register_step_pre_hook(self._clip_or_skip)
         elif self.zero_stage < 3:

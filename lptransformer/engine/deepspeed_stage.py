@@ -295,7 +295,9 @@ class TrainedStage:
         """
         first, module = dist.get_rank() == 0, self.engine.module
         pieces = Pieces(shapes={name: tuple(_shape(weight)) for name, weight in self._names.items()})
-        for piece in optimizer_state.owned(self.engine, self._names) if first or self.zero_stage else []:
+        owned = optimizer_state.owned(self.engine, self._names) if first or self.zero_stage else []
+        pieces.steps |= optimizer_state.steps(self.optimizer, owned)
+        for piece in owned:
             kinds = optimizer_state.tensors(self.optimizer, piece)
             if self.zero_stage == 3 or piece.flat.dtype != piece.parameter.dtype:
                 kinds[FP32] = piece.of(piece.flat)
@@ -303,8 +305,6 @@ class TrainedStage:
                 kinds[BEFORE] = self.versions.before_of(piece.parameter).view(-1)
             pieces.flat |= {f"{kind}/{piece.name}": tensor for kind, tensor in kinds.items()}
             pieces.start[piece.name] = piece.start
-            if (steps := optimizer_state.step(self.optimizer, piece)) is not None:
-                pieces.steps[piece.name] = steps
         if not first:
             return StageContent(pieces)
         there = set(module.state_dict(keep_vars=True)) - _frozen_names(module)

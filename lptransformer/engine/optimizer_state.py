@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,10 +78,14 @@ def tensors(optimizer: torch.optim.Optimizer, piece: Owned) -> dict[str, Tensor]
     }
 
 
-def step(optimizer: torch.optim.Optimizer, piece: Owned) -> float | None:
-    """How many steps the optimizer has made there; None where it does not count, or has made none."""
-    counted = optimizer.state.get(piece.flat, {}).get("step")
-    return None if counted is None else float(counted)
+def steps(optimizer: torch.optim.Optimizer, pieces: Iterable[Owned]) -> dict[str, float]:
+    """How many steps the optimizer has made with each, by name, where it counts them and has made one.
+
+    The counts of AdamW's kernel for GPUs are there: all come at once, in one copy that waits for the device.
+    """
+    found = {piece.name: optimizer.state.get(piece.flat, {}).get("step") for piece in pieces}
+    counted = {name: torch.as_tensor(count) for name, count in found.items() if count is not None}
+    return dict(zip(counted, torch.stack([*counted.values()]).tolist() if counted else (), strict=True))
 
 
 def load(optimizer: torch.optim.Optimizer, pieces: list[Owned], saved: SavedFor) -> None:
@@ -105,7 +109,8 @@ def load(optimizer: torch.optim.Optimizer, pieces: list[Owned], saved: SavedFor)
             continue
         state = optimizer.state[piece.flat]
         if steps is not None:
-            state["step"] = torch.tensor(steps, dtype=torch.float32)
+            on_gpu = bool(optimizer.defaults.get("fused"))
+            state["step"] = torch.tensor(steps, dtype=torch.float32, device=piece.flat.device if on_gpu else "cpu")
         for kind in kinds:
             if kind not in state:
                 state[kind] = torch.zeros_like(piece.flat)

@@ -113,6 +113,7 @@ TOURS = {
     "pipeline": [layout(4, 1, 0), layout(2, 1, 0), layout(1, 1, 0), layout(4, 1, 0)],
     "ZeRO": [layout(1, 2, 1), layout(2, 1, 3), layout(1, 2, 0), layout(1, 2, 3), layout(1, 1, 2), layout(1, 2, 1)],
     "bf16": [layout(1, 2, 2, "bf16"), layout(2, 2, 3, "bf16"), layout(1, 1, 0), layout(1, 2, 1, "bf16")],
+    "ZeRO below 3": [layout(1, 2, 1), layout(2, 1, 0), layout(1, 2, 2, "bf16"), layout(1, 1, 1)],
     "every ordered pair": [
         layout(1, 1 + n % 2, int(zero)) for n, zero in enumerate("0102031213230")
     ],  # ordered, of ZeRO stages
@@ -128,10 +129,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "fitted": (*PRETRAINED_LLAMA, "objective.chunks=4", "head.kind=fitted", "head.blocks=1"),
     "tied": (*PRETRAINED_LLAMA, "objective.name=backprop", "model.tie=keep"),
     "SGD": ("objective.chunks=4", "optimizer.name=sgd"),
+    "Muon": ("objective.chunks=4", "optimizer.name=muon"),
 }
 
 
-SLOW = {("chunked", "pipeline"), ("a shared head", "bf16"), ("LoRA", "ZeRO"), ("LoRA", "pipeline")}
+SLOW = {("Muon", "ZeRO below 3"), ("chunked", "pipeline"), ("a shared head", "bf16"), ("LoRA", "ZeRO"), ("LoRA", "pipeline")}
 
 
 def cases() -> list[object]:
@@ -139,9 +141,12 @@ def cases() -> list[object]:
         "backprop",
         "delayed",
         "tied",
+        "Muon",
     )  # gradients cross borders, which ZeRO 3 does not do; or there is one rank
     every = [(options, tour) for options in OPTIONS for tour in TOURS if options not in crossing]
+    every = [one for one in every if one[1] != "ZeRO below 3"]
     every += [("backprop", "pipeline"), ("delayed", "pipeline"), ("tied", "every ordered pair")]
+    every += [("Muon", "ZeRO below 3")]
     return [one if one == ("chunked", "ZeRO") else slow(*one) if one in SLOW else full(*one) for one in every]
 
 

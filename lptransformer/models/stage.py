@@ -320,7 +320,8 @@ def block_matrices(stage: Stage, parts: Anatomy) -> set[nn.Parameter]:
     tensor have three.
     """
     modules = (module for blocks in block_lists(stage, parts) for module in blocks.modules())
-    return {one.weight for one in modules if isinstance(one, nn.Linear | Conv1D)}
+    weights = (one.weight for one in modules if isinstance(one, nn.Linear | Conv1D))
+    return {weight for weight in weights if isinstance(weight, nn.Parameter)}
 
 
 def trained_weights(blueprint: Blueprint) -> TrainedWeights:

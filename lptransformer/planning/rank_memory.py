@@ -50,9 +50,10 @@ class PassBytes:
 class StageTensors:
     """What a stage is made of: numbers of its weights, and of those that are `frozen`; among the others of the largest
     tensor, and of those that decay (of two and more dimensions; each group of the optimizer is one flat tensor under
-    ZeRO), the `matrices` of blocks among them. `buffer_bytes` are of read-only copies and other buffers. `copies` are (block, bytes) of the weights that its
-    head follows: the block is counted from the stage's last one, None for the last block of the model. `shared` are the
-    bytes of what a fitted head reads and never trains, by name: heads of one process share what has the same name.
+    ZeRO), the `matrices` of linear maps in blocks among them. `buffer_bytes` are of read-only copies and other buffers.
+    `copies` are (block, bytes) of the weights that its head follows: the block is counted from the stage's last one,
+    None for the last block of the model. `shared` are the bytes of what a fitted head reads and never trains, by name:
+    heads of one process share what has the same name.
     """
 
     trained: bool
@@ -184,8 +185,8 @@ def stage_state(stage: StageTensors, how: Precision, delayed: bool = False) -> S
     """
     zero, all_weights, size = how.zero_stage, stage.weights, stage.training
     matrices = stage.matrices if how.muon else 0
-    # Of one matrix, beside two bytes each of what is made orthogonal, of it as it was before and as it comes out: either
-    # as much for two square products, at most, or what comes out in fp32.
+    # Of one matrix, two bytes each of the direction, of it as it is and as it becomes, and beside that at most as much
+    # for each of two square products, or what comes out in fp32.
     one_matrix = stage.largest * 10 if matrices else 0
     rest = size - matrices
     if not stage.trained:
@@ -200,7 +201,7 @@ def stage_state(stage: StageTensors, how: Precision, delayed: bool = False) -> S
     own = -(-size // how.replicas)  # the share of a replica
     # The optimizer's tensors are flat: one for the weights that decay, one for the others.
     flat = max(stage.decaying - matrices, size - stage.decaying) / size * own
-    temporaries = how.fused_temporaries * rest / size * own if how.fused_step else how.step_temporaries * flat
+    stepped = how.fused_temporaries * rest / size * own if how.fused_step else how.step_temporaries * flat
     # Gradients as the step takes them: of the own share at once, at ZeRO 3 of one flat tensor at a time.
     cast = int(flat if zero == 3 else own) * 4
     partitioned = own * how.gradients
@@ -210,7 +211,7 @@ def stage_state(stage: StageTensors, how: Precision, delayed: bool = False) -> S
         gradients=partitioned if zero > 1 else size * how.gradients,
         optimizer=(own * (1 + how.moments) - -(-matrices // how.replicas)) * how.master,
         buffers=stage.buffer_bytes,
-        step=max(int(temporaries * how.master), one_matrix) + cast + (partitioned if zero == 1 and how.replicas > 1 else 0),
+        step=max(int(stepped * how.master), one_matrix) + cast + (partitioned if zero == 1 and how.replicas > 1 else 0),
         zero_stage=zero,
         bucket=bucket * (how.buckets if zero < 3 else 1) * how.weights,
         gathered=all_weights * how.weights if zero == 3 else 0,

@@ -12,7 +12,6 @@ from parity import compare, expected, gather
 from tiers import slow
 from torch import nn
 
-from lptransformer.engine import optimizer_state
 from lptransformer.engine.optimizer import Muon, build_optimizer
 from lptransformer.models.stage import block_matrices
 
@@ -20,7 +19,12 @@ ZERO = "deepspeed.zero_optimization.stage"
 MUON = ("optimizer.name=muon",)
 AT_ZERO_0: dict[str, tuple[str, ...]] = {
     "chunked, 2 ranks": ("objective.chunks=2", "parallel.pipeline=2"),
-    "delayed, llama, 2 ranks": ("objective.name=delayed", "objective.chunks=1", "model.family=llama", "parallel.pipeline=2"),
+    "delayed, llama, 2 ranks": (
+        "objective.name=delayed",
+        "objective.chunks=1",
+        "model.family=llama",
+        "parallel.pipeline=2",
+    ),
     "extra blocks, low rank": ("head.blocks=1", "head.kind=low_rank", "head.rank=4"),
     "2 replicas": ("parallel.data=2",),
 }
@@ -81,7 +85,8 @@ def in_matrices(*overrides: str) -> tuple[set[str], set[str]]:
     with open_engine((*MUON, *overrides)) as engine:
         stage = engine.local[0]
         named = {name: one for name, one in stage.engine.module.named_parameters() if one.requires_grad}
-        muon = {name for name, one in named.items() if one in block_matrices(stage.engine.module, engine.blueprint.parts)}
+        matrices = block_matrices(stage.engine.module, engine.blueprint.parts)
+        muon = {name for name, one in named.items() if one in matrices}
         groups = stage.optimizer.param_groups
         assert {one for group in groups if group["matrices"] for one in group["params"]} == {named[n] for n in muon}
         return muon, named.keys() - muon

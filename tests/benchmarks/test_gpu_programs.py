@@ -153,9 +153,10 @@ ONE_COPY = "engine/executor.py"  # of norms and losses, when the last backward p
 WITHOUT_WAITING = {
     "fp32": "--train.tf32=true --head.token_fraction=0.25",
     "replicas, ZeRO 1, above": "--parallel.pipeline=2 --parallel.data=2 --train.dtype=bf16 "
-    "--deepspeed.zero_optimization.stage=1 --objective.name=overlapping",
+    "--deepspeed.zero_optimization.stage=1 --objective.name=overlapping --optimizer.name=muon",
     "ZeRO 2, a head that is followed": "--parallel.pipeline=2 --train.dtype=bf16 --head.kind=shared",
-    "delayed, recomputing": "--parallel.pipeline=2 --objective.name=delayed --train.activation_checkpointing=blocks",
+    "delayed, recomputing": "--parallel.pipeline=2 --objective.name=delayed --train.activation_checkpointing=blocks "
+    "--optimizer.name=muon",
 }
 
 

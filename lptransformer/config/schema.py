@@ -219,9 +219,10 @@ class LoraSection(Section):
 
 
 class OptimizerSection(Section):
-    name: Literal["adamw", "muon", "sgd"] = Field(
+    name: Literal["adamw", "adamw_8bit", "muon", "sgd"] = Field(
         default="adamw",
-        description="adamw, sgd, or muon: the matrices of blocks by Muon, all else by AdamW; one for every stage",
+        description="adamw, its moments in 8 bits (by bitsandbytes, on GPUs), sgd, or muon: the matrices of blocks by "
+        "Muon, all else by AdamW; one for every stage",
     )
     beta1: Fraction = Field(default=0.9, description="AdamW: decay of the mean")
     beta2: Fraction = Field(default=0.95, description="AdamW: decay of the squares")
@@ -396,7 +397,7 @@ MOMENTUM = {"muon": 0.95, "sgd": 0.9}  # optimizer.momentum, where it is not giv
 # not printed.
 ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "data.vocab_size": ("data.tokenizer", ("sentencepiece",)),
-    **{f"optimizer.{key}": ("optimizer.name", ("adamw", "muon")) for key in ("beta1", "beta2", "eps")},
+    **{f"optimizer.{key}": ("optimizer.name", ("adamw", "adamw_8bit", "muon")) for key in ("beta1", "beta2", "eps")},
     "optimizer.momentum": ("optimizer.name", tuple(MOMENTUM)),
     "train.min_learning_rate": ("train.lr_scheduler", ("cosine_with_min_lr", "warmup_stable_decay")),
     "train.decay_steps": ("train.lr_scheduler", ("warmup_stable_decay",)),

@@ -48,6 +48,11 @@ def build_optimizer(
         assert options.momentum is not None
         return torch.optim.SGD(made, lr=learning_rate, momentum=options.momentum)
     betas = options.beta1, options.beta2
+    if options.name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit  # a package that few have, and slow to import
+
+        in_8_bits: torch.optim.Optimizer = AdamW8bit(made, lr=learning_rate, betas=betas, eps=options.eps)
+        return in_8_bits
     adamw = torch.optim.AdamW(made, lr=learning_rate, betas=betas, eps=options.eps, fused=True if on_gpu else None)
     if options.name == "adamw":
         return adamw

@@ -26,6 +26,7 @@ from lptransformer.methods.objectives import Objective
 from lptransformer.methods.schedule import Action, one_update
 from lptransformer.methods.stages import StagePlan
 
+EIGHT_BITS = (1 + 4 / 256) / 4  # of a moment's fp32: a byte, and a scale for 256 of them (small tensors are in fp32)
 TOKEN_BYTES = 16  # id and label, int64 each
 
 
@@ -75,8 +76,8 @@ class StageTensors:
 @dataclass(frozen=True)
 class Precision:
     """How weights are kept and trained: bytes of a weight, and of each number that the optimizer works on (`master`:
-    the weight itself, or a copy of it in fp32); how many `moments` a weight has, how many `step_temporaries` a step
-    makes; bytes of a gradient where ZeRO 2 and 3 accumulate it.
+    the weight itself, or a copy of it in fp32); how many `moments` of that size a weight has, how many
+    `step_temporaries` a step makes; bytes of a gradient where ZeRO 2 and 3 accumulate it.
 
     `bucket` is how many gradients a bucket of ZeRO's has (None: as many as the stage has weights, up to DeepSpeed's
     default), and `buckets` how many there are below ZeRO 3. `fused_step`: the optimizer takes all tensors at once, as
@@ -86,7 +87,7 @@ class Precision:
 
     weights: int
     master: int
-    moments: int
+    moments: float
     step_temporaries: int
     accumulated: int
     bucket: int | None = None
@@ -110,7 +111,7 @@ class Precision:
     @property
     def optimizer(self) -> int:
         """Bytes that a step reads and writes beside weight and gradient: moments, and master weights of bf16."""
-        return self.master * (self.moments + (self.master > self.weights))
+        return int(self.master * (self.moments + (self.master > self.weights)))
 
     @property
     def update_bytes(self) -> int:
@@ -138,7 +139,7 @@ def precision(
     return Precision(
         weights=of_dtype.bytes,
         master=of_dtype.state_bytes,
-        moments=moments(optimizer),
+        moments=moments(optimizer) * (EIGHT_BITS if optimizer.name == "adamw_8bit" else 1),
         step_temporaries=1 if sgd else 2,
         accumulated=of_dtype.bytes if in_bf16 else max(4, of_dtype.bytes),
         bucket=BUCKET_ELEMENTS if bucket == "auto" else bucket,
@@ -150,7 +151,7 @@ def precision(
 
 
 def moments(optimizer: OptimizerSection) -> int:
-    """How many tensors an optimizer keeps of a weight; Muon one less of the matrices of blocks."""
+    """How many tensors an optimizer has of a weight in a checkpoint; Muon one less of the matrices of blocks."""
     return 2 if optimizer.name != "sgd" else int(bool(optimizer.momentum))
 
 
@@ -195,7 +196,7 @@ def stage_state(stage: StageTensors, how: Precision, delayed: bool = False) -> S
         temporaries = rest * how.fused_temporaries if how.fused_step else stage.largest * how.step_temporaries
         step = max(temporaries * how.master, one_matrix)
         averaged = size * how.gradients if how.replicas > 1 else 0  # flattened for the all-reduce
-        optimizer = (size * (how.moments + delayed) - matrices) * how.master
+        optimizer = int((size * (how.moments + delayed) - matrices) * how.master)
         gradients = size * how.gradients
         return StageState(all_weights * how.weights, gradients, optimizer, stage.buffer_bytes, max(step, averaged))
     own = -(-size // how.replicas)  # the share of a replica
@@ -209,7 +210,7 @@ def stage_state(stage: StageTensors, how: Precision, delayed: bool = False) -> S
     return StageState(
         weights=(-(-all_weights // how.replicas) if zero == 3 else all_weights) * how.weights,
         gradients=partitioned if zero > 1 else size * how.gradients,
-        optimizer=(own * (1 + how.moments) - -(-matrices // how.replicas)) * how.master,
+        optimizer=int((own * (1 + how.moments) - -(-matrices // how.replicas)) * how.master),
         buffers=stage.buffer_bytes,
         step=max(int(stepped * how.master), one_matrix) + cast + (partitioned if zero == 1 and how.replicas > 1 else 0),
         zero_stage=zero,

@@ -461,6 +461,8 @@ CROSS = [
         "ZeRO 2",
     ),
     ("optimizer.name=muon engine=deepspeed_pipeline objective.name=backprop", "engine = ", "'muon'", "engine=local"),
+    ("optimizer.name=adamw_8bit train.dtype=fp64", "train.dtype = 'fp64'", "optimizer.name = 'adamw_8bit'"),
+    ("optimizer.name=adamw_8bit deepspeed.zero_optimization.stage=3", "stage = 3", "'adamw_8bit'", "ZeRO 2 or less"),
     ("data.tokenizer=bytes data.vocab_size=512", "data.vocab_size = 512", "data.tokenizer = 'bytes'"),
 ]
 

@@ -8,12 +8,16 @@ import pytest
 import torch
 from distributed import Pool
 from engine_jobs import load_config, open_engine, train
+from overlays import overlay, with_overlay
 from parity import compare, expected, gather
+from test_resharding import Seen, joined, travel
 from tiers import slow
 from torch import nn
 
 from lptransformer.engine.optimizer import Muon, build_optimizer
+from lptransformer.errors import ConfigError
 from lptransformer.models.stage import block_matrices
+from lptransformer.training.this_host import check_host
 
 ZERO = "deepspeed.zero_optimization.stage"
 MUON = ("optimizer.name=muon",)
@@ -108,3 +112,53 @@ def test_adamw_is_one_kernel_on_gpus_alone(name: str) -> None:
         inner = optimizer._adamw if isinstance(optimizer, Muon) else optimizer
         assert type(inner) is torch.optim.AdamW
         assert [group["fused"] for group in inner.param_groups] == [True if on_gpu else None] * 2
+
+
+# -------------------------------------------------------------------------------------------------- in 8 bits
+
+
+EIGHT_BITS = ("optimizer.name=adamw_8bit", "model.hidden_size=64", "objective.chunks=2")
+
+
+@pytest.fixture(scope="module")
+def bitsandbytes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(overlay("bitsandbytes", tmp_path_factory.mktemp("bitsandbytes")))
+
+
+def test_8_bits_are_refused_without_a_gpu_and_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(EIGHT_BITS)
+    for there, said in ((False, "there is no GPU"), (True, 'pip install "lptransformer[8bit]"')):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        with pytest.raises(ConfigError) as caught:
+            check_host(config, 1)
+        assert "optimizer.name = 'adamw_8bit' (on the command line)" in str(caught.value) and said in str(caught.value)
+
+
+@pytest.mark.slow
+def test_moments_in_8_bits_train_like_others(pool: Pool, bitsandbytes: str) -> None:
+    """bitsandbytes has kernels for CPUs too."""
+    overrides = (*EIGHT_BITS, f"{ZERO}=2", "parallel.data=2", "train.dtype=bf16")
+    found = gather(pool.run(2, with_overlay, bitsandbytes, train, overrides, 4))
+    plain = gather(pool.run(2, train, (*overrides, "optimizer.name=adamw"), 4))
+    for ours, theirs in zip(found.losses, plain.losses, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    assert found.losses[:2] == plain.losses[:2] and found.losses[3] != plain.losses[3]  # the first rate is 0
+
+
+@pytest.mark.slow
+def test_moments_in_8_bits_are_saved_to_a_rounding(pool: Pool, bitsandbytes: str, tmp_path: Path) -> None:
+    """On another layout other numbers share a scale, so they are rounded anew; on the same one first moments are, where
+    the largest of a block is negative."""
+
+    def at(layout: tuple[str, ...], updates: int, load: Path | None, save: Path | None) -> Seen:
+        keys = (*EIGHT_BITS, *layout)
+        return joined(pool.run(processes(layout), with_overlay, bitsandbytes, travel, keys, updates, load, save))
+
+    two = (f"{ZERO}=2", "parallel.data=2", "train.dtype=bf16")
+    saved = at(two, 3, None, tmp_path)
+    for layout in (two, (f"{ZERO}=0",), (f"{ZERO}=1", "parallel.data=2")):
+        moments, _, steps = at(layout, 0, tmp_path, None)
+        assert steps == saved[2] and moments.keys() == saved[0].keys()
+        for name, one in moments.items():
+            assert (one - saved[0][name]).abs().max() <= 0.02 * saved[0][name].abs().max(), name
+            assert layout != two or not name.startswith("exp_avg_sq") or torch.equal(one, saved[0][name])

@@ -92,6 +92,7 @@ LOSSES: dict[str, LossCase] = {
         {"train": {"dtype": "bf16"}, "deepspeed": {**_zero(2), "data_types": {"grad_accum_dtype": "fp32"}}}
     ),
     "bf16, ZeRO 3": LossCase({"train": {"dtype": "bf16"}, "deepspeed": _zero(3)}),
+    "bf16, ZeRO 2, Muon": LossCase({"train": {"dtype": "bf16"}, "optimizer": {"name": "muon"}}),
     "command line: save, resume, evaluate": LossCase(how=COMMAND_LINE),
     "two ranks on one GPU": LossCase(how=TWO_RANKS),
 }

@@ -103,7 +103,8 @@ def optimizer_options(config: Config) -> dict[str, Any]:
     if options.name == "sgd":
         return {"name": "sgd", "weight_decay": options.weight_decay, "momentum": options.momentum}
     betas = (options.beta1, options.beta2)
-    return {"name": "adamw", "weight_decay": options.weight_decay, "betas": betas, "eps": options.eps}
+    adamw = {"name": options.name, "weight_decay": options.weight_decay, "betas": betas, "eps": options.eps}
+    return adamw if options.name == "adamw" else adamw | {"momentum": options.momentum}
 
 
 @cache

@@ -22,7 +22,7 @@ from reference_objectives import ROUNDINGS, AuxiliaryHead, HeadOptions, Phase, S
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, AdamW, Muon, Optimizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 
@@ -204,6 +204,18 @@ def make_optimizer(parameters: list[nn.Parameter], options: dict) -> Optimizer:
     return {"adamw": AdamW, "sgd": SGD}[name](groups, lr=0.0, **options)
 
 
+def make_optimizers(named: dict[str, nn.Parameter], options: dict) -> list[Optimizer]:
+    """One, or with the name "muon" two: Muon for the matrices of blocks, AdamW for the rest (`options` are its, with
+    the "momentum" of Muon beside them)."""
+    if options["name"] != "muon":
+        return [make_optimizer(list(named.values()), options)]
+    options = {**options, "name": "adamw"}
+    how = {"momentum": options.pop("momentum"), "weight_decay": options["weight_decay"]}
+    matrices = [p for key, p in named.items() if p.dim() == 2 and re.search(r"\.(h|layers|blocks)\.\d+\.", key)]
+    rest = [p for p in named.values() if p not in set(matrices)]
+    return [Muon(matrices, 0.0, adjust_lr_fn="match_rms_adamw", **how), make_optimizer(rest, options)]
+
+
 def clip_gradients(parameters: list[nn.Parameter], clip: float, formula: str) -> float:
     """Clip in place where clip > 0; returns the global norm before that.
 
@@ -332,7 +344,7 @@ def train(
         for name, parameter in net.named().items()
         if parameter in wanted and not any(fnmatchcase(re.sub(r"^head\.\d+", "head", name), one) for one in frozen)
     }
-    step = make_optimizer(list(trained.values()), optimizer)
+    optimizers = make_optimizers(trained, optimizer)
     result = Result([], [], {})
     history: list[Net] = []  # history[v]: as after v updates
 
@@ -379,10 +391,11 @@ def train(
                 for parameter in members:
                     parameter.grad = None
         result.grad_norms.append(norms)
-        for group in step.param_groups:
-            group["lr"] = learning_rate
-        step.step()
-        step.zero_grad()
+        for step in optimizers:
+            for group in step.param_groups:
+                group["lr"] = learning_rate
+            step.step()
+            step.zero_grad()
 
     result.weights = {name: parameter.detach().clone() for name, parameter in net.named().items()}
     return result

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "study": ALL - {"study", "engine", "training"},
 }
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "safetensors", "sentencepiece", "matplotlib", "numpy"}
-HEAVY |= {"huggingface_hub", "peft"}
+HEAVY |= {"huggingface_hub", "peft", "bitsandbytes"}
 # Packages and modules that are imported before a configuration is accepted, or by those who only compare runs.
 LIGHT = {"methods", "config", "root"} - {"processes"}
 LIGHT_MODULES = {
@@ -52,6 +52,7 @@ WHERE = {
     "datasets": {"data"},
     "huggingface_hub": {"hub"},
     "peft": {"models.adapters"},
+    "bitsandbytes": {"engine.optimizer", "engine.optimizer_state"},
     "sentencepiece": {"data.tokenizer"},
     "matplotlib": {"figures", "run_folder.loss_plot", "study", "evaluation.diagnosis"},
 }

@@ -73,7 +73,18 @@ def pretrained_warning(config: Config) -> str | None:
 
 def check(config: Config) -> None:
     """Raises ConfigError for the first contradiction between keys of a resolved configuration."""
-    rules = (_lone, _model, _tie, _lora, _train, _checkpoint, _watched_updates, _deepspeed, _pipeline_baseline)
+    rules = (
+        _lone,
+        _model,
+        _tie,
+        _lora,
+        _train,
+        _optimizer,
+        _checkpoint,
+        _watched_updates,
+        _deepspeed,
+        _pipeline_baseline,
+    )
     for problem in itertools.chain.from_iterable(rule(config) for rule in rules):
         raise _error(problem)
     check_depth(config, config.model.num_layers, config.model.max_position_embeddings, "")
@@ -247,6 +258,26 @@ def _train(config: Config) -> Iterator[str | ConfigError]:
     if train.eval_every and not config.data.valid_names:
         message = f"{at('train.eval_every')}, but there is nothing to evaluate on: give data.valid, or set it to 0"
         yield NoMeaningError(message, ["train.eval_every"], ["data.valid"])
+
+
+def _optimizer(config: Config) -> Iterator[str]:
+    """What optimizers need that are not torch's plain ones."""
+    name, stage = config.at("optimizer.name"), "deepspeed.zero_optimization.stage"
+    if config.optimizer.name not in ("muon", "adamw_8bit"):
+        return
+    if zero_stage(config) == 3 and config.optimizer.name == "muon":
+        yield (
+            f"{config.at(stage)} with {name}: every matrix is divided among all replicas there, and each would gather "
+            "all of them in every step. Use ZeRO 2 or less, or adamw"
+        )
+    elif zero_stage(config) == 3:
+        yield f"{config.at(stage)} with {name}: not tried. Use ZeRO 2 or less, or adamw"
+    if config.optimizer.name == "adamw_8bit" and config.train.dtype == "fp64":
+        yield f"{config.at('train.dtype')} with {name}: its kernels compute in fp32; give adamw"
+    if config.value("deepspeed.zero_optimization.offload_optimizer") is not None:
+        yield f"deepspeed.zero_optimization.offload_optimizer with {name}: it steps on the GPU. Remove one of the two"
+    if config.engine == "deepspeed_pipeline":
+        yield f"{config.at('engine')} with {name}: not tried with DeepSpeed's own pipeline; give engine=local"
 
 
 def _checkpoint(config: Config) -> Iterator[str | ConfigError]:

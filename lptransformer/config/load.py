@@ -24,6 +24,7 @@ from lptransformer.config.schema import (
     BY_DEFAULT,
     BY_PROGRAM,
     COMMAND_LINE,
+    MOMENTUM,
     ONLY_WITH,
     PLAIN,
     RENAMED,
@@ -359,6 +360,8 @@ def _resolve(config: Config, source: str | Path | dict[str, Any], saved: bool) -
     model, train = config.model, config.train
     if train.epochs is not None and "steps" not in train.model_fields_set:
         train.steps = None
+    if config.optimizer.momentum is None and config.optimizer.name in MOMENTUM:
+        config.optimizer.momentum = MOMENTUM[config.optimizer.name]
     if config.run.dir is None:
         config.run.dir = f"runs/{'run' if isinstance(source, dict) else Path(source).stem}"
     if model.pretrained is None:

@@ -29,6 +29,7 @@ from lptransformer.section import (
     Fraction,
     Globs,
     MaybeCount,
+    MaybeFraction,
     MaybeText,
     NotNegative,
     Positive,
@@ -224,12 +225,16 @@ class LoraSection(Section):
 
 
 class OptimizerSection(Section):
-    name: Literal["adamw", "sgd"] = Field(default="adamw", description="adamw or sgd; one for every stage")
+    name: Literal["adamw", "adamw_8bit", "muon", "sgd"] = Field(
+        default="adamw",
+        description="adamw, its moments in 8 bits (by bitsandbytes, on GPUs), sgd, or muon: the matrices of blocks by "
+        "Muon, all else by AdamW; one for every stage",
+    )
     beta1: Fraction = Field(default=0.9, description="AdamW: decay of the mean")
     beta2: Fraction = Field(default=0.95, description="AdamW: decay of the squares")
     eps: Positive = Field(default=1e-8, description="AdamW: added to the root of the squares")
     weight_decay: NotNegative = Field(default=0.1, description="decay of weights")
-    momentum: Fraction = Field(default=0.9, description="SGD: momentum")
+    momentum: MaybeFraction = Field(default=None, description="momentum (null: 0.9 of SGD, 0.95 of Muon)")
 
 
 class TrainSection(Section):
@@ -263,7 +268,9 @@ class TrainSection(Section):
         description="how many of the last updates of warmup_stable_decay decay, as a cosine (null: a tenth)",
     )
     grad_clip: NotNegative = Field(
-        default=1.0, description="greatest gradient norm of what clips together, usually a chunk (0: off)"
+        default=1.0,
+        description="greatest gradient norm of what clips together, usually a chunk (0: off); with Muon it bounds what "
+        "an update adds to the momentum, not the step",
     )
     dtype: Literal["fp32", "bf16", "fp64"] = Field(
         default="fp32", description="fp32, bf16 with fp32 master weights, or fp64 (to check algebra)"
@@ -391,12 +398,13 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "objective": ("name", METHODS),
     "head": ("kind", HEADS),
 }
+MOMENTUM = {"muon": 0.95, "sgd": 0.9}  # optimizer.momentum, where it is not given
 # Keys that have a meaning beside some values of another only; given explicitly elsewhere they are refused, and they are
 # not printed.
 ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "data.vocab_size": ("data.tokenizer", ("sentencepiece",)),
-    **{f"optimizer.{key}": ("optimizer.name", ("adamw",)) for key in ("beta1", "beta2", "eps")},
-    "optimizer.momentum": ("optimizer.name", ("sgd",)),
+    **{f"optimizer.{key}": ("optimizer.name", ("adamw", "adamw_8bit", "muon")) for key in ("beta1", "beta2", "eps")},
+    "optimizer.momentum": ("optimizer.name", tuple(MOMENTUM)),
     "train.min_learning_rate": ("train.lr_scheduler", ("cosine_with_min_lr", "warmup_stable_decay")),
     "train.decay_steps": ("train.lr_scheduler", ("warmup_stable_decay",)),
 }

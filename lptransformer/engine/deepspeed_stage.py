@@ -34,7 +34,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lptransformer.config.deepspeed_keys import bucket_elements
 from lptransformer.engine import optimizer_state
-from lptransformer.engine.optimizer import as_configured
+from lptransformer.engine.optimizer import Muon, as_configured
 from lptransformer.engine.optimizer_state import BEFORE
 from lptransformer.errors import RunError
 from lptransformer.models.adapters import saved_name
@@ -164,6 +164,8 @@ class TrainedStage:
         read_safely(self.engine)
         self.zero_stage: int = self.engine.zero_optimization_stage()
         self.versions = TwoVersions(self.parameters, self.engine) if delayed else None
+        if isinstance(optimizer, Muon):
+            optimizer.partition(optimizer_state.owned(self.engine, self._names))
         if self.zero_stage == 0:
             optimizer.register_step_pre_hook(self._clip_or_skip)
         elif self.zero_stage < 3:
@@ -292,7 +294,9 @@ class TrainedStage:
         """
         first, module = dist.get_rank() == 0, self.engine.module
         pieces = Pieces(shapes={name: tuple(_shape(weight)) for name, weight in self._names.items()})
-        for piece in optimizer_state.owned(self.engine, self._names) if first or self.zero_stage else []:
+        owned = optimizer_state.owned(self.engine, self._names) if first or self.zero_stage else []
+        pieces.steps |= optimizer_state.steps(self.optimizer, owned)
+        for piece in owned:
             kinds = optimizer_state.tensors(self.optimizer, piece)
             if self.zero_stage == 3 or piece.flat.dtype != piece.parameter.dtype:
                 kinds[FP32] = piece.of(piece.flat)
@@ -301,8 +305,6 @@ class TrainedStage:
                 kinds[BEFORE] = before[piece.start : piece.start + piece.numel]
             pieces.flat |= {f"{kind}/{piece.name}": tensor for kind, tensor in kinds.items()}
             pieces.start[piece.name] = piece.start
-            if (steps := optimizer_state.step(self.optimizer, piece)) is not None:
-                pieces.steps[piece.name] = steps
         if not first:
             return StageContent(pieces)
         there = set(module.state_dict(keep_vars=True)) - _frozen_names(module)

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from lptransformer.models.stage import Stage
 from lptransformer.run_folder.saved_stage import FP32, SavedFor
 
 BEFORE = "before"  # of a parameter: its weight one update before
+IN_8_BITS = {"exp_avg": 1, "exp_avg_sq": 2}  # moments of AdamW, and their numbers in bitsandbytes' state
+BLOCK = 256  # elements of a tensor that have one scale there
 OF_WEIGHTS = (FP32, BEFORE)  # what is saved beside the optimizer's own tensors
 
 
@@ -71,6 +73,8 @@ def _of_partition_3(optimizer: Any, names: Mapping[str, nn.Parameter]) -> Iterat
 def tensors(optimizer: torch.optim.Optimizer, piece: Owned) -> dict[str, Tensor]:
     """The optimizer's tensors of what is owned, by kind, as views; nothing before its first step."""
     state = optimizer.state.get(piece.flat, {})
+    if "state1" in state:
+        return {kind: _dequantised(state, number, piece) for kind, number in IN_8_BITS.items()}
     return {
         kind: piece.of(tensor)
         for kind, tensor in state.items()
@@ -78,10 +82,14 @@ def tensors(optimizer: torch.optim.Optimizer, piece: Owned) -> dict[str, Tensor]
     }
 
 
-def step(optimizer: torch.optim.Optimizer, piece: Owned) -> float | None:
-    """How many steps the optimizer has made there; None where it does not count, or has made none."""
-    counted = optimizer.state.get(piece.flat, {}).get("step")
-    return None if counted is None else float(counted)
+def steps(optimizer: torch.optim.Optimizer, pieces: Iterable[Owned]) -> dict[str, float]:
+    """How many steps the optimizer has made with each, by name, where it counts them and has made one.
+
+    The counts of AdamW's kernel for GPUs are there: all come at once, in one copy that waits for the device.
+    """
+    found = {piece.name: optimizer.state.get(piece.flat, {}).get("step") for piece in pieces}
+    counted = {name: torch.as_tensor(count, dtype=torch.float32) for name, count in found.items() if count is not None}
+    return dict(zip(counted, torch.stack([*counted.values()]).tolist() if counted else (), strict=True))
 
 
 def load(optimizer: torch.optim.Optimizer, pieces: list[Owned], saved: SavedFor) -> None:
@@ -89,27 +97,70 @@ def load(optimizer: torch.optim.Optimizer, pieces: list[Owned], saved: SavedFor)
 
     Raises RunError where parameters that share a count of steps were saved after different numbers of them.
     """
-    counted: dict[int, tuple[str, float | None]] = {}
+    in_8_bits, on_gpu = hasattr(optimizer, "init_state"), bool(optimizer.defaults.get("fused"))
+    of_flat: dict[int, list[Owned]] = {}
     for piece in pieces:
-        part = saved.of(piece.name)
-        kinds = [] if part is None else [one for one in part.kinds(piece.name) if one not in OF_WEIGHTS]
-        steps = None if part is None else part.step(piece.name)
-        other, before = counted.setdefault(id(piece.flat), (piece.name, steps))
-        if before != steps:
-            raise RunError(
-                f"{other} was saved after {before or 0:g} steps of the optimizer, {piece.name} after {steps or 0:g}: "
-                "at ZeRO 1 to 3 they share one count, unless the run is started with --resume"
-            )
-        if part is None or not kinds:
-            optimizer.state.pop(piece.flat, None)
+        of_flat.setdefault(id(piece.flat), []).append(piece)
+    for together in of_flat.values():
+        flat, other = together[0].flat, together[0].name
+        optimizer.state.pop(flat, None)
+        state: dict[str, Tensor] = {}
+        before: float | None = None
+        for piece in together:
+            part = saved.of(piece.name)
+            kinds = [] if part is None else [one for one in part.kinds(piece.name) if one not in OF_WEIGHTS]
+            steps = None if part is None else part.step(piece.name)
+            if piece is not together[0] and before != steps:
+                raise RunError(
+                    f"{other} was saved after {before or 0:g} steps of the optimizer, {piece.name} after "
+                    f"{steps or 0:g}: at ZeRO 1 to 3 they share one count, unless the run is started with --resume"
+                )
+            before = steps
+            for kind in kinds:
+                assert part is not None
+                if kind not in state:
+                    state[kind] = torch.zeros_like(flat)
+                piece.of(state[kind]).copy_(part.part(kind, piece.name, piece.start, piece.numel))
+        if not state:
             continue
-        state = optimizer.state[piece.flat]
-        if steps is not None:
-            state["step"] = torch.tensor(steps, dtype=torch.float32)
-        for kind in kinds:
-            if kind not in state:
-                state[kind] = torch.zeros_like(piece.flat)
-            piece.of(state[kind]).copy_(part.part(kind, piece.name, piece.start, piece.numel))
+        if before is not None:
+            state["step"] = torch.tensor(before, dtype=torch.float32, device=flat.device if on_gpu else "cpu")
+        optimizer.state[flat] = state
+        if in_8_bits:
+            _quantise(optimizer, flat)
+
+
+def _dequantised(state: Mapping[str, Tensor], number: int, piece: Owned) -> Tensor:
+    """A moment in fp32, on the host: on the device those of a save would take four times what the run has for them."""
+    codes = piece.of(state[f"state{number}"]).cpu()
+    if codes.dtype != torch.uint8:
+        return codes  # of small tensors they are in fp32
+    first, last = piece.offset // BLOCK, (piece.offset + piece.numel - 1) // BLOCK
+    scales = state[f"absmax{number}"][first : last + 1].cpu().repeat_interleave(BLOCK)[piece.offset % BLOCK :]
+    return state[f"qmap{number}"].cpu()[codes.int()] * scales[: piece.numel]
+
+
+def _quantise(optimizer: Any, flat: Tensor) -> None:
+    """Give bitsandbytes its tensors in place of the moments in fp32."""
+    from bitsandbytes.functional import quantize_blockwise
+
+    loaded = optimizer.state.pop(flat)
+    (place,) = [
+        (number, index, group)
+        for number, group in enumerate(optimizer.param_groups)
+        for index, one in enumerate(group["params"])
+        if one is flat
+    ]
+    optimizer.init_state(place[2], flat, *place[:2])
+    state = optimizer.state[flat]
+    state["step"] = int(loaded["step"])
+    for kind, number in IN_8_BITS.items():
+        if state[f"state{number}"].dtype == torch.uint8:
+            codes, scales = quantize_blockwise(loaded[kind].view(-1), code=state[f"qmap{number}"], blocksize=BLOCK)
+            state[f"state{number}"].view(-1).copy_(codes)
+            state[f"absmax{number}"].copy_(scales.absmax)
+        else:
+            state[f"state{number}"].copy_(loaded[kind])
 
 
 def saved_steps(stage: Stage, saved: SavedFor) -> dict[nn.Parameter, float | None]:

@@ -37,7 +37,7 @@ class LossBatch(NamedTuple):
 
     `labels` int64 [b, T], IGNORE_INDEX where there is none; `scale` is what the sum over the labels is multiplied by;
     of every row only the `positions` int64 [b, k] count (None: all). `share` is what a loss of the whole micro-batch is
-    multiplied by. `position_ids` int64 [b, T] keep documents apart (None: 0 to T - 1, one document), and `document_ids`,
+    multiplied by. `position_ids` int64 [b, T] keep documents apart (None: 0 to T - 1, one document); `document_ids`,
     those of Batch (data/token_set), say where: None is one document in every window.
     """
 

@@ -20,6 +20,7 @@ from torch._functorch import config as functorch_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers.pytorch_utils import Conv1D
 
 from lptransformer.errors import OptionError, RunError
 from lptransformer.methods.cost import TrainedWeights
@@ -309,6 +310,17 @@ def block_lists(stage: Stage, parts: Anatomy) -> list[nn.Module]:
     """The model's list of blocks in the stage's body and in its head's extra blocks; of others nothing is in there."""
     bodies = [stage.body, *([stage.head.blocks] if stage.head is not None and stage.head.blocks is not None else [])]
     return [body.get_submodule(parts.blocks_in_base) for body in bodies]
+
+
+def block_matrices(stage: Stage, parts: Anatomy) -> set[nn.Parameter]:
+    """The weights [out, in] or [in, out] of the linear maps in the stage's blocks and in its head's extra blocks.
+
+    Other tensors of two dimensions are no maps (Mamba's `A_log`, norms of single heads), and experts that lie in one
+    tensor have three.
+    """
+    modules = (module for blocks in block_lists(stage, parts) for module in blocks.modules())
+    weights = (one.weight for one in modules if isinstance(one, nn.Linear | Conv1D))
+    return {weight for weight in weights if isinstance(weight, nn.Parameter)}
 
 
 def trained_weights(blueprint: Blueprint) -> TrainedWeights:

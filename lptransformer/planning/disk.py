@@ -10,6 +10,8 @@ from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.heads import HEADS
 from lptransformer.methods.stages import StagePlan, trained_of, weights_of
 from lptransformer.models.blueprint import Blueprint
+from lptransformer.planning.rank_memory import moments
+from lptransformer.planning.stage_memory import EmptyStages
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,20 @@ class _Content(NamedTuple):
 def _of_stage(stage: StagePlan, config: Config, blueprint: Blueprint) -> _Content:
     dtype, exact = DTYPES[blueprint.dtype].bytes, DTYPES[blueprint.dtype].state_bytes
     costs, zero = blueprint.costs, blueprint.zero_stage
-    tensors = 2 if config.optimizer.name == "adamw" else int(config.optimizer.momentum > 0)
     trained, (own, copied) = trained_of(stage, costs), weights_of(stage, costs)
     frozen = own - trained + (copied if HEADS[blueprint.head.kind].fitted else 0)
-    owned = trained * (exact * (tensors + (zero == 3 or dtype < exact)) + blueprint.objective.delayed * dtype)
+    tensors = moments(config.optimizer) + (zero == 3 or dtype < exact)
+    owned = (trained * tensors - _with_one_moment(stage, config, blueprint)) * exact
+    owned += trained * dtype * blueprint.objective.delayed
     whole = (own + copied - frozen - (trained if zero == 3 else 0)) * dtype
     return _Content(whole, owned, frozen * dtype)
+
+
+def _with_one_moment(stage: StagePlan, config: Config, blueprint: Blueprint) -> int:
+    """How many of a stage's weights Muon steps."""
+    if config.optimizer.name != "muon" or not stage.trained:
+        return 0
+    return EmptyStages(blueprint, alike=True).tensors(stage).matrices
 
 
 def _many(config: Config) -> int:

@@ -26,6 +26,7 @@ from lptransformer.methods.objectives import Objective
 from lptransformer.methods.schedule import Action, one_update
 from lptransformer.methods.stages import StagePlan
 
+EIGHT_BITS = (1 + 4 / 256) / 4  # of a moment's fp32: a byte, and a scale for 256 of them (small tensors are in fp32)
 TOKEN_BYTES = 16  # id and label, int64 each
 
 
@@ -50,9 +51,10 @@ class PassBytes:
 class StageTensors:
     """What a stage is made of: numbers of its weights, and of those that are `frozen`; among the others of the largest
     tensor, and of those that decay (of two and more dimensions; each group of the optimizer is one flat tensor under
-    ZeRO). `buffer_bytes` are of read-only copies and other buffers. `copies` are (block, bytes) of the weights that its
-    head follows: the block is counted from the stage's last one, None for the last block of the model. `shared` are the
-    bytes of what a fitted head reads and never trains, by name: heads of one process share what has the same name.
+    ZeRO), the `matrices` of linear maps in blocks among them. `buffer_bytes` are of read-only copies and other buffers.
+    `copies` are (block, bytes) of the weights that its head follows: the block is counted from the stage's last one,
+    None for the last block of the model. `shared` are the bytes of what a fitted head reads and never trains, by name:
+    heads of one process share what has the same name.
     """
 
     trained: bool
@@ -63,6 +65,7 @@ class StageTensors:
     copies: tuple[tuple[int | None, int], ...] = ()
     frozen: int = 0
     shared: Mapping[str, int] = field(default_factory=dict)
+    matrices: int = 0
 
     @property
     def training(self) -> int:
@@ -73,17 +76,18 @@ class StageTensors:
 @dataclass(frozen=True)
 class Precision:
     """How weights are kept and trained: bytes of a weight, and of each number that the optimizer works on (`master`:
-    the weight itself, or a copy of it in fp32); how many `moments` a weight has, how many `step_temporaries` a step
-    makes; bytes of a gradient where ZeRO 2 and 3 accumulate it.
+    the weight itself, or a copy of it in fp32); how many `moments` of that size a weight has, how many
+    `step_temporaries` a step makes; bytes of a gradient where ZeRO 2 and 3 accumulate it.
 
     `bucket` is how many gradients a bucket of ZeRO's has (None: as many as the stage has weights, up to DeepSpeed's
     default), and `buckets` how many there are below ZeRO 3. `fused_step`: the optimizer takes all tensors at once, as
-    on a GPU, and needs a temporary of every weight; else it goes tensor by tensor.
+    on a GPU, with `fused_temporaries` of every weight; else it goes tensor by tensor. With `muon` matrices of blocks
+    have one moment, and are stepped one by one everywhere.
     """
 
     weights: int
     master: int
-    moments: int
+    moments: float
     step_temporaries: int
     accumulated: int
     bucket: int | None = None
@@ -91,6 +95,8 @@ class Precision:
     zero_stage: int = 0
     replicas: int = 1
     fused_step: bool = False
+    fused_temporaries: int = 1
+    muon: bool = False
 
     @property
     def gradients(self) -> int:
@@ -98,14 +104,14 @@ class Precision:
         return self.accumulated if self.zero_stage > 1 else self.weights
 
     def trained_bytes(self, delayed: bool) -> int:
-        """Of a weight with its gradient and the optimizer's state, before ZeRO divides it; with another version of it
-        where gradients are `delayed`."""
+        """Of a weight (with Muon, of one that AdamW steps) with its gradient and the optimizer's state, before ZeRO
+        divides it; with another version of it where gradients are `delayed`."""
         return self.weights + self.gradients + self.optimizer + delayed * self.weights
 
     @property
     def optimizer(self) -> int:
         """Bytes that a step reads and writes beside weight and gradient: moments, and master weights of bf16."""
-        return self.master * (self.moments + (self.master > self.weights))
+        return int(self.master * (self.moments + (self.master > self.weights)))
 
     @property
     def update_bytes(self) -> int:
@@ -123,23 +129,30 @@ def precision(
     """What the configuration says of it; `how`: zero_stage, replicas and fused_step.
 
     AdamW at bf16: 2 + 2 + (4 + 8) bytes per weight, as in ZeRO (1910.02054, section 3.1), with gradients that are added
-    up in fp32 (ZeRO 2 and 3) 2 more; at fp32: 4 + 4 + 8.
+    up in fp32 (ZeRO 2 and 3) 2 more; at fp32: 4 + 4 + 8. Its kernel on a GPU needs nothing for itself.
     """
     optimizer, deepspeed = optimizer or OptimizerSection(), deepspeed or {}
-    of_dtype, adamw = DTYPES[dtype], optimizer.name == "adamw"
+    of_dtype, sgd = DTYPES[dtype], optimizer.name == "sgd"
     zero: Mapping[str, Any] = deepspeed.get("zero_optimization", {})
     in_bf16 = deepspeed.get("data_types", {}).get("grad_accum_dtype") == "bf16"
     bucket = zero.get("reduce_bucket_size") if zero.get("contiguous_gradients", True) else 0
     return Precision(
         weights=of_dtype.bytes,
         master=of_dtype.state_bytes,
-        moments=2 if adamw else int(optimizer.momentum > 0),
-        step_temporaries=2 if adamw else 1,
+        moments=moments(optimizer) * (EIGHT_BITS if optimizer.name == "adamw_8bit" else 1),
+        step_temporaries=1 if sgd else 2,
         accumulated=of_dtype.bytes if in_bf16 else max(4, of_dtype.bytes),
         bucket=BUCKET_ELEMENTS if bucket == "auto" else bucket,
         buckets=1 + bool(zero.get("overlap_comm")),
+        fused_temporaries=int(sgd),
+        muon=optimizer.name == "muon",
         **how,
     )
+
+
+def moments(optimizer: OptimizerSection) -> int:
+    """How many tensors an optimizer has of a weight in a checkpoint; Muon one less of the matrices of blocks."""
+    return 2 if optimizer.name != "sgd" else int(bool(optimizer.momentum))
 
 
 @dataclass(frozen=True)
@@ -172,18 +185,24 @@ def stage_state(stage: StageTensors, how: Precision, delayed: bool = False) -> S
     Delayed gradients keep a second version of the weights.
     """
     zero, all_weights, size = how.zero_stage, stage.weights, stage.training
+    matrices = stage.matrices if how.muon else 0
+    # Of one matrix, two bytes each of the direction, of it as it is and as it becomes, and beside that at most as much
+    # for each of two square products, or what comes out in fp32.
+    one_matrix = stage.largest * 10 if matrices else 0
+    rest = size - matrices
     if not stage.trained:
         return StageState(all_weights * how.weights, 0, 0, stage.buffer_bytes, 0)
     if zero == 0:
-        step = size * how.master if how.fused_step else stage.largest * how.step_temporaries * how.master
+        temporaries = rest * how.fused_temporaries if how.fused_step else stage.largest * how.step_temporaries
+        step = max(temporaries * how.master, one_matrix)
         averaged = size * how.gradients if how.replicas > 1 else 0  # flattened for the all-reduce
-        optimizer = size * (how.moments + delayed) * how.master
+        optimizer = int((size * (how.moments + delayed) - matrices) * how.master)
         gradients = size * how.gradients
         return StageState(all_weights * how.weights, gradients, optimizer, stage.buffer_bytes, max(step, averaged))
     own = -(-size // how.replicas)  # the share of a replica
     # The optimizer's tensors are flat: one for the weights that decay, one for the others.
-    flat = max(stage.decaying, size - stage.decaying) / size * own
-    temporaries = own if how.fused_step else how.step_temporaries * flat
+    flat = max(stage.decaying - matrices, size - stage.decaying) / size * own
+    stepped = how.fused_temporaries * rest / size * own if how.fused_step else how.step_temporaries * flat
     # Gradients as the step takes them: of the own share at once, at ZeRO 3 of one flat tensor at a time.
     cast = int(flat if zero == 3 else own) * 4
     partitioned = own * how.gradients
@@ -191,9 +210,10 @@ def stage_state(stage: StageTensors, how: Precision, delayed: bool = False) -> S
     return StageState(
         weights=(-(-all_weights // how.replicas) if zero == 3 else all_weights) * how.weights,
         gradients=partitioned if zero > 1 else size * how.gradients,
-        optimizer=own * how.master * (1 + how.moments) + delayed * size * how.weights,
+        optimizer=int((own * (1 + how.moments) - -(-matrices // how.replicas)) * how.master)
+        + delayed * size * how.weights,
         buffers=stage.buffer_bytes,
-        step=int(temporaries * how.master) + cast + (partitioned if zero == 1 and how.replicas > 1 else 0),
+        step=max(int(stepped * how.master), one_matrix) + cast + (partitioned if zero == 1 and how.replicas > 1 else 0),
         zero_stage=zero,
         bucket=bucket * (how.buckets if zero < 3 else 1) * how.weights,
         gathered=all_weights * how.weights if zero == 3 else 0,

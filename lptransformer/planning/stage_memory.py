@@ -31,7 +31,14 @@ from lptransformer.methods.stages import StagePlan
 from lptransformer.models import cross_entropy, hf_parts
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.head import LossBatch
-from lptransformer.models.stage import Stage, StageOutput, backward_loss, for_training, make_stage
+from lptransformer.models.stage import (
+    Stage,
+    StageOutput,
+    backward_loss,
+    block_matrices,
+    for_training,
+    make_stage,
+)
 from lptransformer.planning import rank_memory
 from lptransformer.planning.rank_memory import ActivationBytes, PassBytes, Precision, RankMemory, StageTensors
 
@@ -97,6 +104,7 @@ class EmptyStages:
             of_stage,
             weights=of_stage.weights + more * of_block.weights,
             decaying=of_stage.decaying + more * of_block.decaying,
+            matrices=of_stage.matrices + more * of_block.matrices,
             frozen=of_stage.frozen + more * of_block.frozen,
             buffer_bytes=of_stage.buffer_bytes + more * of_block.buffer_bytes,
         )
@@ -170,8 +178,9 @@ class EmptyStages:
             )
             shared = empty.head.frozen if empty.head is not None else ()
             sizes = {name: empty.get_buffer(f"head.{name}").nbytes for name in shared}
-            whole = replace(_made_of(empty, stage.trained), copies=copies, shared=sizes)
-            self._stages[kind] = empty, whole, _made_of(self._blocks(empty)[-1], stage.trained)
+            matrices = block_matrices(empty, self.blueprint.parts)
+            whole = replace(_made_of(empty, stage.trained, matrices), copies=copies, shared=sizes)
+            self._stages[kind] = empty, whole, _made_of(self._blocks(empty)[-1], stage.trained, matrices)
         return self._stages[kind]
 
     def _blocks(self, stage: Stage) -> list[nn.Module]:
@@ -271,7 +280,7 @@ class _Count:
         )
 
 
-def _made_of(module: nn.Module, trained: bool) -> StageTensors:
+def _made_of(module: nn.Module, trained: bool, matrices: set[nn.Parameter]) -> StageTensors:
     frozen = sum(parameter.numel() for parameter in module.parameters() if not parameter.requires_grad)
     sizes = {parameter: parameter.numel() for parameter in module.parameters() if parameter.requires_grad}
     return StageTensors(
@@ -280,6 +289,7 @@ def _made_of(module: nn.Module, trained: bool) -> StageTensors:
         frozen=frozen,
         largest=max(sizes.values(), default=0),
         decaying=sum(size for parameter, size in sizes.items() if parameter.dim() >= 2),
+        matrices=sum(size for parameter, size in sizes.items() if parameter in matrices),
         buffer_bytes=sum(buffer.nbytes for buffer in module.buffers()),
     )
 

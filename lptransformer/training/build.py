@@ -42,7 +42,7 @@ from lptransformer.models import cross_entropy, family_check
 from lptransformer.models.adapters import saved_name
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.models.hf_config import described
-from lptransformer.models.stage import Stage, compile_blocks, for_training, make_stage
+from lptransformer.models.stage import Stage, block_matrices, compile_blocks, for_training, make_stage
 from lptransformer.processes import forget_peak_memory, launched_size, use_fair_share_of_cores
 from lptransformer.run_folder import layout
 from lptransformer.run_folder.saved_stage import SavedStep
@@ -354,7 +354,14 @@ def build_engine(
         steps_made = None
         if resumed is not None and blueprint.zero_stage > 0 and not (saved := resumed.seen_by(stage.plan)).older:
             steps_made = saved_steps(stage, saved)
-        optimizer = build_optimizer(stage.parameters(), config.optimizer, train.learning_rate, steps_made)
+        optimizer = build_optimizer(
+            stage.parameters(),
+            config.optimizer,
+            train.learning_rate,
+            steps_made,
+            matrices=block_matrices(stage, blueprint.parts),
+            on_gpu=world.device.type == "cuda",
+        )
         return stage, optimizer, build_lr_scheduler(optimizer, train, steps(config))
 
     made: dict[int, Stage] = {}  # stages that were made early

@@ -7,6 +7,7 @@ line of JSON as answer (`main`).
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import platform
@@ -89,6 +90,8 @@ def check_host(config: Config, processes: int | None = None) -> None:
             raise ConfigError(f"{config.at('model.attention')}: {lacking} here; auto, eager and sdpa work everywhere")
     if lacking := cross_entropy.missing(config.loss.fused):
         raise ConfigError(f"{config.at('loss.fused')}: {lacking} here; auto and chunked work everywhere")
+    if config.optimizer.name == "adamw_8bit" and (lacking := missing_for_8_bits()):
+        raise ConfigError(f"{config.at('optimizer.name')}: {lacking}; adamw works everywhere")
     if config.train.compile and (absent := missing_build_tools(with_ninja=False)):
         raise ConfigError(
             f"{config.at('train.compile')}: torch.compile builds kernels, and {' and '.join(absent)} not found here: "
@@ -123,6 +126,18 @@ def check_devices(channel: str, replicas: int, engine: str, local: int) -> None:
             f"parallel.data is {replicas} and {local} processes share {gpus} GPUs here: replicas need a GPU each "
             "(pipeline ranks may share one)"
         )
+
+
+def missing_for_8_bits() -> str:
+    """What this host lacks for moments in 8 bits, and what to do; empty for nothing."""
+    if not torch.cuda.is_available():
+        return "there is no GPU here, and its kernels run on one"
+    try:
+        importlib.import_module("bitsandbytes")
+    except Exception as error:  # it looks for libraries of CUDA
+        why = f"{type(error).__name__} {error}".splitlines()[0]
+        return f'bitsandbytes does not import here ({why}): pip install "lptransformer[8bit]"'
+    return ""
 
 
 def missing_build_tools(with_ninja: bool = True) -> list[str]:

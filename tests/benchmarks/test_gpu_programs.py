@@ -159,13 +159,13 @@ CASES = {
     "fp32, ZeRO 2": f"{ZERO}=2 loss.fused=torch objective.name=deep_supervision model.attention=eager "
     "train.activation_checkpointing=selective run.trace=[1,2]",
     "replicas, ZeRO 1, above": f"rank=1 parallel.pipeline=2 parallel.data=2 train.dtype=bf16 {ZERO}=1 "
-    "objective.name=overlapping objective.overlap=1 objective.first_head=true",
+    "objective.name=overlapping objective.overlap=1 objective.first_head=true optimizer.name=muon",
     "replicas, ZeRO 2 that overlaps": "parallel.data=2 train.dtype=bf16 "
     "deepspeed.zero_optimization.overlap_comm=true border.codec=int8 loss.fused=chunked",
     "ZeRO 2, a head that is followed": "rank=1 parallel.pipeline=2 train.dtype=bf16 head.kind=shared",
     "delayed, recomputing": "rank=1 parallel.pipeline=2 objective.name=delayed train.dtype=bf16 "
     "train.activation_checkpointing=blocks",
-    "delayed, fp32": "objective.name=delayed objective.chunks=2",
+    "delayed, fp32": "objective.name=delayed objective.chunks=2 optimizer.name=muon",
     "greedy, low rank": "objective.name=greedy head.kind=low_rank head.rank=8 train.dtype=bf16 "
     "train.activation_checkpointing='every 2'",
     "hybrid, extra blocks": "rank=1 parallel.pipeline=2 parallel.channel=nccl objective.backprop_every=2 head.blocks=1 "

@@ -455,6 +455,15 @@ CROSS = [
     ("optimizer.name=sgd optimizer.beta1=0.5", "optimizer.beta1 = 0.5", "optimizer.name = 'sgd'"),
     ("optimizer.name=sgd optimizer.eps=1e-6", "optimizer.eps = 1e-06", "optimizer.name = 'sgd'"),
     ("optimizer.momentum=0.5", "optimizer.momentum = 0.5", "optimizer.name = 'adamw' (by default)"),
+    (
+        "optimizer.name=muon deepspeed.zero_optimization.stage=3",
+        "stage = 3 (on the command line)",
+        "every matrix",
+        "ZeRO 2",
+    ),
+    ("optimizer.name=muon engine=deepspeed_pipeline objective.name=backprop", "engine = ", "'muon'", "engine=local"),
+    ("optimizer.name=adamw_8bit train.dtype=fp64", "train.dtype = 'fp64'", "optimizer.name = 'adamw_8bit'"),
+    ("optimizer.name=adamw_8bit deepspeed.zero_optimization.stage=3", "stage = 3", "'adamw_8bit'", "ZeRO 2 or less"),
     ("data.tokenizer=bytes data.vocab_size=512", "data.vocab_size = 512", "data.tokenizer = 'bytes'"),
 ]
 
@@ -467,6 +476,16 @@ def test_keys_that_contradict(overrides: str, parts: tuple[str, ...]) -> None:
 def test_recomputing_that_comes_to_no_block() -> None:
     says(message(DATA, "train.activation_checkpointing=every 5"), "'every 5' (on the command line)", "num_layers = 4")
     assert load(DATA, ["train.activation_checkpointing=every 4"]).train.activation_checkpointing == "every 4"
+
+
+@pytest.mark.parametrize(("name", "momentum"), [("adamw", None), ("muon", 0.95), ("sgd", 0.9)])
+def test_momentum_follows_from_the_optimizer(name: str, momentum: float | None) -> None:
+    config = load(DATA, [f"optimizer.name={name}"])
+    assert config.optimizer.momentum == momentum
+    assert load(to_dict(config)).optimizer == config.optimizer
+    assert (
+        momentum is None or load(DATA, [f"optimizer.name={name}", "optimizer.momentum=0.5"]).optimizer.momentum == 0.5
+    )
 
 
 ALLOWED = [
@@ -482,6 +501,7 @@ ALLOWED = [
     f"{FLOOR} train.min_learning_rate=0.001",
     f"{DECAY} train.decay_steps=990 train.warmup_steps=10",
     "optimizer.name=sgd optimizer.momentum=0",
+    "optimizer.name=muon optimizer.momentum=0.9 optimizer.beta2=0.99 train.dtype=bf16",
     "model.family=llama model.num_key_value_heads=2",
     "objective.name=greedy objective.chunks=null",
     "objective.name=greedy border.codec=bf16",

@@ -48,7 +48,7 @@ CASES: list[tuple[dict[str, Any], list[str], dict[str, Any]]] = [
     ({"train": {"eval_every": 5}}, ["data.valid=null"], {"train.eval_every": 0}),
     ({"data": {**DATA, "vocab_size": 300}}, ["data.tokenizer=bytes"], {"data.vocab_size": 4096}),
     ({"optimizer": {"beta1": 0.8, "eps": 1e-6}}, ["optimizer.name=sgd"], {"optimizer.beta1": 0.9}),
-    ({"optimizer": {"name": "sgd", "momentum": 0.5}}, ["optimizer.name=adamw"], {"optimizer.momentum": 0.9}),
+    ({"optimizer": {"name": "sgd", "momentum": 0.5}}, ["optimizer.name=adamw"], {"optimizer.momentum": None}),
     (
         {"model": {"family": "llama", "num_key_value_heads": 2}},
         ["model.family=gpt2"],

@@ -114,9 +114,9 @@ TOURS = {
     "pipeline": [layout(4, 1, 0), layout(2, 1, 0), layout(1, 1, 0), layout(4, 1, 0)],
     "ZeRO": [layout(1, 2, 1), layout(2, 1, 3), layout(1, 2, 0), layout(1, 2, 3), layout(1, 1, 2), layout(1, 2, 1)],
     "bf16": [layout(1, 2, 2, "bf16"), layout(2, 2, 3, "bf16"), layout(1, 1, 0), layout(1, 2, 1, "bf16")],
-    "whole weights": [
-        *(layout(4, 1, 0), layout(1, 2, 2, "bf16"), layout(2, 2, 1, "bf16")),
-        *(layout(2, 1, 0), layout(1, 2, 1), layout(2, 1, 2)),
+    "below ZeRO 3": [
+        *(layout(2, 1, 0), layout(1, 2, 1), layout(1, 2, 2, "bf16")),
+        *(layout(2, 1, 1, "bf16"), layout(1, 1, 0)),
     ],
     "every ordered pair": [
         layout(1, 1 + n % 2, int(zero)) for n, zero in enumerate("0102031213230")
@@ -133,6 +133,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "fitted": (*PRETRAINED_LLAMA, "objective.chunks=4", "head.kind=fitted", "head.blocks=1"),
     "tied": (*PRETRAINED_LLAMA, "objective.name=backprop", "model.tie=keep"),
     "SGD": ("objective.chunks=4", "optimizer.name=sgd"),
+    "Muon": ("objective.chunks=4", "optimizer.name=muon"),
 }
 
 
@@ -144,11 +145,13 @@ def cases() -> list[object]:
         "backprop",
         "delayed",
         "tied",
+        "Muon",
     )  # gradients cross borders, which ZeRO 3 does not do; or there is one rank
     every = [(options, tour) for options in OPTIONS for tour in TOURS if options not in crossing]
-    every = [(options, tour) for options, tour in every if tour != "whole weights"]
-    every += [("backprop", "pipeline"), ("delayed", "whole weights"), ("tied", "every ordered pair")]
-    return [one if one == ("chunked", "ZeRO") else slow(*one) if one in SLOW else full(*one) for one in every]
+    every = [one for one in every if one[1] != "below ZeRO 3"]
+    every += [("backprop", "pipeline"), ("delayed", "below ZeRO 3"), ("tied", "every ordered pair")]
+    found = [one if one == ("chunked", "ZeRO") else slow(*one) if one in SLOW else full(*one) for one in every]
+    return [*found, slow("Muon", "below ZeRO 3")]
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,8 @@ EXACT = {
 }
 SELECTIVE = ("objective.chunks=4", "train.activation_checkpointing=selective")
 ZERO = "deepspeed.zero_optimization"
+SMALL_BUCKET = (f"{ZERO}.reduce_bucket_size=20000",)
+WIDE = ("model.hidden_size=256", "data.sequence_length=16", "train.micro_batch_size=1")
 EXACT_TOO = {
     "overlapping": ("objective.name=overlapping", "objective.chunks=4", "parallel.pipeline=2"),
     "delayed": ("objective.name=delayed", "parallel.pipeline=2"),
@@ -63,6 +65,8 @@ EXACT_TOO = {
     "averaged blocks": ("head.blocks=1", "head.ema_decay=0.9", "parallel.pipeline=2"),
     "low rank, a part of the tokens": ("head.kind=low_rank", "head.rank=8", "head.token_fraction=0.25"),
     "SGD": ("optimizer.name=sgd",),
+    **{f"Muon, ZeRO {stage}": ("optimizer.name=muon", f"{ZERO}.stage={stage}", *SMALL_BUCKET) for stage in (0, 1, 2)},
+    "Muon, wide": ("optimizer.name=muon", *WIDE, "head.kind=low_rank", "head.rank=8"),
     **{
         f"frozen, ZeRO {stage}": (*FROZEN, f"{ZERO}.stage={stage}", f"{ZERO}.reduce_bucket_size=20000")
         for stage in (1, 2, 3)
@@ -78,9 +82,7 @@ EXACT_TOO = {
     },
     "ZeRO 3, much weight": (
         f"{ZERO}.stage=3",
-        "model.hidden_size=256",
-        "data.sequence_length=16",
-        "train.micro_batch_size=1",
+        *WIDE,
     ),
 }
 

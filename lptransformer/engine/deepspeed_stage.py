@@ -32,7 +32,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from lptransformer.config.deepspeed_keys import bucket_elements
+from lptransformer.config.deepspeed_keys import FORCED, bucket_elements
 from lptransformer.engine import optimizer_state
 from lptransformer.engine.optimizer import as_configured
 from lptransformer.engine.optimizer_state import BEFORE
@@ -64,6 +64,7 @@ def deepspeed_config(
         "steps_per_print": None,
         "timers": {"throughput": {"enabled": False}},  # waits for the GPU in every forward, and for posted receives
         "zero_allow_untested_optimizer": True,
+        FORCED: False,
         **user,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,

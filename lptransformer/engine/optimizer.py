@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
+from lptransformer.config import deepspeed_keys
 from lptransformer.config.schema import OptimizerSection, TrainSection
 
 DECAYING = "warmup_stable_decay"  # the schedule of which train.decay_steps says how long it decays
@@ -20,11 +22,13 @@ def build_optimizer(
     options: OptimizerSection,
     learning_rate: float,
     steps: Mapping[nn.Parameter, float | None] | None = None,
+    deepspeed: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW or SGD. Weights of two and more dimensions decay; norms and biases do not.
 
     `steps` are those that a resumed optimizer has made with each: other numbers are other groups, because at ZeRO 1 to
-    3 there is one count per group.
+    3 there is one count per group. Where the `deepspeed` section offloads it, it steps on the CPU: an AdamW of one pass
+    over memory, DeepSpeed's own where the section says so (which is built here if it was not yet), else torch's.
     """
     groups: dict[tuple[bool, float | None], list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -35,7 +39,14 @@ def build_optimizer(
         for key in sorted(groups, key=lambda key: (key[0], key[1] or 0.0))
     ]
     if options.name == "adamw":
-        return torch.optim.AdamW(made, lr=learning_rate, betas=(options.beta1, options.beta2), eps=options.eps)
+        how: dict[str, Any] = {"lr": learning_rate, "betas": (options.beta1, options.beta2), "eps": options.eps}
+        if not deepspeed_keys.offloads(deepspeed or {}):
+            return torch.optim.AdamW(made, **how)
+        if (deepspeed or {}).get(deepspeed_keys.FORCED):
+            from deepspeed.ops.adam import DeepSpeedCPUAdam  # takes seconds
+
+            return DeepSpeedCPUAdam(made, **how)
+        return torch.optim.AdamW(made, fused=True, **how)
     assert options.name == "sgd", options.name
     return torch.optim.SGD(made, lr=learning_rate, momentum=options.momentum)
 

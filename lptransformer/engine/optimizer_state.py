@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor, nn
 
 from lptransformer.errors import RunError
@@ -105,7 +106,8 @@ def load(optimizer: torch.optim.Optimizer, pieces: list[Owned], saved: SavedFor)
             continue
         state = optimizer.state[piece.flat]
         if steps is not None:
-            state["step"] = torch.tensor(steps, dtype=torch.float32)
+            own = isinstance(optimizer, DeepSpeedCPUAdam)
+            state["step"] = int(steps) if own else torch.tensor(steps, dtype=torch.float32)
         for kind in kinds:
             if kind not in state:
                 state[kind] = torch.zeros_like(piece.flat)

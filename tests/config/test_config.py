@@ -605,26 +605,55 @@ def test_deepspeed_options_that_contradict_ours(key: str, ours: str) -> None:
 
 
 NEEDS_COMPILER = [
-    "deepspeed.zero_optimization.offload_optimizer={device: cpu}",
-    "deepspeed.zero_optimization.offload_optimizer={device: nvme, nvme_path: /x}",
-    "deepspeed.zero_optimization.offload_param={device: cpu}",
-    "deepspeed.zero_optimization.cpu_offload=true",
+    "deepspeed.zero_force_ds_cpu_optimizer=true",
     "deepspeed.zero_optimization.zero_quantized_weights=true",
-    "deepspeed.zero_optimization.zenflow={topk_ratio: 0.1}",
     "deepspeed.aio={block_size: 1048576}",
 ]
+OFFLOAD = "deepspeed.zero_optimization.offload_optimizer"
+OFFLOADED = (f"{OFFLOAD}={{device: cpu}}", f"{STAGE}=2")
 
 
 @pytest.mark.parametrize("override", NEEDS_COMPILER)
 def test_options_that_need_a_compiler(override: str) -> None:
     key = override.partition("=")[0]
-    assert deepspeed_keys.compiled(load(DATA, [override]).deepspeed) == [key.removeprefix("deepspeed.")]
+    assert deepspeed_keys.compiled(load(DATA, [*OFFLOADED, override]).deepspeed) == [key.removeprefix("deepspeed.")]
 
 
-@pytest.mark.parametrize("value", ["{device: none}", "{}"])
-def test_offloading_to_nowhere_needs_no_compiler(value: str) -> None:
-    options = [f"deepspeed.zero_optimization.offload_optimizer={value}", "deepspeed.zero_optimization.cpu_offload=no"]
-    assert deepspeed_keys.compiled(load(DATA, options).deepspeed) == []
+@pytest.mark.parametrize(
+    ("options", "offloads"),
+    [("{device: cpu, pin_memory: false}", True), ("{device: none}", False), ("{}", False), ("auto", False)],
+)
+def test_what_offloads_the_optimizer(options: str, offloads: bool) -> None:
+    """It needs no compiler: torch has an optimizer for it."""
+    config = load(DATA, [f"{STAGE}=2", f"{OFFLOAD}={options}", "deepspeed.zero_force_ds_cpu_optimizer=false"])
+    assert deepspeed_keys.offloads(config.deepspeed) == offloads
+    assert deepspeed_keys.compiled(config.deepspeed) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ((f"{OFFLOAD}.device=nvme",), (f"{OFFLOAD}.device = 'nvme'", "must be cpu or none")),
+        ((f"{OFFLOAD}.ratio=0.5",), (f"{OFFLOAD}.ratio = 0.5", "remove it; all of the optimizer")),
+        ((f"{OFFLOAD}.device=true",), (f"{OFFLOAD}.device = True", "must be text")),
+        ((f"{OFFLOAD}.divice=cpu",), (f"unknown key {OFFLOAD}.divice", f"did you mean {OFFLOAD}.device")),
+        (("deepspeed.zero_optimization.offload_param={device: cpu}",), ("offload_param", "nothing else is offloaded")),
+        (("deepspeed.zero_optimization.zenflow={}",), ("zenflow = {}", "nothing else is offloaded")),
+        (("deepspeed.zero_optimization.cpu_offload=true",), ("cpu_offload = True", f"{OFFLOAD}={{device: cpu}}")),
+        ((f"{STAGE}=0",), (f"{OFFLOAD} = {{'device': 'cpu'}}", "at ZeRO 0", f"{STAGE}=2")),
+        (("optimizer.name=sgd",), (f"{OFFLOAD} = ", "optimizer.name = 'sgd'", "adamw")),
+        (
+            ("engine=deepspeed_pipeline", "objective.name=backprop", f"{STAGE}=1"),
+            (f"{OFFLOAD} = ", "engine = 'deepspeed_pipeline'", "engine=local"),
+        ),
+        (
+            (f"{OFFLOAD}=null", "deepspeed.zero_force_ds_cpu_optimizer=true"),
+            ("zero_force_ds_cpu_optimizer = True", "has no meaning without", OFFLOAD),
+        ),
+    ],
+)
+def test_offloading_that_is_refused(overrides: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    says(message(DATA, *OFFLOADED, *overrides), *parts)
 
 
 def test_deepspeed_json(tmp_path: Path) -> None:
@@ -653,6 +682,7 @@ def test_the_tables_are_those_of_the_installed_deepspeed() -> None:
     """DeepSpeed is watched while it reads a configuration; every key it asks for has a row here."""
     from deepspeed.runtime import config as theirs
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
     asked: set[str] = set()
 
@@ -678,6 +708,7 @@ def test_the_tables_are_those_of_the_installed_deepspeed() -> None:
     assert ours - by_hand - asked == set(), "keys that DeepSpeed does not read"
     fields = DeepSpeedZeroConfig.model_fields
     assert set(deepspeed_keys.ZERO) == set(fields) | {field.alias for field in fields.values() if field.alias}
+    assert set(deepspeed_keys.OFFLOAD) == set(DeepSpeedZeroOffloadOptimizerConfig.model_fields)
 
 
 def test_families_are_those_that_can_be_built() -> None:

@@ -453,6 +453,8 @@ def _deepspeed(config: Config) -> Iterator[str]:
             yield f"{offload_at} with {at('engine')}: not tried with DeepSpeed's own pipeline; give engine=local"
     elif config.value(forced):
         yield f"{at(forced)} has no meaning without deepspeed.zero_optimization.offload_optimizer: remove it"
+    if deepspeed_keys.offloads(config.deepspeed, "offload_param") and zero_stage(config) < 3:
+        yield f"{at('deepspeed.zero_optimization.offload_param')}: only at ZeRO 3, whose weights are partitioned"
     key = "deepspeed.data_types.grad_accum_dtype"
     accumulate = config.value(key)
     if accumulate not in (None, "fp32", "bf16") or (accumulate == "bf16" and not bf16):

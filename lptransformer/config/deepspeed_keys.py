@@ -48,10 +48,14 @@ ZERO: dict[str, Types] = {
     **_STAGE3,
     **{f"stage3_{key}": types for key, types in _STAGE3.items()},
 }
-OFFLOAD: dict[str, Types] = {
-    **_keys("device nvme_path", _TEXT),
-    **_keys("pin_memory pipeline_read pipeline_write fast_init super_offload", _BOOL),
-    **_keys("buffer_count ratio cpuadam_cores_perc", _NUMBER),
+_OFFLOAD = {**_keys("device nvme_path", _TEXT), **_keys("pin_memory", _BOOL), **_keys("buffer_count", _NUMBER)}
+OFFLOAD: dict[str, dict[str, Types]] = {
+    "offload_optimizer": {
+        **_OFFLOAD,
+        **_keys("pipeline_read pipeline_write fast_init super_offload", _BOOL),
+        **_keys("ratio cpuadam_cores_perc", _NUMBER),
+    },
+    "offload_param": {**_OFFLOAD, **_keys("buffer_size max_in_cpu", _NUMBER)},
 }
 DATA_TYPES: dict[str, Types] = {
     **_keys("grad_accum_dtype param_dtype buffer_dtype", _TEXT),
@@ -82,8 +86,8 @@ OURS: dict[str, str] = {
 _SET_HERE = "every stage's engine needs its own value, which is set by itself"
 _NOT_HERE = "it does not work with local updates"
 _GONE = "DeepSpeed 0.19.8 no longer has it"
-_OFFLOAD = "zero_optimization.offload_optimizer"
-_TO_HOST = f"all of the optimizer and nothing else is offloaded, by deepspeed.{_OFFLOAD}={{device: cpu}}"
+_OLD_OFFLOAD = "zero_optimization.offload_optimizer and zero_optimization.offload_param say it"
+_ALL_TO_HOST = "what is offloaded goes to the host's memory, all of it"
 REFUSED: dict[str, str] = {
     "zero_optimization.compute_grad_norm": "clipping, skipped updates and the display need the gradient norm",
     "zero_optimization.memory_efficient_linear": "true would change matrix products of the whole process; it is off",
@@ -96,15 +100,21 @@ REFUSED: dict[str, str] = {
     **_because("sparse_attention elasticity graph_harvesting curriculum_learning progressive_layer_drop", _GONE),
     **_because("zero_optimization.mics_shard_size zero_optimization.mics_hierarchical_params_gather", _GONE),
     **_because("zero_optimization.zeropp_loco_param", _GONE),
-    **{f"zero_optimization.{key}": _TO_HOST for key in ZERO if key.startswith(("cpu_offload", "offload_p", "zenflow"))},
-    **{f"{_OFFLOAD}.{key}": _TO_HOST for key in OFFLOAD if key not in ("device", "pin_memory")},
+    "zero_optimization.zenflow": _NOT_HERE,
+    **{f"zero_optimization.{key}": _OLD_OFFLOAD for key in ZERO if key.startswith("cpu_offload")},
+    **{
+        f"zero_optimization.{table}.{key}": _ALL_TO_HOST
+        for table, keys in OFFLOAD.items()
+        for key in keys
+        if key not in ("device", "pin_memory")
+    },
 }
 FORCED = "zero_force_ds_cpu_optimizer"  # whether an offloaded optimizer is DeepSpeed's own
 _COMPILED = {"aio", FORCED} | {f"zero_optimization.{key}" for key in ZERO if key.startswith("zero_quantized")}
 TABLES: dict[str, dict[str, Types]] = {
     "": PASSED,
     "zero_optimization.": ZERO,
-    f"{_OFFLOAD}.": OFFLOAD,
+    **{f"zero_optimization.{table}.": keys for table, keys in OFFLOAD.items()},
     "data_types.": DATA_TYPES,
 }
 
@@ -118,9 +128,9 @@ def entries(options: Mapping[str, Any], table: str = "") -> Iterator[tuple[str, 
             yield from entries(value, f"{key}.")
 
 
-def offloads(options: Mapping[str, Any]) -> bool:
-    """Whether the optimizer's state is in the host's memory, and its steps are made there (ZeRO-Offload)."""
-    return (f"{_OFFLOAD}.device", "cpu") in entries(options)
+def offloads(options: Mapping[str, Any], what: str = "offload_optimizer") -> bool:
+    """Whether the optimizer's state is in the host's memory, and steps there (ZeRO-Offload); or a key of OFFLOAD."""
+    return (f"zero_optimization.{what}.device", "cpu") in entries(options)
 
 
 def is_known(key: str) -> bool:
@@ -141,8 +151,8 @@ def complaint(key: str, value: Any) -> str | None:
     auto = value == "auto" and table == "zero_optimization" and name != "stage"  # DeepSpeed takes its default then
     if not auto and (wrong_bool or not isinstance(value, types)):
         return f"must be {_NAMES.get(types, 'a list of names')}"
-    if key == f"{_OFFLOAD}.device" and value not in ("cpu", "none"):
-        return "must be cpu or none; NVMe was not tried with local updates"
+    if name == "device" and value not in ("cpu", "none"):
+        return "must be cpu or none; nothing is offloaded to NVMe"
     return None
 
 

@@ -634,12 +634,12 @@ def test_what_offloads_the_optimizer(options: str, offloads: bool) -> None:
     ("overrides", "parts"),
     [
         ((f"{OFFLOAD}.device=nvme",), (f"{OFFLOAD}.device = 'nvme'", "must be cpu or none")),
-        ((f"{OFFLOAD}.ratio=0.5",), (f"{OFFLOAD}.ratio = 0.5", "remove it; all of the optimizer")),
+        ((f"{OFFLOAD}.ratio=0.5",), (f"{OFFLOAD}.ratio = 0.5", "remove it; what is offloaded", "all of it")),
         ((f"{OFFLOAD}.device=true",), (f"{OFFLOAD}.device = True", "must be text")),
         ((f"{OFFLOAD}.divice=cpu",), (f"unknown key {OFFLOAD}.divice", f"did you mean {OFFLOAD}.device")),
-        (("deepspeed.zero_optimization.offload_param={device: cpu}",), ("offload_param", "nothing else is offloaded")),
-        (("deepspeed.zero_optimization.zenflow={}",), ("zenflow = {}", "nothing else is offloaded")),
-        (("deepspeed.zero_optimization.cpu_offload=true",), ("cpu_offload = True", f"{OFFLOAD}={{device: cpu}}")),
+        (("deepspeed.zero_optimization.offload_param={device: cpu}",), ("offload_param = {", "only at ZeRO 3")),
+        (("deepspeed.zero_optimization.zenflow={}",), ("zenflow = {}", "remove it; it does not work")),
+        (("deepspeed.zero_optimization.cpu_offload=true",), ("cpu_offload = True", "offload_optimizer and", "say it")),
         ((f"{STAGE}=0",), (f"{OFFLOAD} = {{'device': 'cpu'}}", "at ZeRO 0", f"{STAGE}=2")),
         (("optimizer.name=sgd",), (f"{OFFLOAD} = ", "optimizer.name = 'sgd'", "adamw")),
         (
@@ -681,8 +681,8 @@ def test_broken_deepspeed_json(tmp_path: Path, content: str, shown: str) -> None
 def test_the_tables_are_those_of_the_installed_deepspeed() -> None:
     """DeepSpeed is watched while it reads a configuration; every key it asks for has a row here."""
     from deepspeed.runtime import config as theirs
+    from deepspeed.runtime.zero import offload_config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
     asked: set[str] = set()
 
@@ -708,7 +708,9 @@ def test_the_tables_are_those_of_the_installed_deepspeed() -> None:
     assert ours - by_hand - asked == set(), "keys that DeepSpeed does not read"
     fields = DeepSpeedZeroConfig.model_fields
     assert set(deepspeed_keys.ZERO) == set(fields) | {field.alias for field in fields.values() if field.alias}
-    assert set(deepspeed_keys.OFFLOAD) == set(DeepSpeedZeroOffloadOptimizerConfig.model_fields)
+    of_optimizer, of_param = deepspeed_keys.OFFLOAD.values()
+    assert set(of_optimizer) == set(offload_config.DeepSpeedZeroOffloadOptimizerConfig.model_fields)
+    assert set(of_param) == set(offload_config.DeepSpeedZeroOffloadParamConfig.model_fields)
 
 
 def test_families_are_those_that_can_be_built() -> None:

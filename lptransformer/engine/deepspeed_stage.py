@@ -222,6 +222,8 @@ class TrainedStage:
         else:
             skipped = bool(self.engine.optimizer.overflow)
             grad_norm = float("nan") if skipped else self.engine.optimizer._global_grad_norm
+            if skipped and self.zero_stage < 3:  # offloading, DeepSpeed would add the next ones to these
+                self.engine.optimizer.averaged_gradients.clear()
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         return StepResult(grad_norm, skipped, learning_rate)
 

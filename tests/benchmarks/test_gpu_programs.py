@@ -178,6 +178,23 @@ def test_at_zero_3_only_deepspeed_waits_for_a_gpu(compiled: None, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("zero", [2, 3])
+def test_of_an_offloaded_optimizer_only_deepspeed_waits_for_a_gpu(compiled: None, tmp_path: Path, zero: int) -> None:
+    """No devices are mixed. At ZeRO 2 it waits twice for every tensor of weights, and once for every group of them."""
+    stage = "--deepspeed.zero_optimization"
+    offloaded = (f"{stage}.stage={zero}", f"{stage}.offload_optimizer.device=cpu")
+    rows = events(tmp_path, "--train.dtype=bf16", *offloaded, "--deepspeed.zero_force_ds_cpu_optimizer=false")
+    waits = [row for row in rows if row["kind"] == "sync" or row["what"].endswith(", blocking")]
+    ours = [row for row in waits if row["where"].startswith("lptransformer")]
+    assert [(row["count"], row["where"].partition(":")[0]) for row in ours] == [(1, f"lptransformer/{ONE_COPY}")]
+    tensors = number(rows, "copy", "cuda to cpu, not blocking", "offload" if zero == 3 else "copy_grads_in_partition")
+    assert tensors > 0
+    if zero == 2:
+        groups = 4  # decaying weights and others, of two stages
+        assert number(rows, "sync", "of a tensor on the device") == 2 * tensors + groups
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("channel", ["gloo", "nccl"])
 def test_a_fake_gpu_shows_what_is_sent_through_which_memory(compiled: None, tmp_path: Path, channel: str) -> None:
     overrides = ["--parallel.pipeline=2", f"--parallel.channel={channel}", "--train.dtype=bf16"]

@@ -27,6 +27,7 @@ from lptransformer.run_folder.saved_stage import FP32
 State = dict[str, Tensor]
 Seen = tuple[State, State, dict[str, float]]
 AT = "deepspeed.zero_optimization.stage={}".format
+OFFLOADED = "deepspeed.zero_optimization.offload_optimizer={device: cpu}"
 
 
 @dataclass
@@ -113,6 +114,12 @@ TOURS = {
     "pipeline": [layout(4, 1, 0), layout(2, 1, 0), layout(1, 1, 0), layout(4, 1, 0)],
     "ZeRO": [layout(1, 2, 1), layout(2, 1, 3), layout(1, 2, 0), layout(1, 2, 3), layout(1, 1, 2), layout(1, 2, 1)],
     "bf16": [layout(1, 2, 2, "bf16"), layout(2, 2, 3, "bf16"), layout(1, 1, 0), layout(1, 2, 1, "bf16")],
+    "offloaded": [
+        (*layout(1, 2, 2), OFFLOADED),
+        layout(2, 1, 0),
+        (*layout(1, 2, 3, "bf16"), OFFLOADED),
+        (*layout(2, 1, 1), OFFLOADED),
+    ],
     "every ordered pair": [
         layout(1, 1 + n % 2, int(zero)) for n, zero in enumerate("0102031213230")
     ],  # ordered, of ZeRO stages
@@ -131,7 +138,13 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-SLOW = {("chunked", "pipeline"), ("a shared head", "bf16"), ("LoRA", "ZeRO"), ("LoRA", "pipeline")}
+SLOW = {
+    ("chunked", "offloaded"),
+    ("chunked", "pipeline"),
+    ("a shared head", "bf16"),
+    ("LoRA", "ZeRO"),
+    ("LoRA", "pipeline"),
+}
 
 
 def cases() -> list[object]:
@@ -141,6 +154,7 @@ def cases() -> list[object]:
         "tied",
     )  # gradients cross borders, which ZeRO 3 does not do; or there is one rank
     every = [(options, tour) for options in OPTIONS for tour in TOURS if options not in crossing]
+    every.remove(("SGD", "offloaded"))  # which is refused
     every += [("backprop", "pipeline"), ("delayed", "pipeline"), ("tied", "every ordered pair")]
     return [one if one == ("chunked", "ZeRO") else slow(*one) if one in SLOW else full(*one) for one in every]
 

@@ -93,7 +93,14 @@ def make(
         raise ConfigError(no_split)
     processes = config.parallel.pipeline * config.parallel.data
     configured = _configured(config, blueprint, work, cluster, options) if processes == size else None
-    return Plan(cluster, work, configured, methods, bounds, _remarks(config, objective, cluster))
+    remarks = _remarks(config, objective, cluster)
+    if there := max((rank.memory.host for rank in configured.ranks), default=0) if configured else 0:
+        at = config.at("deepspeed.zero_optimization.offload_optimizer")
+        remarks.append(
+            f"{at}: a process takes up to {there / 2**30:.3g} GiB of its host's memory; the time of steps there is not "
+            "predicted."
+        )
+    return Plan(cluster, work, configured, methods, bounds, remarks)
 
 
 def _method(config: Config) -> str:

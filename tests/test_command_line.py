@@ -245,8 +245,9 @@ def test_a_compiler_that_is_not_there(
     monkeypatch.setattr(this_host.shutil, "which", found.get)
     options = ["--deepspeed.zero_optimization.stage=2"]
     options.append("--deepspeed.zero_optimization.offload_optimizer={device: cpu}")
+    options.append("--deepspeed.zero_force_ds_cpu_optimizer=true")
     message = refused(capsys, "train", "c.yaml", *options)
-    assert "offload_optimizer" in message and says in message
+    assert "zero_force_ds_cpu_optimizer = True" in message and says in message and "or give false" in message
     run(parser(), ["config", "c.yaml", *options])  # asks nobody
 
 

@@ -107,7 +107,7 @@ def pretend(rank: int, size: int, replicas: int, rounds: int, shared_heads: list
     store.set("isolation", "decided ")
     store.set("micro_batch_size", "decided 0")
     for other in range(size):
-        store.set(f"memory/{other}", json.dumps([f"GPU {other}", 2**50]))
+        store.set(f"memory/{other}", json.dumps([[f"GPU {other}", 2**50]]))
     for stage in shared_heads:
         store.set(f"copies/{stage}", json.dumps({last_stage: [["head.readout.weight", "head.readout.weight"]]}))
 

@@ -477,6 +477,19 @@ def _deepspeed(config: Config) -> Iterator[str]:
         yield f"{stage_at} with {at('train.dtype')}: fp64 is for checking algebra, at ZeRO 0 only"
     if config.train.dtype == "fp64" and config.parallel.data > 1:
         yield f"{at('parallel.data')} with {at('train.dtype')}: DeepSpeed averages no fp64 gradients; give 1 replica"
+    forced = f"deepspeed.{deepspeed_keys.FORCED}"
+    if deepspeed_keys.offloads(config.deepspeed):
+        offload_at = at("deepspeed.zero_optimization.offload_optimizer")
+        if zero_stage(config) == 0:
+            yield f"{offload_at} at ZeRO 0, where DeepSpeed offloads nothing: give deepspeed.zero_optimization.stage=2"
+        if config.optimizer.name != "adamw":
+            yield f"{offload_at} with {at('optimizer.name')}: it is adamw that steps on the host; give that"
+        if config.engine == "deepspeed_pipeline":
+            yield f"{offload_at} with {at('engine')}: not tried with DeepSpeed's own pipeline; give engine=local"
+    elif config.value(forced):
+        yield f"{at(forced)} has no meaning without deepspeed.zero_optimization.offload_optimizer: remove it"
+    if deepspeed_keys.offloads(config.deepspeed, "offload_param") and zero_stage(config) < 3:
+        yield f"{at('deepspeed.zero_optimization.offload_param')}: only at ZeRO 3, whose weights are partitioned"
     key = "deepspeed.data_types.grad_accum_dtype"
     accumulate = config.value(key)
     if accumulate not in (None, "fp32", "bf16") or (accumulate == "bf16" and not bf16):

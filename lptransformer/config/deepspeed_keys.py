@@ -6,7 +6,7 @@ answers first. A test compares it with the installed DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 Types = tuple[type, ...]
@@ -48,6 +48,15 @@ ZERO: dict[str, Types] = {
     **_STAGE3,
     **{f"stage3_{key}": types for key, types in _STAGE3.items()},
 }
+_OFFLOAD = {**_keys("device nvme_path", _TEXT), **_keys("pin_memory", _BOOL), **_keys("buffer_count", _NUMBER)}
+OFFLOAD: dict[str, dict[str, Types]] = {
+    "offload_optimizer": {
+        **_OFFLOAD,
+        **_keys("pipeline_read pipeline_write fast_init super_offload", _BOOL),
+        **_keys("ratio cpuadam_cores_perc", _NUMBER),
+    },
+    "offload_param": {**_OFFLOAD, **_keys("buffer_size max_in_cpu", _NUMBER)},
+}
 DATA_TYPES: dict[str, Types] = {
     **_keys("grad_accum_dtype param_dtype buffer_dtype", _TEXT),
     "keep_in_fp32_modules": (list, str),
@@ -77,6 +86,8 @@ OURS: dict[str, str] = {
 _SET_HERE = "every stage's engine needs its own value, which is set by itself"
 _NOT_HERE = "it does not work with local updates"
 _GONE = "DeepSpeed 0.19.8 no longer has it"
+_OLD_OFFLOAD = "zero_optimization.offload_optimizer and zero_optimization.offload_param say it"
+_ALL_TO_HOST = "what is offloaded goes to the host's memory, all of it"
 REFUSED: dict[str, str] = {
     "zero_optimization.compute_grad_norm": "clipping, skipped updates and the display need the gradient norm",
     "zero_optimization.memory_efficient_linear": "true would change matrix products of the whole process; it is off",
@@ -89,22 +100,37 @@ REFUSED: dict[str, str] = {
     **_because("sparse_attention elasticity graph_harvesting curriculum_learning progressive_layer_drop", _GONE),
     **_because("zero_optimization.mics_shard_size zero_optimization.mics_hierarchical_params_gather", _GONE),
     **_because("zero_optimization.zeropp_loco_param", _GONE),
+    "zero_optimization.zenflow": _NOT_HERE,
+    **{f"zero_optimization.{key}": _OLD_OFFLOAD for key in ZERO if key.startswith("cpu_offload")},
+    **{
+        f"zero_optimization.{table}.{key}": _ALL_TO_HOST
+        for table, keys in OFFLOAD.items()
+        for key in keys
+        if key not in ("device", "pin_memory")
+    },
 }
-_COMPILED = {"aio"} | {
-    f"zero_optimization.{key}"
-    for key in ZERO
-    if key in ("offload_optimizer", "offload_param", "zenflow", "cpu_offload", "cpu_offload_param")
-    or key.startswith("zero_quantized")
+FORCED = "zero_force_ds_cpu_optimizer"  # whether an offloaded optimizer is DeepSpeed's own
+_COMPILED = {"aio", FORCED} | {f"zero_optimization.{key}" for key in ZERO if key.startswith("zero_quantized")}
+TABLES: dict[str, dict[str, Types]] = {
+    "": PASSED,
+    "zero_optimization.": ZERO,
+    **{f"zero_optimization.{table}.": keys for table, keys in OFFLOAD.items()},
+    "data_types.": DATA_TYPES,
 }
-TABLES: dict[str, dict[str, Types]] = {"": PASSED, "zero_optimization.": ZERO, "data_types.": DATA_TYPES}
 
 
-def entries(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def entries(options: Mapping[str, Any], table: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every key of `options` that this module knows about or should know about."""
-    for key, value in options.items():
+    for name, value in options.items():
+        key = f"{table}{name}"
         yield key, value
         if f"{key}." in TABLES and isinstance(value, dict):
-            yield from ((f"{key}.{inner}", inner_value) for inner, inner_value in value.items())
+            yield from entries(value, f"{key}.")
+
+
+def offloads(options: Mapping[str, Any], what: str = "offload_optimizer") -> bool:
+    """Whether the optimizer's state is in the host's memory, and steps there (ZeRO-Offload); or a key of OFFLOAD."""
+    return (f"zero_optimization.{what}.device", "cpu") in entries(options)
 
 
 def is_known(key: str) -> bool:
@@ -125,16 +151,15 @@ def complaint(key: str, value: Any) -> str | None:
     auto = value == "auto" and table == "zero_optimization" and name != "stage"  # DeepSpeed takes its default then
     if not auto and (wrong_bool or not isinstance(value, types)):
         return f"must be {_NAMES.get(types, 'a list of names')}"
+    if name == "device" and value not in ("cpu", "none"):
+        return "must be cpu or none; nothing is offloaded to NVMe"
     return None
 
 
 def compiled(options: dict[str, Any]) -> list[str]:
     """The dotted keys of `options` for which DeepSpeed builds operators when they are first used."""
 
-    def idle(value: Any) -> bool:
-        return value in (False, "auto") or value == {} or (isinstance(value, dict) and value.get("device") == "none")
-
-    return [key for key, value in entries(options) if key in _COMPILED and not idle(value)]
+    return [key for key, value in entries(options) if key in _COMPILED and value not in (False, "auto", {})]
 
 
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default for reduce_bucket_size

@@ -36,6 +36,7 @@ RULES: dict[str, tuple[Effect, str]] = {
     **{f"optimizer.{key}": (Effect.ONWARDS, "") for key in ("beta1", "beta2", "eps", "weight_decay", "momentum")},
     # rounding alone
     **dict.fromkeys(("loss", "model.attention", "train.compile", "train.tf32"), (Effect.ONWARDS, "")),
+    "deepspeed.zero_force_ds_cpu_optimizer": (Effect.ONWARDS, ""),
     "engine": (Effect.REFUSED, "what a checkpoint holds"),
     "model": (Effect.REFUSED, "what the weights are"),
     "data": (Effect.REFUSED, "what is trained on and evaluated"),

@@ -32,7 +32,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from lptransformer.config.deepspeed_keys import bucket_elements
+from lptransformer.config.deepspeed_keys import FORCED, bucket_elements
 from lptransformer.engine import optimizer_state
 from lptransformer.engine.optimizer import Muon, as_configured
 from lptransformer.engine.optimizer_state import BEFORE
@@ -64,6 +64,7 @@ def deepspeed_config(
         "steps_per_print": None,
         "timers": {"throughput": {"enabled": False}},  # waits for the GPU in every forward, and for posted receives
         "zero_allow_untested_optimizer": True,
+        FORCED: False,
         **user,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
@@ -222,6 +223,8 @@ class TrainedStage:
         else:
             skipped = bool(self.engine.optimizer.overflow)
             grad_norm = float("nan") if skipped else self.engine.optimizer._global_grad_norm
+            if skipped and self.zero_stage < 3:  # offloading, DeepSpeed would add the next ones to these
+                self.engine.optimizer.averaged_gradients.clear()
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         return StepResult(grad_norm, skipped, learning_rate)
 

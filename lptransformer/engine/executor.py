@@ -373,9 +373,8 @@ class Executor:
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Scalars and vectors on the host, in their dtypes: one copy for all, for which the host waits."""
-    if not tensors:
-        return []
-    flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors]).cpu()
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.to(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    """Scalars and vectors on the host, in their dtypes: one copy for all that are not there, for which the host waits.
+    Norms are there where the optimizer is offloaded."""
+    there = [tensor.detach().reshape(-1).double() for tensor in tensors if tensor.is_cuda]
+    parts = iter(torch.cat(there).cpu().split([len(flat) for flat in there]) if there else ())
+    return [next(parts).to(one.dtype).view(one.shape) if one.is_cuda else one.detach().clone() for one in tensors]

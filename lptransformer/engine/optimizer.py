@@ -13,6 +13,7 @@ from torch.optim import _muon
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
+from lptransformer.config import deepspeed_keys
 from lptransformer.config.schema import OptimizerSection, TrainSection
 from lptransformer.engine.optimizer_state import Owned
 
@@ -27,12 +28,14 @@ def build_optimizer(
     *,
     matrices: Collection[nn.Parameter] = (),
     on_gpu: bool = False,
+    deepspeed: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of that name. Weights of two and more dimensions decay; norms and biases do not.
 
     `steps` are those that a resumed optimizer has made with each: other numbers are other groups, because at ZeRO 1 to
     3 there is one count per group. `matrices` are what Muon steps. `on_gpu`: AdamW in one kernel, wherever the weights
-    are now.
+    are now. Where the `deepspeed` section offloads it, it steps on the CPU: an AdamW of one pass over memory,
+    DeepSpeed's own where the section says so (which is built here if it was not yet), else torch's.
     """
     by_muon = set(matrices) if options.name == "muon" else set()
     groups: dict[tuple[bool, bool, float | None], list[nn.Parameter]] = {}
@@ -53,7 +56,13 @@ def build_optimizer(
 
         in_8_bits: torch.optim.Optimizer = AdamW8bit(made, lr=learning_rate, betas=betas, eps=options.eps)
         return in_8_bits
-    adamw = torch.optim.AdamW(made, lr=learning_rate, betas=betas, eps=options.eps, fused=True if on_gpu else None)
+    offloaded = deepspeed_keys.offloads(deepspeed or {})
+    if offloaded and (deepspeed or {}).get(deepspeed_keys.FORCED):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # takes seconds
+
+        return DeepSpeedCPUAdam(made, lr=learning_rate, betas=betas, eps=options.eps)
+    fused = True if on_gpu or offloaded else None
+    adamw = torch.optim.AdamW(made, lr=learning_rate, betas=betas, eps=options.eps, fused=fused)
     if options.name == "adamw":
         return adamw
     assert options.name == "muon" and options.momentum is not None, options

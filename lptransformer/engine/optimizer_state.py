@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor, nn
 
 from lptransformer.errors import RunError
@@ -124,7 +125,9 @@ def load(optimizer: torch.optim.Optimizer, pieces: list[Owned], saved: SavedFor)
         if not state:
             continue
         if before is not None:
-            state["step"] = torch.tensor(before, dtype=torch.float32, device=flat.device if on_gpu else "cpu")
+            device = flat.device if on_gpu else "cpu"
+            count = torch.tensor(before, dtype=torch.float32, device=device)
+            state["step"] = int(before) if isinstance(optimizer, DeepSpeedCPUAdam) else count  # type: ignore[assignment]
         optimizer.state[flat] = state
         if in_8_bits:
             _quantise(optimizer, flat)

@@ -41,12 +41,14 @@ def dry_run(config: Config) -> None:
         )
         return
     ranks = predicted(config, blueprint)
+    columns = (*_COLUMNS, "host") if any(rank.host for rank in ranks) else _COLUMNS
     lines = [
-        (number, *(f"{getattr(rank, name) / MIB:,.1f}" for name in _COLUMNS), f"{save / MIB:,.1f}", rank.held)
+        (number, *(f"{getattr(rank, name) / MIB:,.1f}" for name in columns), f"{save / MIB:,.1f}", rank.held)
         for number, (rank, save) in enumerate(zip(ranks, host_copies(config, blueprint), strict=True))
     ]
-    names = ("pipeline rank", *_COLUMNS, "saving", "micro-batches held")
+    names = ("pipeline rank", *columns, "saving", "micro-batches held")
     what = "buckets: ZeRO's; saving: beside the peak, in the host's memory, from the first checkpoint on"
+    what += "; host: there too, what is offloaded" if "host" in columns else ""
     print_table(f"predicted memory of one process, MiB ({what})", names, lines)
     print(_machine_text(config, max(rank.peak for rank in ranks)))
 

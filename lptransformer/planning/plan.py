@@ -99,6 +99,12 @@ def make(
     remarks = _remarks(config, objective, cluster)
     if configured is not None and (said := copies_remark(config, blueprint, cluster, configured.step_seconds)):
         remarks.append(said)
+    if there := max((rank.memory.host for rank in configured.ranks), default=0) if configured else 0:
+        at = config.at("deepspeed.zero_optimization.offload_optimizer")
+        remarks.append(
+            f"{at}: a process takes up to {there / 2**30:.3g} GiB of its host's memory; the time of steps there is not "
+            "predicted."
+        )
     return Plan(cluster, work, configured, methods, bounds, remarks)
 
 

@@ -113,7 +113,7 @@ def advice(plan: Plan) -> list[str]:
     lines.append(
         "Local updates give other weights than backprop: these are times per update, not times to a loss "
         "(docs/benchmarks/quality.md has what was measured, at small scale only). Not compared: tensor, sequence and "
-        "expert parallelism, offloading, fused kernels."
+        "expert parallelism, the time of an offloaded optimizer, fused kernels."
     )
     return [*lines, *plan.remarks]
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lptransformer.config.deepspeed_keys import BUCKET_ELEMENTS, bucket_elements
+from lptransformer.config.deepspeed_keys import BUCKET_ELEMENTS, bucket_elements, offloads
 from lptransformer.config.schema import OptimizerSection
 from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.gradient_flow import Duty, Flow, crossing, duties, flows
@@ -82,7 +82,7 @@ class Precision:
     `bucket` is how many gradients a bucket of ZeRO's has (None: as many as the stage has weights, up to DeepSpeed's
     default), and `buckets` how many there are below ZeRO 3. `fused_step`: the optimizer takes all tensors at once, as
     on a GPU, with `fused_temporaries` of every weight; else it goes tensor by tensor. With `muon` matrices of blocks
-    have one moment, and are stepped one by one everywhere.
+    have one moment, and are stepped one by one everywhere. `offloaded`: it is in the host's memory, and steps in place.
     """
 
     weights: int
@@ -97,6 +97,7 @@ class Precision:
     fused_step: bool = False
     fused_temporaries: int = 1
     muon: bool = False
+    offloaded: bool = False
 
     @property
     def gradients(self) -> int:
@@ -146,6 +147,7 @@ def precision(
         buckets=1 + bool(zero.get("overlap_comm")),
         fused_temporaries=int(sgd),
         muon=optimizer.name == "muon",
+        offloaded=offloads(deepspeed),
         **how,
     )
 
@@ -166,7 +168,7 @@ class StageState:
     ZeRO 1 to 3 reduce gradients through a `bucket`, whose size is given
     (deepspeed.zero_optimization.reduce_bucket_size), whatever the stage: at ZeRO 1 from the first backward pass to the
     update, at 2 in every backward pass, at 3 always. `gathered` is what a backward pass at ZeRO 3 has of all of the
-    stage's weights.
+    stage's weights. `host` is what an offloaded optimizer has in the host's memory, beside all this on a GPU.
     """
 
     weights: int
@@ -177,6 +179,7 @@ class StageState:
     zero_stage: int = 0
     bucket: int = 0
     gathered: int = 0
+    host: int = 0
 
 
 def stage_state(stage: StageTensors, how: Precision, delayed: bool = False) -> StageState:
@@ -207,16 +210,35 @@ def stage_state(stage: StageTensors, how: Precision, delayed: bool = False) -> S
     cast = int(flat if zero == 3 else own) * 4
     partitioned = own * how.gradients
     bucket = bucket_elements(size) if how.bucket is None else how.bucket
-    return StageState(
+    second = delayed * size * how.weights
+    state = StageState(
         weights=(-(-all_weights // how.replicas) if zero == 3 else all_weights) * how.weights,
         gradients=partitioned if zero > 1 else size * how.gradients,
-        optimizer=int((own * (1 + how.moments) - -(-matrices // how.replicas)) * how.master)
-        + delayed * size * how.weights,
+        optimizer=int((own * (1 + how.moments) - -(-matrices // how.replicas)) * how.master) + second,
         buffers=stage.buffer_bytes,
         step=max(int(stepped * how.master), one_matrix) + cast + (partitioned if zero == 1 and how.replicas > 1 else 0),
         zero_stage=zero,
         bucket=bucket * (how.buckets if zero < 3 else 1) * how.weights,
         gathered=all_weights * how.weights if zero == 3 else 0,
+    )
+    return _offloaded(state, stage, how, own, second) if how.offloaded else state
+
+
+def _offloaded(state: StageState, stage: StageTensors, how: Precision, own: int, second: int) -> StageState:
+    """The same where the optimizer is in the host's memory, with the gradients that it steps by, always. There too is,
+    below ZeRO 3, the copy that new weights come from. Gradients of micro-batches are added up there at ZeRO 3, and at 2
+    in the dtype of the weights; a sum in fp32 of bf16 stays on the device."""
+    zero, through = how.zero_stage, stage.largest * how.weights if how.zero_stage < 3 else 0
+    summed_there = zero == 3 or (zero == 2 and how.accumulated == how.weights)
+    there = int(own * how.master * (2 + how.moments)) + through + own * how.weights * (zero < 3)
+    there += own * how.gradients if summed_there else 0
+    on_gpu = how.fused_step
+    return replace(
+        state,
+        gradients=0 if summed_there else state.gradients,
+        optimizer=second + through + (0 if on_gpu else there),
+        step=0,
+        host=there if on_gpu else 0,
     )
 
 
@@ -227,7 +249,8 @@ class RankMemory:
     `activations` are what is alive at the peak beyond all else that is named here: saved tensors, hidden states,
     logits, and what a pass or a step needs for a moment. `buckets` are ZeRO's, at the peak. `messages` are the buffers
     of the channels. `peak` is less than the sum where gradients are not all there at the peak. `held` are the
-    micro-batches that wait for their backward pass at once, in the stage that holds most.
+    micro-batches that wait for their backward pass at once, in the stage that holds most. `host` is not in the peak:
+    what an offloaded optimizer has in the host's memory beside that of a GPU.
     """
 
     weights: int = 0
@@ -239,6 +262,7 @@ class RankMemory:
     messages: int = 0
     peak: int = 0
     held: int = 0
+    host: int = 0
 
 
 @dataclass
@@ -430,6 +454,7 @@ def _summed(walks: Sequence[_Walk], states: Collection[StageState], on_their_way
         messages=messages,
         peak=weights + optimizer + copies + messages + worst.peak,
         held=max(walk.most_held for walk in walks),
+        host=sum(one.host for one in states),
     )
 
 

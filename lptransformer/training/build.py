@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lptransformer import hub
+from lptransformer.config import deepspeed_keys
 from lptransformer.config.checks import check_world_size
 from lptransformer.config.epochs import steps, with_steps
 from lptransformer.config.load import load, to_dict
@@ -47,7 +48,7 @@ from lptransformer.processes import forget_peak_memory, launched_size, use_fair_
 from lptransformer.run_folder import layout
 from lptransformer.run_folder.saved_stage import SavedStep
 from lptransformer.training.memory import Given, agreed
-from lptransformer.training.this_host import check_host
+from lptransformer.training.this_host import check_host, missing_build_tools
 
 
 def initialize(
@@ -127,7 +128,7 @@ def start(
     """
     world = enter(config)
     with translate_lost_processes():
-        config = agreed(config, world, resume, force)
+        config = with_cpu_optimizer(agreed(config, world, resume, force), world)
         if weights is None:
             fetch_once(config, world)
         data = prepare_once(config, world)
@@ -183,6 +184,7 @@ def start_on_rows(
             return blueprints.make_blueprint(config, size, end_of_text_id)
 
         config = counted_once(agreed(config, world, False, force, Given(draw, many)), world, many)
+        config = with_cpu_optimizer(config, world)
         blueprint = draw(config)
         if beside is not None:
             world.decided_by_the_first("isolation", lambda: check_isolation(config, blueprint, beside))
@@ -210,6 +212,31 @@ def enter(config: Config) -> World:
     check_host(config)
     use_fair_share_of_cores()
     return join_world(config)
+
+
+def with_cpu_optimizer(config: Config, world: World) -> Config:
+    """Where the optimizer is offloaded, the configuration that says which one it is: as it was given, or by what the
+    host of global rank 0 has, which prints it. All processes call this.
+
+    Raises ConfigError where DeepSpeed's own is to be built on a host that has no compiler.
+    """
+    if not deepspeed_keys.offloads(config.deepspeed):
+        return config
+
+    def decide() -> str:
+        missing = missing_build_tools()
+        own = config.deepspeed.get(deepspeed_keys.FORCED, not missing)
+        name = "DeepSpeedCPUAdam (the first time it is built, for a minute or two)" if own else "torch's fused AdamW"
+        why = f"; for DeepSpeedCPUAdam {' and '.join(missing)} not found" if missing and not own else ""
+        print(f"the offloaded optimizer is {name}{why}", flush=True)
+        return json.dumps(own)
+
+    chosen = config.model_copy(deep=True)
+    chosen.deepspeed[deepspeed_keys.FORCED] = json.loads(world.decided_by_the_first("cpu_optimizer", decide))
+    chosen._origins.setdefault(f"deepspeed.{deepspeed_keys.FORCED}", "by what the first host has")
+    with world.starting("found a compiler"):
+        check_host(chosen)
+    return chosen
 
 
 def counted_once(config: Config, world: World, rows: int | None) -> Config:
@@ -361,6 +388,7 @@ def build_engine(
             steps_made,
             matrices=block_matrices(stage, blueprint.parts),
             on_gpu=world.device.type == "cuda",
+            deepspeed=config.deepspeed,
         )
         return stage, optimizer, build_lr_scheduler(optimizer, train, steps(config))
 

@@ -10,15 +10,18 @@ configuration has a number, which config.yaml of the run keeps; a run that is re
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from lptransformer.config.checks import zero_stage
+from lptransformer.config import deepspeed_keys
+from lptransformer.config.checks import check, zero_stage
 from lptransformer.config.epochs import with_steps
 from lptransformer.config.schema import Config
 from lptransformer.data.prepare import Prepared, prepare_all
@@ -26,7 +29,7 @@ from lptransformer.errors import ConfigError
 from lptransformer.models import blueprint as blueprints
 from lptransformer.models.blueprint import Blueprint
 from lptransformer.planning.dry_run import predicted, unprepared
-from lptransformer.processes import on_gpus, own_memory
+from lptransformer.processes import host_memory, on_gpus, own_memory
 from lptransformer.run_folder import layout
 
 if TYPE_CHECKING:
@@ -39,11 +42,13 @@ SMALLER = "A smaller model, more pipeline ranks or a higher ZeRO stage"
 
 @dataclass(frozen=True)
 class Pool:
-    """Memory that the processes of these global ranks share; `free` in bytes."""
+    """Memory that the processes of these global ranks share; `free` in bytes. `used` is what they take of it, a name of
+    RankMemory: their peak, or what they offload to the `host`."""
 
     name: str
     free: int
     ranks: tuple[int, ...]
+    used: Literal["peak", "host"] = "peak"
 
 
 @dataclass(frozen=True)
@@ -115,10 +120,10 @@ def agreed(
     auto = config.train.micro_batch_size == "auto"
     if force and not auto:
         return config
-    world.store.set(f"memory/{world.global_rank}", json.dumps(own_memory()))
+    world.store.set(f"memory/{world.global_rank}", json.dumps([own_memory(), *offloaded_to(config)]))
 
     def decide() -> str:
-        found = [json.loads(world.store.get(f"memory/{rank}")) for rank in range(world.size)]
+        found = in_all([json.loads(world.store.get(f"memory/{rank}")) for rank in range(world.size)])
         sized = size_of_run_folder(config) if resume else config
         if sized.train.micro_batch_size == "auto":
             blueprint, rows = (
@@ -126,10 +131,10 @@ def agreed(
                 if given is None
                 else (given.draw(with_size(config, 1)), given.rows)
             )
-            sized = largest(config, blueprint, pools(found), rows)
+            sized = largest(config, blueprint, found, rows)
         elif not force:
             draw = unprepared if given is None else given.draw
-            refuse_what_does_not_fit(sized, draw(sized), pools(found), draw)
+            refuse_what_does_not_fit(sized, draw(sized), found, draw)
         return str(sized.train.micro_batch_size)
 
     size = world.decided_by_the_first("micro_batch_size", decide)
@@ -155,10 +160,11 @@ def for_this_host(config: Config, blueprint: Blueprint, rows: int | None = None,
         found = json.loads(answer.stdout.splitlines()[-1])  # libraries may have printed before
     else:
         found = [own_memory()] * processes
+    all_pools = in_all([[own, *offloaded_to(config)] for own in found])
     if auto:
-        return largest(config, blueprint, pools(found), rows)
+        return largest(config, blueprint, all_pools, rows)
     if not force:
-        refuse_what_does_not_fit(config, blueprint, pools(found))
+        refuse_what_does_not_fit(config, blueprint, all_pools)
     return config
 
 
@@ -171,9 +177,8 @@ def of_prepared(config: Config, data: Prepared) -> tuple[Blueprint, int]:
 
 def need(config: Config, blueprint: Blueprint, shared: Sequence[Pool], *, alike: bool = False) -> Need:
     """Of the pool that has least left; with `alike` blocks count as equal, which is faster."""
-    peaks = [rank.peak for rank in predicted(config, blueprint, alike=alike)]
-    data = blueprint.replicas
-    needs = [Need(pool, sum(peaks[rank // data] for rank in pool.ranks)) for pool in shared]
+    ranks, data = predicted(config, blueprint, alike=alike), blueprint.replicas
+    needs = [Need(pool, sum(getattr(ranks[rank // data], pool.used) for rank in pool.ranks)) for pool in shared]
     return max(needs, key=lambda one: one.share)
 
 
@@ -192,7 +197,8 @@ def refuse_what_does_not_fit(
 
 
 def what_would_fit(config: Config, blueprint: Blueprint, shared: Sequence[Pool], draw: Draw = unprepared) -> list[str]:
-    """Keys with values: the largest micro-batch, else the longest window, that fits; nothing where none does."""
+    """Keys with values: the largest micro-batch, else the longest window, that fits, else on GPUs an offloaded
+    optimizer; nothing where none does."""
     size, length = blueprint.micro_batch_size, blueprint.sequence_length
 
     def fits(size: int, length: int) -> bool:
@@ -206,6 +212,14 @@ def what_would_fit(config: Config, blueprint: Blueprint, shared: Sequence[Pool],
         return [f"train.micro_batch_size={found}"]
     if (found := next((one for one in _halves(length) if one > 1 and fits(1, one)), None)) is not None:
         return ["train.micro_batch_size=1", f"data.sequence_length={found}"]
+    zero = config.deepspeed.get("zero_optimization", {}) | {"offload_optimizer": {"device": "cpu"}}
+    zero |= {"stage": max(2, zero_stage(config))}
+    offloaded = config.model_copy(update={"deepspeed": config.deepspeed | {"zero_optimization": zero}})
+    with contextlib.suppress(ConfigError):  # what does not go with it
+        check(offloaded)
+        if on_gpus() and need(offloaded, draw(offloaded), shared, alike=True).share <= 1.0:
+            key = "deepspeed.zero_optimization"
+            return [f"{key}.stage={zero['stage']}", f"{key}.offload_optimizer.device=cpu"]
     return []
 
 
@@ -262,10 +276,22 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.3g} GiB"
 
 
-def pools(of_ranks: Iterable[tuple[str, int]]) -> list[Pool]:
+def pools(of_ranks: Iterable[tuple[str, int]], used: Literal["peak", "host"] = "peak") -> list[Pool]:
     """From the pool of every global rank: its name and what the process found free in it."""
     found: dict[str, Pool] = {}
     for rank, (name, free) in enumerate(of_ranks):
         before = found.get(name, Pool(name, free, ()))
-        found[name] = Pool(name, min(before.free, free), (*before.ranks, rank))
+        found[name] = Pool(name, min(before.free, free), (*before.ranks, rank), used)
     return list(found.values())
+
+
+def offloaded_to(config: Config) -> list[tuple[str, int]]:
+    """The host's memory, where a process has its optimizer there and the rest on a GPU."""
+    there = on_gpus() and deepspeed_keys.offloads(config.deepspeed)
+    return [(f"the host {socket.gethostname()}", host_memory())] if there else []
+
+
+def in_all(of_ranks: Sequence[Sequence[tuple[str, int]]]) -> list[Pool]:
+    """The pools of devices, and of hosts, from those of every global rank."""
+    hosts = [of_rank[1] for of_rank in of_ranks if len(of_rank) > 1]
+    return pools(of_rank[0] for of_rank in of_ranks) + pools(hosts, "host")

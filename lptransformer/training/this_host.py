@@ -101,7 +101,7 @@ def check_host(config: Config, processes: int | None = None) -> None:
     if keys and (missing := missing_build_tools()):
         raise ConfigError(
             f"{config.at(f'deepspeed.{keys[0]}')}: DeepSpeed builds an operator for it, and {' and '.join(missing)} "
-            "not found here: install that, or remove the key",
+            f"not found here: install that, or {'give false' if keys == [deepspeed_keys.FORCED] else 'remove the key'}",
             change={"train": "doctor"},
         )
 

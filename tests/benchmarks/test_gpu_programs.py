@@ -151,6 +151,7 @@ ZERO = "deepspeed.zero_optimization.stage"
 PRETRAINED = (
     "model.pretrained=MODEL model.hidden_size=null model.num_layers=null model.num_heads=null train.micro_batch_size=16"
 )
+OFFLOADED = "deepspeed.zero_optimization.offload_optimizer.device=cpu deepspeed.zero_force_ds_cpu_optimizer=false"
 # Every value of every option that a GPU could see, and pairs that share code. `rank` is the process, by default 0; a
 # run of one process evaluates, saves and loads too.
 CASES = {
@@ -160,8 +161,7 @@ CASES = {
     "train.activation_checkpointing=selective run.trace=[1,2]",
     "replicas, ZeRO 1, above": f"rank=1 parallel.pipeline=2 parallel.data=2 train.dtype=bf16 {ZERO}=1 "
     "objective.name=overlapping objective.overlap=1 objective.first_head=true optimizer.name=muon",
-    "replicas, ZeRO 2 that overlaps": "parallel.data=2 train.dtype=bf16 "
-    "deepspeed.zero_optimization.overlap_comm=true border.codec=int8 loss.fused=chunked",
+    "replicas, ZeRO 2": "parallel.data=2 train.dtype=bf16 border.codec=int8 loss.fused=chunked",
     "ZeRO 2, a head that is followed": "rank=1 parallel.pipeline=2 train.dtype=bf16 head.kind=shared",
     "delayed, recomputing": "rank=1 parallel.pipeline=2 objective.name=delayed train.dtype=bf16 "
     "train.activation_checkpointing=blocks",
@@ -178,10 +178,13 @@ CASES = {
     "fitted heads": f"{PRETRAINED} train.dtype=bf16 train.activation_checkpointing=selective",
     "tied": f"{PRETRAINED} objective.name=backprop model.tie=keep data.isolate_documents=true",
 }
-CASES_3 = {
+WHERE_DEEPSPEED_WAITS = {
     "ZeRO 3": f"{ZERO}=3 train.dtype=bf16 head.blocks=1 train.activation_checkpointing=blocks",
     "ZeRO 3, a head that is followed": f"{ZERO}=3 parallel.data=2 head.kind=shared data.isolate_documents=true",
     "ZeRO 3, fitted heads": f"{ZERO}=3 {PRETRAINED} train.dtype=bf16",
+    "ZeRO 2 that overlaps": "parallel.data=2 train.dtype=bf16 deepspeed.zero_optimization.overlap_comm=true",
+    "offloaded, ZeRO 2": f"{ZERO}=2 {OFFLOADED} train.dtype=bf16",
+    "offloaded, ZeRO 3": f"{ZERO}=3 {OFFLOADED} train.dtype=bf16",
 }
 
 
@@ -193,7 +196,7 @@ def observed(compiled: None, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     config = LlamaConfig(vocab_size=300, max_position_embeddings=32, tie_word_embeddings=True, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     arguments = []
-    for case in (CASES | CASES_3).values():
+    for case in (CASES | WHERE_DEEPSPEED_WAITS).values():
         arguments.append([f"--{one}" for one in shlex.split(case.replace("MODEL", str(folder / "model")))])
     (folder / "cases.json").write_text(json.dumps(arguments))
     done = ran(
@@ -206,7 +209,7 @@ def observed(compiled: None, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     )
     found = json.loads((folder / "events.json").read_text())
     assert [one["broken"] for one in found] == [None] * len(found), done.stdout + done.stderr[-3000:]
-    return {name: one["events"] for name, one in zip(CASES | CASES_3, found, strict=True)}
+    return {name: one["events"] for name, one in zip(CASES | WHERE_DEEPSPEED_WAITS, found, strict=True)}
 
 
 @pytest.mark.slow
@@ -220,11 +223,19 @@ def test_nobody_waits_for_a_gpu_but_for_one_copy_of_an_update(observed: dict[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES_3)
-def test_at_zero_3_only_deepspeed_waits_for_a_gpu(observed: dict[str, Rows], case: str) -> None:
+@pytest.mark.parametrize("case", WHERE_DEEPSPEED_WAITS)
+def test_elsewhere_only_deepspeed_waits_for_a_gpu(observed: dict[str, Rows], case: str) -> None:
     waits = [row for row in observed[case] if row["kind"] == "sync" or row["what"].endswith(", blocking")]
     ours = [row for row in waits if row["where"].startswith("lptransformer")]
     assert [(row["count"], row["where"].partition(":")[0]) for row in ours] == [(1, f"lptransformer/{ONE_COPY}")]
+
+
+@pytest.mark.slow
+def test_at_zero_2_deepspeed_waits_twice_for_every_tensor_that_is_offloaded(observed: dict[str, Rows]) -> None:
+    """And once for every group of them."""
+    rows, groups = observed["offloaded, ZeRO 2"], 4  # decaying weights and others, of two stages
+    tensors = number(rows, "copy", "cuda to cpu, not blocking", "copy_grads_in_partition")
+    assert tensors > 0 and number(rows, "sync", "of a tensor on the device") == 2 * tensors + groups
 
 
 def alone(tmp_path: Path, *arguments: str, rank: int = 0) -> dict[str, Any]:

@@ -625,26 +625,55 @@ def test_deepspeed_options_that_contradict_ours(key: str, ours: str) -> None:
 
 
 NEEDS_COMPILER = [
-    "deepspeed.zero_optimization.offload_optimizer={device: cpu}",
-    "deepspeed.zero_optimization.offload_optimizer={device: nvme, nvme_path: /x}",
-    "deepspeed.zero_optimization.offload_param={device: cpu}",
-    "deepspeed.zero_optimization.cpu_offload=true",
+    "deepspeed.zero_force_ds_cpu_optimizer=true",
     "deepspeed.zero_optimization.zero_quantized_weights=true",
-    "deepspeed.zero_optimization.zenflow={topk_ratio: 0.1}",
     "deepspeed.aio={block_size: 1048576}",
 ]
+OFFLOAD = "deepspeed.zero_optimization.offload_optimizer"
+OFFLOADED = (f"{OFFLOAD}={{device: cpu}}", f"{STAGE}=2")
 
 
 @pytest.mark.parametrize("override", NEEDS_COMPILER)
 def test_options_that_need_a_compiler(override: str) -> None:
     key = override.partition("=")[0]
-    assert deepspeed_keys.compiled(load(DATA, [override]).deepspeed) == [key.removeprefix("deepspeed.")]
+    assert deepspeed_keys.compiled(load(DATA, [*OFFLOADED, override]).deepspeed) == [key.removeprefix("deepspeed.")]
 
 
-@pytest.mark.parametrize("value", ["{device: none}", "{}"])
-def test_offloading_to_nowhere_needs_no_compiler(value: str) -> None:
-    options = [f"deepspeed.zero_optimization.offload_optimizer={value}", "deepspeed.zero_optimization.cpu_offload=no"]
-    assert deepspeed_keys.compiled(load(DATA, options).deepspeed) == []
+@pytest.mark.parametrize(
+    ("options", "offloads"),
+    [("{device: cpu, pin_memory: false}", True), ("{device: none}", False), ("{}", False), ("auto", False)],
+)
+def test_what_offloads_the_optimizer(options: str, offloads: bool) -> None:
+    """It needs no compiler: torch has an optimizer for it."""
+    config = load(DATA, [f"{STAGE}=2", f"{OFFLOAD}={options}", "deepspeed.zero_force_ds_cpu_optimizer=false"])
+    assert deepspeed_keys.offloads(config.deepspeed) == offloads
+    assert deepspeed_keys.compiled(config.deepspeed) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ((f"{OFFLOAD}.device=nvme",), (f"{OFFLOAD}.device = 'nvme'", "must be cpu or none")),
+        ((f"{OFFLOAD}.ratio=0.5",), (f"{OFFLOAD}.ratio = 0.5", "remove it; what is offloaded", "all of it")),
+        ((f"{OFFLOAD}.device=true",), (f"{OFFLOAD}.device = True", "must be text")),
+        ((f"{OFFLOAD}.divice=cpu",), (f"unknown key {OFFLOAD}.divice", f"did you mean {OFFLOAD}.device")),
+        (("deepspeed.zero_optimization.offload_param={device: cpu}",), ("offload_param = {", "only at ZeRO 3")),
+        (("deepspeed.zero_optimization.zenflow={}",), ("zenflow = {}", "remove it; it does not work")),
+        (("deepspeed.zero_optimization.cpu_offload=true",), ("cpu_offload = True", "offload_optimizer and", "say it")),
+        ((f"{STAGE}=0",), (f"{OFFLOAD} = {{'device': 'cpu'}}", "at ZeRO 0", f"{STAGE}=2")),
+        (("optimizer.name=sgd",), (f"{OFFLOAD} = ", "optimizer.name = 'sgd'", "adamw")),
+        (
+            ("engine=deepspeed_pipeline", "objective.name=backprop", f"{STAGE}=1"),
+            (f"{OFFLOAD} = ", "engine = 'deepspeed_pipeline'", "engine=local"),
+        ),
+        (
+            (f"{OFFLOAD}=null", "deepspeed.zero_force_ds_cpu_optimizer=true"),
+            ("zero_force_ds_cpu_optimizer = True", "has no meaning without", OFFLOAD),
+        ),
+    ],
+)
+def test_offloading_that_is_refused(overrides: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    says(message(DATA, *OFFLOADED, *overrides), *parts)
 
 
 def test_deepspeed_json(tmp_path: Path) -> None:
@@ -672,6 +701,7 @@ def test_broken_deepspeed_json(tmp_path: Path, content: str, shown: str) -> None
 def test_the_tables_are_those_of_the_installed_deepspeed() -> None:
     """DeepSpeed is watched while it reads a configuration; every key it asks for has a row here."""
     from deepspeed.runtime import config as theirs
+    from deepspeed.runtime.zero import offload_config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     asked: set[str] = set()
@@ -698,6 +728,9 @@ def test_the_tables_are_those_of_the_installed_deepspeed() -> None:
     assert ours - by_hand - asked == set(), "keys that DeepSpeed does not read"
     fields = DeepSpeedZeroConfig.model_fields
     assert set(deepspeed_keys.ZERO) == set(fields) | {field.alias for field in fields.values() if field.alias}
+    of_optimizer, of_param = deepspeed_keys.OFFLOAD.values()
+    assert set(of_optimizer) == set(offload_config.DeepSpeedZeroOffloadOptimizerConfig.model_fields)
+    assert set(of_param) == set(offload_config.DeepSpeedZeroOffloadParamConfig.model_fields)
 
 
 def test_families_are_those_that_can_be_built() -> None:

@@ -28,6 +28,7 @@ from lptransformer.run_folder.saved_stage import FP32
 State = dict[str, Tensor]
 Seen = tuple[State, State, dict[str, float]]
 AT = "deepspeed.zero_optimization.stage={}".format
+OFFLOADED = "deepspeed.zero_optimization.offload_optimizer={device: cpu}"
 
 
 @dataclass
@@ -118,6 +119,12 @@ TOURS = {
         *(layout(2, 1, 0), layout(1, 2, 1), layout(1, 2, 2, "bf16")),
         *(layout(2, 1, 1, "bf16"), layout(1, 1, 0)),
     ],
+    "offloaded": [
+        (*layout(1, 2, 2), OFFLOADED),
+        layout(2, 1, 0),
+        (*layout(1, 2, 3, "bf16"), OFFLOADED),
+        (*layout(2, 1, 1), OFFLOADED),
+    ],
     "every ordered pair": [
         layout(1, 1 + n % 2, int(zero)) for n, zero in enumerate("0102031213230")
     ],  # ordered, of ZeRO stages
@@ -137,7 +144,13 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-SLOW = {("chunked", "pipeline"), ("a shared head", "bf16"), ("LoRA", "ZeRO"), ("LoRA", "pipeline")}
+SLOW = {
+    ("chunked", "offloaded"),
+    ("chunked", "pipeline"),
+    ("a shared head", "bf16"),
+    ("LoRA", "ZeRO"),
+    ("LoRA", "pipeline"),
+}
 
 
 def cases() -> list[object]:
@@ -148,6 +161,7 @@ def cases() -> list[object]:
         "Muon",
     )  # gradients cross borders, which ZeRO 3 does not do; or there is one rank
     every = [(options, tour) for options in OPTIONS for tour in TOURS if options not in crossing]
+    every.remove(("SGD", "offloaded"))  # which is refused
     every = [one for one in every if one[1] != "below ZeRO 3"]
     every += [("backprop", "pipeline"), ("delayed", "below ZeRO 3"), ("tied", "every ordered pair")]
     found = [one if one == ("chunked", "ZeRO") else slow(*one) if one in SLOW else full(*one) for one in every]

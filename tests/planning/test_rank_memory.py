@@ -56,6 +56,7 @@ SELECTIVE = ("objective.chunks=4", "train.activation_checkpointing=selective")
 ZERO = "deepspeed.zero_optimization"
 SMALL_BUCKET = (f"{ZERO}.reduce_bucket_size=20000",)
 WIDE = ("model.hidden_size=256", "data.sequence_length=16", "train.micro_batch_size=1")
+OFFLOADED = f"{ZERO}.offload_optimizer.device=cpu"
 EXACT_TOO = {
     "overlapping": ("objective.name=overlapping", "objective.chunks=4", "parallel.pipeline=2"),
     "delayed": ("objective.name=delayed", "parallel.pipeline=2"),
@@ -70,6 +71,10 @@ EXACT_TOO = {
     **{
         f"frozen, ZeRO {stage}": (*FROZEN, f"{ZERO}.stage={stage}", f"{ZERO}.reduce_bucket_size=20000")
         for stage in (1, 2, 3)
+    },
+    **{
+        f"offloaded, {dtype}, ZeRO {stage}": (f"train.dtype={dtype}", f"{ZERO}.stage={stage}", OFFLOADED)
+        for dtype, stage in (("bf16", 1), ("fp32", 2), ("bf16", 2), ("fp32", 3))
     },
     "recomputed, overlapping": ("objective.name=overlapping", "parallel.pipeline=2", *SELECTIVE),
     "recomputed, delayed": ("objective.name=delayed", "parallel.pipeline=2", "train.activation_checkpointing=every 2"),
@@ -269,6 +274,30 @@ def test_zero_divides_what_it_divides() -> None:
     assert stage_state(stage, how(2), delayed=True).optimizer == 500 * 12 + 2000, "whole on every replica"
     frozen = stage_state(StageTensors(False, 1000, 400, 900, 0), FP32)
     assert (frozen.weights, frozen.gradients, frozen.optimizer) == (4000, 0, 0)
+
+
+def test_on_a_gpu_an_offloaded_optimizer_is_in_the_host_s_memory() -> None:
+    stage = StageTensors(trained=True, weights=1000, largest=400, decaying=900, buffer_bytes=8)
+
+    def of(zero_stage: int, dtype: str = "bf16") -> StageState:
+        options = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+        how = precision(dtype, None, options, zero_stage=zero_stage, replicas=2, fused_step=True)
+        return stage_state(stage, how)
+
+    # fp32 weights, their gradients and moments; the copy that new weights come from; what DeepSpeed copies through
+    assert of(1).host == of(2).host == 500 * 16 + 500 * 2 + 400 * 2
+    assert (of(1).gradients, of(2).gradients, of(3).gradients) == (2000, 500 * 4, 0)
+    assert of(3).host == 500 * 16 + 500 * 4, "gradients of micro-batches are added up there"
+    assert of(2, "fp32").host == 500 * 16 + 2 * 500 * 4 + 400 * 4 and of(2, "fp32").gradients == 0
+    assert (of(2).optimizer, of(3).optimizer, of(2).step) == (400 * 2, 0, 0)
+
+
+def test_plan_says_what_the_host_has_to_have() -> None:
+    config, _ = loaded(f"{ZERO}.stage=2", OFFLOADED)
+    plan = make(config, gpu="h100", vocab_size=V)
+    assert plan.configured is not None and plan.configured.ranks[0].memory.host > 0
+    assert any("offload_optimizer = {'device': 'cpu'}" in one and "host's memory" in one for one in plan.remarks)
+    assert not any("host's memory" in one for one in make(config, vocab_size=V).remarks), "all is the host's there"
 
 
 # ---------------------------------------------------------------------------------------------------- the command

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import small_run
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -301,6 +302,29 @@ def test_or_else_the_longest_window_that_fits(refusal: Callable[..., str]) -> No
         needed("train.micro_batch_size=1", "data.sequence_length=64"), long
     )
     assert "A smaller model, more pipeline ranks or a higher ZeRO stage would" in refusal(1000)
+
+
+def test_on_gpus_an_offloaded_optimizer_is_a_remedy_and_the_hosts_are_asked_too(
+    monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(memory, "on_gpus", lambda: True)
+    zero = "deepspeed.zero_optimization"
+    offloaded = (f"{zero}.stage=2", f"{zero}.offload_optimizer.device=cpu")
+    small = ("train.micro_batch_size=1", "data.sequence_length=2")
+    assert needed(*small, *offloaded) < needed(*small)
+    said = refusal(needed(*small) - 1, *small)
+    assert f"{' and '.join(offloaded)} would; --force" in said
+    sgd = (*small, "optimizer.name=sgd")  # which is not offloaded
+    assert "A smaller model" in refusal(needed(*sgd) - 1, *sgd)
+
+    config, plan = given(*FIXED, *offloaded)
+    monkeypatch.setattr(memory, "host_memory", lambda: 1000)
+    pools = memory.in_all([[("GPU 0", 2**40), *memory.offloaded_to(config)]] * 2)
+    assert [(pool.ranks, pool.used) for pool in pools] == [((0, 1), "peak"), ((0, 1), "host")]
+    with pytest.raises(ConfigError, match=r"that the host .* has free"):
+        memory.refuse_what_does_not_fit(config, plan, pools)
+    assert memory.offloaded_to(given(*FIXED)[0]) == []
 
 
 def test_very_long_windows_are_refused_in_seconds(refusal: Callable[..., str]) -> None:

@@ -11,9 +11,11 @@ bf16 (gradient norms: ten times that), the command line and two processes on the
 plain Hugging Face and local updates on the same model: tokens per second, MFU, peak memory, and the share of the time
 in which the GPU computes.
 
-What is missing here is named first. No network is used. Every case is saved when it is done, to gpu_check.json below
---out; a case that fails, hangs or takes the process with it is noted, and the others go on. The table is printed, and
-written to gpu_check.md. Exit code 1 where a case failed, 2 where something is missing.
+What is missing here is named first (benchmarks/gpu_wheels.txt says what to carry to a machine that has torch and
+transformers alone). No network is used. Every case is saved when it is done, to gpu_check.json below --out; a case that
+fails, hangs or takes the process with it is noted, and the others go on; so is one that needs a GPU or a package that
+is not here, which is no failure. The table is printed, and written to gpu_check.md. Exit code 1 where a case failed, 2
+where something is missing.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ FILE = "gpu_check.json"
 TOLERANCES = {"fp32": 2e-5, "bf16": 5e-3}
 NORM_FACTOR = 10  # a gradient norm may be off by this much more than a loss
 IN_PROCESS, COMMAND_LINE, TWO_RANKS = "in this process", "the command line", "two ranks"
-PLAIN = "chunked 2"  # the case whose losses the command line and two ranks have to give too
+PLAIN, IN_BF16 = "chunked 2", "bf16, ZeRO 2"  # cases whose losses others have to give too
+GPU = "a GPU"
+PLAIN_STEPS = {"zero_force_ds_cpu_optimizer": False}  # of an offloaded optimizer: torch's, which needs no compiler
 # Needed for text that is tokenised by SentencePiece, which nothing here is.
 NOT_NEEDED = {"sentencepiece", "protobuf"}
 Results = dict[str, Any]
@@ -57,22 +61,32 @@ Rows = list[list[list[float]]]
 
 @dataclass(frozen=True)
 class LossCase:
-    """Sections of the configuration beside those of SMALL, and how it is run."""
+    """Sections of the configuration beside those of SMALL, and how it is run.
+
+    `needs` is GPU or a package (of which each needs a GPU too) without which it is left out. `like` is the case whose
+    losses on the CPU it has to have, where that is another one; `bound` another bound than that of its dtype.
+    """
 
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     how: str = IN_PROCESS
+    needs: str = ""
+    like: str | None = None
+    bound: float | None = None
 
     @property
     def tolerance(self) -> float:
-        return TOLERANCES[self.sections.get("train", {}).get("dtype", "fp32")]
+        return self.bound or TOLERANCES[self.sections.get("train", {}).get("dtype", "fp32")]
 
     def reference(self, name: str) -> str:
         """The case whose losses on the CPU are those of this one."""
-        return name if self.how == IN_PROCESS else PLAIN
+        return self.like or name
 
 
-def _zero(stage: int) -> dict[str, Any]:
-    return {"zero_optimization": {"stage": stage}}
+def _zero(stage: int, **more: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, **more}}
+
+
+BF16 = {"dtype": "bf16"}
 
 
 LOSSES: dict[str, LossCase] = {
@@ -87,14 +101,32 @@ LOSSES: dict[str, LossCase] = {
     "int8 border": LossCase({"border": {"codec": "int8"}}),
     "gpt2": LossCase({"model": {"family": "gpt2"}}),
     "ZeRO 2": LossCase({"deepspeed": _zero(2)}),
-    "bf16, ZeRO 1": LossCase({"train": {"dtype": "bf16"}}),
-    "bf16, ZeRO 2, sums in fp32": LossCase(
-        {"train": {"dtype": "bf16"}, "deepspeed": {**_zero(2), "data_types": {"grad_accum_dtype": "fp32"}}}
+    "recomputing": LossCase(
+        {"objective": {"name": "overlapping", "chunks": 4}, "train": {"activation_checkpointing": "selective"}}
     ),
-    "bf16, ZeRO 3": LossCase({"train": {"dtype": "bf16"}, "deepspeed": _zero(3)}),
-    "bf16, ZeRO 2, Muon": LossCase({"train": {"dtype": "bf16"}, "optimizer": {"name": "muon"}}),
-    "command line: save, resume, evaluate": LossCase(how=COMMAND_LINE),
-    "two ranks on one GPU": LossCase(how=TWO_RANKS),
+    "offloaded": LossCase({"deepspeed": _zero(2, offload_optimizer={"device": "cpu"}) | PLAIN_STEPS}),
+    "Muon": LossCase({"optimizer": {"name": "muon"}}, bound=1e-3),
+    "bf16, ZeRO 1": LossCase({"train": BF16, "deepspeed": _zero(1)}),
+    IN_BF16: LossCase({"train": BF16}),
+    "bf16, ZeRO 3": LossCase({"train": BF16, "deepspeed": _zero(3)}),
+    "bf16, ZeRO 2, Muon": LossCase({"train": BF16, "optimizer": {"name": "muon"}}),
+    "bf16, delayed 2": LossCase({"train": BF16, "objective": {"name": "delayed", "chunks": 2}}),
+    "bf16, ZeRO 3, offloaded": LossCase(
+        {"train": BF16, "deepspeed": _zero(3, offload_optimizer={"device": "cpu"}) | PLAIN_STEPS}
+    ),
+    "compiled": LossCase({"train": {"compile": True}}, needs=GPU, like=PLAIN),
+    "TF32": LossCase({"train": {"tf32": True}}, needs=GPU, like=PLAIN, bound=2e-3),
+    "flex attention": LossCase({"model": {"attention": "flex_attention"}}, needs=GPU, like=PLAIN),
+    "bf16, flash attention": LossCase(
+        {"train": BF16, "model": {"attention": "flash_attention_2"}}, needs="flash_attn", like=IN_BF16
+    ),
+    "Liger's loss": LossCase({"loss": {"fused": "liger"}}, needs="liger_kernel", like=PLAIN),
+    "bf16, Liger's loss": LossCase({"train": BF16, "loss": {"fused": "liger"}}, needs="liger_kernel", like=IN_BF16),
+    "AdamW in 8 bits": LossCase({"optimizer": {"name": "adamw_8bit"}}, needs="bitsandbytes", like=PLAIN, bound=2e-3),
+    "command line: save, resume, evaluate": LossCase(
+        {"run": {"trace": [2, 3], "profile": [3, 3]}}, how=COMMAND_LINE, like=PLAIN
+    ),
+    "two ranks on one GPU": LossCase(how=TWO_RANKS, like=PLAIN),
 }
 SMALL: dict[str, dict[str, Any]] = {
     "model": {"family": "llama", "hidden_size": 256, "num_layers": 4, "num_heads": 4},
@@ -105,7 +137,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class SpeedCase:
-    """Plain Hugging Face, or `sections` of the configuration beside the model's.
+    """Plain Hugging Face, or `sections` of the configuration beside the model's; `needs` as of LossCase.
 
     `heads` are the LM heads that are paid for, the last one included: a loss over a share of the tokens costs that
     share, and a readout that is not trained two of the three products.
@@ -114,10 +146,15 @@ class SpeedCase:
     sections: Mapping[str, Mapping[str, Any]] | None
     heads: float = 1.0
     recomputing: bool = False
+    needs: str = ""
 
 
-def _chunked(chunks: int, **head: Any) -> dict[str, Any]:
-    return {"objective": {"name": "chunked", "chunks": chunks}, **({"head": head} if head else {})}
+def _chunked(chunks: int, train: Mapping[str, Any] | None = None, **head: Any) -> dict[str, Any]:
+    return {
+        "objective": {"name": "chunked", "chunks": chunks},
+        **({"head": head} if head else {}),
+        **({"train": train} if train else {}),
+    }
 
 
 SPEED: dict[str, SpeedCase] = {
@@ -129,9 +166,10 @@ SPEED: dict[str, SpeedCase] = {
     "chunked 4, cheap heads": SpeedCase(
         _chunked(4, kind="shared", token_fraction=0.25, refresh_every=10), heads=1 + 3 * 0.25 * 2 / 3
     ),
-    "chunked 2, no timer": SpeedCase(
-        {**_chunked(2), "deepspeed": {"timers": {"throughput": {"enabled": False}}}}, heads=2
-    ),
+    "chunked 2, selective recomputing": SpeedCase(_chunked(2, {"activation_checkpointing": "selective"}), heads=2),
+    "chunked 2, recomputing": SpeedCase(_chunked(2, {"activation_checkpointing": "blocks"}), heads=2),
+    "chunked 2, compiled": SpeedCase(_chunked(2, {"compile": True}), heads=2, needs=GPU),
+    "chunked 2, Liger's loss": SpeedCase({**_chunked(2), "loss": {"fused": "liger"}}, heads=2, needs="liger_kernel"),
 }
 
 
@@ -314,9 +352,12 @@ def compared(name: str, results: Results, side: str = "device") -> tuple[str, bo
     """The result of a case of the losses as text, and whether it is right."""
     case, found = LOSSES[name], results.get("losses", {})
     here, there = (found.get(key, {}).get(which) for key, which in ((name, side), (case.reference(name), "reference")))
+    if here is not None and "absent" in here:
+        return f"left out: {here['absent']}", True
     for which, content in (("GPU", here), ("CPU", there)):
         if content is None or "error" in content:
             return f"{which}: {content['error'] if content else 'not run'}", False
+    assert here is not None and there is not None
     loss, norm = differences(here["rows"], there["rows"])
     words = f"loss {loss:.1e}, gradient norm {norm:.1e}"
     right = loss <= case.tolerance and norm <= NORM_FACTOR * case.tolerance
@@ -354,7 +395,8 @@ def tables(results: Results, parts: Mapping[str, Sequence[str]]) -> tuple[str, b
         for name in parts["speed"]:
             row = results.get("speed", {}).get(name, {}).get("device", {"error": "not run"})
             good &= "error" not in row
-            cells = [row["error"]] if "error" in row else [_cell(row[title]) for title in titles]
+            why = row.get("error") or (f"left out: {row['absent']}" if "absent" in row else None)
+            cells = [why] if why else [_cell(row[title]) for title in titles]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines), good
 
@@ -435,7 +477,10 @@ class Worker:
         for name in names:
             started = time.perf_counter()
             try:
-                content = self.losses(name) if part == "losses" else self.speed(SPEED[name])
+                if absent := self.absent(LOSSES[name].needs if part == "losses" else SPEED[name].needs):
+                    content: Results = {"absent": absent}
+                else:
+                    content = self.losses(name) if part == "losses" else self.speed(SPEED[name])
             except Exception as error:  # whatever it is, the other cases go on
                 lines = str(error).strip().splitlines() or [""]
                 content = {"error": f"{type(error).__name__}: {lines[0]}"[:400]}
@@ -447,9 +492,19 @@ class Worker:
             results.setdefault("machine", {})[self.side] = self.machine()
             note(results, part, self.side, name, content)
             write(path, results)
-            said = content.get("error") or (f"{content['tokens/s']:,.0f} tokens/s" if part == "speed" else "ran")
+            said = content.get("error") or content.get("absent") or "ran"
+            if "tokens/s" in content:
+                said = f"{content['tokens/s']:,.0f} tokens/s"
             print(f"{part}, {self.side}: {name}: {said} ({content['seconds']} s)", flush=True)
         return 0
+
+    def absent(self, needs: str) -> str:
+        """What of that is not here; empty for nothing."""
+        if needs and not self.on_gpu:
+            return "there is no GPU"
+        if needs not in ("", GPU) and importlib.util.find_spec(needs) is None:
+            return f"{needs} is not installed"
+        return ""
 
     def machine(self) -> str:
         import deepspeed
@@ -484,7 +539,7 @@ class Worker:
         if case.how == IN_PROCESS:
             return {"rows": self.trained(config)}
         run = self.out / "runs" / re.sub(r"\W+", "-", name)
-        config["run"] = {"dir": str(run)}
+        config["run"] = {**config.get("run", {}), "dir": str(run)}
         if case.how == TWO_RANKS:
             config["parallel"] = {"pipeline": 2}
         file = run.with_suffix(".yaml")
@@ -497,6 +552,8 @@ class Worker:
         self.command("train", str(file), "--overwrite", f"--until={half}")
         self.command("train", str(file), "--resume")
         said = json.loads(self.command("evaluate", str(run), "--json"))
+        if not (run / "trace.jsonl").read_text() or not list((run / "profile").iterdir()):
+            raise RuntimeError(f"{run} has no trace, or no profile")
         last = said["exits"][-1]["nll_per_token"]
         trained = [r for r in metrics_of(run) if "evaluation" in r][-1]["exits"][-1]
         return {"rows": rows_of(run), "evaluation": abs(last - trained["nll_per_token"]) / last}
@@ -581,17 +638,12 @@ class Worker:
             draw = random.Random(0)
             text.write_text(" ".join(f"w{draw.randrange(1, size.vocab_size)}" for _ in range(2 * size.tokens)))
         data = {"train": str(text), "tokenizer": str(tokenizer), "sequence_length": size.sequence_length}
+        train = {"micro_batch_size": size.micro_batch_size, "micro_batches_per_update": size.micro_batches, **BF16}
         return {
+            **sections,
             "model": model,
             "data": {**data, "cache": str(folder)},
-            "train": {
-                "steps": 100,
-                "micro_batch_size": size.micro_batch_size,
-                "micro_batches_per_update": size.micro_batches,
-                "learning_rate": 1e-4,
-                "dtype": "bf16",
-            },
-            **sections,
+            "train": {"steps": 100, "learning_rate": 1e-4, **train, **sections.get("train", {})},
         }
 
     def timed(self, update: Callable[[], object], heads: float) -> Results:

@@ -51,6 +51,14 @@ def test_every_case_has_the_tolerance_of_its_dtype(off: float, right: bool) -> N
     assert gpu_check.compared("bf16, ZeRO 1", sides("bf16, ZeRO 1"))[1]
 
 
+def test_what_cannot_run_here_is_left_out_and_what_it_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = gpu_check.Worker(gpu_check.parser().parse_args(["--worker", "device"]))
+    assert worker.absent("") == worker.absent(gpu_check.GPU) == ""
+    assert worker.absent("flash_attn") == "flash_attn is not installed"
+    assert gpu_check.Worker(gpu_check.parser().parse_args(["--worker", "reference"])).absent(gpu_check.GPU)
+    assert gpu_check.compared("TF32", {"losses": {"TF32": {"device": {"absent": "why"}}}}) == ("left out: why", True)
+
+
 def test_what_failed_or_was_not_run_is_not_right() -> None:
     rows = {"rows": [[[2.0, 1.0]]]}
     assert gpu_check.compared("gpt2", {"losses": {"gpt2": {"reference": rows}}}) == ("GPU: not run", False)
@@ -99,12 +107,15 @@ def test_all_of_gpu_check_runs_on_a_cpu(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "gpu_check.json").read_text())
     assert set(results["losses"]) == set(gpu_check.LOSSES) and set(results["speed"]) == set(gpu_check.SPEED)
     assert all(name in said for name in (*gpu_check.LOSSES, *gpu_check.SPEED)) and "FAIL" not in said
-    for name in gpu_check.LOSSES:  # on the CPU of one machine both sides are the same
-        case = gpu_check.LOSSES[name]
-        here = results["losses"][name]["device"]["rows"]
-        assert here == results["losses"][case.reference(name)]["reference"]["rows"]
-    for row in (sides["device"] for sides in results["speed"].values()):
-        assert row["tokens/s"] > 0 and 0 < row["MFU"] <= row["with heads"] and 0 < row["busy"] <= 1.001
+    for name, case in gpu_check.LOSSES.items():  # on the CPU of one machine both sides are the same
+        here = results["losses"][name]["device"]
+        assert ("rows" in here) == (not case.needs) and here.get("absent", "there is no GPU") == "there is no GPU"
+        assert case.needs or here["rows"] == results["losses"][case.reference(name)]["reference"]["rows"]
+    for name, speed in gpu_check.SPEED.items():
+        row = results["speed"][name]["device"]
+        assert ("absent" in row) == bool(speed.needs)
+        if not speed.needs:
+            assert row["tokens/s"] > 0 and 0 < row["MFU"] <= row["with heads"] and 0 < row["busy"] <= 1.001
 
 
 @pytest.mark.slow
@@ -197,7 +208,9 @@ def observed(compiled: None, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     arguments = []
     for case in (CASES | WHERE_DEEPSPEED_WAITS).values():
-        arguments.append(["--updates=2", *(f"--{w}" for w in shlex.split(case.replace("MODEL", str(folder / "model"))))])
+        arguments.append(
+            ["--updates=2", *(f"--{w}" for w in shlex.split(case.replace("MODEL", str(folder / "model"))))]
+        )
     (folder / "cases.json").write_text(json.dumps(arguments))
     done = ran(
         "fake_cuda/one_rank.py",

@@ -7,7 +7,6 @@ takes the norm of offloaded gradients tensor by tensor, so it clips by another r
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,8 +48,10 @@ def trained(overrides: Sequence[str], offloaded: bool) -> Trained:
         if offloaded:
             overrides = (*overrides, OFFLOADED)
         else:
-            stack.callback(setattr, torch.optim, "AdamW", torch.optim.AdamW)
-            torch.optim.AdamW = functools.partial(torch.optim.AdamW, fused=True)  # type: ignore[assignment,misc]
+            plain = torch.optim.AdamW
+            stack.callback(setattr, torch.optim, "AdamW", plain)
+            fused = lambda *args, **options: plain(*args, **{**options, "fused": True})  # noqa: E731
+            torch.optim.AdamW = fused  # type: ignore[assignment,misc]
         return train(overrides, 4, tamper=skipped)
 
 

@@ -118,7 +118,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(
 def test_every_tracker_has_its_extra_and_the_quick_start_installs_none() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert all([row.package] == extras[name] for name, row in TRACKERS.items())
-    assert {*TRACKERS, "eval", "lora", "test"} == extras.keys()
+    assert {*TRACKERS, "eval", "lora", "8bit", "test"} == extras.keys()
     installed = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.M)
     optional = {re.split(r"[>=\[]", one)[0] for packages in extras.values() for one in packages} - {"lptransformer"}
     assert len(installed) > 20 and not optional & set(installed)

@@ -144,6 +144,7 @@ def test_a_record_of_before_is_of_the_same_setting(tmp_path: Path) -> None:
     old["config"]["head"]["chunk_tokens"] = old["config"].pop("loss")["chunk_tokens"]
     path = tmp_path / "old.json"
     records.write(path, old)
+    assert new["config"]["loss"].pop("fused") == "auto"  # which did not exist
     assert records.read(path)[0]["config"] == new["config"]
 
 

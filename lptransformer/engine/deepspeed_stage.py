@@ -15,10 +15,10 @@ import contextlib
 import math
 import pickle
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
 import torch
@@ -35,7 +35,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lptransformer.config.deepspeed_keys import FORCED, bucket_elements
 from lptransformer.engine import optimizer_state
 from lptransformer.engine.optimizer import Muon, as_configured
-from lptransformer.engine.optimizer_state import BEFORE
+from lptransformer.engine.optimizer_state import BEFORE, TwoVersions
 from lptransformer.errors import RunError
 from lptransformer.models.adapters import saved_name
 from lptransformer.models.head import Copy, LossBatch
@@ -471,71 +471,3 @@ def combine_norms(norms: Tensor, zero_stage: int) -> Tensor:
     if zero_stage == 0:
         return torch.linalg.vector_norm(norms)
     return norms[0] if norms.numel() == 1 else combine_grad_norm_groups(list(norms))
-
-
-class Version(NamedTuple):
-    """The weights as of some update: what is stored, of every parameter its own part of that, and DeepSpeed's views of
-    the replicas' shares."""
-
-    stored: list[Tensor]
-    shown: list[Tensor]
-    partitions: list[list[Tensor]]
-
-
-class TwoVersions:
-    """The current weights and those of one update before, in storages of their own; the parameters show one of them.
-
-    A forward pass that was made before an update is followed by its backward after it, at the same weights: so an
-    update never writes into a storage that a forward pass may have read, and what was `now` becomes `before`. At ZeRO 1
-    and 2 the weights are parts of DeepSpeed's flat tensors, into which it writes the updated ones: it is given others.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], engine: deepspeed.DeepSpeedEngine) -> None:
-        self.parameters = list(parameters)
-        assert engine.zero_optimization_stage() < 3, "no replica has all weights of a version"
-        self._zero = engine.optimizer if engine.zero_optimization_stage() else None
-        shown = [parameter.data for parameter in self.parameters]
-        if self._zero is None:
-            self.now = Version(shown, shown, [])
-            copied = [one.clone() for one in shown]
-            self.before = Version(copied, copied, [])
-            return
-        flat, split = list(self._zero.bit16_groups_flat), self._zero.get_data_parallel_partitions
-        self.now = Version(flat, shown, list(self._zero.parallel_partitioned_bit16_groups))
-        group_of = {one: group for group, members in enumerate(self._zero.bit16_groups) for one in members}
-        copied = [one.clone() for one in flat]
-        parts = []
-        for parameter, data in zip(self.parameters, shown, strict=True):
-            group = group_of[parameter]
-            offset = data.storage_offset() - flat[group].storage_offset()
-            parts.append(copied[group].narrow(0, offset, data.numel()).view(data.shape))
-        self.before = Version(copied, parts, [split(one, group) for group, one in enumerate(copied)])
-
-    def show(self, before: bool) -> None:
-        """Let the parameters be the weights of one update before, or the current ones."""
-        for parameter, data in zip(self.parameters, (self.before if before else self.now).shown, strict=True):
-            parameter.data = data
-
-    @contextlib.contextmanager
-    def updating(self) -> Iterator[None]:
-        """Around the optimizer's step, which works in place: it gets a copy of `now`."""
-        for old, new in zip(self.now.stored, self.before.stored, strict=True):
-            new.copy_(old)
-        self.now, self.before = self.before, self.now
-        if self._zero is not None:
-            self._zero.bit16_groups_flat[:] = self.now.stored
-            self._zero.parallel_partitioned_bit16_groups[:] = self.now.partitions
-        self.show(before=False)
-        # The passes under way saved weights of another storage: autograd need not see that a step was made.
-        with torch.autograd._unsafe_preserve_version_counter(tuple(self.parameters)):
-            yield
-
-    def before_of(self, parameter: nn.Parameter) -> Tensor:
-        """A weight as it was one update before."""
-        return next(data for one, data in zip(self.parameters, self.before.shown, strict=True) if one is parameter)
-
-    def load(self, before: Mapping[nn.Parameter, Tensor]) -> None:
-        """The weights of one update before; the current ones are loaded with the stage."""
-        self.show(before=False)
-        for parameter, data in zip(self.parameters, self.before.shown, strict=True):
-            data.copy_(before.get(parameter, parameter))

@@ -47,7 +47,7 @@ TOLERANCES = {"fp32": 2e-5, "bf16": 5e-3}
 NORM_FACTOR = 10  # a gradient norm may be off by this much more than a loss
 IN_PROCESS, COMMAND_LINE, TWO_RANKS = "in this process", "the command line", "two ranks"
 PLAIN, IN_BF16 = "chunked 2", "bf16, ZeRO 2"  # cases whose losses others have to give too
-GPU = "a GPU"
+GPU, FUSED = "a GPU", "torch 2.13"
 PLAIN_STEPS = {"zero_force_ds_cpu_optimizer": False}  # of an offloaded optimizer: torch's, which needs no compiler
 # Needed for text that is tokenised by SentencePiece, which nothing here is.
 NOT_NEEDED = {"sentencepiece", "protobuf"}
@@ -120,6 +120,7 @@ LOSSES: dict[str, LossCase] = {
     "bf16, flash attention": LossCase(
         {"train": BF16, "model": {"attention": "flash_attention_2"}}, needs="flash_attn", like=IN_BF16
     ),
+    "torch's loss": LossCase({"loss": {"fused": "torch"}}, needs=FUSED, like=PLAIN),
     "Liger's loss": LossCase({"loss": {"fused": "liger"}}, needs="liger_kernel", like=PLAIN),
     "bf16, Liger's loss": LossCase({"train": BF16, "loss": {"fused": "liger"}}, needs="liger_kernel", like=IN_BF16),
     "AdamW in 8 bits": LossCase({"optimizer": {"name": "adamw_8bit"}}, needs="bitsandbytes", like=PLAIN, bound=2e-3),
@@ -500,6 +501,10 @@ class Worker:
 
     def absent(self, needs: str) -> str:
         """What of that is not here; empty for nothing."""
+        if needs == FUSED:
+            from lptransformer.models.cross_entropy import missing as lacking
+
+            return lacking("torch")
         if needs and not self.on_gpu:
             return "there is no GPU"
         if needs not in ("", GPU) and importlib.util.find_spec(needs) is None:

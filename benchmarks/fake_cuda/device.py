@@ -276,7 +276,8 @@ class Reads(TorchFunctionMode):
         if not concerns_gpu((*args, *kwargs.values())):
             return func(*args, **kwargs)
         if name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
-            args = (tensor, args[1].nonzero(as_tuple=True))  # how many there are is known, if not to a FakeTensor
+            LOG.note("sync", "a mask, whose size the host asks for")
+            args = (tensor, args[1].nonzero(as_tuple=True))  # which is known of a mask of the host
         TIME.work()
         with FAKE:
             if tensor is not None and not isinstance(tensor, FakeTensor) and name != "copy_":

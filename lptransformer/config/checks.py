@@ -29,6 +29,11 @@ def zero_stage(config: Config) -> int:
     return (1 if config.engine == "deepspeed_pipeline" else 2) if DTYPES[config.train.dtype].has_masters else 0
 
 
+def needs_whole_weights(config: Config) -> bool:
+    """Whether ZeRO 3 is refused, whatever the objective and the split: what is compiled, or how the optimizer steps."""
+    return config.train.compile or config.optimizer.name in ("muon", "adamw_8bit")
+
+
 def product_dtype(config: Config) -> str:
     """In what matrix products are computed where there is a GPU: train.dtype, or tf32."""
     return "tf32" if config.train.tf32 else config.train.dtype
@@ -272,10 +277,8 @@ def _optimizer(config: Config) -> Iterator[str]:
         )
     elif zero_stage(config) == 3:
         yield f"{config.at(stage)} with {name}: not tried. Use ZeRO 2 or less, or adamw"
-    if config.optimizer.name == "adamw_8bit" and config.train.dtype == "fp64":
-        yield f"{config.at('train.dtype')} with {name}: its kernels compute in fp32; give adamw"
-    if config.value("deepspeed.zero_optimization.offload_optimizer") is not None:
-        yield f"deepspeed.zero_optimization.offload_optimizer with {name}: it steps on the GPU. Remove one of the two"
+    if config.train.dtype == "fp64":
+        yield f"{config.at('train.dtype')} with {name}: it computes in less; give adamw, or sgd"
     if config.engine == "deepspeed_pipeline":
         yield f"{config.at('engine')} with {name}: not tried with DeepSpeed's own pipeline; give engine=local"
 
@@ -457,7 +460,7 @@ def _zero_3(config: Config, of_run: Objective) -> Iterator[str]:
         )
 
 
-def _deepspeed(config: Config) -> Iterator[str]:
+def _deepspeed(config: Config) -> Iterator[str | ConfigError]:
     """What this program cannot do with options that DeepSpeed itself knows."""
     bf16, at = config.train.dtype == "bf16", config.at
     for key, value in deepspeed_keys.entries(config.deepspeed):
@@ -487,7 +490,9 @@ def _deepspeed(config: Config) -> Iterator[str]:
         if config.engine == "deepspeed_pipeline":
             yield f"{offload_at} with {at('engine')}: not tried with DeepSpeed's own pipeline; give engine=local"
     elif config.value(forced):
-        yield f"{at(forced)} has no meaning without deepspeed.zero_optimization.offload_optimizer: remove it"
+        offload = "deepspeed.zero_optimization.offload_optimizer"
+        why = f"{at(forced)} has no meaning with {at(offload)}, which offloads nothing: remove it"
+        yield NoMeaningError(why, [forced], [offload])
     if deepspeed_keys.offloads(config.deepspeed, "offload_param") and zero_stage(config) < 3:
         yield f"{at('deepspeed.zero_optimization.offload_param')}: only at ZeRO 3, whose weights are partitioned"
     key = "deepspeed.data_types.grad_accum_dtype"

@@ -105,7 +105,7 @@ class PipelineBaseline(TrainingEngine):
         for call in ("send", "recv", "broadcast", "all_reduce"):
             setattr(deepspeed.comm.comm.cdb, call, self._timed(getattr(deepspeed.comm.comm.cdb, call)))
         self.skipped_in_a_row = 0
-        self._loss_sums: list[Tensor] = []
+        self._loss_sum = self._no_loss()
         self._grad_norm: float | None = None
         self._rounds: dict[str, tuple[int, int]] = {}  # of a validation set: micro-batches and labels of this replica
 
@@ -118,7 +118,7 @@ class PipelineBaseline(TrainingEngine):
                 f"update {self.update + 1} has no label: engine=local skips it, DeepSpeed's pipeline cannot"
             )
         started, waited = time.perf_counter(), self._waited_seconds
-        self._loss_sums = []
+        self._loss_sum = self._no_loss()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         first, many = self.update * self.blueprint.micro_batches, self.blueprint.micro_batches
         own = range(first + self.world.data_rank, first + many, self.world.data_size)
@@ -132,7 +132,7 @@ class PipelineBaseline(TrainingEngine):
             self._grad_norm = float("nan") if skipped else float(self.engine.get_global_grad_norm())
         report = self._stage_report(
             self.plan,
-            loss_sum=sum(loss.item() for loss in self._loss_sums),
+            loss_sum=self._loss_sum.item(),
             grad_norm=self._grad_norm,
             skipped=skipped,
             learning_rate=learning_rate,
@@ -155,7 +155,7 @@ class PipelineBaseline(TrainingEngine):
             own = [batch.label_tokens for _, batch in self._own_batches(name)]
             self._rounds[name] = len(own), sum(own)
         micro_batches, label_tokens = self._rounds[name]
-        self._loss_sums = []
+        self._loss_sum = self._no_loss()
         batches = _pairs(batch for _, batch in self._own_batches(name))
         for first in range(0, micro_batches, EVALUATED_AT_ONCE):
             count = min(EVALUATED_AT_ONCE, micro_batches - first)
@@ -166,8 +166,7 @@ class PipelineBaseline(TrainingEngine):
                 self.engine.eval_batch(batches, bcast_loss=False, num_micro_batches=count)
             advance(count)
             self._gather_saves()
-        nll_sum = sum(loss.item() for loss in self._loss_sums)
-        return self._gather([self._evaluation_report(name, self.plan, nll_sum, label_tokens)])
+        return self._gather([self._evaluation_report(name, self.plan, self._loss_sum.item(), label_tokens)])
 
     def _begin_save(self, run: Path) -> Save:
         """Here and now: DeepSpeed's own files, which it reads in one folder that all processes see, are beside the
@@ -226,6 +225,9 @@ class PipelineBaseline(TrainingEngine):
         """In DeepSpeed's communication between pipeline ranks, transfers included, because its calls block."""
         return self._waited_seconds
 
+    def _no_loss(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.world.device)
+
     def _loss(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """hidden_states [b, T, H] of the last block and labels [b, T] to the loss of a micro-batch.
 
@@ -234,7 +236,7 @@ class PipelineBaseline(TrainingEngine):
         assert self.stage.head is not None
         scale = self.blueprint.micro_batches / self.label_tokens(self.update, 1.0)
         term = self.stage.head(hidden_states, LossBatch(labels, scale))[CROSS_ENTROPY]
-        self._loss_sums.append(term.total)
+        self._loss_sum += term.total.detach()
         return term.loss
 
     def _clip(self) -> None:

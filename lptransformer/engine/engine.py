@@ -126,7 +126,9 @@ class LocalUpdateEngine(TrainingEngine):
                 "the next update has begun, because gradients are delayed: ask for an evaluation with "
                 "engine.request(Control.EVALUATE) before the update that it is to follow"
             )
-        found: dict[int, list[Tensor]] = {index: [] for index in self.local}
+        # Summed as they come: scalars that are kept would lie between large tensors that are freed, whose memory then
+        # serves nothing as large again.
+        found = {index: torch.zeros((), dtype=torch.float64, device=self.world.device) for index in self.local}
         label_tokens, control = 0, Control.NOTHING
         for stage in self.local.values():
             stage.train(False)
@@ -145,7 +147,7 @@ class LocalUpdateEngine(TrainingEngine):
             for stage_index, stage in self.local.items():
                 output = stage.forward(inputs, loss_batch)
                 if output.nll_sum is not None:
-                    found[stage_index].append(output.nll_sum)
+                    found[stage_index] += output.nll_sum
                 inputs = self.executor.handed_over(stage_index, output.hidden_states)
             if self.neighbours.above is not None:
                 self.neighbours.above.send(Header(Kind.EVALUATE, self.update, index, control), inputs)
@@ -157,8 +159,7 @@ class LocalUpdateEngine(TrainingEngine):
             stage.train(True)
         if control & Control.STOP:
             return self._gather([])
-        on_host = iter(to_host([nll_sum for of_stage in found.values() for nll_sum in of_stage]))
-        sums = {index: sum((next(on_host).item() for _ in of_stage), 0.0) for index, of_stage in found.items()}
+        sums = dict(zip(found, (nll_sum.item() for nll_sum in to_host([*found.values()])), strict=True))
         plans = {index: stage.plan for index, stage in self.local.items()}
         return self._gather(
             [self._evaluation_report(name, plans[index], nll_sum, label_tokens) for index, nll_sum in sums.items()],

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor, nn
 from torch.optim import _muon
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -58,8 +59,6 @@ def build_optimizer(
         return in_8_bits
     offloaded = deepspeed_keys.offloads(deepspeed or {})
     if offloaded and (deepspeed or {}).get(deepspeed_keys.FORCED):
-        from deepspeed.ops.adam import DeepSpeedCPUAdam  # takes seconds
-
         return DeepSpeedCPUAdam(made, lr=learning_rate, betas=betas, eps=options.eps)
     fused = True if on_gpu or offloaded else None
     adamw = torch.optim.AdamW(made, lr=learning_rate, betas=betas, eps=options.eps, fused=fused)

@@ -122,7 +122,8 @@ def load(optimizer: torch.optim.Optimizer, pieces: list[Owned], saved: SavedFor)
             for kind in kinds:
                 assert part is not None
                 if kind not in state:
-                    state[kind] = torch.zeros_like(flat)
+                    # Moments that are brought to 8 bits would take four times that on the device.
+                    state[kind] = torch.zeros_like(flat, device="cpu" if in_8_bits else None)
                 piece.of(state[kind]).copy_(part.part(kind, piece.name, piece.start, piece.numel))
         if not state:
             continue
@@ -161,7 +162,9 @@ def _quantise(optimizer: Any, flat: Tensor) -> None:
     state["step"] = int(loaded["step"])
     for kind, number in IN_8_BITS.items():
         if state[f"state{number}"].dtype == torch.uint8:
-            codes, scales = quantize_blockwise(loaded[kind].view(-1), code=state[f"qmap{number}"], blocksize=BLOCK)
+            codes, scales = quantize_blockwise(
+                loaded[kind].view(-1).to(flat.device), code=state[f"qmap{number}"], blocksize=BLOCK
+            )
             state[f"state{number}"].view(-1).copy_(codes)
             state[f"absmax{number}"].copy_(scales.absmax)
         else:

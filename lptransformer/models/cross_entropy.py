@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -231,9 +231,15 @@ def missing(name: str) -> str:
     """What this host lacks for a kernel; empty for nothing."""
     if name == "torch" and not hasattr(F, "linear_cross_entropy"):
         return f"torch {torch.__version__} has no linear_cross_entropy (2.13 has)"
-    if name == "liger" and find_spec("liger_kernel") is None:
-        return "its package does not import (pip install --no-deps liger-kernel)"
-    return "there is no GPU" if name == "liger" and not torch.cuda.is_available() else ""
+    if name == "liger":
+        if not torch.cuda.is_available():
+            return "there is no GPU"
+        try:
+            import_module("liger_kernel.transformers.functional")
+        except Exception as error:  # it needs triton, which needs a driver
+            why = f"{type(error).__name__} {error}".splitlines()[0]
+            return f"its package does not import ({why}; pip install --no-deps liger-kernel)"
+    return ""
 
 
 class _CrossEntropy(torch.autograd.Function):

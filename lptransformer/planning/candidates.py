@@ -134,7 +134,7 @@ class Candidate:
     @property
     def _precision(self) -> Precision:
         on_gpu = not self.cluster.device.is_cpu
-        return replace(self.work.states, zero_stage=self.zero_stage, replicas=self.data, fused_step=on_gpu)
+        return replace(self.work.states, zero_stage=self.zero_stage, replicas=self.data, on_gpu=on_gpu)
 
     def _bytes_of_others(self, stage: StagePlan) -> float:
         """Of one process of a rank of 1F1B at its peak, which keeps a pass for every rank from its own on.
@@ -296,7 +296,7 @@ def methods(
         if work.dtype == "fp64" and data > 1:
             return
         stages = cut(objective, pipeline, work.costs, sizes)
-        most = 2 if objective.delayed or borders_carry_gradients(objective, stages) else 3
+        most = 2 if work.whole_weights or objective.delayed or borders_carry_gradients(objective, stages) else 3
         zeros = {min(zero_stage, most), *(range(max(1, zero_stage), most + 1) if data > 1 else ())}
         add(
             Candidate(method, objective, stages, work, cluster, data, zero, head=head, steps=steps)

@@ -20,6 +20,7 @@ from lptransformer.models.blueprint import Blueprint, make_blueprint
 from lptransformer.planning.disk import host_copies
 from lptransformer.planning.rank_memory import Precision, RankMemory, precision
 from lptransformer.planning.stage_memory import EmptyStages
+from lptransformer.processes import on_gpus
 
 MIB = 2**20
 _COLUMNS = ("weights", "gradients", "optimizer", "copies", "activations", "buckets", "messages", "peak")
@@ -72,7 +73,7 @@ def print_stages(title: str, config: Config, blueprint: Blueprint) -> None:
 
 def predicted(config: Config, blueprint: Blueprint, *, alike: bool = False) -> list[RankMemory]:
     """The memory of a process of every pipeline rank, on this machine; with `alike` blocks count as equal."""
-    how = _precision(config, blueprint, fused_step=torch.cuda.is_available())
+    how = _precision(config, blueprint, on_gpu=on_gpus())
     return EmptyStages(blueprint, alike=alike).ranks(blueprint.objective, blueprint.stages, how)
 
 

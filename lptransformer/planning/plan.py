@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from glob import glob
 from typing import TYPE_CHECKING, Any
 
-from lptransformer.config.checks import micro_batch_size, product_dtype
+from lptransformer.config.checks import micro_batch_size, needs_whole_weights, product_dtype
 from lptransformer.config.epochs import steps
 from lptransformer.config.schema import Config
 from lptransformer.errors import ConfigError, UserError
@@ -254,6 +254,7 @@ def _work(config: Config, blueprint: Blueprint) -> Work:
         empty=empty,
         in_flight=blueprint.in_flight,
         head=blueprint.head,
+        whole_weights=needs_whole_weights(config),
         activation_checkpointing=blueprint.activation_checkpointing,
         channel=load_devices().links[HOST_MEMORY],
     )

@@ -51,10 +51,10 @@ class PassBytes:
 class StageTensors:
     """What a stage is made of: numbers of its weights, and of those that are `frozen`; among the others of the largest
     tensor, and of those that decay (of two and more dimensions; each group of the optimizer is one flat tensor under
-    ZeRO), the `matrices` of linear maps in blocks among them. `buffer_bytes` are of read-only copies and other buffers.
-    `copies` are (block, bytes) of the weights that its head follows: the block is counted from the stage's last one,
-    None for the last block of the model. `shared` are the bytes of what a fitted head reads and never trains, by name:
-    heads of one process share what has the same name.
+    ZeRO), the `matrices` of linear maps in blocks among them, and the largest of these. `buffer_bytes` are of read-only
+    copies and other buffers. `copies` are (block, bytes) of the weights that its head follows: the block is counted
+    from the stage's last one, None for the last block of the model. `shared` are the bytes of what a fitted head reads
+    and never trains, by name: heads of one process share what has the same name.
     """
 
     trained: bool
@@ -66,6 +66,7 @@ class StageTensors:
     frozen: int = 0
     shared: Mapping[str, int] = field(default_factory=dict)
     matrices: int = 0
+    largest_matrix: int = 0
 
     @property
     def training(self) -> int:
@@ -80,8 +81,8 @@ class Precision:
     `step_temporaries` a step makes; bytes of a gradient where ZeRO 2 and 3 accumulate it.
 
     `bucket` is how many gradients a bucket of ZeRO's has (None: as many as the stage has weights, up to DeepSpeed's
-    default), and `buckets` how many there are below ZeRO 3. `fused_step`: the optimizer takes all tensors at once, as
-    on a GPU, with `fused_temporaries` of every weight; else it goes tensor by tensor. With `muon` matrices of blocks
+    default), and `buckets` how many there are below ZeRO 3. `on_gpu`: the optimizer takes all tensors at once, with
+    `fused_temporaries` of every weight; on a CPU it goes tensor by tensor. With `muon` matrices of blocks
     have one moment, and are stepped one by one everywhere. `offloaded`: it is in the host's memory, and steps in place.
     """
 
@@ -94,7 +95,7 @@ class Precision:
     buckets: int = 1
     zero_stage: int = 0
     replicas: int = 1
-    fused_step: bool = False
+    on_gpu: bool = False
     fused_temporaries: int = 1
     muon: bool = False
     offloaded: bool = False
@@ -127,7 +128,7 @@ def precision(
     deepspeed: Mapping[str, Any] | None = None,
     **how: Any,
 ) -> Precision:
-    """What the configuration says of it; `how`: zero_stage, replicas and fused_step.
+    """What the configuration says of it; `how`: zero_stage, replicas and on_gpu.
 
     AdamW at bf16: 2 + 2 + (4 + 8) bytes per weight, as in ZeRO (1910.02054, section 3.1), with gradients that are added
     up in fp32 (ZeRO 2 and 3) 2 more; at fp32: 4 + 4 + 8. Its kernel on a GPU needs nothing for itself.
@@ -191,12 +192,12 @@ def stage_state(stage: StageTensors, how: Precision, delayed: bool = False) -> S
     matrices = stage.matrices if how.muon else 0
     # Of one matrix, two bytes each of the direction, of it as it is and as it becomes, and beside that at most as much
     # for each of two square products, or what comes out in fp32.
-    one_matrix = stage.largest * 10 if matrices else 0
+    one_matrix = stage.largest_matrix * 10 if matrices else 0
     rest = size - matrices
     if not stage.trained:
         return StageState(all_weights * how.weights, 0, 0, stage.buffer_bytes, 0)
     if zero == 0:
-        temporaries = rest * how.fused_temporaries if how.fused_step else stage.largest * how.step_temporaries
+        temporaries = rest * how.fused_temporaries if how.on_gpu else stage.largest * how.step_temporaries
         step = max(temporaries * how.master, one_matrix)
         averaged = size * how.gradients if how.replicas > 1 else 0  # flattened for the all-reduce
         optimizer = int((size * (how.moments + delayed) - matrices) * how.master)
@@ -205,7 +206,7 @@ def stage_state(stage: StageTensors, how: Precision, delayed: bool = False) -> S
     own = -(-size // how.replicas)  # the share of a replica
     # The optimizer's tensors are flat: one for the weights that decay, one for the others.
     flat = max(stage.decaying - matrices, size - stage.decaying) / size * own
-    stepped = how.fused_temporaries * rest / size * own if how.fused_step else how.step_temporaries * flat
+    stepped = how.fused_temporaries * rest / size * own if how.on_gpu else how.step_temporaries * flat
     # Gradients as the step takes them: of the own share at once, at ZeRO 3 of one flat tensor at a time.
     cast = int(flat if zero == 3 else own) * 4
     partitioned = own * how.gradients
@@ -232,13 +233,12 @@ def _offloaded(state: StageState, stage: StageTensors, how: Precision, own: int,
     summed_there = zero == 3 or (zero == 2 and how.accumulated == how.weights)
     there = int(own * how.master * (2 + how.moments)) + through + own * how.weights * (zero < 3)
     there += own * how.gradients if summed_there else 0
-    on_gpu = how.fused_step
     return replace(
         state,
         gradients=0 if summed_there else state.gradients,
-        optimizer=second + through + (0 if on_gpu else there),
+        optimizer=second + through + (0 if how.on_gpu else there),
         step=0,
-        host=there if on_gpu else 0,
+        host=there if how.on_gpu else 0,
     )
 
 

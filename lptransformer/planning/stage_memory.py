@@ -290,6 +290,7 @@ def _made_of(module: nn.Module, trained: bool, matrices: set[nn.Parameter]) -> S
         largest=max(sizes.values(), default=0),
         decaying=sum(size for parameter, size in sizes.items() if parameter.dim() >= 2),
         matrices=sum(size for parameter, size in sizes.items() if parameter in matrices),
+        largest_matrix=max((size for parameter, size in sizes.items() if parameter in matrices), default=0),
         buffer_bytes=sum(buffer.nbytes for buffer in module.buffers()),
     )
 

@@ -53,6 +53,7 @@ class Work:
     in_flight: int = 2
     head: HeadOptions = field(default_factory=HeadOptions)
     activation_checkpointing: str = recomputing.KEPT
+    whole_weights: bool = False  # ZeRO 3 is refused, whatever the objective (config/checks.needs_whole_weights)
     channel: Link | None = None
     empty: EmptyStages | None = None
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from lptransformer.config import deepspeed_keys
 from lptransformer.config.checks import check, zero_stage
 from lptransformer.config.epochs import with_steps
 from lptransformer.config.schema import Config
@@ -120,7 +119,7 @@ def agreed(
     auto = config.train.micro_batch_size == "auto"
     if force and not auto:
         return config
-    world.store.set(f"memory/{world.global_rank}", json.dumps([own_memory(), *offloaded_to(config)]))
+    world.store.set(f"memory/{world.global_rank}", json.dumps([own_memory(), *offloaded_to()]))
 
     def decide() -> str:
         found = in_all([json.loads(world.store.get(f"memory/{rank}")) for rank in range(world.size)])
@@ -160,7 +159,7 @@ def for_this_host(config: Config, blueprint: Blueprint, rows: int | None = None,
         found = json.loads(answer.stdout.splitlines()[-1])  # libraries may have printed before
     else:
         found = [own_memory()] * processes
-    all_pools = in_all([[own, *offloaded_to(config)] for own in found])
+    all_pools = in_all([[own, *offloaded_to()] for own in found])
     if auto:
         return largest(config, blueprint, all_pools, rows)
     if not force:
@@ -188,6 +187,12 @@ def refuse_what_does_not_fit(
     """Raises ConfigError with what is needed, what is there, and what would fit."""
     now = need(config, blueprint, shared, alike=True)
     if now.share > 1.0:
+        if now.pool.used == "host":
+            raise ConfigError(
+                f"{config.at('deepspeed.zero_optimization.offload_optimizer')} does not fit: {now}. More hosts or "
+                "replicas would, or none of it; --force starts it anyway (in Python force=True)",
+                change={"": "--deepspeed.zero_optimization.offload_optimizer=null"},
+            )
         keys = what_would_fit(config, blueprint, shared, draw)
         raise ConfigError(
             f"{config.at('train.micro_batch_size')} with {config.at('data.sequence_length')} does not fit: {now}. "
@@ -285,10 +290,9 @@ def pools(of_ranks: Iterable[tuple[str, int]], used: Literal["peak", "host"] = "
     return list(found.values())
 
 
-def offloaded_to(config: Config) -> list[tuple[str, int]]:
-    """The host's memory, where a process has its optimizer there and the rest on a GPU."""
-    there = on_gpus() and deepspeed_keys.offloads(config.deepspeed)
-    return [(f"the host {socket.gethostname()}", host_memory())] if there else []
+def offloaded_to() -> list[tuple[str, int]]:
+    """The host's memory, where a process is on a GPU: its optimizer may be there."""
+    return [(f"the host {socket.gethostname()}", host_memory())] if on_gpus() else []
 
 
 def in_all(of_ranks: Sequence[Sequence[tuple[str, int]]]) -> list[Pool]:

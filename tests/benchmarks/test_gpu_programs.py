@@ -109,8 +109,11 @@ def test_all_of_gpu_check_runs_on_a_cpu(tmp_path: Path) -> None:
     assert all(name in said for name in (*gpu_check.LOSSES, *gpu_check.SPEED)) and "FAIL" not in said
     for name, case in gpu_check.LOSSES.items():  # on the CPU of one machine both sides are the same
         here = results["losses"][name]["device"]
-        assert ("rows" in here) == (not case.needs) and here.get("absent", "there is no GPU") == "there is no GPU"
-        assert case.needs or here["rows"] == results["losses"][case.reference(name)]["reference"]["rows"]
+        expected = results["losses"][case.reference(name)]["reference"]["rows"]
+        if case.needs == gpu_check.FUSED:  # which adds up in another order
+            assert gpu_check.differences(here["rows"], expected)[0] <= case.tolerance
+        else:
+            assert here.get("absent") == "there is no GPU" if case.needs else here["rows"] == expected
     for name, speed in gpu_check.SPEED.items():
         row = results["speed"][name]["device"]
         assert ("absent" in row) == bool(speed.needs)
@@ -163,8 +166,9 @@ PRETRAINED = (
     "model.pretrained=MODEL model.hidden_size=null model.num_layers=null model.num_heads=null train.micro_batch_size=16"
 )
 OFFLOADED = "deepspeed.zero_optimization.offload_optimizer.device=cpu deepspeed.zero_force_ds_cpu_optimizer=false"
-# Every value of every option that a GPU could see, and pairs that share code. `rank` is the process, by default 0; a
-# run of one process evaluates, saves and loads too.
+# Every value of every option that reaches the device and runs here, and pairs that share code; not train.compile, flash
+# and flex attention, Liger's loss, moments in 8 bits and LoRA, whose packages or kernels are not there. `rank` is the
+# process, by default 0; a run of one process evaluates, saves and loads too.
 CASES = {
     "fp32": "train.tf32=true head.token_fraction=0.25 optimizer.name=sgd model.family=gpt2 "
     "train.freeze=\"['*.mlp.*']\"",
@@ -194,6 +198,7 @@ WHERE_DEEPSPEED_WAITS = {
     "ZeRO 3, a head that is followed": f"{ZERO}=3 parallel.data=2 head.kind=shared data.isolate_documents=true",
     "ZeRO 3, fitted heads": f"{ZERO}=3 {PRETRAINED} train.dtype=bf16",
     "ZeRO 2 that overlaps": "parallel.data=2 train.dtype=bf16 deepspeed.zero_optimization.overlap_comm=true",
+    "offloaded, ZeRO 1, delayed": f"{ZERO}=1 {OFFLOADED} objective.name=delayed",
     "offloaded, ZeRO 2": f"{ZERO}=2 {OFFLOADED} train.dtype=bf16",
     "offloaded, ZeRO 3": f"{ZERO}=3 {OFFLOADED} train.dtype=bf16",
 }

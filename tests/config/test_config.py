@@ -662,13 +662,14 @@ def test_what_offloads_the_optimizer(options: str, offloads: bool) -> None:
         (("deepspeed.zero_optimization.cpu_offload=true",), ("cpu_offload = True", "offload_optimizer and", "say it")),
         ((f"{STAGE}=0",), (f"{OFFLOAD} = {{'device': 'cpu'}}", "at ZeRO 0", f"{STAGE}=2")),
         (("optimizer.name=sgd",), (f"{OFFLOAD} = ", "optimizer.name = 'sgd'", "adamw")),
+        (("optimizer.name=muon",), (f"{OFFLOAD} = ", "optimizer.name = 'muon'", "it is adamw that steps on the host")),
         (
             ("engine=deepspeed_pipeline", "objective.name=backprop", f"{STAGE}=1"),
             (f"{OFFLOAD} = ", "engine = 'deepspeed_pipeline'", "engine=local"),
         ),
         (
             (f"{OFFLOAD}=null", "deepspeed.zero_force_ds_cpu_optimizer=true"),
-            ("zero_force_ds_cpu_optimizer = True", "has no meaning without", OFFLOAD),
+            ("zero_force_ds_cpu_optimizer = True", "has no meaning with", OFFLOAD, "offloads nothing"),
         ),
     ],
 )

@@ -3,6 +3,7 @@ pipeline ranks do not wait for each other, checkpoints continue exactly, updates
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 from pathlib import Path
@@ -433,3 +434,23 @@ def test_a_neighbour_that_dies_is_noticed(pool: Pool, tmp_path: Path, lost: int)
     with pytest.raises(RuntimeError, match=rf"ranks \[{lost}\] of 2 died"):
         pool.run(2, lose_a_neighbour, overrides, lost, tmp_path, True)
     assert (tmp_path / f"rank-{1 - lost}.txt").read_text().startswith("the channel of hidden states 0-1 broke")
+
+
+def tensors_alive(overrides: tuple[str, ...]) -> list[int]:
+    """How many there are after every micro-batch of an evaluation."""
+    counts: list[int] = []
+
+    def count(done: int) -> None:
+        gc.collect()
+        counts.append(sum(isinstance(one, Tensor) for one in gc.get_objects()))
+
+    with open_engine(overrides) as engine:
+        engine.eval_batch("valid", count)
+    return counts
+
+
+def test_an_evaluation_keeps_nothing_of_its_micro_batches(pool: Pool) -> None:
+    """Not a scalar: between large tensors that are freed it would make their memory useless, and one of a long text
+    took gigabytes."""
+    (counts,) = pool.run(1, tensors_alive, ("objective.chunks=4",))
+    assert len(counts) == len(VALID_LABEL_TOKENS) and len(set(counts)) == 1, counts

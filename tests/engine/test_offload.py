@@ -32,6 +32,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "2 replicas, ZeRO 1, frozen": ("parallel.data=2", f"{ZERO}.stage=1", "train.freeze=['*.mlp.*']"),
     "hybrid, ZeRO 1, bf16": ("parallel.pipeline=2", f"{ZERO}.stage=1", "objective.backprop_every=2", BF16),
     "2 replicas, ZeRO 2, bf16": ("parallel.data=2", f"{ZERO}.stage=2", "head.token_fraction=0.25", BF16),
+    "delayed, 2 ranks, ZeRO 2": ("parallel.pipeline=2", f"{ZERO}.stage=2", "objective.name=delayed"),
     "gradients added in bf16": (f"{ZERO}.stage=2", "deepspeed.data_types.grad_accum_dtype=bf16", BF16),
     "2 replicas, ZeRO 3": ("parallel.data=2", f"{ZERO}.stage=3"),
     "2 ranks, ZeRO 3, weights too": ("parallel.pipeline=2", f"{ZERO}.stage=3", f"{ZERO}.offload_param.device=cpu"),
@@ -48,6 +49,7 @@ def trained(overrides: Sequence[str], offloaded: bool) -> Trained:
         if offloaded:
             overrides = (*overrides, OFFLOADED)
         else:
+            overrides = [one for one in overrides if "offload_param" not in one]
             plain = torch.optim.AdamW
             stack.callback(setattr, torch.optim, "AdamW", plain)
             fused = lambda *args, **options: plain(*args, **{**options, "fused": True})  # noqa: E731

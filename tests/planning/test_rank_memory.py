@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,9 @@ def test_zero_divides_what_it_divides() -> None:
     assert (plain.weights, plain.gradients, plain.optimizer, plain.step) == (4000, 4000, 8000, 3200)
     assert delayed.optimizer == 8000 + 4000, "a second version of the weights"
     assert stage_state(stage, how(2), delayed=True).optimizer == 500 * 12 + 2000, "whole on every replica"
+    muon = replace(how(2), on_gpu=True, fused_temporaries=0, muon=True)
+    with_matrices = replace(stage, matrices=300, largest_matrix=20)
+    assert stage_state(with_matrices, muon).step == 20 * 10 + 500 * 4, "one matrix at a time"
     frozen = stage_state(StageTensors(False, 1000, 400, 900, 0), FP32)
     assert (frozen.weights, frozen.gradients, frozen.optimizer) == (4000, 0, 0)
 
@@ -281,7 +285,7 @@ def test_on_a_gpu_an_offloaded_optimizer_is_in_the_host_s_memory() -> None:
 
     def of(zero_stage: int, dtype: str = "bf16") -> StageState:
         options = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-        how = precision(dtype, None, options, zero_stage=zero_stage, replicas=2, fused_step=True)
+        how = precision(dtype, None, options, zero_stage=zero_stage, replicas=2, on_gpu=True)
         return stage_state(stage, how)
 
     # fp32 weights, their gradients and moments; the copy that new weights come from; what DeepSpeed copies through

@@ -69,7 +69,7 @@ def test_memory_of_somebody_else_s_program_by_hand() -> None:
     weights, rows = body + 2 * embedding + 2 * H, 2 * T * H * 4
 
     def bytes_of(zero: int, one: Work = one, **how: Any) -> float:
-        states = replace(precision("bf16", fused_step=True), **how)
+        states = replace(precision("bf16", on_gpu=True), **how)
         return of_backprop(replace(one, states=states), cluster(), 1, 4, zero, 0.0).memory_bytes
 
     passes = BLOCKS * of.block + of.norm + rows + of.logits + embedding * 4

@@ -320,11 +320,13 @@ def test_on_gpus_an_offloaded_optimizer_is_a_remedy_and_the_hosts_are_asked_too(
 
     config, plan = given(*FIXED, *offloaded)
     monkeypatch.setattr(memory, "host_memory", lambda: 1000)
-    pools = memory.in_all([[("GPU 0", 2**40), *memory.offloaded_to(config)]] * 2)
+    pools = memory.in_all([[("GPU 0", 2**40), *memory.offloaded_to()]] * 2)
     assert [(pool.ranks, pool.used) for pool in pools] == [((0, 1), "peak"), ((0, 1), "host")]
-    with pytest.raises(ConfigError, match=r"that the host .* has free"):
+    with pytest.raises(ConfigError, match=r"offload_optimizer = .* does not fit: .* that the host .* has free"):
         memory.refuse_what_does_not_fit(config, plan, pools)
-    assert memory.offloaded_to(given(*FIXED)[0]) == []
+    config, plan = given(*small)
+    full = memory.in_all([[("GPU 0", needed(*small) - 1), *memory.offloaded_to()]])
+    assert memory.what_would_fit(config, plan, full) == [], "the host has no room for it"
 
 
 def test_very_long_windows_are_refused_in_seconds(refusal: Callable[..., str]) -> None:

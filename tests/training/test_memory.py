@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import small_run
-import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -24,6 +23,7 @@ from lptransformer.config.schema import Config
 from lptransformer.engine.process_groups import leave
 from lptransformer.errors import ConfigError
 from lptransformer.models.blueprint import Blueprint, make_blueprint
+from lptransformer.planning import dry_run
 from lptransformer.planning.dry_run import predicted
 from lptransformer.run_folder import layout
 from lptransformer.training import memory, this_host
@@ -307,8 +307,8 @@ def test_or_else_the_longest_window_that_fits(refusal: Callable[..., str]) -> No
 def test_on_gpus_an_offloaded_optimizer_is_a_remedy_and_the_hosts_are_asked_too(
     monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(memory, "on_gpus", lambda: True)
+    for module in (memory, dry_run):
+        monkeypatch.setattr(module, "on_gpus", lambda: True)
     zero = "deepspeed.zero_optimization"
     offloaded = (f"{zero}.stage=2", f"{zero}.offload_optimizer.device=cpu")
     small = ("train.micro_batch_size=1", "data.sequence_length=2")

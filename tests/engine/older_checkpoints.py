@@ -34,7 +34,7 @@ def save(engine: LocalUpdateEngine, run: Path) -> None:
             stage.engine.save_checkpoint(str(folder / "deepspeed"), tag="state", save_latest=False)
             skipped = stage.skipped_in_a_row
             if stage.versions is not None:
-                others |= {f"before.{number}": tensor for number, tensor in enumerate(stage.versions.before)}
+                others |= {f"before.{number}": tensor for number, tensor in enumerate(stage.versions.before.shown)}
         for (target, source), route in engine.weight_copies.routes.items():
             if target == index:
                 route.catch_up(engine.update)

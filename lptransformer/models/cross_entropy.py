@@ -50,12 +50,18 @@ def chunk_starts(rows: int, chunk_tokens: int) -> Sequence[int]:
     return range(0, rows, chunk_tokens)
 
 
-class Trained(NamedTuple):
-    """Which gradients are wanted; that of the bias beside that of the weight alone."""
+class Asked(NamedTuple):
+    """A loss that is asked for: arguments as of `chunked_cross_entropy`, and which gradients are wanted of hidden,
+    weight and bias; that of the bias beside that of the weight alone."""
 
-    hidden: bool
-    weight: bool
-    bias: bool
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    scale: float
+    chunk_tokens: int
+    rule: LogitRule
+    trained: tuple[bool, bool, bool]
 
 
 Result = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -63,58 +69,40 @@ Result = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 class Kernel(Protocol):
     """The sum of the losses in nats, and the gradients of `scale` times that, of hidden, weight and bias where they are
-    wanted. Arguments as of `chunked_cross_entropy`; it is called without autograd."""
+    wanted. It is called without autograd."""
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        scale: float,
-        chunk_tokens: int,
-        rule: LogitRule,
-        trained: Trained,
-    ) -> Result: ...
+    def __call__(self, asked: Asked) -> Result: ...
 
 
-def chunked(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    scale: float,
-    chunk_tokens: int,
-    rule: LogitRule,
-    trained: Trained,
-) -> Result:
+def chunked(asked: Asked) -> Result:
     """Torch's own operations in a loop: every rule, dtype and device."""
+    hidden, weight, bias, labels, scale, chunk_tokens, rule, (train_hidden, train_weight, train_bias) = asked
     starts = chunk_starts(hidden.shape[0], chunk_tokens)
     total_dtype = torch.promote_types(weight.dtype, torch.float32)
     losses: dict[int, Tensor] = {}
-    grad_hidden = torch.empty_like(hidden) if trained.hidden else None
+    grad_hidden = torch.empty_like(hidden) if train_hidden else None
     grad_weight: Tensor | None = None
     grad_bias: Tensor | None = None
     # Last chunk first: the order in which autograd would add up the gradients of the weight.
     for start in reversed(starts):
         rows = slice(start, start + chunk_tokens)
-        logits = F.linear(hidden[rows], weight, bias).detach().requires_grad_(trained.hidden or trained.weight)
+        logits = F.linear(hidden[rows], weight, bias).detach().requires_grad_(train_hidden or train_weight)
         with torch.enable_grad():
             exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
             loss = F.cross_entropy(rule(exact), labels[rows], ignore_index=IGNORE_INDEX, reduction="sum")
         losses[start] = loss.detach()
-        if trained.hidden or trained.weight:
+        if train_hidden or train_weight:
             (grad_logits,) = torch.autograd.grad(loss, logits, torch.full_like(loss, scale))
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ weight
-            if trained.weight:
+            if train_weight:
                 product = grad_logits.T @ hidden[rows]
                 if grad_weight is None:  # added up in fp32 where the weight has less
                     grad_weight = product.to(total_dtype) if len(starts) > 1 else product
                 else:
                     grad_weight.add_(product)
                 del product
-            if trained.bias:
+            if train_bias:
                 summed = grad_logits.sum(0)
                 if grad_bias is None:
                     grad_bias = summed.to(total_dtype) if len(starts) > 1 else summed
@@ -130,78 +118,46 @@ def chunked(
     return total, grad_hidden, grad_weight, grad_bias
 
 
-def by_torch(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    scale: float,
-    chunk_tokens: int,
-    rule: LogitRule,
-    trained: Trained,
-) -> Result:
+def by_torch(asked: Asked) -> Result:
     """`torch.nn.functional.linear_cross_entropy`: softmax and gradient in the memory of the logits."""
-    assert rule == PLAIN, rule
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_tokens)
+    assert asked.rule == PLAIN, asked.rule
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=asked.chunk_tokens)
 
     def total(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        found: Tensor = F.linear_cross_entropy(
-            hidden, weight, labels, linear_bias=bias, reduction="sum", ignore_index=IGNORE_INDEX, options=options
-        )
+        how: dict[str, Any] = {"reduction": "sum", "ignore_index": IGNORE_INDEX, "options": options}
+        found: Tensor = F.linear_cross_entropy(hidden, weight, asked.labels, linear_bias=bias, **how)
         return found
 
-    return _differentiated(total, hidden, weight, bias, scale, trained)
+    return _differentiated(total, asked)
 
 
-def by_liger(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    scale: float,
-    chunk_tokens: int,
-    rule: LogitRule,
-    trained: Trained,
-) -> Result:
+def by_liger(asked: Asked) -> Result:
     """Liger-Kernel's fused linear cross-entropy (arXiv 2410.10989), which chooses its own chunks; gradients of the
     weight are added up in fp32. It waits for the device, to count the labels."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    assert rule == LogitRule(cap=rule.cap), rule
+    assert asked.rule == LogitRule(cap=asked.rule.cap), asked.rule
+    added_up_in = torch.promote_types(asked.weight.dtype, torch.float32)
 
     def total(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        found: Tensor = liger_fused_linear_cross_entropy(
-            hidden,
-            weight,
-            labels,
-            bias=bias,
-            ignore_index=IGNORE_INDEX,
-            reduction="sum",
-            softcap=rule.cap,
-            accum_dtype=torch.promote_types(weight.dtype, torch.float32),
-        )
+        how: dict[str, Any] = {"reduction": "sum", "ignore_index": IGNORE_INDEX, "softcap": asked.rule.cap}
+        given = hidden, weight, asked.labels
+        found: Tensor = liger_fused_linear_cross_entropy(*given, bias=bias, accum_dtype=added_up_in, **how)
         return found
 
-    return _differentiated(total, hidden, weight, bias, scale, trained)
+    return _differentiated(total, asked)
 
 
-def _differentiated(
-    total: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    trained: Trained,
-) -> Result:
+def _differentiated(total: Callable[[Tensor, Tensor, Tensor | None], Tensor], asked: Asked) -> Result:
     """A library's loss, and its gradients at once: some of them can be taken once only."""
     leaves = [
         one if one is None else one.detach().requires_grad_(wanted)
-        for one, wanted in zip((hidden, weight, bias), trained, strict=True)
+        for one, wanted in zip(asked[:3], asked.trained, strict=True)
     ]
     with torch.enable_grad():
         loss = total(*leaves)  # type: ignore[arg-type]
     wanted = [one for one in leaves if one is not None and one.requires_grad]
-    found = iter(torch.autograd.grad(loss, wanted, torch.full_like(loss, scale)) if wanted else ())
+    found = iter(torch.autograd.grad(loss, wanted, torch.full_like(loss, asked.scale)) if wanted else ())
     gradients = [next(found) if one is not None and one.requires_grad else None for one in leaves]
     return loss.detach(), *gradients  # type: ignore[return-value]
 
@@ -245,22 +201,13 @@ def missing(name: str) -> str:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        scale: float,
-        chunk_tokens: int,
-        rule: LogitRule,
-        trained: Trained,
-        kernel: Kernel,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, asked: Asked, kernel: Kernel
     ) -> tuple[Tensor, Tensor]:
-        total, *gradients = kernel(hidden, weight, bias, labels, scale, chunk_tokens, rule, trained)
+        total, *gradients = kernel(asked)
         ctx.save_for_backward(*gradients, total)
         ctx.mark_non_differentiable(total)
-        ctx.scale = scale
-        return total * scale, total
+        ctx.scale = asked.scale
+        return total * asked.scale, total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -269,7 +216,7 @@ class _CrossEntropy(torch.autograd.Function):
         # gradient norm alone decides whether an update is skipped, on every replica alike and without a host sync. So
         # does a scale that is not: that of an update without a label.
         factor = grads[0] + (total - total) * ctx.scale
-        return *(None if grad is None else grad * factor.to(grad.dtype) for grad in gradients), *[None] * 6
+        return *(None if grad is None else grad * factor.to(grad.dtype) for grad in gradients), None, None
 
 
 def chunked_cross_entropy(
@@ -290,8 +237,10 @@ def chunked_cross_entropy(
     equal `chunk_tokens`, loss and gradients of the kernel `chunked` are bit for bit those of the plain loop over chunks
     of rows. A gradient that is not required (of a weight that is a read-only copy) is not computed.
     """
-    trained = Trained(*(x is not None and torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias)))
-    loss, total = _CrossEntropy.apply(hidden, weight, bias, labels, scale, chunk_tokens, rule, trained, kernel)
+    given, gradients = (hidden, weight, bias), torch.is_grad_enabled()
+    train_hidden, train_weight, train_bias = (gradients and x is not None and x.requires_grad for x in given)
+    trained = train_hidden, train_weight, train_bias
+    loss, total = _CrossEntropy.apply(*given, Asked(*given, labels, scale, chunk_tokens, rule, trained), kernel)
     return loss, total
 
 

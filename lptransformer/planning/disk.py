@@ -31,7 +31,7 @@ def checkpoint_bytes(config: Config, blueprint: Blueprint) -> CheckpointBytes:
     """Headers of files are left out, and copies of weights that are on their way; frozen weights of several heads count
     for each, also where they are the same and share a file. Where train.epochs has not been counted yet, it is one
     checkpoint."""
-    stages = [_of_stage(stage, config, blueprint) for stage in blueprint.stages]
+    stages = _of_stages(config, blueprint)
     each = sum(stage.whole + stage.owned for stage in stages)
     return CheckpointBytes(each, sum(stage.frozen for stage in stages), _many(config))
 
@@ -40,8 +40,7 @@ def host_copies(config: Config, blueprint: Blueprint) -> list[int]:
     """Bytes of the copies that the first replica of every pipeline rank keeps from its first save on."""
     replicas = blueprint.replicas if blueprint.zero_stage > 0 else 1
     found = [0] * (blueprint.stages[-1].pipeline_rank + 1)
-    for stage in blueprint.stages:
-        of_stage = _of_stage(stage, config, blueprint)
+    for stage, of_stage in zip(blueprint.stages, _of_stages(config, blueprint), strict=True):
         found[stage.pipeline_rank] += of_stage.whole + -(-of_stage.owned // replicas)
     return found
 
@@ -54,23 +53,22 @@ class _Content(NamedTuple):
     frozen: int
 
 
-def _of_stage(stage: StagePlan, config: Config, blueprint: Blueprint) -> _Content:
+def _of_stages(config: Config, blueprint: Blueprint) -> list[_Content]:
+    empty = EmptyStages(blueprint, alike=True)  # counts stages that are alike once
+    return [_of_stage(stage, config, blueprint, empty) for stage in blueprint.stages]
+
+
+def _of_stage(stage: StagePlan, config: Config, blueprint: Blueprint, empty: EmptyStages) -> _Content:
     dtype, exact = DTYPES[blueprint.dtype].bytes, DTYPES[blueprint.dtype].state_bytes
     costs, zero = blueprint.costs, blueprint.zero_stage
     trained, (own, copied) = trained_of(stage, costs), weights_of(stage, costs)
     frozen = own - trained + (copied if HEADS[blueprint.head.kind].fitted else 0)
     tensors = moments(config.optimizer) + (zero == 3 or dtype < exact)
-    owned = (trained * tensors - _with_one_moment(stage, config, blueprint)) * exact
+    by_muon = empty.tensors(stage).matrices if config.optimizer.name == "muon" and stage.trained else 0
+    owned = (trained * tensors - by_muon) * exact
     owned += trained * dtype * blueprint.objective.delayed
     whole = (own + copied - frozen - (trained if zero == 3 else 0)) * dtype
     return _Content(whole, owned, frozen * dtype)
-
-
-def _with_one_moment(stage: StagePlan, config: Config, blueprint: Blueprint) -> int:
-    """How many of a stage's weights Muon steps."""
-    if config.optimizer.name != "muon" or not stage.trained:
-        return 0
-    return EmptyStages(blueprint, alike=True).tensors(stage).matrices
 
 
 def _many(config: Config) -> int:

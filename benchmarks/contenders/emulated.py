@@ -71,13 +71,14 @@ class SleepingBody(nn.Module):
 
 
 class CheapHead(nn.Module):
-    """In the place of a head: a loss that costs nothing."""
+    """In the place of a head: a loss that costs nothing. It has no blocks, and its readout no use for a kernel."""
 
-    copies = ()
+    copies, blocks = (), None
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full([hidden_size], 0.5))
+        self.readout = SimpleNamespace(kernel=None)
 
     def forward(self, hidden_states: Tensor, batch: LossBatch) -> dict[str, LossTerm]:
         """See lptransformer.models.head.StageLoss."""
@@ -96,7 +97,9 @@ def stages(sleeper: Sleeper, block_seconds: float) -> AbstractContextManager[Any
     """While it lasts, lptransformer.training.build makes stages that sleep."""
 
     def make(plan: StagePlan, blueprint: Blueprint, **options: Any) -> Stage:
-        return sleeping_stage(plan, blueprint.parts.hidden_size, sleeper, block_seconds)
+        stage = sleeping_stage(plan, blueprint.parts.hidden_size, sleeper, block_seconds)
+        stage.body.add_module(blueprint.parts.blocks_in_base, nn.ModuleList())  # asked for its matrices: it has none
+        return stage
 
     return mock.patch.object(lptransformer.training.build, "make_stage", make)
 

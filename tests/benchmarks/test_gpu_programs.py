@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from overlays import overlay
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
@@ -21,9 +22,13 @@ import gpu_check  # noqa: E402
 import guard  # noqa: E402
 
 
-def ran(script: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+def ran(
+    script: str, *arguments: str, check: bool = True, packages: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A benchmark in a process of its own, that finds these packages too."""
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    found_in = os.pathsep.join(str(folder) for folder in (ROOT, packages) if folder)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": found_in}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
@@ -166,9 +171,10 @@ PRETRAINED = (
     "model.pretrained=MODEL model.hidden_size=null model.num_layers=null model.num_heads=null train.micro_batch_size=16"
 )
 OFFLOADED = "deepspeed.zero_optimization.offload_optimizer.device=cpu deepspeed.zero_force_ds_cpu_optimizer=false"
-# Every value of every option that reaches the device and runs here, and pairs that share code; not train.compile, flash
-# and flex attention, Liger's loss, moments in 8 bits and LoRA, whose packages or kernels are not there. `rank` is the
-# process, by default 0; a run of one process evaluates, saves and loads too.
+# Every value of every option that reaches the device and runs here, and pairs that share code; not flash and flex
+# attention, Liger's loss and moments in 8 bits, whose packages or kernels are not there. Blocks to compile run as they
+# are: torch's compiler leaves tensors without values alone. `rank` is the process, by default 0; a run of one process
+# evaluates, saves and loads too.
 CASES = {
     "fp32": "train.tf32=true head.token_fraction=0.25 optimizer.name=sgd model.family=gpt2 "
     "train.freeze=\"['*.mlp.*']\"",
@@ -191,6 +197,7 @@ CASES = {
     f"{ZERO}=1",
     "averaged blocks": "train.dtype=bf16 head.blocks=1 head.ema_decay=0.9 train.grad_clip=0",
     "fitted heads": f"{PRETRAINED} train.dtype=bf16 train.activation_checkpointing=selective",
+    "LoRA, compiled": f"{PRETRAINED} lora.rank=2 train.dtype=bf16 train.compile=true",
     "tied": f"{PRETRAINED} objective.name=backprop model.tie=keep data.isolate_documents=true",
 }
 WHERE_DEEPSPEED_WAITS = {
@@ -224,6 +231,7 @@ def observed(compiled: None, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         "--json",
         str(folder / "events.json"),
         check=False,
+        packages=overlay("peft", folder / "peft"),
     )
     found = json.loads((folder / "events.json").read_text())
     assert [one["broken"] for one in found] == [None] * len(found), done.stdout + done.stderr[-3000:]

@@ -208,7 +208,7 @@ def test_init_for_a_pretrained_model_has_no_start_that_harms_it(
 ) -> None:
     from transformers import LlamaConfig
 
-    from lptransformer.config.checks import pretrained_warning
+    from lptransformer.config import pretrained
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     LlamaConfig(vocab_size=99, **sizes).save_pretrained(tmp_path)
@@ -216,7 +216,7 @@ def test_init_for_a_pretrained_model_has_no_start_that_harms_it(
     text = capsys.readouterr().out
     assert "hidden_size" not in text
     (tmp_path / "first.yaml").write_text(text)
-    assert pretrained_warning(load(tmp_path / "first.yaml")) is None
+    assert pretrained.warning(load(tmp_path / "first.yaml")) is None
     with pytest.raises(SystemExit):
         run(parser(), ["init", "--pretrained", str(tmp_path / "nowhere")])
     said = capsys.readouterr()

@@ -18,7 +18,6 @@ from lptransformer.methods.objectives import METHODS, Objective
 from lptransformer.methods.stages import StagePlan, cut
 
 FAMILIES = ("gpt2", "llama")
-GENTLE_LEARNING_RATE = 3e-4  # above it a pretrained model forgets more than it learns
 
 
 def zero_stage(config: Config) -> int:
@@ -48,32 +47,6 @@ def micro_batch_size(config: Config) -> int:
             "one here, for example --train.micro_batch_size=8"
         )
     return size
-
-
-def pretrained_warning(config: Config) -> str | None:
-    """One line on what this start does to a pretrained model, and what to set; None where nothing speaks against it.
-
-    Auxiliary heads that are copies of the model's own, or new, pull earlier blocks away from what later ones expect.
-    """
-    if config.model.pretrained is None:
-        return None
-    why, instead, at = [], [], config.at
-    auxiliary = objectives.build(config.model.num_layers, **config.objective.model_dump()).heads[:-1]
-    if auxiliary and not HEADS[config.head.kind].fitted:
-        how = "begin from scratch" if config.head.init == "scratch" else "are copied from it"
-        why.append(f"auxiliary heads {how} ({at('head.kind')}, {at('head.init')})")
-        instead.append("head.kind=fitted (or objective.name=backprop)")
-    if config.train.learning_rate > GENTLE_LEARNING_RATE:
-        why.append(f"{at('train.learning_rate')} is above {GENTLE_LEARNING_RATE:g}")
-    if not why:
-        return None
-    return (
-        f"warning: {at('model.pretrained')}: this start can make the model worse: {' and '.join(why)}. Measured with "
-        "SmolLM2-135M, 40 updates, perplexity of new and of old text: before 46 and 36, backprop 30 and 38, local "
-        "updates with fitted heads 31 and 37, copied ones 42 and 46, new ones 72 and 69, and copied ones at a learning "
-        "rate of 1e-3 57 and 327. Set "
-        f"{' and '.join([*instead, 'train.learning_rate=1e-4'])}"
-    )
 
 
 def check(config: Config) -> None:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lptransformer import hub
-from lptransformer.config import deepspeed_keys
+from lptransformer.config import deepspeed_keys, pretrained
 from lptransformer.config.checks import check
 from lptransformer.config.schema import (
     ALSO_CALLED,
@@ -40,8 +40,7 @@ from lptransformer.config.schema import (
     translated,
 )
 from lptransformer.config.text import dump_yaml, parse_yaml, read_json, read_text
-from lptransformer.errors import ConfigError, ModelError, NoMeaningError, OptionError
-from lptransformer.methods import objectives
+from lptransformer.errors import ConfigError, ModelError, NoMeaningError
 from lptransformer.methods.codecs import CODECS
 from lptransformer.section import Section
 
@@ -57,8 +56,6 @@ SIZES = {
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
 }
 NEEDED_SIZES = ("family", "hidden_size", "num_layers")
-# Of a run that starts from a pretrained model, where the keys are not given.
-PRETRAINED_LEARNING_RATE, PRETRAINED_WARMUP = 1e-4, 5
 
 
 def load(
@@ -165,7 +162,9 @@ def _resolved(
             raise _unknown(f"deepspeed.{key}", origin_of(f"deepspeed.{key}", origins))
     given["objective"] = _options_of_row("objective", given["objective"], origin, origins)
     if isinstance(given["model"].get("pretrained"), str) and not saved:
-        _fill_in_for_pretrained(given, origins)
+        at = _at("model.pretrained", given, origins)
+        folder = hub.folder(given["model"]["pretrained"], at)
+        pretrained.fill_in(given, origins, _pretrained_sizes(folder / "config.json", at)["num_layers"])
     given["head"] = _options_of_row("head", given["head"], origin, origins)
     codec = given["border"].get("codec", "none")
     if not isinstance(codec, str) or codec not in CODECS:
@@ -185,33 +184,6 @@ def _validated(
     except ValidationError as error:
         unknown_first = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
         raise _wrong_value(unknown_first[0], kind, above, origin, origins) from None
-
-
-def _fill_in_for_pretrained(given: dict[str, Any], origins: dict[str, str]) -> None:
-    """The defaults of a run that starts from a pretrained model: each key by itself, where it is not given."""
-
-    def fill(section: str, key: str, value: Any) -> None:
-        if key not in given[section]:
-            given[section][key], origins[f"{section}.{key}"] = value, f"{BY_DEFAULT} with model.pretrained"
-
-    train, head, at = given["train"], given["head"], _at("model.pretrained", given, origins)
-    fill("train", "learning_rate", PRETRAINED_LEARNING_RATE)
-    if train.get("lr_scheduler") != "constant":  # which has no warm-up
-        steps = train.get("steps")
-        fill("train", "warmup_steps", min(PRETRAINED_WARMUP, steps) if type(steps) is int else PRETRAINED_WARMUP)
-    fill("optimizer", "weight_decay", 0.0)
-    folder = hub.folder(given["model"]["pretrained"], at)
-    num_layers = _pretrained_sizes(folder / "config.json", at)["num_layers"]
-    try:
-        auxiliary = objectives.build(num_layers, **given["objective"].model_dump()).heads[:-1]
-    except OptionError:  # the checks refuse it
-        return
-    if auxiliary:
-        fill("head", "kind", "fitted")
-    if auxiliary and head["kind"] == "fitted":
-        fill("head", "blocks", max(1, round(num_layers / 3)))
-        if head["blocks"] != 0:  # with LoRA adapters and maps alone train, for memory
-            fill("head", "train_blocks", given["lora"].get("rank") is None)
 
 
 def _options_of_row(section: str, values: dict[str, Any], origin: str, origins: dict[str, str]) -> Section:

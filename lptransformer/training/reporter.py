@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from lptransformer.config.checks import pretrained_warning, product_dtype
+from lptransformer.config import pretrained
+from lptransformer.config.checks import product_dtype
 from lptransformer.config.epochs import steps
 from lptransformer.config.schema import Config
 from lptransformer.console import bar, megabytes
@@ -131,7 +132,7 @@ class Reporter:
                 self.progress.message(line)
         if config.model.pretrained is not None:
             self.progress.message(in_force(config, engine.blueprint))
-        if warning := pretrained_warning(config):
+        if warning := pretrained.warning(config):
             self.progress.message(warning)
 
     def __enter__(self) -> Reporter:

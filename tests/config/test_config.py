@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from refusals import DATA, message, says
 
-from lptransformer.config import deepspeed_keys
-from lptransformer.config.checks import FAMILIES, check_depth, check_world_size, pretrained_warning, zero_stage
+from lptransformer.config import deepspeed_keys, pretrained
+from lptransformer.config.checks import FAMILIES, check_depth, check_world_size, zero_stage
 from lptransformer.config.load import (
     load,
     to_dict,
@@ -786,14 +786,14 @@ HIGH, PRIVATE = "train.learning_rate=4e-4", "head.kind=private"
 )
 def test_what_harms_a_pretrained_model_is_said(tmp_path: Path, overrides: tuple[str, ...], parts: list[str]) -> None:
     start = (f"model.pretrained={model_folder(tmp_path)}", "data.sequence_length=64", *overrides)
-    warning = pretrained_warning(load(DATA, start))
+    warning = pretrained.warning(load(DATA, start))
     if not parts:
         assert warning is None
         return
     assert warning is not None and "\n" not in warning
     says(warning, "before 46 and 36, backprop 30 and 38", "fitted heads 31 and 37", "42 and 46", "57 and 327", *parts)
     assert not any(part in warning for part in (COPIED, NEW, RATE, TO_FITTED) if part not in parts)
-    assert pretrained_warning(load(DATA)) is None, "a new model"
+    assert pretrained.warning(load(DATA)) is None, "a new model"
 
 
 @pytest.mark.parametrize(

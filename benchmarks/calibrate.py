@@ -26,7 +26,7 @@ from lptransformer.methods.dtypes import DTYPES
 from lptransformer.models import split
 from lptransformer.models.blueprint import Blueprint, make_blueprint
 from lptransformer.models.head import Readout
-from lptransformer.planning.rank_memory import precision
+from lptransformer.planning.stage_state import precision
 
 SECONDS = 1.0  # of every measurement, about
 

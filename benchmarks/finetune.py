@@ -55,8 +55,8 @@ from lptransformer.methods.dtypes import DTYPES
 from lptransformer.models import hf_config
 from lptransformer.models.blueprint import Blueprint, make_blueprint
 from lptransformer.models.stage import Stage, make_stage
-from lptransformer.planning.rank_memory import precision
 from lptransformer.planning.stage_memory import EmptyStages
+from lptransformer.planning.stage_state import precision
 from lptransformer.processes import use_fair_share_of_cores
 
 ROOT = Path(__file__).parents[1]

@@ -23,7 +23,8 @@ from lptransformer.methods.heads import HeadOptions
 from lptransformer.methods.stages import cut
 from lptransformer.planning.candidates import Candidate, balanced_sizes, of_backprop
 from lptransformer.planning.devices import Cluster, load_devices
-from lptransformer.planning.rank_memory import ActivationBytes, precision
+from lptransformer.planning.rank_memory import ActivationBytes
+from lptransformer.planning.stage_state import precision
 from lptransformer.planning.step_time import Work, border_seconds
 from lptransformer.study.plots import COLOURS
 

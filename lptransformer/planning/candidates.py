@@ -16,8 +16,9 @@ from lptransformer.methods.gradient_flow import borders_carry_gradients
 from lptransformer.methods.objectives import Objective
 from lptransformer.methods.stages import StagePlan, cut, trained_of, weights_of
 from lptransformer.planning.devices import Cluster
-from lptransformer.planning.rank_memory import Precision, RankMemory, StageTensors, stage_state
+from lptransformer.planning.rank_memory import RankMemory
 from lptransformer.planning.simulate import StageSeconds, steady
+from lptransformer.planning.stage_state import Precision, StageTensors, stage_state
 from lptransformer.planning.step_time import (
     Bound,
     Work,

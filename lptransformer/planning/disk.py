@@ -10,8 +10,8 @@ from lptransformer.methods.dtypes import DTYPES
 from lptransformer.methods.heads import HEADS
 from lptransformer.methods.stages import StagePlan, trained_of, weights_of
 from lptransformer.models.blueprint import Blueprint
-from lptransformer.planning.rank_memory import moments
 from lptransformer.planning.stage_memory import EmptyStages
+from lptransformer.planning.stage_state import moments
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from lptransformer.methods.heads import label
 from lptransformer.methods.stages import stage_rows, trained_of, weights_of
 from lptransformer.models.blueprint import Blueprint, make_blueprint
 from lptransformer.planning.disk import host_copies
-from lptransformer.planning.rank_memory import Precision, RankMemory, precision
+from lptransformer.planning.rank_memory import RankMemory
 from lptransformer.planning.stage_memory import EmptyStages
+from lptransformer.planning.stage_state import Precision, precision
 from lptransformer.processes import on_gpus
 
 MIB = 2**20

@@ -23,7 +23,7 @@ from lptransformer.methods.objectives import METHODS, Objective
 from lptransformer.planning import candidates
 from lptransformer.planning.candidates import Candidate, Prediction
 from lptransformer.planning.devices import HOST_MEMORY, Cluster, load_devices
-from lptransformer.planning.rank_memory import precision
+from lptransformer.planning.stage_state import precision
 from lptransformer.planning.step_time import Bound, Work
 
 if TYPE_CHECKING:

@@ -40,7 +40,8 @@ from lptransformer.models.stage import (
     make_stage,
 )
 from lptransformer.planning import rank_memory
-from lptransformer.planning.rank_memory import ActivationBytes, PassBytes, Precision, RankMemory, StageTensors
+from lptransformer.planning.rank_memory import ActivationBytes, PassBytes, RankMemory
+from lptransformer.planning.stage_state import Precision, StageTensors
 
 MOST_CHUNKS = 64  # of the loss that are counted one by one
 ENDS = 2  # blocks: the first and the last that a pass comes to are not like the others

@@ -17,8 +17,9 @@ from lptransformer.methods.heads import HeadOptions, blocks_like
 from lptransformer.methods.objectives import Objective
 from lptransformer.methods.stages import StagePlan, trained_of, weights_of
 from lptransformer.planning.devices import Cluster, Link
-from lptransformer.planning.rank_memory import ActivationBytes, Precision
+from lptransformer.planning.rank_memory import ActivationBytes
 from lptransformer.planning.simulate import LinkSeconds, StageSeconds
+from lptransformer.planning.stage_state import Precision
 
 if TYPE_CHECKING:
     from lptransformer.planning.stage_memory import EmptyStages

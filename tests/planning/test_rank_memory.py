@@ -25,8 +25,9 @@ from lptransformer.models.stage import make_stage
 from lptransformer.planning import rank_memory
 from lptransformer.planning.dry_run import dry_run, predicted
 from lptransformer.planning.plan import make
-from lptransformer.planning.rank_memory import PassBytes, Precision, StageState, StageTensors, precision, stage_state
+from lptransformer.planning.rank_memory import PassBytes
 from lptransformer.planning.stage_memory import EmptyStages
+from lptransformer.planning.stage_state import Precision, StageState, StageTensors, precision, stage_state
 
 BASE: dict[str, Any] = {
     "model": {"family": "llama", "hidden_size": 32, "num_layers": 4, "num_heads": 4},

@@ -15,7 +15,8 @@ from lptransformer.methods.stages import cut
 from lptransformer.planning.candidates import Candidate, Prediction, balanced_sizes, of_backprop, splits
 from lptransformer.planning.devices import Cluster, load_devices
 from lptransformer.planning.plan import make
-from lptransformer.planning.rank_memory import ActivationBytes, precision
+from lptransformer.planning.rank_memory import ActivationBytes
+from lptransformer.planning.stage_state import precision
 from lptransformer.planning.step_time import Work, bounds, exposed_seconds, message_bytes, stage_seconds
 
 H, BLOCKS, T, V = 64, 8, 32, 512

@@ -245,7 +245,7 @@ class LocalUpdateEngine(TrainingEngine):
         step = done.step_results.get(index)
         return self._stage_report(
             self.local[index].plan,
-            loss_sum=sum(loss.item() for loss in done.loss_sums[index]),
+            loss_sum=sum(done.losses(index)),
             grad_norm=float(step.grad_norm) if step else None,
             skipped=step.skipped if step else False,
             learning_rate=step.learning_rate if step else 0.0,
@@ -278,8 +278,7 @@ class LocalUpdateEngine(TrainingEngine):
     def _stop_when_skipping(self, reports: list[Report], done: Update) -> None:
         for index, stage in self.local.items():
             if stage.skipped_in_a_row >= self.options.max_skipped_updates:
-                losses = [loss.item() for loss in done.loss_sums[index]]
-                bad = [self.executor.index(i) for i, loss in enumerate(losses) if not math.isfinite(loss)]
+                bad = [self.executor.index(i) for i, loss in enumerate(done.losses(index)) if not math.isfinite(loss)]
                 what = f"the loss of micro-batches {bad} is not finite" if bad else "its gradient is not finite"
                 raise TrainingError(
                     f"stage {index} (blocks {stage.plan.first_block}-{stage.plan.last_block}) skipped "

@@ -43,12 +43,17 @@ class Pass:
 
 @dataclass
 class Update:
-    """The results of an update so far; the sums of its losses are on the host when it is made."""
+    """The results of an update so far; the sums of its losses, by stage and micro-batch, are on the host when it is
+    made."""
 
     number: int
     control: Control = Control.NOTHING
-    loss_sums: dict[int, list[Tensor]] = field(default_factory=dict)
+    loss_sums: dict[int, Tensor] = field(default_factory=dict)
     step_results: dict[int, StepResult] = field(default_factory=dict)
+
+    def losses(self, index: int) -> list[float]:
+        """The sum of a stage's losses for each micro-batch, in nats; none of a stage without a head."""
+        return self.loss_sums[index].tolist() if index in self.loss_sums else []
 
 
 @dataclass(frozen=True)
@@ -142,14 +147,14 @@ class Executor:
         """All actions of update `number` (counted from 0), in the order of the schedule. `following` is the work of the
         update after it, None where the run ends."""
         pattern, self._work, self._following = work.pattern, work, following
-        self._now = self._next or self._begin(number)
+        self._now = self._next or Update(number)
         assert self._now.number == number
         if self._expected < number:
             self._expect(number, work, "fill", "body")
         self._do(pattern.body if self._next else (*pattern.fill, *pattern.body))
         self._next = None
         if pattern.goes_on and not self._now.control and following is not None:
-            self._next = self._begin(number + 1)
+            self._next = Update(number + 1)
             self._do(pattern.goes_on)
         else:
             self._do(pattern.drains)
@@ -168,9 +173,6 @@ class Executor:
         for part in parts if work.below is not None else ():
             assert self.neighbours.below is not None
             self.neighbours.below.expect(getattr(work.below, part))
-
-    def _begin(self, number: int) -> Update:
-        return Update(number, loss_sums={index: [] for index in self.local})
 
     def _do(self, actions: Sequence[Action]) -> None:
         profiled = torch.autograd._profiler_enabled()
@@ -226,8 +228,11 @@ class Executor:
             inputs = self._hidden.pop((plan.index - 1, micro_batch)).requires_grad_(bool(duty.below))
         self._show_weights(stage, update)
         output = stage.forward(inputs, self._loss_batch(plan.index, batch, self._number(micro_batch)), duty.split)
-        if output.nll_sum is not None:
-            update.loss_sums[plan.index].append(output.nll_sum)
+        if (loss := output.nll_sum) is not None:
+            if plan.index not in update.loss_sums:
+                # A scalar of every micro-batch would lie between what the others leave free in a CPU's heap.
+                update.loss_sums[plan.index] = loss.new_full([self.rounds], math.nan)
+            update.loss_sums[plan.index][micro_batch % self.rounds] = loss.detach()
         if plan.trained or duty.pulls:
             self._passes[plan.index, micro_batch] = Pass(inputs, output)
         if not plan.is_last:
@@ -302,11 +307,10 @@ class Executor:
         now = self._now
         if not norms and self._norms is None and self._work.pattern.updates:
             return []
-        losses = [loss for stage in now.loss_sums.values() for loss in stage]
         found = {index: r.grad_norm for index, r in now.step_results.items() if isinstance(r.grad_norm, Tensor)}
-        here = to_host([*norms, *losses, *found.values()])
+        here = to_host([*norms, *now.loss_sums.values(), *found.values()])
         own, rest = here[: len(norms)], iter(here[len(norms) :])
-        now.loss_sums = {index: [next(rest) for _ in stage] for index, stage in now.loss_sums.items()}
+        now.loss_sums = {index: next(rest) for index in now.loss_sums}
         for index in found:
             now.step_results[index] = replace(now.step_results[index], grad_norm=next(rest).item())
         return own

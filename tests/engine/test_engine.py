@@ -4,6 +4,7 @@ pipeline ranks do not wait for each other, checkpoints continue exactly, updates
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import re
 from pathlib import Path
@@ -31,6 +32,7 @@ from parity import compare, expected, gather, learning_rates, runs_of, whole_mod
 from tiers import slow
 from torch import Tensor
 
+from lptransformer.engine.deepspeed_stage import TrainedStage
 from lptransformer.engine.p2p import Control
 
 FOUR_STAGES = ("objective.chunks=4", "parallel.pipeline=2")  # two on each pipeline rank
@@ -436,21 +438,31 @@ def test_a_neighbour_that_dies_is_noticed(pool: Pool, tmp_path: Path, lost: int)
     assert (tmp_path / f"rank-{1 - lost}.txt").read_text().startswith("the channel of hidden states 0-1 broke")
 
 
-def tensors_alive(overrides: tuple[str, ...]) -> list[int]:
-    """How many there are after every micro-batch of an evaluation."""
+def tensors_alive(overrides: tuple[str, ...], training: bool) -> list[int]:
+    """How many there are after every micro-batch of an evaluation, or before every one of the second update."""
     counts: list[int] = []
 
-    def count(done: int) -> None:
+    def count(*_: Any) -> None:
         gc.collect()
         counts.append(sum(isinstance(one, Tensor) for one in gc.get_objects()))
 
     with open_engine(overrides) as engine:
-        engine.eval_batch("valid", count)
+        if training:
+            engine.train_batch()
+            (lowest, *_) = engine.local.values()
+            assert isinstance(lowest, TrainedStage)
+            lowest.engine.module.register_forward_pre_hook(count)
+            engine.train_batch()
+        else:
+            engine.eval_batch("valid", count)
     return counts
 
 
-def test_an_evaluation_keeps_nothing_of_its_micro_batches(pool: Pool) -> None:
-    """Not a scalar: between large tensors that are freed it would make their memory useless, and one of a long text
-    took gigabytes."""
-    (counts,) = pool.run(1, tensors_alive, ("objective.chunks=4",))
+def test_no_result_is_kept_of_a_micro_batch(pool: Pool) -> None:
+    """Not a scalar, of an update its ids and labels alone: between large tensors that are freed it would make their
+    memory useless, and an evaluation of a long text took gigabytes."""
+    (counts,) = pool.run(1, tensors_alive, ("objective.chunks=4",), False)
     assert len(counts) == len(VALID_LABEL_TOKENS) and len(set(counts)) == 1, counts
+    (counts,) = pool.run(1, tensors_alive, ("objective.chunks=4", "train.micro_batches_per_update=6"), True)
+    more = [after - before for before, after in itertools.pairwise(counts[1:])]  # without what is of all: the losses
+    assert len(counts) == 6 and set(more) == {2}, counts

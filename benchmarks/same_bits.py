@@ -104,7 +104,7 @@ def all_cases() -> list[Case]:
     for name, options in objectives.items():
         made += [case(f"objective.name={name}", *options, ranks=ranks, zero=0) for ranks in (1, 2)]
     at_zero_2 = {"backprop": (2, 1), "chunked": (1, 2), "greedy": (1, 1), "overlapping": (2, 1), "last": (1, 1)}
-    at_zero_2["deep_supervision"] = (1, 1)  # delayed gradients are for ZeRO 0 alone
+    at_zero_2["deep_supervision"] = (1, 1)  # delayed gradients have been at ZeRO 0 alone before
     for name, (ranks, replicas) in at_zero_2.items():
         made.append(case(f"objective.name={name}", *objectives[name], ranks=ranks, replicas=replicas, zero=2))
     shared, averaged = "head.kind=shared", ("head.blocks=1", "head.ema_decay=0.9")

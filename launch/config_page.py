@@ -12,7 +12,8 @@ from lptransformer.methods.codecs import CODECS
 START = """# Keys of a configuration\n
 `python launch/config_page.py > docs/config.md` writes this page from `config/schema.py`; a test compares the two. Every
 key can be typed as `--section.key=VALUE`; VALUE is YAML, `null` is "as if not given". `python -m lptransformer config
-CONFIG` prints a run's values. A key without "only with" goes with all [methods and heads](methods.md)."""
+CONFIG` prints a run's values. `engine` has no section: `--engine=VALUE`. `head.*` and `border.codec` need heads beside
+the model's own ([methods and heads](methods.md)); what else does not go together is said where it is typed."""
 NAMED = {f"{section}.{key}": rows for section, (key, rows) in ROWS.items()} | {"border.codec": CODECS}
 
 

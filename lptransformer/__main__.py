@@ -101,7 +101,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--bos", choices=("auto", "always", "never"), default="auto", help=text)
     text = "the exit after block K alone, counted from 0; of a model folder its norm and readout there (logit lens)"
     sub.add_argument("--exit", type=int, metavar="K", help=text)
-    text = "run or model folder: its last exit on the same text, and the difference in bits per byte with an interval"
+    text = (
+        "run, folder or OWNER/NAME: its last exit on the same text, the difference in bits per byte, with an interval"
+    )
     sub.add_argument("--compare", metavar="BASE", help=text)
     sub.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and activations")
     add_by_stage(sub)
@@ -109,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
 
     text = "Text from an exit of a run or of a Hugging Face model folder, as it comes; an earlier exit can draft."
     sub = command("generate", generate, text)
-    sub.add_argument("run_folder", metavar="MODEL", help="run folder, or folder of a Hugging Face causal LM")
+    sub.add_argument("run_folder", metavar="MODEL", help="run folder, or Hugging Face causal LM: folder or OWNER/NAME")
     sub.add_argument("--prompt", metavar="TEXT", help="text to go on from (-: standard input)")
     text = "reply by the tokenizer's chat template: to --prompt, else to every line of standard input in turn"
     sub.add_argument("--chat", action="store_true", help=text)

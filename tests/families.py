@@ -175,8 +175,9 @@ loss and gradients of one backprop update are the library's to 1e-6 of the large
 before it; the final norm takes what the last block gives. None of them misses that. **Apart**: position ids that begin
 again keep the documents of a window apart, so that a document's logits do not depend on those before it.
 
-Every start from a folder, and every evaluation of one, tries the same on a small model of the folder's own
-configuration (`models/family_check`), so a family that is not here is tried too, and refused where it fails.
+Every start from a folder, and every evaluation of one, tries a part of this on a small model of the folder's own
+configuration (`models/family_check`: two pieces, tied as the folder is, to 1e-5), so a family that is not here is tried
+too, and refused where it fails.
 
 Mixtures of experts train the library's router loss where `output_router_logits` is true in `config.json`, each stage
 over its own layers: where the model is one stage that is the library's loss.

@@ -1,8 +1,8 @@
 """The interface of a training engine: what it takes and gives, whichever engine it is, and what all engines share.
 
 `train_batch() -> UpdateResult`, `eval_batch(name) -> reports`, `save_checkpoint(run)`, `load_checkpoint(run)`,
-`request(control)` and `close()` are all that training calls; it reads `world`, `update`, `stages`, `valid` and
-`blueprint`, and sets `describe_run` and `may_commit`.
+`request(control)`, `label_tokens` and `close()` are all that training calls; it reads `world`, `update`, `stages`,
+`valid`, `blueprint` and `is_stopping`, and sets `describe_run`, `generation` and `may_commit`.
 """
 
 from __future__ import annotations

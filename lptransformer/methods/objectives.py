@@ -82,7 +82,7 @@ class HybridOptions(ObjectiveOptions):
 
 class RunsOptions(ObjectiveOptions):
     chunks: Chunks = Field(
-        default=2, description="runs of blocks with a head behind each: how many, or the length of each"
+        default=2, description="runs of blocks, mostly with a head behind each: how many, or the length of each"
     )
 
 

@@ -1,6 +1,6 @@
 """The run folder: what a run was, beside what it made. Nothing here needs torch.
 
-config.yaml       every resolved value         metrics.jsonl, metrics.csv   one row per update and evaluation
+config.yaml       every resolved value         metrics.jsonl, metrics.csv   a row per update (.jsonl: per evaluation)
 *.broken          what a resume set aside of environment.json, metrics.jsonl
 environment.json  versions, commit, command    loss.png                     the losses as a picture
 tokenizer/        the run's own tokenizer      checkpoints/                 see run_folder/checkpoint.py

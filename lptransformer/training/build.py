@@ -224,7 +224,7 @@ def with_cpu_optimizer(config: Config, world: World) -> Config:
         return config
 
     def decide() -> str:
-        missing = missing_build_tools()
+        missing = missing_build_tools([f"deepspeed.{deepspeed_keys.FORCED}"])
         own = config.deepspeed.get(deepspeed_keys.FORCED, not missing)
         name = "DeepSpeedCPUAdam (the first time it is built, for a minute or two)" if own else "torch's fused AdamW"
         why = f"; for DeepSpeedCPUAdam {' and '.join(missing)} not found" if missing and not own else ""

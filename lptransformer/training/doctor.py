@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lptransformer.config import deepspeed_keys
 from lptransformer.config.schema import Config
 from lptransformer.console import print_table
 from lptransformer.errors import UserError
@@ -29,7 +28,7 @@ from lptransformer.planning.dry_run import unprepared
 from lptransformer.store import INTERFACE_HELP, is_loopback
 from lptransformer.training import memory
 from lptransformer.training.hosts import SSH, handed_on, in_quotes, placement, read_hostfile
-from lptransformer.training.this_host import ANSWER, HostFacts, Question
+from lptransformer.training.this_host import ANSWER, ELSEWHERE, HostFacts, Question, built_for, options
 
 ANSWER_SECONDS = 90.0  # a first import of torch from a shared disk takes its time
 LEAVE_SECONDS = 10.0
@@ -72,7 +71,7 @@ def examine(config: Config | None, hostfile: str | None) -> list[Row]:
     rows += [row for name, one in asked.items() for row in answered(name, one)]
     known = {name: one.facts for name, one in asked.items() if one.facts is not None}
     rows += [row for check in (versions, devices, nccl, shared_memory) for row in check(known)]
-    rows += [] if config is None else build_tools(known, deepspeed_keys.compiled(config.deepspeed))
+    rows += [] if config is None else [*lacking_for(config, known), *build_tools(known, built_for(config))]
     rows += disks(known, 0 if config is None else on_disk(config))
     rows += memories(config, known) if len(known) == len(hosts) else []
     if len(hosts) == 1:
@@ -161,7 +160,8 @@ def question(config: Config | None, hosts: Mapping[str, int], name: str) -> Ques
         channel="gloo" if parallel is None else parallel.channel,
         replicas=1 if parallel is None else parallel.data,
         engine="local" if config is None else config.engine,
-        compiled=[] if config is None else deepspeed_keys.compiled(config.deepspeed),
+        options={} if config is None else options(config),
+        built_for=[] if config is None else built_for(config),
         mark=run if name == next(iter(hosts)) else None,
     )
 
@@ -269,10 +269,17 @@ def nccl(known: Mapping[str, HostFacts]) -> Iterator[Row]:
             yield Row("NCCL", name, str(facts.nccl))
 
 
+def lacking_for(config: Config, known: Mapping[str, HostFacts]) -> Iterator[Row]:
+    """What values of options need, where a host lacks it."""
+    for name, facts in known.items():
+        for key, why in facts.lacking.items():
+            yield Row("option", name, f"for {config.at(key)}: {why}", ELSEWHERE[key])
+
+
 def build_tools(known: Mapping[str, HostFacts], keys: Sequence[str]) -> Iterator[Row]:
-    """Where an option of DeepSpeed needs them."""
+    """Where an option needs them."""
     for name, facts in known.items() if keys else ():
-        what = f"for deepspeed.{', '.join(keys)}"
+        what = f"for {', '.join(keys)}"
         if facts.build_problem:
             yield Row("compiler", name, f"not found, {what}: {facts.build_problem}", "install it, or leave that out")
         else:

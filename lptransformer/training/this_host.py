@@ -37,13 +37,19 @@ from lptransformer.store import HOSTS_VARIABLE, address_between_hosts, addresses
 
 ANSWER = "lptransformer-host: "  # before an answer: libraries may print too
 SHARED_MEMORY = Path("/dev/shm")
+# Keys with values that need a package or a device that not every host has, and what to give instead.
+ELSEWHERE = {
+    "model.attention": "auto, eager and sdpa work everywhere",
+    "loss.fused": "auto and chunked work everywhere",
+    "optimizer.name": "adamw works everywhere",
+}
 
 
 @dataclass(frozen=True)
 class Question:
     """`hosts` of the run, the first one first, and what it asks of one of them: `processes` there, free `folders`, the
-    options of devices (`channel`, `replicas`, `engine`), and keys for which DeepSpeed builds operators (`compiled`).
-    `mark` is the folder in which this host leaves a file that the others look for."""
+    options of devices (`channel`, `replicas`, `engine`), `options` of ELSEWHERE, and keys for which something is
+    compiled (`built_for`). `mark` is the folder in which this host leaves a file that the others look for."""
 
     hosts: list[str]
     processes: int
@@ -51,7 +57,8 @@ class Question:
     channel: str
     replicas: int
     engine: str
-    compiled: list[str]
+    options: dict[str, str]
+    built_for: list[str]
     mark: str | None = None
 
 
@@ -68,6 +75,7 @@ class HostFacts:
     cuda: str | None
     nccl: str | None
     devices_problem: str
+    lacking: dict[str, str]
     build_problem: str
     memory: list[tuple[str, int]]
     shared_memory: int
@@ -79,31 +87,45 @@ class HostFacts:
     mark: str = ""
 
 
+def options(config: Config) -> dict[str, str]:
+    """The values of the keys in ELSEWHERE."""
+    return {key: str(config.value(key)) for key in ELSEWHERE}
+
+
+def built_for(config: Config) -> list[str]:
+    """The keys for which something is compiled on a host."""
+    of_deepspeed = [f"deepspeed.{key}" for key in deepspeed_keys.compiled(config.deepspeed)]
+    return [*(["train.compile"] if config.train.compile else []), *of_deepspeed]
+
+
+def lacking(key: str, value: str) -> str:
+    """What this host lacks for a value of a key in ELSEWHERE, and how to come by it; empty for nothing."""
+    if key == "model.attention" and value != "auto":
+        from lptransformer.models.hf_config import missing_for_attention  # imports transformers
+
+        return missing_for_attention(value)
+    if key == "loss.fused":
+        return cross_entropy.missing(value)
+    return missing_for_8_bits() if value == "adamw_8bit" else ""
+
+
 def check_host(config: Config, processes: int | None = None) -> None:
     """Raises ConfigError where this host cannot run the configuration with so many processes (None: as many as the
     launcher says)."""
     check_devices(config.parallel.channel, config.parallel.data, config.engine, processes or local_processes())
-    if config.model.attention != "auto":
-        from lptransformer.models.hf_config import missing_for_attention  # imports transformers
-
-        if lacking := missing_for_attention(config.model.attention):
-            raise ConfigError(f"{config.at('model.attention')}: {lacking} here; auto, eager and sdpa work everywhere")
-    if lacking := cross_entropy.missing(config.loss.fused):
-        raise ConfigError(f"{config.at('loss.fused')}: {lacking} here; auto and chunked work everywhere")
-    if config.optimizer.name == "adamw_8bit" and (lacking := missing_for_8_bits()):
-        raise ConfigError(f"{config.at('optimizer.name')}: {lacking}; adamw works everywhere")
-    if config.train.compile and (absent := missing_build_tools(with_ninja=False)):
-        raise ConfigError(
-            f"{config.at('train.compile')}: torch.compile builds kernels, and {' and '.join(absent)} not found here: "
-            "install that, or give false"
-        )
-    keys = deepspeed_keys.compiled(config.deepspeed)
-    if keys and (missing := missing_build_tools()):
-        raise ConfigError(
-            f"{config.at(f'deepspeed.{keys[0]}')}: DeepSpeed builds an operator for it, and {' and '.join(missing)} "
-            f"not found here: install that, or {'give false' if keys == [deepspeed_keys.FORCED] else 'remove the key'}",
-            change={"train": "doctor"},
-        )
+    for key, value in options(config).items():
+        if why := lacking(key, value):
+            raise ConfigError(f"{config.at(key)}: on this host {why}; {ELSEWHERE[key]}")
+    keys = built_for(config)
+    if not keys or not (missing := missing_build_tools(keys)):
+        return
+    compiles, forced = keys[0] == "train.compile", keys == [f"deepspeed.{deepspeed_keys.FORCED}"]
+    raise ConfigError(
+        f"{config.at(keys[0])}: {'torch.compile builds kernels' if compiles else 'DeepSpeed builds an operator for it'}"
+        f", and {' and '.join(missing)} not found here: install that, or "
+        f"{'give false' if compiles or forced else 'remove the key'}",
+        change={"train": "doctor"},
+    )
 
 
 def check_devices(channel: str, replicas: int, engine: str, local: int) -> None:
@@ -131,20 +153,21 @@ def check_devices(channel: str, replicas: int, engine: str, local: int) -> None:
 def missing_for_8_bits() -> str:
     """What this host lacks for moments in 8 bits, and what to do; empty for nothing."""
     if not torch.cuda.is_available():
-        return "there is no GPU here, and its kernels run on one"
+        return "there is no GPU, and its kernels run on one"
     try:
         importlib.import_module("bitsandbytes")
     except Exception as error:  # it looks for libraries of CUDA
         why = f"{type(error).__name__} {error}".splitlines()[0]
-        return f'bitsandbytes does not import here ({why}): pip install "lptransformer[8bit]"'
+        return f'bitsandbytes does not import ({why}): pip install "lptransformer[8bit]"'
     return ""
 
 
-def missing_build_tools(with_ninja: bool = True) -> list[str]:
-    """What DeepSpeed needs to build its operators and does not find here; torch.compile needs no ninja."""
+def missing_build_tools(keys: Sequence[str]) -> list[str]:
+    """What is not found here of that which builds for these keys: DeepSpeed's operators, or kernels of torch.compile,
+    which needs no ninja."""
     compilers = [name for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name]
     missing = [] if any(map(shutil.which, compilers)) else ["a C++ compiler (g++, c++ or clang++)"]
-    if with_ninja and not shutil.which("ninja"):
+    if keys != ["train.compile"] and not shutil.which("ninja"):
         missing.append("ninja (with `source .venv/bin/activate` it is on the PATH)")
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         missing.append(f"Python.h ({sysconfig.get_path('include')}; python3-dev of the system)")
@@ -180,7 +203,8 @@ def facts(asked: Question) -> HostFacts:
         cuda=torch.version.cuda,
         nccl=".".join(map(str, torch.cuda.nccl.version())) if gpus and dist.is_nccl_available() else None,
         devices_problem=problem,
-        build_problem=" and ".join(missing_build_tools()) if asked.compiled else "",
+        lacking={key: why for key, value in asked.options.items() if (why := lacking(key, value))},
+        build_problem=" and ".join(missing_build_tools(asked.built_for)) if asked.built_for else "",
         memory=[own_memory(number) for number in range(asked.processes)],
         shared_memory=shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0,
         disks={folder: shutil.disk_usage(existing(folder)).free for folder in asked.folders},

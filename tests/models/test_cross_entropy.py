@@ -264,12 +264,12 @@ def test_what_a_kernel_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(OptionError, match=f"loss.fused is {name}: .* give auto"):
             check_kernel(name, rule)
     config = {"data": {"train": "unused.txt"}}
-    with pytest.raises(ConfigError, match="loss.fused = 'liger' .*: there is no GPU here; auto and chunked"):
+    with pytest.raises(ConfigError, match="loss.fused = 'liger' .*: on this host there is no GPU; auto and chunked"):
         check_host(load(config, ["loss.fused=liger"]), 1)
     with monkeypatch.context() as with_gpu:
         with_gpu.setattr(torch.cuda, "is_available", lambda: True)
         assert "its package does not import (ModuleNotFoundError No module named" in missing("liger")
     check_host(load(config, ["loss.fused=torch"]), 1)
     monkeypatch.delattr(F, "linear_cross_entropy")
-    with pytest.raises(ConfigError, match="loss.fused = 'torch' .*: torch .* has no linear_cross_entropy"):
+    with pytest.raises(ConfigError, match="loss.fused = 'torch' .*: on this host torch .* has no linear_cross_entropy"):
         check_host(load(config, ["loss.fused=torch"]), 1)

@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[2]
 GIB = 2**30
 ZERO = "--deepspeed.zero_optimization"
 OFFLOADED = [f"{ZERO}.stage=2", f"{ZERO}.offload_optimizer={{device: cpu}}"]
-OFFLOADED += ["--deepspeed.zero_force_ds_cpu_optimizer=true"]
+FORCED = "deepspeed.zero_force_ds_cpu_optimizer"
+OFFLOADED += [f"--{FORCED}=true"]
 FACTS = HostFacts(
     host="nodea",
     versions={"python": "3.11.7", "lptransformer": "0.2.0", "torch": "2.13.0", "deepspeed": "0.19.8"}
@@ -36,6 +37,7 @@ FACTS = HostFacts(
     cuda="12.8",
     nccl="2.27.5",
     devices_problem="",
+    lacking={},
     build_problem="",
     memory=[("GPU 0 of nodea", 80 * GIB), ("GPU 1 of nodea", 80 * GIB)],
     shared_memory=8 * GIB,
@@ -78,13 +80,34 @@ def test_nothing_is_in_the_way(folder: Path, capsys: pytest.CaptureFixture[str])
     assert sorted(path.name for path in folder.iterdir()) == ["c.yaml", "text.txt"]
 
 
+def test_what_train_refuses_on_this_host_is_red(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["--model.attention=flex_attention", "--loss.fused=liger", "--optimizer.name=adamw_8bit"]
+    code, rows = examined(capsys, "c.yaml", "--model.family=llama", *overrides)
+    assert (code, len(rows)) == (1, 3)
+    for row, override, instead in zip(rows, overrides, ("sdpa", "chunked", "adamw"), strict=True):
+        key, _, value = override.removeprefix("--").partition("=")
+        for part in ("option", f"{key} = '{value}'", "no GPU", f"{instead} work"):
+            assert part in row
+
+
+COMPILERS, COMPILED = ("g++", "c++", "clang++"), ["--train.compile=true"]
+
+
 @pytest.mark.parametrize(
-    ("missing", "says"), [(("g++", "c++", "clang++"), "a C++ compiler (g++, c++ or clang++)"), (("ninja",), "ninja")]
+    ("overrides", "key", "missing", "says"),
+    [
+        (OFFLOADED, FORCED, COMPILERS, "a C++ compiler (g++, c++ or clang++)"),
+        (OFFLOADED, FORCED, ("ninja",), "ninja"),
+        (COMPILED, "train.compile", COMPILERS, "a C++ compiler (g++, c++ or clang++)"),
+        (COMPILED, "train.compile", ("ninja",), ""),
+    ],
 )
 def test_no_compiler_where_an_option_needs_one(
     folder: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    key: str,
     missing: tuple[str, ...],
     says: str,
 ) -> None:
@@ -94,9 +117,9 @@ def test_no_compiler_where_an_option_needs_one(
         if name not in missing:
             (programs / name).symlink_to("/bin/true")
     monkeypatch.setenv("PATH", str(programs))
-    code, rows = examined(capsys, "c.yaml", *OFFLOADED)
-    assert code == 1 and len(rows) == 1 and "compiler" in rows[0] and says in rows[0]
-    assert "deepspeed.zero_force_ds_cpu_optimizer" in rows[0]
+    code, rows = examined(capsys, "c.yaml", *overrides)
+    assert code == len(rows) == bool(says)
+    assert all("compiler" in row and says in row and f"for {key}" in row for row in rows)
 
 
 @pytest.mark.slow

@@ -466,6 +466,9 @@ def _deepspeed(config: Config) -> Iterator[str | ConfigError]:
         offload = "deepspeed.zero_optimization.offload_optimizer"
         why = f"{at(forced)} has no meaning with {at(offload)}, which offloads nothing: remove it"
         yield NoMeaningError(why, [forced], [offload])
+    overlap = "deepspeed.zero_optimization.overlap_comm"
+    if config.value(overlap) is True and zero_stage(config) < 2:
+        yield f"{at(overlap)} at ZeRO {zero_stage(config)}: only at ZeRO 2 (3 does it by default); remove it"
     if deepspeed_keys.offloads(config.deepspeed, "offload_param") and zero_stage(config) < 3:
         yield f"{at('deepspeed.zero_optimization.offload_param')}: only at ZeRO 3, whose weights are partitioned"
     key = "deepspeed.data_types.grad_accum_dtype"

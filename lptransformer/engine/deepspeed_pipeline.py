@@ -28,6 +28,7 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from lptransformer import files
 from lptransformer.data.token_set import Batch
 from lptransformer.engine.deepspeed_stage import read_safely
 from lptransformer.engine.interface import (
@@ -161,7 +162,8 @@ class PipelineBaseline(TrainingEngine):
             count = min(EVALUATED_AT_ONCE, micro_batches - first)
             with _translate_gloo_errors():
                 asked = self._stop_requested or self.world.store.check([STOP_KEY])
-                if any(self._on_any_process([asked])):
+                self.cut_short = any(self._on_any_process([asked]))
+                if self.cut_short:
                     return self._gather([])
                 self.engine.eval_batch(batches, bcast_loss=False, num_micro_batches=count)
             advance(count)
@@ -176,6 +178,7 @@ class PipelineBaseline(TrainingEngine):
         with _translate_gloo_errors():
             if self.world.global_rank == 0:
                 shutil.rmtree(own, ignore_errors=True)
+                files.make_folders(own.parent)
             dist.barrier()
             self.engine.save_checkpoint(str(own), tag="state", save_latest=False)
             dist.barrier()
@@ -234,7 +237,8 @@ class PipelineBaseline(TrainingEngine):
         DeepSpeed averages over the micro-batches and over the replicas: the mean has to be the one over tokens.
         """
         assert self.stage.head is not None
-        scale = self.blueprint.micro_batches / self.label_tokens(self.update, 1.0)
+        trains = torch.is_grad_enabled()  # in an evaluation the next update's rows may be none, or not there yet
+        scale = self.blueprint.micro_batches / self.label_tokens(self.update, 1.0) if trains else 1.0
         term = self.stage.head(hidden_states, LossBatch(labels, scale))[CROSS_ENTROPY]
         self._loss_sum += term.total.detach()
         return term.loss

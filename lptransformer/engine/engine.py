@@ -121,11 +121,7 @@ class LocalUpdateEngine(TrainingEngine):
         Where gradients are delayed, `request` must have asked for it before the update that it follows. Raises
         TrainingError where it has not.
         """
-        if not self.executor.between_updates:
-            raise TrainingError(
-                "the next update has begun, because gradients are delayed: ask for an evaluation with "
-                "engine.request(Control.EVALUATE) before the update that it is to follow"
-            )
+        self._check_between_updates("for an evaluation")
         # Summed as they come: scalars that are kept would lie between large tensors that are freed, whose memory then
         # serves nothing as large again.
         found = {index: torch.zeros((), dtype=torch.float64, device=self.world.device) for index in self.local}
@@ -157,13 +153,21 @@ class LocalUpdateEngine(TrainingEngine):
                 break
         for stage in self.local.values():
             stage.train(True)
-        if control & Control.STOP:
+        self.cut_short = bool(control & Control.STOP)
+        if self.cut_short:
             return self._gather([])
         sums = dict(zip(found, (nll_sum.item() for nll_sum in to_host([*found.values()])), strict=True))
         plans = {index: stage.plan for index, stage in self.local.items()}
         return self._gather(
             [self._evaluation_report(name, plans[index], nll_sum, label_tokens) for index, nll_sum in sums.items()],
         )
+
+    def _check_between_updates(self, what: str) -> None:
+        if not self.executor.between_updates:
+            raise TrainingError(
+                f"the next update has begun, because gradients are delayed: {what} ask with "
+                "engine.request(Control.EVALUATE) before the update that it is to follow"
+            )
 
     def _begin_save(self, run: Path) -> Save:
         """No stage waits for another."""
@@ -193,7 +197,7 @@ class LocalUpdateEngine(TrainingEngine):
         return [stage.weights() for stage in self.local.values()]
 
     def _load(self, run: Path, update: int) -> None:
-        assert self.executor.between_updates, "delayed gradients are in flight: load a checkpoint between updates only"
+        self._check_between_updates("to load a checkpoint")
         self.weight_copies.close(self.update)
         self._frozen.clear()
         step = SavedStep(run, update)

@@ -2,7 +2,7 @@
 
 `train_batch() -> UpdateResult`, `eval_batch(name) -> reports`, `save_checkpoint(run)`, `load_checkpoint(run)`,
 `request(control)`, `label_tokens` and `close()` are all that training calls; it reads `world`, `update`, `stages`,
-`valid`, `blueprint` and `is_stopping`, and sets `describe_run`, `generation` and `may_commit`.
+`valid`, `blueprint`, `is_stopping` and `cut_short`, and sets `describe_run`, `generation` and `may_commit`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lptransformer import files
 from lptransformer.data.token_set import Batch, whole_rounds
 from lptransformer.engine.p2p import Control
 from lptransformer.engine.process_groups import World, leave, translate_lost_processes
@@ -156,6 +155,7 @@ class TrainingEngine(ABC):
         self._commits = Commits(world.size)
         self._settled = 0
         self._newest_save: tuple[Path, int] | None = None
+        self.cut_short = False  # the last evaluation, by a stop
         self._unseen: list[Report] = []  # for the next call that gives reports
         self.may_commit: Callable[[], None] = lambda: None  # raises TakenOverError where others write the run by now
         self._label_tokens: dict[tuple[int, float, int | None], int] = {}
@@ -190,7 +190,8 @@ class TrainingEngine(ABC):
         """Sums of the losses of every local head over all windows of the validation set `name`.
 
         Every process calls this at the same update; replica i takes each i-th micro-batch. `advance` hears of
-        micro-batches that are done. A stop that was requested ends it within few of them: then nothing is reported.
+        micro-batches that are done. A stop that was requested ends it within few of them, `cut_short` in every process:
+        then nothing is reported.
         """
 
     def save_checkpoint(self, run: str | Path) -> None:
@@ -207,7 +208,6 @@ class TrainingEngine(ABC):
         self._newest_save = Path(run), self.update
         if self.world.global_rank == 0 and self.describe_run is not None and not layout.holds_run(Path(run)):
             self.describe_run(Path(run), False)
-        files.make_folders(Path(run) / "checkpoints")
         started = time.perf_counter()
         if self._saving is not None:
             self._saving.wait()  # one at a time
@@ -238,15 +238,22 @@ class TrainingEngine(ABC):
     def settle(self) -> list[Report]:
         """Wait until every process has written what it had begun to save, and it counts; every process calls this.
 
-        Returns reports as `train_batch` does.
+        What could not be saved can be saved again, also after the same update. Returns reports as `train_batch` does.
         """
         if self._saving is not None:
             self._saving.wait()
         self._unseen = self._gather([])
         self._settled += 1
+        store, key = self.world.store, f"not saved {self._settled}"
         with translate_lost_processes():
             self.world.wait_for_all(f"settled {self._settled}")
-        return self._gather([])
+            try:
+                return self._gather([])
+            finally:
+                if self.world.global_rank == 0:
+                    store.set(key, json.dumps(self._commits.take_failed()))
+                if self._newest_save in [(Path(run), update) for run, update in json.loads(store.get(key))]:
+                    self._newest_save = None
 
     def request(self, control: Control, urgent: bool = False) -> None:
         """Ask for something to follow the update under way. Pipeline rank 0 decides for all, elsewhere this is ignored.
@@ -404,8 +411,13 @@ class TrainingEngine(ABC):
         return saved_stage.describe(plan, len(self.stages), self.update, position, self.blueprint.dtype, head)
 
     def _check_position(self, saved: SavedStage, update: int) -> None:
-        """The place in the data of a stage's checkpoint must be that of its update."""
-        assert self.stream.index(saved.state["position"]) == update * self.blueprint.micro_batches
+        """Raises DataError unless the place in the data of a stage's checkpoint is that of its update."""
+        taken, of_update = self.stream.index(saved.state["position"]), self.blueprint.micro_batches
+        if taken != update * of_update:
+            raise DataError(
+                f"the checkpoint after {update} updates has taken {taken} micro-batches, but train."
+                f"micro_batches_per_update = {of_update} makes that {update * of_update}: give the number of its run"
+            )
 
     def _own_batches(self, name: str) -> Iterator[tuple[int, Batch]]:
         """The micro-batches of a validation set that this replica takes, with their numbers."""

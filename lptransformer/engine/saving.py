@@ -30,7 +30,7 @@ class HostCopies:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._side = device, SideStream(device)
-        self._kept: dict[tuple[int, str], Tensor] = {}
+        self._kept: dict[tuple[int, str, int], Tensor] = {}
 
     def of(self, stage: int, content: StageContent, keep: bool) -> StageContent:
         """The same content, copied, unless it never changes. With `keep` what the copy before it had is overwritten."""
@@ -38,14 +38,16 @@ class HostCopies:
         def copied(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if not keep:
                 return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-            return {name: self._copy((stage, f"{kind}/{name}"), tensor) for name, tensor in tensors.items()}
+            # By their places: the names of copies on their way are those of versions, and others in every save.
+            numbered = enumerate(tensors.items())
+            return {name: self._copy((stage, kind, place), tensor) for place, (name, tensor) in numbered}
 
         with self._side:
             flat = copied("piece", content.pieces.flat)
             weights, copies = copied("weight", content.weights), copied("copy", content.copies)
         return replace(content, pieces=replace(content.pieces, flat=flat), weights=weights, copies=copies)
 
-    def _copy(self, key: tuple[int, str], tensor: Tensor) -> Tensor:
+    def _copy(self, key: tuple[int, str, int], tensor: Tensor) -> Tensor:
         buffer = self._kept.get(key)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             self._kept[key] = buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
@@ -79,6 +81,7 @@ class Save:
     def write(self, replica: int, contents: Iterable[tuple[int, StageContent]]) -> None:
         """Write what this replica has of its stages, by their number."""
         try:
+            files.make_folders(self.run / "checkpoints")
             for stage, content in contents:
                 self.may_commit()
                 free = shutil.disk_usage(self.run).free
@@ -126,6 +129,7 @@ class Commits:
         self.processes = processes
         self.begun: set[tuple[str, int]] = set()  # by run and update, and not finished
         self._reported: dict[tuple[str, int], list[SavedReport]] = {}
+        self._failed: list[tuple[str, int]] = []
 
     def take(self, report: SavedReport) -> None:
         self._reported.setdefault((report.run, report.update), []).append(report)
@@ -153,8 +157,14 @@ class Commits:
                     wrong = str(error)
             if wrong is not None:
                 shutil.rmtree(checkpoint.unfinished_folder(run, update, generation), ignore_errors=True)
+                self._failed.append((run, update))
                 failed.append(f"the checkpoint after {update} updates was not saved: {wrong}")
         return failed
+
+    def take_failed(self) -> list[tuple[str, int]]:
+        """By run and update what could not be saved since the last call."""
+        taken, self._failed = self._failed, []
+        return taken
 
 
 def say(problem: str) -> None:

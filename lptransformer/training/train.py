@@ -26,9 +26,6 @@ from lptransformer.engine.process_groups import World, translate_lost_processes
 from lptransformer.errors import LostProcessError, RunError, TakenOverError, TrainingError
 from lptransformer.processes import command_of_run, forget_launchers, launched_rank, on_stop_signals
 from lptransformer.run_folder import checkpoint, history, layout, lock
-from lptransformer.run_folder.metrics import (
-    EvaluationReport,
-)
 from lptransformer.run_folder.profile import Profiler
 from lptransformer.run_folder.trackers import check_installed
 from lptransformer.store import several_hosts
@@ -178,14 +175,11 @@ def rate_from_here(before: Config, now: Config, update: int) -> list[str]:
 
 def evaluate(engine: TrainingEngine, reporter: Reporter, names: Iterable[str]) -> bool:
     """These validation sets, in every process; False where a stop has cut it short, in every process alike."""
-    world = engine.world
-    own = {plan.index for plan in engine.stages if plan.pipeline_rank == world.pipeline_rank}
     for name in names:
         with reporter.evaluating(name) as advance:
             reports = engine.eval_batch(name, advance)
         reporter.take(reports)
-        made = (one for one in reports if isinstance(one, EvaluationReport) and one.evaluation == name)
-        if not any(one.stage in own and one.data_rank == world.data_rank for one in made):  # global rank 0 has others'
+        if engine.cut_short:
             return False
     return True
 

@@ -617,6 +617,10 @@ def test_zero_3_where_runs_end_at_pipeline_ranks(more: str) -> None:
         ("tensor_parallel", "local updates"),
         ("elasticity", "DeepSpeed 0.19.8 no longer has it"),
         ("zero_optimization.mics_shard_size", "no longer has it"),
+        ("zero_optimization.legacy_stage1", "no longer has it"),
+        ("zero_optimization.round_robin_gradients", "checkpoints go by these names"),
+        ("prescale_gradients", "nothing here is in fp16"),
+        ("gradient_predivide_factor", "nothing here is in fp16"),
     ],
 )
 def test_deepspeed_options_that_contradict_ours(key: str, ours: str) -> None:
@@ -675,6 +679,15 @@ def test_what_offloads_the_optimizer(options: str, offloads: bool) -> None:
 )
 def test_offloading_that_is_refused(overrides: tuple[str, ...], parts: tuple[str, ...]) -> None:
     says(message(DATA, *OFFLOADED, *overrides), *parts)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_reducing_beside_the_backward_pass_is_for_zero_2_and_3(stage: int) -> None:
+    overrides = (f"{STAGE}={stage}", "deepspeed.zero_optimization.overlap_comm=true")
+    if stage > 1:
+        load(DATA, overrides)
+    else:
+        says(message(DATA, *overrides), "overlap_comm = True", f"at ZeRO {stage}: only at ZeRO 2", "remove it")
 
 
 def test_deepspeed_json(tmp_path: Path) -> None:

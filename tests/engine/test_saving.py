@@ -17,8 +17,10 @@ from torch import Tensor
 
 from lptransformer.engine import engine as engines
 from lptransformer.engine import saving
-from lptransformer.errors import TrainingError
+from lptransformer.engine.p2p import Control
+from lptransformer.errors import DataError, TrainingError
 from lptransformer.run_folder import checkpoint, saved_stage
+from lptransformer.run_folder.metrics import EvaluationReport
 
 CHUNKED = ("objective.chunks=2",)
 
@@ -95,6 +97,118 @@ def test_a_save_that_fails_is_said_once_and_the_run_goes_on(pool: Pool, tmp_path
 def test_a_save_that_fails_ends_the_run_where_that_is_asked_for(pool: Pool, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="the checkpoint after 1 updates was not saved"):
         pool.run(2, failing, tmp_path, 1, ("checkpoint.on_error=stop",))
+
+
+def failing_at_first(run: Path, what: str) -> tuple[list[str], list[int]]:
+    """One update, saved, and saved again when all know what became of that; `what` fails on process 1 at first."""
+    engine, said = open_engine((*CHUNKED, "parallel.pipeline=2")), list[str]()
+    engine.on_problem = said.append
+    module: Any = {"write": saved_stage, "make_folders": saving.files}[what]
+    real, failures = getattr(module, what), [OSError(28, "No space left on device")] * engine.world.global_rank
+
+    def at_first(*args: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return real(*args)
+
+    setattr(module, what, at_first)
+    try:
+        engine.train_batch()
+        for _ in range(3):  # the last one has nothing to do
+            engine.save_checkpoint(run)
+            engine.settle()
+    finally:
+        setattr(module, what, real)
+    engine.close()
+    return said, checkpoint.complete_updates(run)
+
+
+@pytest.mark.parametrize("what", ["write", "make_folders"])
+def test_what_was_not_saved_can_be_saved_again_at_the_same_update(pool: Pool, tmp_path: Path, what: str) -> None:
+    (said, found), _ = pool.run(2, failing_at_first, tmp_path / "run", what)
+    assert found == [1] and len(said) == 1 and "the checkpoint after 1 updates was not saved" in said[0]
+
+
+def saved_while_evaluating(run: Path, control: Control) -> tuple[bool, int, list[int]]:
+    """The save is done when the evaluation reports, to somebody who takes all that came before a checkpoint."""
+    engine, gate, taken = open_engine(CHUNKED), threading.Event(), list[Any]()
+    engine.before_commit = lambda reports: taken.extend(reports) or []
+    write, to_host = saved_stage.write, engines.to_host
+
+    def late(*args: Any) -> Any:
+        gate.wait(60)
+        return write(*args)
+
+    def after_the_save(tensors: Any) -> Any:
+        gate.set()
+        assert engine._saving is not None
+        engine._saving.wait()
+        return to_host(tensors)
+
+    engine.train_batch()
+    engines.to_host = after_the_save
+    try:
+        with written_by(late):
+            engine.save_checkpoint(run)
+            engine.request(control, urgent=bool(control))
+            left = engine.eval_batch("valid")
+            gate.set()
+    finally:
+        engines.to_host = to_host
+    cut_short = engine.cut_short
+    engine.close()
+    of_evaluation = [one for one in (*left, *taken) if isinstance(one, EvaluationReport)]
+    return cut_short, len(of_evaluation), checkpoint.complete_updates(run)
+
+
+@pytest.mark.parametrize(("control", "found"), [(Control.NOTHING, (False, 2, [1])), (Control.STOP, (True, 0, [1]))])
+def test_a_checkpoint_that_counts_as_an_evaluation_ends_does_not_cut_it_short(
+    pool: Pool, tmp_path: Path, control: Control, found: tuple[bool, int, list[int]]
+) -> None:
+    assert pool.run(1, saved_while_evaluating, tmp_path, control) == [found]
+
+
+def copied_for_saves(run: Path) -> list[int]:
+    """Bytes of buffers after every save, of a run whose heads hold versions that are others each time."""
+    engine, found = open_engine(("objective.chunks=2", "head.kind=shared", "head.refresh_every=1")), list[int]()
+    for _ in range(5):
+        engine.train_batch()
+        engine.save_checkpoint(run)
+        engine.settle()
+        found.append(engine._host_copies.num_bytes)
+    engine.close()
+    return found
+
+
+def test_a_save_takes_the_buffers_of_the_save_before_it(pool: Pool, tmp_path: Path) -> None:
+    (found,) = pool.run(1, copied_for_saves, tmp_path)
+    assert len(set(found[2:])) == 1, found  # by then as many versions are on their way as ever
+
+
+def loading(run: Path, overrides: tuple[str, ...], others: tuple[str, ...]) -> str:
+    """What is wrong with a load one update later, or with other keys."""
+    engine = open_engine(overrides)
+    engine.request(Control.SAVE)
+    engine.train_batch()
+    engine.save_checkpoint(run)
+    engine.train_batch()
+    engine.settle()
+    if others:
+        engine.close()
+        engine = open_engine((*overrides, *others))
+    try:
+        engine.load_checkpoint(run)
+    except (DataError, TrainingError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_checkpoint_of_other_updates_or_within_one_is_refused(pool: Pool, tmp_path: Path) -> None:
+    delayed = ("objective.name=delayed", "objective.chunks=2", "parallel.pipeline=2")
+    said, _ = pool.run(2, loading, tmp_path / "delayed", delayed, ())
+    assert said.startswith("TrainingError: the next update has begun"), said
+    (said,) = pool.run(1, loading, tmp_path / "other", CHUNKED, ("train.micro_batches_per_update=8",))
+    assert "DataError" in said and "has taken 4 micro-batches, but train.micro_batches_per_update = 8" in said, said
 
 
 def slow_to_write(run: Path) -> list[float | None]:

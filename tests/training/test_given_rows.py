@@ -174,6 +174,17 @@ def test_a_generator_is_resumed_by_skipping(folder: Path, overrides: tuple[str, 
         assert same_bits(weights_of(engine), expected)
 
 
+@pytest.mark.parametrize("engine", ["local", "deepspeed_pipeline"])
+def test_an_evaluation_asks_for_no_row_of_the_next_update(folder: Path, engine: str) -> None:
+    """After the last update there is none."""
+    overrides = (f"engine={engine}", "objective.name=backprop", "train.steps=2")
+    with initialize(CONFIG, overrides, train_data=iter(make_rows(8)), valid_data={"valid": make_rows(3)}) as trains:
+        for _ in range(2):
+            trains.train_batch()
+            (report,) = trains.eval_batch("valid")
+        assert isinstance(report, EvaluationReport) and report.nll_sum > 0
+
+
 def stream(rows: Any, micro_batch_size: int = 2, micro_batches: int = 3) -> RowsInOrder:
     return RowsInOrder(rows, LENGTH, 99, micro_batch_size=micro_batch_size, micro_batches=micro_batches)
 

@@ -172,7 +172,15 @@ class Study:
         return recipes(hf_config.read_config(self.model).num_hidden_layers)
 
     def is_done(self, run: Run) -> bool:
-        return (self.records / f"{run.name}.json").is_file()
+        """Whether there is a record of the run; ends the program where that is one of another model or setting."""
+        path = self.records / f"{run.name}.json"
+        if not path.is_file():
+            return False
+        found, keys = json.loads(path.read_text()), self.recipes.get(run.recipe, Recipe({})).keys
+        own = {"model": self.model.name, "window": self.sizes.window, "keys": keys}
+        if other := [name for name, value in own.items() if found[name] != value]:
+            raise SystemExit(f"{path} is of another {' and '.join(other)}: move it away, or give what it was made with")
+        return True
 
     def parts(self) -> Iterator[list[Run]]:
         """The runs of the study, part by part; what the last one takes is known when the second is done."""

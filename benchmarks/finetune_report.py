@@ -190,8 +190,10 @@ def _seeds(groups: Groups) -> ResultTable:
     rows: list[tuple[Any, ...]] = []
     for corpus in sorted({one["corpus"] for one in groups.trained} - {NOVEL}):
         of_corpus = [one for one in groups.trained if one["corpus"] == corpus]
-        for recipe in sorted({one["recipe"] for one in of_corpus}):
-            found = [one for one in of_corpus if one["recipe"] == recipe]
+        for recipe, updates, rate in sorted({(one["recipe"], one["updates"], one["rate"]) for one in of_corpus}):
+            found = [
+                one for one in of_corpus if (one["recipe"], one["updates"], one["rate"]) == (recipe, updates, rate)
+            ]
             row: tuple[Any, ...] = (corpus, recipe, f"{found[0]['tokens']:,}", f"{found[0]['rate']:g}", len(found))
             for name in ("report", "old"):
                 losses, lost = [loss(one, name) for one in found], []

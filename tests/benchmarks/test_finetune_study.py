@@ -69,7 +69,10 @@ def test_seeds_are_compared_with_backprop_of_the_same_seed() -> None:
 
     local = of_seeds(lambda losses, **more: record("local", losses, **more), [1.01, 2.02])
     _, _, _, _, seeds = finetune_report.tables([*of_seeds(backprop, [1.0, 2.0]), *local])
+    at_another_rate = record("local", [9.0, 9.0], corpus="chat", rate=2e-4)
+    assert finetune_report.tables([*of_seeds(backprop, [1.0, 2.0]), *local, at_another_rate])[-1].rows[:2] == seeds.rows
     ratio = math.exp(0.015)
+    assert len(seeds.rows) == 2
     assert seeds.rows[1][4:7] == (2, f"{math.exp(1.515):.2f}", f"{100 * (ratio - 1):+.2f} ± {100 * ratio * 0.005:.2f}")
 
 
@@ -81,13 +84,17 @@ def test_later_parts_take_what_did_best_on_the_text_to_choose_by(tmp_path: Path)
     study.records.mkdir()
     for number, run in enumerate(second):
         losses = {"choose": [3.0 - 0.1 * number if number < 5 else 9.0], "report": [3.0 + number]}
-        (study.records / f"{run.name}.json").write_text(json.dumps({"nll": losses}))
+        of = {"model": study.model.name, "window": 512, "keys": study.recipes[run.recipe].keys}
+        (study.records / f"{run.name}.json").write_text(json.dumps({"nll": losses, **of}))
     _, _, third, fourth = study.parts()
     assert [run.name for run in fourth] == [
         "backprop-moby-dick-400-0.0002-0",
         "chunked-2-fitted-10-trained-middle-moby-dick-400-0.0001-0",
     ]
     assert len(third) == 2 + 18 and {run.seed for run in third} == {0, 1, 2}
+    study.model = tmp_path / "another"
+    with pytest.raises(SystemExit, match=r"backprop-moby-dick-120-5e-05-0.json is of another model: move it away"):
+        list(study.parts())
 
 
 def plain_losses(study: finetune.Study, updates: int) -> list[float]:

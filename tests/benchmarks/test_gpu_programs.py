@@ -73,6 +73,28 @@ def test_what_failed_or_was_not_run_is_not_right() -> None:
     assert not good and "out of memory | FAIL" in text
 
 
+def test_losses_of_the_tiny_cases_are_not_those_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, asked = tmp_path / gpu_check.FILE, list[list[str]]()
+    rows = {"losses": {"gpt2": {"reference": {"rows": [[[2.0, 1.0]]]}}}}
+    file.write_text(json.dumps({"tiny": True, **rows}))
+    monkeypatch.setattr(gpu_check, "run_side", lambda part, side, names, args: asked.append(names))
+    only = ["--side", "reference", "--part", "losses", "--case", "gpt2"]
+    assert gpu_check.main([*only, "--tiny", "--out", str(tmp_path)]) == 0 and asked.pop() == []
+    assert gpu_check.main([*only, "--out", str(tmp_path / "b"), "--reference", str(file)]) == 2
+    assert "its losses are those of --tiny" in capsys.readouterr().out
+    assert gpu_check.main([*only, "--out", str(tmp_path)]) == 1 and asked.pop() == ["gpt2"]
+
+
+@pytest.mark.parametrize(("name", "known"), [("NVIDIA H100 80GB HBM3", True), ("NVIDIA H100 PCIe", False)])
+def test_the_peak_is_that_of_the_very_gpu(name: str, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = gpu_check.Worker(gpu_check.parser().parse_args(["--worker", "device"]))
+    monkeypatch.setattr(worker, "on_gpu", True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)
+    assert (worker.peak() is not None) == known
+
+
 def test_kernels_of_two_streams_count_once() -> None:
     assert gpu_check.covered([(0.0, 4.0), (2.0, 3.0), (3.0, 6.0), (8.0, 9.0)]) == 7.0
 

@@ -190,15 +190,15 @@ def train(args: argparse.Namespace) -> None:
     folder = Path(config.run.dir)
     if not args.dry_run:
         lock.check_free(folder)
-    auto = config.train.micro_batch_size == "auto"
-    if args.resume and (auto or config.train.epochs is not None):
+    if args.resume:  # before anything is counted in what a hub gives
+        hub.keep_to(history.hub_commits(folder))
+    if args.resume and (config.train.micro_batch_size == "auto" or config.train.epochs is not None):
         from lptransformer.training.memory import as_resumed
 
         config = as_resumed(config)
+    auto = config.train.micro_batch_size == "auto"
     # Everything that one process can check and prepare is done before others are started.
     layout.check(folder, config, args.resume, args.overwrite, args.step)
-    if args.resume:
-        hub.keep_to(history.hub_commits(folder))
     layout.check_until(config, args.until, args.resume, args.step)
     import torch
 

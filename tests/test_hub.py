@@ -27,6 +27,8 @@ from lptransformer.engine.process_groups import leave
 from lptransformer.errors import ModelError
 from lptransformer.evaluation.perplexity import evaluate_run
 from lptransformer.run_folder import history
+from lptransformer.training import memory
+from lptransformer.training import train as training
 from lptransformer.training.launcher import run
 
 SIZES = {"vocab_size": 259, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -202,7 +204,8 @@ def test_other_words_are_no_names(word: str) -> None:
 
 
 def test_a_run_keeps_the_name_and_the_commit(cached: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(parser(), ["train", "c.yaml", "--train.steps=4", "--until=2"])
+    keys = ["--train.steps=4", "--train.micro_batch_size=auto"]
+    run(parser(), ["train", "c.yaml", *keys, "--until=2"])
     leave()
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert kept["model"]["pretrained"] == kept["data"]["tokenizer"] == "own/model"
@@ -217,9 +220,14 @@ def test_a_run_keeps_the_name_and_the_commit(cached: str, tmp_path: Path, monkey
     for path in (repository / "snapshots" / cached).iterdir():
         (newer / path.name).write_bytes(path.read_bytes())
     monkeypatch.setenv(hub.COMMITS_VARIABLE, "{}")
-    run(parser(), ["train", "c.yaml", "--train.steps=4", "--resume"])
+    seen = list[dict[str, str]]()
+    for module in (memory, training):
+        real = module.as_resumed
+        monkeypatch.setattr(module, "as_resumed", lambda config, real=real: seen.append(hub.commits()) or real(config))
+    run(parser(), ["train", "c.yaml", *keys, "--resume"])
     leave()
     assert history.hub_commits(tmp_path / "run") == {"own/model": cached}
+    assert seen and all(one == {"own/model": cached} for one in seen), "before anything is counted"
 
 
 def test_init_for_a_name(cached: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,8 @@ Labels are those of Hugging Face: as many as ids, that of a token at its own pla
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ class GivenRows:
     sequence_length: int
     vocab_size: int
     name: str = "train_data"
+    # The next micro-batch is read by a thread, and what reads from one open file may take no second question.
+    _one_at_a_time: Any = field(default_factory=Lock, repr=False, compare=False)
 
     @property
     def full_rows(self) -> int:
@@ -34,7 +37,9 @@ class GivenRows:
 
     def window(self, index: int) -> Window:
         """Raises DataError for a row that is none, or does not fit."""
-        return window(self.rows[index], f"{self.name}: row {index}", self.sequence_length, self.vocab_size)
+        with self._one_at_a_time:
+            row = self.rows[index]
+        return window(row, f"{self.name}: row {index}", self.sequence_length, self.vocab_size)
 
     def label_counts(self, rows: Iterable[int]) -> list[int]:
         return [label_count(self.window(index)) for index in rows]

@@ -171,6 +171,8 @@ def _options(source: Source, tokenizer: Tokenizer, options: WindowOptions, text:
     """What decides a token set beside the files, the tokenizer and the length; nothing for whole, plain text."""
     found = _part_and_columns(source, tokenizer.has_template)
     begins = options.begins(tokenizer)
+    if begins or not text:
+        found["bos_token_id"] = tokenizer.backend.bos_token_id
     if not text:
         found |= {"loss_on": options.loss_on, "long_rows": options.long_rows, "bos": [options.bos, begins]}
         found |= {"isolated": options.isolates(text)}
@@ -199,7 +201,7 @@ def prepare(
     another sequence length made.
     """
     if source.prepared is not None:
-        return fitting(TokenSet.open(source.prepared), tokenizer, sequence_length)
+        return _as_asked(fitting(TokenSet.open(source.prepared), tokenizer, sequence_length), tokenizer, options)
     text = is_text(source, tokenizer.has_template)
     of_set = _options(source, tokenizer, options, text)
     address = _address([_contents(source), tokenizer.fingerprint, sequence_length], of_set)
@@ -246,6 +248,7 @@ def prepare(
             }
             if not plain:
                 manifest["isolate_documents"] = options.isolates(text)
+            manifest["begins"] = options.begins(tokenizer)
             if not text:
                 manifest |= {"long_rows": counts.long_rows, "left_out": counts.left_out}
             manifest["sum"] = sum_of_manifest(manifest)
@@ -253,6 +256,23 @@ def prepare(
     prepared = fitting(TokenSet.open(folder), tokenizer, sequence_length)
     if progress and prepared.manifest.get("long_rows"):
         print(_of_long_rows(source.name, prepared.manifest, options), flush=True)
+    return prepared
+
+
+def _as_asked(prepared: TokenSet, tokenizer: Tokenizer, options: WindowOptions) -> TokenSet:
+    """Raise DataError where a prepared set is not what keys say that decided how it was made; older ones do not tell
+    all."""
+    asked = {"isolate_documents": options.isolate_documents}
+    asked["bos"] = None if options.bos == "auto" else options.begins(tokenizer)
+    made = {"isolate_documents": prepared.isolated, "bos": prepared.manifest.get("begins")}
+    for key, value in asked.items():
+        if None not in (value, made[key]) and value != made[key]:
+            without = "" if made[key] else "out"
+            what = "documents kept apart" if key == "isolate_documents" else "begin-of-text tokens"
+            raise DataError(
+                f"{prepared.folder}: prepared with{without} {what}, but data.{key} asks for the other: remove "
+                "the key, or give the text as data.train and data.valid"
+            )
     return prepared
 
 

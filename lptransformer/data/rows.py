@@ -51,8 +51,11 @@ def kind(path: Path) -> str:
 def address(path: Path) -> str:
     """How a file is read, for content addresses. Those of the first three are older than the other kinds."""
     found = {"text": "_read_plain", "jsonl": "_read_jsonl", "parquet": "_read_parquet"}.get(kind(path), kind(path))
-    with path.open("rb") as file:
-        marked = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    try:
+        with path.open("rb") as file:
+            marked = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     packed = path.suffix.lower() if path.suffix.lower() in _COMPRESSED else ""
     return found + packed + ("+bom" if marked else "")
 
@@ -259,7 +262,7 @@ def _translated(path: Path, what: str) -> Iterator[None]:
 
     try:
         yield
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:  # a page that is damaged, or a file that is cut off, is the latter
         raise DataError(f"{path}: not a readable {what} file: {str(error).splitlines()[0]}") from error
 
 

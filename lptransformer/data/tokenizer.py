@@ -34,7 +34,7 @@ _NEAR = 200  # characters on both sides of a cut that are encoded to see whether
 _CUTS_TRIED = 16  # then the text is left whole for another PIECE_CHARACTERS
 _BYTES_OFFSET = 3  # pad, end of text, unknown
 _SENTENCE = re.compile(r".{1,2000}(?!\S)|.{1,2000}", re.DOTALL)  # SentencePiece skips sentences that are too long
-_CUT = re.compile(r"(?<=\S)(?=\s\S)")
+_CUT = re.compile(r"(?<=\S)(?=\s)")
 _FILES = ["tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json"]
 _FILES += ["added_tokens.json", "chat_template*", "tekken.json"]
 _NOT_VOCABULARY = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}

@@ -287,6 +287,11 @@ def check_isolation(config: Config, blueprint: Blueprint, data: Prepared) -> str
             "engine=deepspeed_pipeline hands no positions through its stages, so documents are not kept apart: use "
             "engine=local, or data.isolate_documents=false"
         )
+    if blueprint.attention.startswith("flash"):  # transformers gives it no mask, and positions for single windows alone
+        raise ConfigError(
+            f"{config.at('model.attention')}: its kernels see no mask, so documents of a window are not kept apart: "
+            "give sdpa or flex_attention, or data.isolate_documents=false"
+        )
     family_check.check(blueprint.model_config, apart=True)
     return ""
 

@@ -70,9 +70,9 @@ def train_in_folder(
     if launched_rank() == 0:
         check_installed(config.run.trackers)
         lock.check_free(folder)
-        layout.check(folder, as_resumed(config) if resume else config, resume, overwrite, step)
-        if resume:
+        if resume:  # before anything is counted in what a hub gives
             hub.keep_to(history.hub_commits(folder))
+        layout.check(folder, as_resumed(config) if resume else config, resume, overwrite, step)
     engine, data, config, resumed = start(config, resume, force, step=step)
     with engine.world.starting():  # a run folder appears only when every process has got this far
         layout.check_until(config, until, resume=False)  # of train.epochs the number is known now

@@ -184,6 +184,10 @@ def test_isolated_text_has_positions_and_no_label_across(tmp_path: Path) -> None
     file = write(tmp_path / "a.jsonl", *({"text": text} for text in ("abcde", "fg", "hijklm")))
     plain, isolated = made(tmp_path, "bytes", file, 8), made(tmp_path, "bytes", file, 8, isolate_documents=True)
     assert np.concatenate(plain.chunks).tolist() == np.concatenate(isolated.chunks).tolist()
+    for one, other in ((plain, True), (isolated, False)):
+        assert made(tmp_path, "bytes", str(one.folder), 8).folder == one.folder
+        with pytest.raises(DataError, match=r"documents kept apart, but data\.isolate_documents asks for the other"):
+            made(tmp_path, "bytes", str(one.folder), 8, isolate_documents=other)
     (batch,) = isolated.batches(2)
     assert batch.position_ids is not None
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1], [0, 0, 1, 2, 3, 4, 5, 0]]
@@ -212,6 +216,12 @@ def test_the_begin_of_text_is_as_the_tokenizer_has_it(tmp_path: Path, folders: d
     assert [begins(tmp_path / "begins", text, bos) for bos in ("auto", "always", "never")] == [2, 2, 0]
     assert [begins(folders["llama"], text, bos) for bos in ("auto", "always", "never")] == [0, 2, 0]
     assert [begins(tmp_path / "begins", chat, bos) for bos in ("auto", "always", "never")] == [1, 1, 0]
+    backend.bos_token = backend.eos_token
+    backend.save_pretrained(tmp_path / "another")
+    sets = [made(tmp_path, name, text, 4, bos="always").folder for name in (folders["llama"], tmp_path / "another")]
+    assert sets[0] != sets[1], "another token stands there"
+    with pytest.raises(DataError, match=r"prepared with begin-of-text tokens, but data\.bos asks for the other"):
+        made(tmp_path, folders["llama"], str(sets[0]), 4, bos="never")
     with pytest.raises(ConfigError, match="data.bos is always, and the tokenizer has no token for the begin of a text"):
         made(tmp_path, "bytes", text, 4, bos="always")
 

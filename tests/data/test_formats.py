@@ -55,6 +55,14 @@ def arrow_file(path: Path) -> None:
     feather.write_feather(pa.Table.from_pylist(ROWS), path, compression="uncompressed")
 
 
+def stream_cut_short() -> bytes:
+    """An Arrow stream that ends within its rows."""
+    sink, table = pa.BufferOutputStream(), pa.table({"text": ["something that is long enough"] * 999})
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()[:9999]
+
+
 def array(path: Path) -> bytes:
     return json.dumps(ROWS, indent=1).encode()
 
@@ -133,6 +141,7 @@ def test_text_is_unpacked_and_loses_its_mark(tmp_path: Path) -> None:
         ("a.csv", b"id,text\n1,x\xff\n", r"a\.csv: not UTF-8 text"),
         ("a.tsv", b"id\tbody\n1\tx\n", r"a\.tsv: has the fields 'id', 'body', not what data.format: auto needs"),
         ("a.arrow", b"ARROW1 nonsense", r"a\.arrow: not a readable Arrow file"),
+        ("a.arrow", stream_cut_short(), r"a\.arrow: not a readable Arrow file"),
         ("a.txt.gz", b"no such thing", r"a\.txt\.gz: cannot be read: Not a gzipped file"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd nonsense", r"a\.jsonl\.zst: cannot be read: "),
         ("a.txt.xz", lzma.compress(b"cut short" * 99)[:50], r"a\.txt\.xz: cannot be read: Compressed file ended"),
@@ -143,6 +152,20 @@ def test_a_broken_file_is_named_with_its_row(tmp_path: Path, name: str, content:
         made(write(tmp_path / name, content), tmp_path / "cache")
     assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
     assert not list(tmp_path.glob("cache/*"))
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "a.txt", b"text")
+    real = Path.open
+
+    def refusing(path: Path, *args: Any, **keys: Any) -> Any:
+        if path.name == "a.txt":
+            raise PermissionError(13, "Permission denied")
+        return real(path, *args, **keys)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    with pytest.raises(DataError, match=r"a\.txt: cannot be read: Permission denied"):
+        made(file, tmp_path / "cache")
 
 
 def test_splits_that_were_saved_together_are_named(tmp_path: Path) -> None:

@@ -164,6 +164,18 @@ def test_a_long_text_is_cut_without_changing_its_ids(
         assert np.concatenate(ours.encode_many(pieces)).tolist() == whole == ours.encode(text).tolist()
 
 
+def test_a_text_whose_white_space_is_never_alone_is_cut_too(
+    trained: tuple[tokenizer.Tokenizer, Path], byte_level: Path
+) -> None:
+    """Line ends of two characters between lines without a blank, as in many Chinese and Japanese books."""
+    text = "".join("".join(make_text(30, seed=seed).split()) + "\r\n" for seed in range(1000))
+    for ours in (trained[0], tokenizer.load(byte_level)):
+        pieces = list(ours.pieces([text]))
+        assert len(pieces) >= len(text) // (3 * tokenizer.PIECE_CHARACTERS) > 1 and "".join(pieces) == text
+        whole = ours.backend.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        assert np.concatenate(ours.encode_many(pieces)).tolist() == whole
+
+
 def test_cuts_that_would_change_ids_are_refused(
     monkeypatch: pytest.MonkeyPatch, trained: tuple[tokenizer.Tokenizer, Path]
 ) -> None:

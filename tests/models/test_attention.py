@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -23,6 +24,7 @@ from lptransformer.models.blueprint import Blueprint, make_blueprint
 from lptransformer.models.head import CROSS_ENTROPY, LossBatch
 from lptransformer.models.stage import for_training, make_stage
 from lptransformer.planning.stage_memory import EmptyStages
+from lptransformer.training.build import check_isolation
 from lptransformer.training.this_host import check_host
 
 DATA = {"train": "unused.txt", "sequence_length": 12}
@@ -111,3 +113,13 @@ def test_what_a_host_lacks_is_asked_at_a_start_alone(monkeypatch: pytest.MonkeyP
     same, eager = replace(plan, attention="sdpa"), replace(plan, attention="eager")
     sizes = [EmptyStages(one).passes(one.stages[0], Duty(1.0, None, (), (), 0), 2) for one in (plan, same, eager)]
     assert sizes[0] == sizes[1] != sizes[2]
+
+
+def test_flash_attention_keeps_no_documents_apart() -> None:
+    config = {"model": {"family": "llama", "hidden_size": 16, "num_layers": 2}, "data": DATA}
+    isolated: Any = SimpleNamespace(train=[SimpleNamespace(tokens=SimpleNamespace(isolated=True))], valid={})
+    flash = load(config, ["model.attention=flash_attention_2", "train.dtype=bf16"])
+    with pytest.raises(ConfigError, match=r"'flash_attention_2' .* see no mask.*data\.isolate_documents=false"):
+        check_isolation(flash, make_blueprint(flash, 61, None), isolated)
+    plain = load(config)
+    check_isolation(plain, make_blueprint(plain, 61, None), isolated)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -183,6 +186,23 @@ def test_an_evaluation_asks_for_no_row_of_the_next_update(folder: Path, engine: 
             trains.train_batch()
             (report,) = trains.eval_batch("valid")
         assert isinstance(report, EvaluationReport) and report.nll_sum > 0
+
+
+def test_rows_are_asked_for_one_at_a_time(folder: Path) -> None:
+    """Though a thread fetches the next micro-batch: they may all come from one open file."""
+    inside = threading.Lock()
+
+    class OneFile(list[Row]):
+        def __getitem__(self, index: Any) -> Any:
+            assert inside.acquire(blocking=False), "two at once"
+            time.sleep(0.002)
+            inside.release()
+            return super().__getitem__(index)
+
+    rows = GivenRows(OneFile(make_rows(20)), LENGTH, 99)
+    with ThreadPoolExecutor(2) as threads:
+        counts = list(threads.map(lambda _: rows.label_counts(range(20)), range(2)))
+    assert counts[0] == counts[1]
 
 
 def stream(rows: Any, micro_batch_size: int = 2, micro_batches: int = 3) -> RowsInOrder:

@@ -13,6 +13,7 @@ A record is a plain dictionary, made from the run folder by study/collect.py:
                       hidden_states_bytes up, gradients_bytes down, mean over the phases, were each stage a rank}]
     evaluations     {set: {"columns": [update, tokens, seconds, total_flops, serial_flops, pipeline_flops,
                       blocks with a head...], "rows": [...]}}  nll per token; the rest follows from it and the texts
+                    (a resume may change the objective: exits are those of the newest, FLOPs then nan)
     training        {"columns": [update, seconds, blocks with a head...], "rows": [...]}  mean losses, 200 rows at most
 """
 

@@ -130,7 +130,10 @@ def _costs(records: Sequence[Record], name: str, question: Question) -> list[Res
     methods = [method for method in fronts["seconds"] if all(fronts[cost][method] for cost in COSTS)]
     if not methods:
         return []
-    most = {cost: {method: max(p.cost for p in all_points[cost][method]) for method in methods} for cost in COSTS}
+    most = {
+        cost: {method: max(p.cost for p in of[method] if math.isfinite(p.cost)) for method in methods}
+        for cost, of in all_points.items()
+    }
     # What the baseline has spent, or else what every method has; and the best loss that every method has reached.
     base = question.baseline if question.baseline in methods else None
     budgets = {cost: most[cost][base] if base else min(most[cost].values()) for cost in COSTS}
@@ -194,7 +197,9 @@ def _runs(records: Sequence[Record], sets: Sequence[str]) -> ResultTable:
 
 
 def short(value: float) -> str:
-    """A large number in three digits and a unit: 12.3M."""
+    """A large number in three digits and a unit: 12.3M; "-" for what is not finite."""
+    if not math.isfinite(value):
+        return "-"
     for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if value >= limit:
             return f"{value / (1e3 if unit == 'k' else limit):.3g}{unit}"

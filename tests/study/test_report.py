@@ -17,6 +17,7 @@ from lptransformer.errors import RunError, UserError
 from lptransformer.study import collect, comparison, plots, records
 from lptransformer.study.comparison import Point, choices, deciding_set, depth_gain_kept, difference, estimate, find
 from lptransformer.study.markdown_tables import ResultTable, markdown, update
+from lptransformer.study.report import report
 from lptransformer.study.result_tables import Question, points, short, tables
 from lptransformer.training.launcher import run
 
@@ -174,6 +175,34 @@ def test_what_can_be_collected(tmp_path: Path) -> None:
     ):
         with pytest.raises(RunError, match=word):
             collect.collect(tmp_path / path)
+
+
+@pytest.mark.parametrize("before", ["backprop", "chunked"])
+def test_a_run_that_was_resumed_with_other_exits(before: str, tmp_path: Path) -> None:
+    """Exits are known by their block, not by the number of their stage; those of the newest rows count."""
+    overrides = {"backprop": ["--objective.name=backprop"], "chunked": ["--objective.name=chunked"]}
+    overrides["chunked"].append("--objective.chunks=2")
+    (after,) = overrides.keys() - {before}
+    old = make_run(tmp_path / "old", overrides[before], updates=20)
+    new = make_run(tmp_path / "new", overrides[after])
+    rows = [json.loads(line) for line in (new / "metrics.jsonl").read_text().splitlines()]
+    later = [json.dumps(row) + "\n" for row in rows if row["update"] > 20]
+    (new / "metrics.jsonl").write_text((old / "metrics.jsonl").read_text() + "".join(later))
+    starts = [{}, {"resumed_after": 20, "changed": {"objective.name": [before, after]}}]
+    (new / "environment.json").write_text(json.dumps(starts))
+    report(new)
+    (found,) = records.read(new / "record.json")
+    blocks, table = [3] if after == "backprop" else [1, 3], found["evaluations"]["choose"]
+    assert table["columns"][6:] == found["training"]["columns"][2:] == blocks
+    for start, of in ((6, table), (2, found["training"])):
+        for row in of["rows"]:
+            there = [falling(1.5)(row[0], block) if row[0] > 20 or block == 3 else math.nan for block in blocks]
+            assert row[start:] == pytest.approx(there, abs=1e-4, nan_ok=True)
+    assert all(math.isnan(cost) for row in table["rows"] for cost in row[3:6]), "of which objective is not known"
+    assert [stage["blocks"] for stage in found["stages"]] == ([[0, 3]] if after == "backprop" else [[0, 1], [2, 3]])
+    compared = by_name(tables([found, record("other", 0.1, 1.0)], Question()))
+    assert [row[0] for row in compared["equal-cost-choose"].rows] == ["other"]
+    assert compared["cost"].rows[0][4:6] == ("-", "-") and compared["quality-choose"].rows[0][4] == "1.5202"
 
 
 # --- comparison

@@ -1,7 +1,8 @@
 """Runs compared: the best setting of every method, means over seeds, differences to a baseline. From records alone.
 
 Runs of a method that differ in the seed only are one setting. The setting with the lowest mean loss on the set that
-decides is the method's; the others count in the Pareto fronts only.
+decides is the method's; the others count in the Pareto fronts only. A run that got less far than another of its method
+(it failed, was stopped, or is still training) has no loss at the end: it counts as one that diverged.
 """
 
 from __future__ import annotations
@@ -37,15 +38,27 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The best setting of a method: its runs by seed, and what it says of the keys that were varied."""
+    """The best setting of a method: its runs by seed, what it says of the keys that were varied, and the updates of the
+    furthest run of the method."""
 
     method: str
     runs: dict[int, Record]
     setting: str
+    updates: int
 
     def estimate(self, name: str, exit_block: int | None = None) -> Estimate:
         """The loss on a validation set, nats per token, over the seeds."""
-        return estimate([final_loss(run, name, exit_block) for run in self.runs.values()])
+        return estimate([self.loss(seed, name, exit_block) for seed in self.runs])
+
+    def loss(self, seed: int, name: str, exit_block: int | None = None) -> float:
+        """That of one seed."""
+        return _loss_at_end(self.runs[seed], self.updates, name, exit_block)
+
+
+def _loss_at_end(run: Record, updates: int, name: str, exit_block: int | None) -> float:
+    """The loss at the end of training; nan, as where it diverged, of a run that got less far than `updates`."""
+    ended = run["updates"] >= updates or run["config"]["train"].get("patience")  # which may end a run earlier
+    return final_loss(run, name, exit_block) if ended else math.nan
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -74,21 +87,21 @@ def deciding_set(records: Sequence[Record], choose: str | None = None) -> tuple[
 def choices(records: Sequence[Record], choose: str | None = None) -> list[Choice]:
     """The best setting of every method, in the order in which the methods come.
 
-    Only settings compete whose runs all got as far as the furthest setting of the method.
+    Those compete whose runs all got as far as the furthest of the method; where there are none, its setting is shown.
     """
     name, exit_block = deciding_set(records, choose)
     found = []
     for method, settings in _settings(records).items():
-        reached = {key: min(run["updates"] for run in runs) for key, runs in settings.items()}
-        furthest = [runs for key, runs in settings.items() if reached[key] == max(reached.values())]
+        runs = [run for of_setting in settings.values() for run in of_setting]
+        updates = max(run["updates"] for run in runs)
 
-        def mean_loss(runs: Sequence[Record]) -> float:
-            mean = fmean(final_loss(run, name, exit_block) for run in runs)
-            return mean if math.isfinite(mean) else math.inf
+        def order(of_setting: Sequence[Record], updates: int = updates) -> tuple[float, int]:
+            mean = fmean(_loss_at_end(run, updates, name, exit_block) for run in of_setting)
+            return mean if math.isfinite(mean) else math.inf, -max(run["updates"] for run in of_setting)
 
-        best = min(furthest, key=mean_loss)
+        best = min(settings.values(), key=order)
         by_seed = {run["config"]["train"]["seed"]: run for run in best}
-        found.append(Choice(method, by_seed, _describe(best[0], [run for runs in settings.values() for run in runs])))
+        found.append(Choice(method, by_seed, _describe(best[0], runs), updates))
     return found
 
 
@@ -103,7 +116,7 @@ def find(of: Sequence[Choice], method: str, flag: str) -> Choice:
 def difference(choice: Choice, baseline: Choice, name: str) -> Estimate:
     """Loss minus the baseline's on a set, nats per token, paired by seed; nan where they share none."""
     seeds = [seed for seed in choice.runs if seed in baseline.runs]
-    return estimate([final_loss(choice.runs[s], name) - final_loss(baseline.runs[s], name) for s in seeds])
+    return estimate([choice.loss(seed, name) - baseline.loss(seed, name) for seed in seeds])
 
 
 def depth_gain_kept(choice: Choice, deep: Choice, shallow: Choice, name: str) -> Estimate:
@@ -112,7 +125,7 @@ def depth_gain_kept(choice: Choice, deep: Choice, shallow: Choice, name: str) ->
     Of the means over the seeds that all three have; the standard error is the jackknife's.
     """
     seeds = [seed for seed in choice.runs if seed in deep.runs and seed in shallow.runs]
-    rows = [[final_loss(one.runs[seed], name) for one in (choice, deep, shallow)] for seed in seeds]
+    rows = [[one.loss(seed, name) for one in (choice, deep, shallow)] for seed in seeds]
 
     def share(rows: Sequence[Sequence[float]]) -> float:
         method, deep, shallow = (fmean(column) for column in zip(*rows, strict=True))

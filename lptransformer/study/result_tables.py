@@ -163,7 +163,8 @@ def _cost(chosen: Sequence[Choice]) -> ResultTable:
     rows = []
     for choice in chosen:
         runs = list(choice.runs.values())
-        table = next((table for table in runs[0]["evaluations"].values() if table["rows"]), None)
+        furthest = max(runs, key=lambda run: run["updates"])
+        table = next((table for table in furthest["evaluations"].values() if table["rows"]), None)
         spent = [short(cost) for cost in table["rows"][-1][3:5]] if table else ["-", "-"]
         stages = [stage for run in runs for stage in run["stages"]]
         sent = [sum(stage[key] for stage in stages) / len(runs) for key in ("hidden_states_bytes", "gradients_bytes")]

@@ -257,6 +257,24 @@ def test_runs_that_were_stopped_early_do_not_compete() -> None:
     assert choice.setting.startswith("0.2")
 
 
+def test_a_seed_that_was_stopped_early_counts_as_one_that_diverged() -> None:
+    base = [record("b", 0.1, 1.0, seed) for seed in range(3)]
+    seeds = [record("a", 0.1, 2.0, seed, updates=100 if seed != 1 else 30) for seed in range(3)]
+    a, b = choices([*seeds, *base])
+    assert sorted(a.runs) == [0, 1, 2] and math.isnan(a.estimate("report").mean)
+    assert math.isnan(difference(a, b, "report").mean) and math.isnan(depth_gain_kept(a, b, a, "report").mean)
+    quality = by_name(tables([*seeds, *base], Question("b")))["quality-report"]
+    assert quality.rows[0] == ("a", "0.1", "3", *"-----", "-")
+    worse = [record("a", 0.2, 3.0, seed) for seed in range(3)]
+    (choice,) = choices([*seeds, *worse])
+    assert choice.setting == "0.2 (highest tried)" and choice.estimate("report").mean == 3.0
+    short = [record("a", 0.3, 1.0, seed, updates=30) for seed in range(3)]
+    assert choices([*short, *seeds])[0].setting.startswith("0.1"), "the furthest is shown where none is whole"
+    for one in seeds:
+        one["config"]["train"]["patience"] = 3
+    assert choices(seeds)[0].estimate("report").mean == 2.0, "it decides when training ends"
+
+
 def test_a_diverged_setting_is_never_the_best() -> None:
     (choice,) = choices([record("a", 0.1, loss=math.nan), record("a", 0.2, loss=2.0)])
     assert choice.setting.startswith("0.2")

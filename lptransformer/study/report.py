@@ -115,7 +115,8 @@ def _row(model: str, numbers: dict[str, Any]) -> tuple[str, ...]:
 def _stage_row(stage: dict[str, Any]) -> tuple[str, str, str]:
     first, last = stage["blocks"]
     name = f"{stage['stage']} (blocks {first}-{last})"
-    return name, f"{stage['idle_share']:.1%}", f"{stage['memory_bytes'] / 2**20:,.0f} MiB"
+    idle = f"{stage['idle_share']:.1%}" if math.isfinite(stage["idle_share"]) else "-"  # not measured
+    return name, idle, f"{stage['memory_bytes'] / 2**20:,.0f} MiB"
 
 
 def _ngram_rows(sets: dict[str, Any], name: str) -> list[tuple[str, ...]]:

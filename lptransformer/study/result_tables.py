@@ -167,13 +167,14 @@ def _cost(chosen: Sequence[Choice]) -> ResultTable:
         table = next((table for table in furthest["evaluations"].values() if table["rows"]), None)
         spent = [short(cost) for cost in table["rows"][-1][3:5]] if table else ["-", "-"]
         stages = [stage for run in runs for stage in run["stages"]]
+        idle = [stage["idle_share"] for stage in stages if math.isfinite(stage["idle_share"])]  # where it was measured
         sent = [sum(stage[key] for stage in stages) / len(runs) for key in ("hidden_states_bytes", "gradients_bytes")]
         rows.append(
             (
                 choice.method,
                 f"{fmean(run['tokens_per_second'] for run in runs):,.0f}",
                 f"{max(stage['memory_bytes'] for stage in stages) / 2**20:,.0f} MiB",
-                f"{max(stage['idle_share'] for stage in stages):.0%}",
+                f"{max(idle):.0%}" if idle else "-",
                 *spent,
                 *(f"{number / 2**20:,.1f} MiB" for number in sent),
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,20 @@ def test_what_can_be_collected(tmp_path: Path) -> None:
     ):
         with pytest.raises(RunError, match=word):
             collect.collect(tmp_path / path)
+
+
+def test_an_idle_share_that_was_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = make_run(tmp_path / "run", ["--objective.name=backprop"], idle=math.nan)
+    report(made)
+    assert re.search(r"0 \(blocks 0-3\) +- +1 MiB", capsys.readouterr().out)
+    path = made / "record.json"
+    text = path.read_bytes()
+    assert json.loads(text)["stages"][0]["idle_share"] is None
+    (found,) = records.read(path)
+    assert math.isnan(found["stages"][0]["idle_share"]) and found["stages"][0]["memory_bytes"] == 2**20
+    assert by_name(tables([found], Question()))["cost"].rows[0][3] == "-"
+    records.write(path, found)
+    assert path.read_bytes() == text
 
 
 @pytest.mark.parametrize("before", ["backprop", "chunked"])

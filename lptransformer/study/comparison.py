@@ -1,8 +1,9 @@
 """Runs compared: the best setting of every method, means over seeds, differences to a baseline. From records alone.
 
-Runs of a method that differ in the seed only are one setting. The setting with the lowest mean loss on the set that
-decides is the method's; the others count in the Pareto fronts only. A run that got less far than another of its method
-(it failed, was stopped, or is still training) has no loss at the end: it counts as one that diverged.
+Runs of a method that differ in the seed and in what changes no weight (BESIDE) are one setting. The setting with the
+lowest mean loss on the set that decides is the method's; the others count in the Pareto fronts only. A run that got
+less far than another of its method (it failed, was stopped, or is still training) has no loss at the end: it counts as
+one that diverged.
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from lptransformer.config.resume import RULES, Effect
 from lptransformer.errors import RunError
 from lptransformer.study.records import Record, final_loss
 
 LEARNING_RATE = "train.learning_rate"
-# What runs of one setting may differ in: the seed, and what changes no weight.
-BESIDE = ("train.seed", "train.eval_every", "checkpoint.every")
+# What changes no weight of a run that is resumed, and yet is another setting: the tokens, when training ends, how late
+# the copies of heads are.
+_DECIDING = ("data.bos", "train.patience", "parallel.in_flight")
+# How the keys begin that runs of one setting may differ in: the seed, and what changes no weight.
+_NOTHING = [key for key, (effect, _) in RULES.items() if effect is Effect.NOTHING and key not in _DECIDING]
+BESIDE = tuple(f"{key}." for key in ("train.seed", *_NOTHING))
 
 
 @dataclass(frozen=True)
@@ -141,11 +147,15 @@ def depth_gain_kept(choice: Choice, deep: Choice, shallow: Choice, name: str) ->
     return Estimate(share(rows), math.sqrt(factor * sum((one - mean) ** 2 for one in left_out)))
 
 
+def _is_beside(key: str) -> bool:
+    return f"{key}.".startswith(BESIDE)
+
+
 def _settings(records: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
     """Runs by method and setting, in the order in which they come."""
     found: dict[str, dict[str, list[Record]]] = {}
     for record in records:
-        values = {key: value for key, value in flat(record["config"]).items() if key not in BESIDE}
+        values = {key: value for key, value in flat(record["config"]).items() if not _is_beside(key)}
         key = json.dumps(values, sort_keys=True)
         found.setdefault(record["method"], {}).setdefault(key, []).append(record)
     return found
@@ -158,7 +168,7 @@ def _describe(best: Record, runs: Sequence[Record]) -> str:
     """
     tables = [flat(run["config"]) for run in runs]
     own = flat(best["config"])
-    varied = [key for key in own if key not in BESIDE and len({json.dumps(t.get(key)) for t in tables}) > 1]
+    varied = [key for key in own if not _is_beside(key) and len({json.dumps(t.get(key)) for t in tables}) > 1]
     words = []
     for key in dict.fromkeys((LEARNING_RATE, *varied)):
         value = own[key]

@@ -254,11 +254,35 @@ def test_seeds_are_one_setting_and_its_mean_decides() -> None:
     assert choice.estimate("choose").error == pytest.approx(0.1 / math.sqrt(3))
 
 
-def test_how_often_runs_were_evaluated_makes_no_other_setting() -> None:
-    runs = [record("a", 0.1, loss, seed) for seed, loss in enumerate((2.0, 3.0))]
-    runs[0]["config"]["train"]["eval_every"], runs[1]["config"]["train"]["eval_every"] = 0, 500
-    (choice,) = choices(runs)
+def with_key(key: str, *values: Any) -> list[dict[str, Any]]:
+    """Runs of one method, in each of which a key has another value, a seed and a loss each."""
+    runs = [record("a", 0.1, 2.0 + seed, seed) for seed in range(len(values))]
+    section, _, name = key.partition(".")
+    for one, value in zip(runs, values, strict=True):
+        one["config"].setdefault(section, {})[name] = value
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("train.eval_every", (0, 500)),
+        ("checkpoint.keep_last", (None, 2)),
+        ("run.trackers", ([], ["tensorboard"])),
+        ("parallel.timeout_seconds", (1800, 60)),
+        ("train.max_skipped_updates", (10, 100)),
+    ],
+)
+def test_what_changes_no_weight_makes_no_other_setting(key: str, values: tuple[Any, Any]) -> None:
+    (choice,) = choices(with_key(key, *values))
     assert sorted(choice.runs) == [0, 1] and choice.setting == "0.1"
+    assert choice.estimate("report").mean == 2.5
+
+
+@pytest.mark.parametrize("key", ["data.bos", "train.steps", "train.patience", "parallel.in_flight"])
+def test_what_decides_from_the_start_makes_another_setting(key: str) -> None:
+    (choice,) = choices(with_key(key, 1, 2))
+    assert sorted(choice.runs) == [0] and choice.setting == f"0.1, {key.partition('.')[2]} 1 (lowest tried)"
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

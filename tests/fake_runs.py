@@ -39,8 +39,10 @@ def make_run(
     updates: int | None = None,
     every: int = 10,
     seconds: float = 0.5,
+    idle: float = 0.25,
 ) -> Path:
-    """A run folder as `train` leaves it, but for checkpoints; `seconds` is the time of an update."""
+    """A run folder as `train` leaves it, but for checkpoints; `seconds` is the time of an update, `idle` what share of
+    it every stage waits."""
     config = load(BASE, [*overrides, f"--run.dir={folder}"])
     folder.mkdir(parents=True, exist_ok=True)
     tokens = folder.parent / "tokens"
@@ -65,7 +67,7 @@ def make_run(
                 "loss": loss(update, stage.last_block) if stage.has_head else None,
                 "grad_norm": 1.0,
                 "skipped": False,
-                "idle_share": 0.25,
+                "idle_share": idle,
                 "memory_bytes": 2**20 * (stage.index + 1),
             }
             for stage in stages

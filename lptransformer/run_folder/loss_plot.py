@@ -39,10 +39,10 @@ def plot_losses(rows: Sequence[MetricsRow], path_png: str | Path, stages: Stages
     ends: list[list[tuple[float, float, str, Any]]] = [[], []]
     for axes, key, named in zip(panels, ("tokens", "seconds"), ends, strict=True):
         last_points: dict[str, tuple[float, float, str, Any]] = {}
-        for index, (stage, _, last_block) in enumerate(stages):
-            losses = [_exit_number(row["stages"], stage, "loss") for row in updates]
+        for index, (_, _, last_block) in enumerate(stages):
+            losses = [_exit_number(row["stages"], last_block, "loss") for row in updates]
             points = [
-                (places[row["update"]][key], _exit_number(row["exits"], stage, "nll_per_token"), row)
+                (places[row["update"]][key], _exit_number(row["exits"], last_block, "nll_per_token"), row)
                 for row in evaluations
                 if row["update"] in places
             ]
@@ -99,8 +99,9 @@ def _show_late_part(axes: Axes, lines: Sequence[Sequence[float]]) -> float | Non
     return highest if highest > high + margin else None
 
 
-def _exit_number(entries: Sequence[dict[str, Any]], stage: int, key: str) -> float:
-    values = [entry[key] for entry in entries if entry["stage"] == stage and entry[key] is not None]
+def _exit_number(entries: Sequence[dict[str, Any]], last_block: int, key: str) -> float:
+    """That of the exit after a block: in rows of before a resume a stage of the same number may end elsewhere."""
+    values = [entry[key] for entry in entries if entry["last_block"] == last_block and entry[key] is not None]
     return values[0] if values else math.nan
 
 

@@ -78,7 +78,7 @@ def build(run: Path, identity: Mapping[str, Any] | None = None) -> Record:
             }
             for plan in blueprint.stages
         ],
-        "evaluations": _evaluations(read_metrics(run), blueprint),
+        "evaluations": _evaluations(read_metrics(run), blueprint, _has_one_objective(run)),
         "training": _curve(updates),
     }
 
@@ -106,21 +106,32 @@ def _crossing(blueprint: Blueprint, stage: int) -> float:
     return counts[0] if len(counts) == 1 else fmean(counts[phase_at(update, steps)] for update in range(steps))
 
 
-def _evaluations(metrics: Sequence[MetricsRow], blueprint: Blueprint) -> dict[str, Any]:
+def _has_one_objective(run: Path) -> bool:
+    """Whether no start of the run went on with another objective."""
+    return not any(
+        key.startswith("objective.") for start in history.read_starts(run) for key in start.get("changed", ())
+    )
+
+
+def _evaluations(metrics: Sequence[MetricsRow], blueprint: Blueprint, one_objective: bool) -> dict[str, Any]:
+    """The losses of the exits that the newest evaluation has, nan before they were there; FLOPs are nan without
+    `one_objective`, since the blueprint knows the newest alone."""
     objective, costs, steps, many = blueprint.objective, blueprint.costs, blueprint.steps, blueprint.micro_batches
-    micro_batch = blueprint.micro_batch_size * blueprint.sequence_length
+    micro_batch = blueprint.micro_batch_size * blueprint.sequence_length if one_objective else math.nan
     places = {row["update"]: row for row in metrics if "stages" in row}
+    newest = {row["evaluation"]: row["exits"] for row in metrics if "evaluation" in row}
     tables: dict[str, Any] = {}
     of_phase = simulate.pipeline_flops(objective, costs, min(PIPELINE_RANKS, objective.num_blocks), many)
     for evaluation in metrics:
         if "evaluation" not in evaluation or evaluation["update"] not in places:
             continue
-        update, exits = evaluation["update"], evaluation["exits"]
+        name, update = evaluation["evaluation"], evaluation["update"]
         place = places[update]
+        blocks = [one["last_block"] for one in newest[name]]
+        losses = {one["last_block"]: one["nll_per_token"] for one in evaluation["exits"]}
         spent = flops.spent(objective, costs, update, steps)
         in_pipeline = sum(of_phase[objective.phase_at(done, steps)] for done in range(update))
         columns = ["update", "tokens", "seconds", "total_flops", "serial_flops", "pipeline_flops"]
-        columns += [one["last_block"] for one in exits]
         row = [
             update,
             place["tokens"],
@@ -128,33 +139,34 @@ def _evaluations(metrics: Sequence[MetricsRow], blueprint: Blueprint) -> dict[st
             _short(spent.total * micro_batch * many),
             _short(spent.serial * micro_batch),
             _short(in_pipeline * micro_batch),
-            *(_short(one["nll_per_token"]) for one in exits),
+            *(_short(losses.get(block, math.nan)) for block in blocks),
         ]
-        tables.setdefault(evaluation["evaluation"], {"columns": columns, "rows": []})["rows"].append(row)
+        tables.setdefault(name, {"columns": [*columns, *blocks], "rows": []})["rows"].append(row)
     return tables
 
 
 def _curve(updates: Sequence[MetricsRow]) -> dict[str, Any]:
-    """The training loss of every exit, in means over as many updates as keep the rows few enough."""
-    heads = [i for i, entry in enumerate(updates[0]["stages"]) if entry["loss"] is not None]
-    rows = min(CURVE_ROWS, CURVE_NUMBERS // (len(heads) + 2))
+    """The training loss of every exit that the newest update has, in means over as many updates as keep the rows few
+    enough."""
+    blocks = [entry["last_block"] for entry in updates[-1]["stages"] if entry["loss"] is not None]
+    losses = [{entry["last_block"]: entry["loss"] for entry in row["stages"]} for row in updates]
+    rows = min(CURVE_ROWS, CURVE_NUMBERS // (len(blocks) + 2))
     size = math.ceil(len(updates) / rows)
-    bins = [updates[start : start + size] for start in range(0, len(updates), size)]
-    columns = ["update", "seconds", *(updates[0]["stages"][i]["last_block"] for i in heads)]
+    bins = [slice(start, start + size) for start in range(0, len(updates), size)]
     return {
-        "columns": columns,
+        "columns": ["update", "seconds", *blocks],
         "rows": [
             [
-                of[-1]["update"],
-                _short(of[-1]["seconds"], 5),
-                *(_mean([u["stages"][i]["loss"] for u in of]) for i in heads),
+                updates[of][-1]["update"],
+                _short(updates[of][-1]["seconds"], 5),
+                *(_mean([by_block.get(block) for by_block in losses[of]]) for block in blocks),
             ]
             for of in bins
         ],
     }
 
 
-def _mean(losses: Sequence[float]) -> float:
+def _mean(losses: Sequence[float | None]) -> float:
     finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
     return _short(fmean(finite), 5) if finite else math.nan
 

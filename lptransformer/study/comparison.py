@@ -1,7 +1,9 @@
 """Runs compared: the best setting of every method, means over seeds, differences to a baseline. From records alone.
 
-Runs of a method that differ in the seed only are one setting. The setting with the lowest mean loss on the set that
-decides is the method's; the others count in the Pareto fronts only.
+Runs of a method that differ in the seed and in what changes no weight (BESIDE) are one setting. The setting with the
+lowest mean loss on the set that decides is the method's; the others count in the Pareto fronts only. A run that got
+less far than another of its method (it failed, was stopped, or is still training) has no loss at the end: it counts as
+one that diverged.
 """
 
 from __future__ import annotations
@@ -13,12 +15,17 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from lptransformer.config.resume import RULES, Effect
 from lptransformer.errors import RunError
 from lptransformer.study.records import Record, final_loss
 
 LEARNING_RATE = "train.learning_rate"
-# What runs of one setting may differ in: the seed, and what changes no weight.
-BESIDE = ("train.seed", "train.eval_every", "checkpoint.every")
+# What changes no weight of a run that is resumed, and yet is another setting: the tokens, when training ends, how late
+# the copies of heads are.
+_DECIDING = ("data.bos", "train.patience", "parallel.in_flight")
+# How the keys begin that runs of one setting may differ in: the seed, and what changes no weight.
+_NOTHING = [key for key, (effect, _) in RULES.items() if effect is Effect.NOTHING and key not in _DECIDING]
+BESIDE = tuple(f"{key}." for key in ("train.seed", *_NOTHING))
 
 
 @dataclass(frozen=True)
@@ -37,15 +44,27 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The best setting of a method: its runs by seed, and what it says of the keys that were varied."""
+    """The best setting of a method: its runs by seed, what it says of the keys that were varied, and the updates of the
+    furthest run of the method."""
 
     method: str
     runs: dict[int, Record]
     setting: str
+    updates: int
 
     def estimate(self, name: str, exit_block: int | None = None) -> Estimate:
         """The loss on a validation set, nats per token, over the seeds."""
-        return estimate([final_loss(run, name, exit_block) for run in self.runs.values()])
+        return estimate([self.loss(seed, name, exit_block) for seed in self.runs])
+
+    def loss(self, seed: int, name: str, exit_block: int | None = None) -> float:
+        """That of one seed."""
+        return _loss_at_end(self.runs[seed], self.updates, name, exit_block)
+
+
+def _loss_at_end(run: Record, updates: int, name: str, exit_block: int | None) -> float:
+    """The loss at the end of training; nan, as where it diverged, of a run that got less far than `updates`."""
+    ended = run["updates"] >= updates or run["config"]["train"].get("patience")  # which may end a run earlier
+    return final_loss(run, name, exit_block) if ended else math.nan
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -74,21 +93,21 @@ def deciding_set(records: Sequence[Record], choose: str | None = None) -> tuple[
 def choices(records: Sequence[Record], choose: str | None = None) -> list[Choice]:
     """The best setting of every method, in the order in which the methods come.
 
-    Only settings compete whose runs all got as far as the furthest setting of the method.
+    Those compete whose runs all got as far as the furthest of the method; where there are none, its setting is shown.
     """
     name, exit_block = deciding_set(records, choose)
     found = []
     for method, settings in _settings(records).items():
-        reached = {key: min(run["updates"] for run in runs) for key, runs in settings.items()}
-        furthest = [runs for key, runs in settings.items() if reached[key] == max(reached.values())]
+        runs = [run for of_setting in settings.values() for run in of_setting]
+        updates = max(run["updates"] for run in runs)
 
-        def mean_loss(runs: Sequence[Record]) -> float:
-            mean = fmean(final_loss(run, name, exit_block) for run in runs)
-            return mean if math.isfinite(mean) else math.inf
+        def order(of_setting: Sequence[Record], updates: int = updates) -> tuple[float, int]:
+            mean = fmean(_loss_at_end(run, updates, name, exit_block) for run in of_setting)
+            return mean if math.isfinite(mean) else math.inf, -max(run["updates"] for run in of_setting)
 
-        best = min(furthest, key=mean_loss)
+        best = min(settings.values(), key=order)
         by_seed = {run["config"]["train"]["seed"]: run for run in best}
-        found.append(Choice(method, by_seed, _describe(best[0], [run for runs in settings.values() for run in runs])))
+        found.append(Choice(method, by_seed, _describe(best[0], runs), updates))
     return found
 
 
@@ -103,7 +122,7 @@ def find(of: Sequence[Choice], method: str, flag: str) -> Choice:
 def difference(choice: Choice, baseline: Choice, name: str) -> Estimate:
     """Loss minus the baseline's on a set, nats per token, paired by seed; nan where they share none."""
     seeds = [seed for seed in choice.runs if seed in baseline.runs]
-    return estimate([final_loss(choice.runs[s], name) - final_loss(baseline.runs[s], name) for s in seeds])
+    return estimate([choice.loss(seed, name) - baseline.loss(seed, name) for seed in seeds])
 
 
 def depth_gain_kept(choice: Choice, deep: Choice, shallow: Choice, name: str) -> Estimate:
@@ -112,7 +131,7 @@ def depth_gain_kept(choice: Choice, deep: Choice, shallow: Choice, name: str) ->
     Of the means over the seeds that all three have; the standard error is the jackknife's.
     """
     seeds = [seed for seed in choice.runs if seed in deep.runs and seed in shallow.runs]
-    rows = [[final_loss(one.runs[seed], name) for one in (choice, deep, shallow)] for seed in seeds]
+    rows = [[one.loss(seed, name) for one in (choice, deep, shallow)] for seed in seeds]
 
     def share(rows: Sequence[Sequence[float]]) -> float:
         method, deep, shallow = (fmean(column) for column in zip(*rows, strict=True))
@@ -128,11 +147,15 @@ def depth_gain_kept(choice: Choice, deep: Choice, shallow: Choice, name: str) ->
     return Estimate(share(rows), math.sqrt(factor * sum((one - mean) ** 2 for one in left_out)))
 
 
+def _is_beside(key: str) -> bool:
+    return f"{key}.".startswith(BESIDE)
+
+
 def _settings(records: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
     """Runs by method and setting, in the order in which they come."""
     found: dict[str, dict[str, list[Record]]] = {}
     for record in records:
-        values = {key: value for key, value in flat(record["config"]).items() if key not in BESIDE}
+        values = {key: value for key, value in flat(record["config"]).items() if not _is_beside(key)}
         key = json.dumps(values, sort_keys=True)
         found.setdefault(record["method"], {}).setdefault(key, []).append(record)
     return found
@@ -145,7 +168,7 @@ def _describe(best: Record, runs: Sequence[Record]) -> str:
     """
     tables = [flat(run["config"]) for run in runs]
     own = flat(best["config"])
-    varied = [key for key in own if key not in BESIDE and len({json.dumps(t.get(key)) for t in tables}) > 1]
+    varied = [key for key in own if not _is_beside(key) and len({json.dumps(t.get(key)) for t in tables}) > 1]
     words = []
     for key in dict.fromkeys((LEARNING_RATE, *varied)):
         value = own[key]

@@ -9,10 +9,11 @@ A record is a plain dictionary, made from the run folder by study/collect.py:
     updates, steps  done and planned; `complete` when they are equal
     tokens_per_update  positions that the FLOPs count; seconds, tokens_per_second (median, without the start)
     flops           forward of a block, forward and backward of heads, per token
-    stages          [{stage, blocks, pipeline_rank, idle_share, memory_bytes, and per update what it sends:
-                      hidden_states_bytes up, gradients_bytes down, mean over the phases, were each stage a rank}]
+    stages          [{stage, blocks, pipeline_rank, idle_share (nan: not measured), memory_bytes, and per update what it
+                      sends: hidden_states_bytes up, gradients_bytes down, mean over phases, were each stage a rank}]
     evaluations     {set: {"columns": [update, tokens, seconds, total_flops, serial_flops, pipeline_flops,
                       blocks with a head...], "rows": [...]}}  nll per token; the rest follows from it and the texts
+                    (a resume may change the objective: exits are those of the newest, FLOPs then nan)
     training        {"columns": [update, seconds, blocks with a head...], "rows": [...]}  mean losses, 200 rows at most
 """
 
@@ -48,7 +49,11 @@ def write(path: Path, records: Record | Sequence[Record]) -> None:
 
 
 def _text(record: Record) -> str:
-    """Every key on a line; of what holds rows, every row."""
+    """Every key on a line; of what holds rows, every row. Null for what is not finite in rows and stages."""
+    stages = [
+        {key: None if isinstance(one, float) and not math.isfinite(one) else one for key, one in stage.items()}
+        for stage in record["stages"]
+    ]
 
     def value(content: Any) -> str:
         if isinstance(content, dict) and "rows" in content:
@@ -59,7 +64,7 @@ def _text(record: Record) -> str:
             return f"{{\n {lines}}}"
         return json.dumps(content, allow_nan=False)
 
-    lines = ",\n".join(f"{json.dumps(key)}: {value(content)}" for key, content in record.items())
+    lines = ",\n".join(f"{json.dumps(key)}: {value(content)}" for key, content in {**record, "stages": stages}.items())
     return f"{{\n{lines}\n}}"
 
 
@@ -87,6 +92,9 @@ def read(path: Path) -> list[Record]:
             if "overrides" in record:
                 record["overrides"] = dict(renamed(key, value) for key, value in record["overrides"].items())
             record["format"] = FORMAT
+            record["stages"] = [
+                {key: math.nan if one is None else one for key, one in stage.items()} for stage in record["stages"]
+            ]
             for table in (record["training"], *record["evaluations"].values()):
                 table["rows"] = [[math.nan if number is None else number for number in row] for row in table["rows"]]
         except (KeyError, TypeError, AttributeError):

@@ -45,22 +45,16 @@ def report(run: Path, baselines: bool = False, svg: bool = False) -> None:
         print_table(
             f"{name} after {last['update']} updates, windows of {config.data.sequence_length}", EXIT_COLUMNS, rows
         )
-    stages = [
-        (stage["stage"], _first_block(updates[0], i), stage["last_block"])
-        for i, stage in enumerate(updates[0]["stages"])
-    ]
+    record = collect.build(run)
+    rows = [_stage_row(stage) for stage in record["stages"]]
     steady = updates[len(updates) // 10 :]  # without the start, where memory and caches are cold
-    rows = [
-        (f"{index} (blocks {first}-{last})", *_stage_numbers([update["stages"][index] for update in steady]))
-        for index, first, last in stages
-    ]
     for line in history.what_changed(starts):
         print(line)
     speed, *of_process = (_median(steady, key) for key in ("tokens_per_second", "tflops_per_process", "mfu"))
     known = "  ".join([f"{speed:,.0f} tokens/s", *achieved(*of_process)])
     print_table(f"{known} (median)", ("stage", "idle share", "peak memory of its process"), rows)
-    plot_losses(metrics, run / "loss.png", stages, svg)
-    records.write(run / records.RECORD, collect.build(run))
+    plot_losses(metrics, run / "loss.png", [(stage["stage"], *stage["blocks"]) for stage in record["stages"]], svg)
+    records.write(run / records.RECORD, record)
     print(f"run folder: {run}   losses: {run / 'loss.png'}   record: {run / records.RECORD}")
 
 
@@ -107,10 +101,6 @@ def compare(
         print(f"{document}: {', '.join(markdown_tables.update(document, results, prefix))}")
 
 
-def _first_block(update: MetricsRow, index: int) -> int:
-    return update["stages"][index - 1]["last_block"] + 1 if index else 0
-
-
 def _median(updates: Sequence[MetricsRow], key: str) -> float | None:
     """Of the rows that have the number; those of earlier versions lack some."""
     known = [row[key] for row in updates if row.get(key) is not None]
@@ -122,9 +112,11 @@ def _row(model: str, numbers: dict[str, Any]) -> tuple[str, ...]:
     return (model, *(f"{numbers[key]:.{3 if key != 'word_perplexity' else 1}f}" for key in keys))
 
 
-def _stage_numbers(entries: Sequence[dict[str, Any]]) -> tuple[str, str]:
-    memory = max(entry["memory_bytes"] for entry in entries)
-    return f"{median(entry['idle_share'] for entry in entries):.1%}", f"{memory / 2**20:,.0f} MiB"
+def _stage_row(stage: dict[str, Any]) -> tuple[str, str, str]:
+    first, last = stage["blocks"]
+    name = f"{stage['stage']} (blocks {first}-{last})"
+    idle = f"{stage['idle_share']:.1%}" if math.isfinite(stage["idle_share"]) else "-"  # not measured
+    return name, idle, f"{stage['memory_bytes'] / 2**20:,.0f} MiB"
 
 
 def _ngram_rows(sets: dict[str, Any], name: str) -> list[tuple[str, ...]]:

@@ -130,7 +130,10 @@ def _costs(records: Sequence[Record], name: str, question: Question) -> list[Res
     methods = [method for method in fronts["seconds"] if all(fronts[cost][method] for cost in COSTS)]
     if not methods:
         return []
-    most = {cost: {method: max(p.cost for p in all_points[cost][method]) for method in methods} for cost in COSTS}
+    most = {
+        cost: {method: max(p.cost for p in of[method] if math.isfinite(p.cost)) for method in methods}
+        for cost, of in all_points.items()
+    }
     # What the baseline has spent, or else what every method has; and the best loss that every method has reached.
     base = question.baseline if question.baseline in methods else None
     budgets = {cost: most[cost][base] if base else min(most[cost].values()) for cost in COSTS}
@@ -160,16 +163,18 @@ def _cost(chosen: Sequence[Choice]) -> ResultTable:
     rows = []
     for choice in chosen:
         runs = list(choice.runs.values())
-        table = next((table for table in runs[0]["evaluations"].values() if table["rows"]), None)
+        furthest = max(runs, key=lambda run: run["updates"])
+        table = next((table for table in furthest["evaluations"].values() if table["rows"]), None)
         spent = [short(cost) for cost in table["rows"][-1][3:5]] if table else ["-", "-"]
         stages = [stage for run in runs for stage in run["stages"]]
+        idle = [stage["idle_share"] for stage in stages if math.isfinite(stage["idle_share"])]  # where it was measured
         sent = [sum(stage[key] for stage in stages) / len(runs) for key in ("hidden_states_bytes", "gradients_bytes")]
         rows.append(
             (
                 choice.method,
                 f"{fmean(run['tokens_per_second'] for run in runs):,.0f}",
                 f"{max(stage['memory_bytes'] for stage in stages) / 2**20:,.0f} MiB",
-                f"{max(stage['idle_share'] for stage in stages):.0%}",
+                f"{max(idle):.0%}" if idle else "-",
                 *spent,
                 *(f"{number / 2**20:,.1f} MiB" for number in sent),
             )
@@ -194,7 +199,9 @@ def _runs(records: Sequence[Record], sets: Sequence[str]) -> ResultTable:
 
 
 def short(value: float) -> str:
-    """A large number in three digits and a unit: 12.3M."""
+    """A large number in three digits and a unit: 12.3M; "-" for what is not finite."""
+    if not math.isfinite(value):
+        return "-"
     for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if value >= limit:
             return f"{value / (1e3 if unit == 'k' else limit):.3g}{unit}"

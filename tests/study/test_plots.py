@@ -27,8 +27,9 @@ def choice(method: str, losses: Sequence[float], spent: float = 1e6, evaluations
             [10 * i, 100 * i, 1.0 * i, spent * i, spent * i / evaluations, spent * i, loss + 0.5 * (evaluations - i)]
             for i in range(1, evaluations + 1)
         ]
-        runs[seed] = {"evaluations": {"valid": {"columns": COLUMNS, "rows": rows}}}
-    return Choice(method, runs, "0.1")
+        runs[seed] = {"updates": 10 * evaluations, "config": {"train": {}}}
+        runs[seed]["evaluations"] = {"valid": {"columns": COLUMNS, "rows": rows}}
+    return Choice(method, runs, "0.1", 10 * evaluations)
 
 
 BASE = choice("backprop", (1.50, 1.52, 1.54))
@@ -117,7 +118,8 @@ def test_curves_have_their_names_at_their_ends_and_markers_where_evaluations_are
 
 
 def test_pictures_of_methods_that_have_nothing_to_show(drawn: list[Figure]) -> None:
-    none = [Choice("none", {0: {"evaluations": {}}}, "0.1"), choice("nan", (float("nan"),))]
+    nothing = {"updates": 0, "config": {"train": {}}, "evaluations": {}}
+    none = [Choice("none", {0: nothing}, "0.1", 0), choice("nan", (float("nan"),))]
     plots.draw_losses(none, "valid", None, Path())
     plots.draw_costs(none, "valid", None, Path())
     plots.draw_curves(none, "valid", plots.looks(["none", "nan"]), Path())

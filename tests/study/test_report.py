@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lptransformer.errors import RunError, UserError
 from lptransformer.study import collect, comparison, plots, records
 from lptransformer.study.comparison import Point, choices, deciding_set, depth_gain_kept, difference, estimate, find
 from lptransformer.study.markdown_tables import ResultTable, markdown, update
+from lptransformer.study.report import report
 from lptransformer.study.result_tables import Question, points, short, tables
 from lptransformer.training.launcher import run
 
@@ -176,6 +178,48 @@ def test_what_can_be_collected(tmp_path: Path) -> None:
             collect.collect(tmp_path / path)
 
 
+def test_an_idle_share_that_was_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = make_run(tmp_path / "run", ["--objective.name=backprop"], idle=math.nan)
+    report(made)
+    assert re.search(r"0 \(blocks 0-3\) +- +1 MiB", capsys.readouterr().out)
+    path = made / "record.json"
+    text = path.read_bytes()
+    assert json.loads(text)["stages"][0]["idle_share"] is None
+    (found,) = records.read(path)
+    assert math.isnan(found["stages"][0]["idle_share"]) and found["stages"][0]["memory_bytes"] == 2**20
+    assert by_name(tables([found], Question()))["cost"].rows[0][3] == "-"
+    records.write(path, found)
+    assert path.read_bytes() == text
+
+
+@pytest.mark.parametrize("before", ["backprop", "chunked"])
+def test_a_run_that_was_resumed_with_other_exits(before: str, tmp_path: Path) -> None:
+    """Exits are known by their block, not by the number of their stage; those of the newest rows count."""
+    overrides = {"backprop": ["--objective.name=backprop"], "chunked": ["--objective.name=chunked"]}
+    overrides["chunked"].append("--objective.chunks=2")
+    (after,) = overrides.keys() - {before}
+    old = make_run(tmp_path / "old", overrides[before], updates=20)
+    new = make_run(tmp_path / "new", overrides[after])
+    rows = [json.loads(line) for line in (new / "metrics.jsonl").read_text().splitlines()]
+    later = [json.dumps(row) + "\n" for row in rows if row["update"] > 20]
+    (new / "metrics.jsonl").write_text((old / "metrics.jsonl").read_text() + "".join(later))
+    starts = [{}, {"resumed_after": 20, "changed": {"objective.name": [before, after]}}]
+    (new / "environment.json").write_text(json.dumps(starts))
+    report(new)
+    (found,) = records.read(new / "record.json")
+    blocks, table = [3] if after == "backprop" else [1, 3], found["evaluations"]["choose"]
+    assert table["columns"][6:] == found["training"]["columns"][2:] == blocks
+    for start, of in ((6, table), (2, found["training"])):
+        for row in of["rows"]:
+            there = [falling(1.5)(row[0], block) if row[0] > 20 or block == 3 else math.nan for block in blocks]
+            assert row[start:] == pytest.approx(there, abs=1e-4, nan_ok=True)
+    assert all(math.isnan(cost) for row in table["rows"] for cost in row[3:6]), "of which objective is not known"
+    assert [stage["blocks"] for stage in found["stages"]] == ([[0, 3]] if after == "backprop" else [[0, 1], [2, 3]])
+    compared = by_name(tables([found, record("other", 0.1, 1.0)], Question()))
+    assert [row[0] for row in compared["equal-cost-choose"].rows] == ["other"]
+    assert compared["cost"].rows[0][4:6] == ("-", "-") and compared["quality-choose"].rows[0][4] == "1.5202"
+
+
 # --- comparison
 
 
@@ -210,11 +254,35 @@ def test_seeds_are_one_setting_and_its_mean_decides() -> None:
     assert choice.estimate("choose").error == pytest.approx(0.1 / math.sqrt(3))
 
 
-def test_how_often_runs_were_evaluated_makes_no_other_setting() -> None:
-    runs = [record("a", 0.1, loss, seed) for seed, loss in enumerate((2.0, 3.0))]
-    runs[0]["config"]["train"]["eval_every"], runs[1]["config"]["train"]["eval_every"] = 0, 500
-    (choice,) = choices(runs)
+def with_key(key: str, *values: Any) -> list[dict[str, Any]]:
+    """Runs of one method, in each of which a key has another value, a seed and a loss each."""
+    runs = [record("a", 0.1, 2.0 + seed, seed) for seed in range(len(values))]
+    section, _, name = key.partition(".")
+    for one, value in zip(runs, values, strict=True):
+        one["config"].setdefault(section, {})[name] = value
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("train.eval_every", (0, 500)),
+        ("checkpoint.keep_last", (None, 2)),
+        ("run.trackers", ([], ["tensorboard"])),
+        ("parallel.timeout_seconds", (1800, 60)),
+        ("train.max_skipped_updates", (10, 100)),
+    ],
+)
+def test_what_changes_no_weight_makes_no_other_setting(key: str, values: tuple[Any, Any]) -> None:
+    (choice,) = choices(with_key(key, *values))
     assert sorted(choice.runs) == [0, 1] and choice.setting == "0.1"
+    assert choice.estimate("report").mean == 2.5
+
+
+@pytest.mark.parametrize("key", ["data.bos", "train.steps", "train.patience", "parallel.in_flight"])
+def test_what_decides_from_the_start_makes_another_setting(key: str) -> None:
+    (choice,) = choices(with_key(key, 1, 2))
+    assert sorted(choice.runs) == [0] and choice.setting == f"0.1, {key.partition('.')[2]} 1 (lowest tried)"
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
@@ -226,6 +294,24 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 def test_runs_that_were_stopped_early_do_not_compete() -> None:
     (choice,) = choices([record("a", 0.1, loss=1.0, updates=50), record("a", 0.2, loss=2.0)])
     assert choice.setting.startswith("0.2")
+
+
+def test_a_seed_that_was_stopped_early_counts_as_one_that_diverged() -> None:
+    base = [record("b", 0.1, 1.0, seed) for seed in range(3)]
+    seeds = [record("a", 0.1, 2.0, seed, updates=100 if seed != 1 else 30) for seed in range(3)]
+    a, b = choices([*seeds, *base])
+    assert sorted(a.runs) == [0, 1, 2] and math.isnan(a.estimate("report").mean)
+    assert math.isnan(difference(a, b, "report").mean) and math.isnan(depth_gain_kept(a, b, a, "report").mean)
+    quality = by_name(tables([*seeds, *base], Question("b")))["quality-report"]
+    assert quality.rows[0] == ("a", "0.1", "3", *"-----", "-")
+    worse = [record("a", 0.2, 3.0, seed) for seed in range(3)]
+    (choice,) = choices([*seeds, *worse])
+    assert choice.setting == "0.2 (highest tried)" and choice.estimate("report").mean == 3.0
+    short = [record("a", 0.3, 1.0, seed, updates=30) for seed in range(3)]
+    assert choices([*short, *seeds])[0].setting.startswith("0.1"), "the furthest is shown where none is whole"
+    for one in seeds:
+        one["config"]["train"]["patience"] = 3
+    assert choices(seeds)[0].estimate("report").mean == 2.0, "it decides when training ends"
 
 
 def test_a_diverged_setting_is_never_the_best() -> None:

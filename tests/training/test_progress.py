@@ -317,6 +317,15 @@ def test_the_plot_of_a_run_that_gets_worse_shows_its_end(monkeypatch: pytest.Mon
     assert axes.get_ylim()[1] > 7.0 and not any("cut off" in text.get_text() for text in axes.texts)
 
 
+def test_the_plot_of_a_run_that_was_resumed_with_more_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [update_row(update) for update in range(1, 21)]
+    for row in rows[:10]:  # one stage of all blocks
+        row["stages"] = [{**row["stages"][1], "stage": 0}]
+    upper, lower = (line.get_ydata() for line in drawn(monkeypatch, rows)[0].lines[::2][::-1])
+    assert upper == pytest.approx([3.05] * 20), "an exit is known by its block"
+    assert lower == pytest.approx([math.nan] * 10 + [3.21] * 10, nan_ok=True)
+
+
 def test_the_plot_as_svg_too(tmp_path: Path) -> None:
     plot_losses([update_row(1)], tmp_path / "loss.png", STAGES, svg=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "loss.svg"]

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lptransformer import __version__
+from lptransformer.data.tokenizer import load as load_tokenizer
+from lptransformer.data.windows import WindowOptions
 from lptransformer.evaluation.trained_model import RunModel
 from lptransformer.run_folder import history, layout
 from lptransformer.run_folder.metrics_log import JSONL_NAME, read_metrics
@@ -76,15 +78,25 @@ def text(run: Path, model: RunModel, block: int, dtype: str) -> str:
         version=__version__,
         transformers=importlib.metadata.version("transformers"),
         facts="\n".join(_table(("", ""), list(facts.items()))),
-        measured="\n".join(_measured(measured, blueprint.sequence_length)),
+        measured="\n".join(_measured(measured, blueprint.sequence_length, _prefix(run, config.data.bos))),
         commands="\n".join(_typed(start["command"]) for start in starts),
         configuration=re.sub(r"^ *#.*\n| +# .*", "", (run / layout.CONFIG).read_text(), flags=re.M).rstrip(),
     )
 
 
-def _measured(rows: Sequence[Sequence[Any]], window: int) -> Iterator[str]:
+def _prefix(run: Path, bos: str) -> str:
+    """What stands before every document that was measured."""
+    tokenizer = load_tokenizer(run / layout.TOKENIZER)
+    return (
+        f"`{tokenizer.backend.bos_token}` before every document"
+        if WindowOptions(bos=bos).begins(tokenizer)
+        else "no prefix"
+    )
+
+
+def _measured(rows: Sequence[Sequence[Any]], window: int, prefix: str) -> Iterator[str]:
     if rows:
-        yield f"\nPerplexity on validation sets, disjoint windows of {window} tokens, no prefix:\n"
+        yield f"\nPerplexity on validation sets, disjoint windows of {window} tokens, {prefix}:\n"
         yield from _table(("set", "perplexity", "bits per byte", "tokens"), rows)
         yield ""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lptransformer.methods.cost import ModelCosts
-from lptransformer.methods.gradient_flow import clip_groups
+from lptransformer.methods.gradient_flow import clip_groups, duties
 from lptransformer.methods.objectives import Objective
 from lptransformer.methods.schedule import RECV_B, RECV_F, SEND_B, SEND_F, SENDS, Action, one_update
 from lptransformer.methods.stages import StagePlan, cut
@@ -265,10 +265,11 @@ def pipeline_flops(objective: Objective, costs: ModelCosts, ranks: int, micro_ba
     found = []
     for phase in objective.phases:
         seconds = []
-        for stage in stages:
+        for stage, duty in zip(stages, duties(phase, stages), strict=True):
             forward = stage.num_blocks * costs.block_flops
             head = costs.after(stage.last_block).head_training_flops(stage.is_last)
-            seconds.append(StageSeconds(forward + stage.has_head * head, 2 * forward, forward))
+            backward = costs.backward_flops(stage.first_block, stage.last_block, duty.down is not None)
+            seconds.append(StageSeconds(forward + stage.has_head * head, backward, forward))
         alone = Objective(objective.num_blocks, phase, delayed=objective.delayed)
         timeline = simulate(alone, stages, seconds, micro_batches=micro_batches, updates=16)
         found.append(timeline.steady_update_seconds())

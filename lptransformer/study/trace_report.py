@@ -6,7 +6,7 @@ Beside what ran stands 1F1B of the same blocks, simulated from the measured time
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +18,7 @@ from lptransformer.console import print_table
 from lptransformer.evaluation import trained_model
 from lptransformer.figures import new_figure, save
 from lptransformer.methods.cost import ModelCosts
+from lptransformer.methods.heads import blocks_like
 from lptransformer.methods.objectives import Objective, backprop
 from lptransformer.methods.stages import cut
 from lptransformer.planning.simulate import StageSeconds, simulate
@@ -157,12 +158,14 @@ def medians(trace: Trace) -> dict[int, Measured]:
     return {stage: Measured(*(median(found.get((stage, kind), [0.0])) for kind in kinds)) for stage in stages}
 
 
-def simulated_1f1b(trace: Trace, in_flight: int, extra_blocks: float = 0.0) -> list[Slice]:
+def simulated_1f1b(
+    trace: Trace, in_flight: int, extra_blocks: Callable[[int], float] = lambda last_block: 0.0
+) -> list[Slice]:
     """The slices of as many updates as the trace has, waiting among them, from an empty pipeline.
 
-    `in_flight` as in the run. An auxiliary head of the run runs `extra_blocks` blocks backward in its stage's backward
-    action (a read-only one, which has no weight gradient, counts half); they are taken off by their number. A stage
-    that the run does not train gets the backward and update of the others, by the seconds of its forward pass.
+    `in_flight` as in the run. The auxiliary head after a block runs `extra_blocks` blocks backward in its stage's
+    backward action (a frozen one, which has no weight gradient, counts half); they are taken off by their number. A
+    stage that the run does not train gets the backward and update of the others, by the seconds of its forward pass.
     """
     blocks = {stage: (first, last) for report in trace.reports for stage, first, last in report.stages}
     rank_of = {stage: report.pipeline_rank for report in trace.reports for stage, _, _ in report.stages}
@@ -200,7 +203,7 @@ def simulated_1f1b(trace: Trace, in_flight: int, extra_blocks: float = 0.0) -> l
 
 
 def _of_blocks(
-    measured: Mapping[int, Measured], blocks: Mapping[int, tuple[int, int]], extra_blocks: float
+    measured: Mapping[int, Measured], blocks: Mapping[int, tuple[int, int]], extra_blocks: Callable[[int], float]
 ) -> dict[int, Measured]:
     """The stages as they would be in backprop: no auxiliary heads, all of them trained."""
     found = {}
@@ -210,7 +213,8 @@ def _of_blocks(
         if stage == last_stage or one.head == 0.0:
             found[stage] = one
         else:
-            found[stage] = Measured(one.forward, 0.0, one.backward * number / (number + extra_blocks), one.update)
+            share = number / (number + extra_blocks(blocks[stage][1]))
+            found[stage] = Measured(one.forward, 0.0, one.backward * share, one.update)
     trained = [one for one in found.values() if one.backward > 0.0]
     whole = _sum(trained)
     for stage, one in found.items():
@@ -238,11 +242,15 @@ def report_trace(run: Path, out: Path, svg: bool = False) -> None:
     trace.json has all. Raises RunError where the folder holds no run, or the run has no trace.
     """
     config = layout.read_config(run)
-    is_backprop = trained_model.blueprint_of(run).objective.is_backprop
+    objective, head = trained_model.blueprint_of(run).objective, config.head
+    weight = 1.0 if head.trains_blocks else 0.5
+
+    def extra_blocks(last_block: int) -> float:
+        return weight * len(blocks_like(head, last_block, objective.num_blocks))
+
     traces = read_traces(run, config.parallel.pipeline, config.parallel.data)
     newest, method = traces[-1], collect.method_name(config)
-    extra = config.head.blocks * (1.0 if config.head.ema_decay is None else 0.5)
-    beside = simulated_1f1b(_picture(newest), config.parallel.in_flight, extra)
+    beside = simulated_1f1b(_picture(newest), config.parallel.in_flight, extra_blocks)
     columns = ("pipeline rank", "busy s", "of it head s", "waiting s", "other s", "idle share", "1F1B's idle share")
     rows = []
     for one in rank_times(newest):
@@ -252,7 +260,7 @@ def report_trace(run: Path, out: Path, svg: bool = False) -> None:
     files.make_folder(out, "--out")
     print_table(title, columns, rows)
     files.write_text(out / TIMELINE, json.dumps(chrome(traces, str(run)), separators=(",", ":")) + "\n")
-    picture = draw(_panels(_picture(newest), method, is_backprop, beside), out / "trace", svg)
+    picture = draw(_panels(_picture(newest), method, objective.is_backprop, beside), out / "trace", svg)
     also = " (and .svg)" if svg else ""
     print(f"timeline for ui.perfetto.dev or chrome://tracing: {out / TIMELINE}   picture{also}: {picture}")
 

@@ -34,7 +34,7 @@ from lptransformer.evaluation.export import export_run
 from lptransformer.evaluation.perplexity import evaluate_run
 from lptransformer.models import exits
 from lptransformer.models.stage import make_stage
-from lptransformer.run_folder import checkpoint
+from lptransformer.run_folder import checkpoint, layout
 from lptransformer.run_folder.metrics_log import read_metrics
 from lptransformer.training.launcher import run as run_command
 
@@ -263,15 +263,21 @@ def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_card_says_what_was_trained_and_measured(tmp_path: Path) -> None:
-    run = make_run(tmp_path, valid={"held-out": TEXT})
+    run = make_run(tmp_path, valid={"held-out": TEXT}, tokenizer="sentencepiece")
     row = {"stage": 1, "last_block": 3, "nll_per_token": 2.0, "perplexity": 7.39, "bits_per_byte": 2.885}
     evaluated = {"update": 10, "evaluation": "held-out", "exits": [{**row, "word_perplexity": 9.0, "tokens": 99}]}
     (run / "metrics.jsonl").write_text(json.dumps(evaluated) + "\n")
     export_run(run, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
-    for part in ("| held-out | 7.39 | 2.885 | 99 |", "| updates | 10 |", "chunked, 2 stages", "sequence_length: 16"):
+    measured = "disjoint windows of 16 tokens, no prefix:"
+    facts = ("| held-out | 7.39 | 2.885 | 99 |", "| updates | 10 |", "chunked, 2 stages", "sequence_length: 16")
+    for part in (*facts, measured):
         assert part in card
+    config = (run / layout.CONFIG).read_text()
+    (run / layout.CONFIG).write_text(config.replace("bos: auto", "bos: always"))
+    export_run(run, tmp_path / "prefixed")
+    assert "of 16 tokens, `<s>` before every document:" in (tmp_path / "prefixed" / "README.md").read_text()
 
 
 @pytest.mark.slow

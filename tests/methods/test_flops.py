@@ -9,6 +9,7 @@ import pytest
 
 from lptransformer.methods import flops, objectives
 from lptransformer.methods.cost import ModelCosts, TrainedWeights
+from lptransformer.planning.simulate import pipeline_flops
 
 COSTS = ModelCosts(block_flops=1.0, head_flops=10.0, auxiliary_flops=10.0, auxiliary_backward_flops=20.0)
 OVERLAPPING = {"chunks": 4, "overlap": 1, "own_weight": 0.5, "first_head": False}
@@ -92,6 +93,13 @@ def frozen(blocks: str, embedding: int = 0, head: int = 5, auxiliary: int = 5) -
 def test_frozen_weights(name: str, costs: ModelCosts, total: float, serial: float) -> None:
     options = {"chunks": 2} if name == "chunked" else {}
     assert usual(name, costs, **options) == (total, serial)
+
+
+@pytest.mark.parametrize("costs", [COSTS, frozen("55555555"), frozen("00050000"), frozen("00050000", embedding=1)])
+def test_one_pipeline_rank_takes_all_of_the_flops(costs: ModelCosts) -> None:
+    whole = objectives.build(8, "backprop")
+    (alone,) = pipeline_flops(whole, costs, ranks=1, micro_batches=1)
+    assert alone == pytest.approx(flops.of_phase(whole, whole.usual, costs).total)
 
 
 def test_hybrid_is_the_mean_over_its_phases() -> None:

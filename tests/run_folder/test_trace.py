@@ -413,7 +413,7 @@ def test_medians_are_without_waiting() -> None:
 
 def test_extra_blocks_of_heads_are_taken_off_the_backward() -> None:
     """A head of two blocks behind the two of rank 0: half of its backward. One of the last rank is no auxiliary one."""
-    found = simulated_1f1b(whole((3,)), in_flight=2, extra_blocks=2)
+    found = simulated_1f1b(whole((3,)), in_flight=2, extra_blocks={1: 2, 3: 9}.__getitem__)
     backward = {(one.pipeline_rank, round(one.seconds, 9)) for one in found if one.kind == "backward"}
     assert backward == {(0, 1.0), (1, 2.0)}
 

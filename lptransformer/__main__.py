@@ -411,7 +411,7 @@ def checkpoints(args: argparse.Namespace) -> None:
 
     run = Path(args.run_folder)
     options = retention.options(run, args.overrides)
-    rows = readable(run)[0]
+    losses = retention.losses_of(readable(run)[0], options.keep_best)
     damaged = retention.damaged(run) if args.verify or args.prune else {}
     if args.prune:
         if damaged:  # what is kept could be what cannot be read
@@ -419,10 +419,10 @@ def checkpoints(args: argparse.Namespace) -> None:
                 f"nothing is removed: {'; '.join(damaged.values())}; remove that checkpoint, or resume first"
             )
         with lock.begin(run).file:
-            gone = retention.prune(run, options, rows)
+            gone = retention.prune(run, options, losses)
             checkpoint.remove_unfinished(run)
         print(f"removed {len(gone)} checkpoints" + (f": {', '.join(map(str, gone))}" if gone else ""))
-    entries = retention.listed(run, options, rows)
+    entries = retention.listed(run, options, losses)
     older = "no sums (an older format)"
     verified = [
         damaged.get(entry.update, "good" if checkpoint.has_sums(run, entry.update) else older) for entry in entries

@@ -17,7 +17,7 @@ from typing import Any
 from lptransformer import files
 from lptransformer.errors import RunError
 from lptransformer.run_folder.metrics import MetricsRow
-from lptransformer.run_folder.trackers import close_trackers, open_trackers, scalars
+from lptransformer.run_folder.trackers import close_trackers, give_trackers, open_trackers, scalars
 
 JSONL_NAME = "metrics.jsonl"
 CSV_NAME = "metrics.csv"
@@ -65,8 +65,7 @@ class MetricsWriter:
                     file.write(_csv_line(cells.get(column) for column in self._columns))
             else:  # the first row, or a resumed run that has more stages than before
                 self._columns = self._rewrite_csv(read_metrics(self.folder))
-        for tracker in self._trackers:
-            tracker.log(row["update"], scalars(row))
+        give_trackers(self._trackers, row["update"], scalars(row))
 
     def sync(self) -> None:
         """Return when what was written is on the disk, so that a power cut leaves it."""

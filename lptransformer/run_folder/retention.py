@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from lptransformer.config.schema import CheckpointSection
 from lptransformer.errors import ConfigError, RunError
 from lptransformer.run_folder import checkpoint, layout
 from lptransformer.run_folder.metrics import MetricsRow
+
+Losses = Mapping[int, float]
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class Listed:
     why: tuple[str, ...]
 
 
-def reasons(updates: Sequence[int], options: CheckpointSection, rows: Sequence[MetricsRow]) -> dict[int, list[str]]:
-    """Of every checkpoint what keeps it, by `checkpoint.keep_*`; the newest is always kept."""
+def reasons(updates: Sequence[int], options: CheckpointSection, losses: Losses) -> dict[int, list[str]]:
+    """Of every checkpoint what keeps it, by `checkpoint.keep_*`; the newest is always kept. `losses` are those of
+    keep_best, by update."""
     found: dict[int, list[str]] = {update: [] for update in sorted(updates)}
     newest = sorted(updates)[-(options.keep_last or len(updates)) :]
     for update in newest:
@@ -39,34 +42,36 @@ def reasons(updates: Sequence[int], options: CheckpointSection, rows: Sequence[M
             if update % options.keep_every == 0:
                 found[update].append("keep_every")
     if options.keep_best is not None:
-        losses = losses_of(rows, options.keep_best)
         there = [update for update in found if update in losses]
         if there:
             found[min(there, key=lambda update: (losses[update], update))].append("keep_best")
     return found
 
 
-def losses_of(rows: Sequence[MetricsRow], name: str) -> dict[int, float]:
-    """Nats per token of the last exit by update, of a validation set; what is not a number counts as infinite."""
+def losses_of(rows: Sequence[MetricsRow], name: str | None) -> dict[int, float]:
+    """Nats per token of the last exit by update, of a validation set; what is not a number counts as infinite. None
+    where no set is named."""
+    if name is None:
+        return {}
     found = {row["update"]: row["exits"][-1]["nll_per_token"] for row in rows if row.get("evaluation") == name}
     return {update: loss if math.isfinite(loss) else math.inf for update, loss in found.items()}
 
 
-def listed(run: Path, options: CheckpointSection, rows: Sequence[MetricsRow]) -> list[Listed]:
+def listed(run: Path, options: CheckpointSection, losses: Losses) -> list[Listed]:
     """The checkpoints of a run, oldest first."""
-    why = reasons(checkpoint.complete_updates(run), options, rows)
+    why = reasons(checkpoint.complete_updates(run), options, losses)
     return [
         Listed(update, _bytes(checkpoint.folder_of(run, update)), checkpoint.lost_seconds(run, update), tuple(reason))
         for update, reason in why.items()
     ]
 
 
-def prune(run: Path, options: CheckpointSection, rows: Sequence[MetricsRow]) -> list[int]:
+def prune(run: Path, options: CheckpointSection, losses: Losses) -> list[int]:
     """Remove the checkpoints that nothing keeps, and frozen weights that none of the others has. Returns their updates.
 
     They stop to count at once, and go from the disk then.
     """
-    gone = [update for update, why in reasons(checkpoint.complete_updates(run), options, rows).items() if not why]
+    gone = [update for update, why in reasons(checkpoint.complete_updates(run), options, losses).items() if not why]
     for update in gone:
         folder = checkpoint.folder_of(run, update)
         removed = folder.with_name(f".removed-{folder.name}")

@@ -83,6 +83,16 @@ def open_trackers(names: Iterable[str], folder: Path, resume_at: int | None) -> 
     return found
 
 
+def give_trackers(trackers: list[Tracker], update: int, numbers: dict[str, float]) -> None:
+    """To all of them. One that fails gets nothing more, and leaves the list."""
+    for tracker in list(trackers):
+        try:
+            tracker.log(update, numbers)
+        except Exception as error:
+            trackers.remove(tracker)
+            _warn(f"one takes nothing, and gets no more: {error}")
+
+
 def close_trackers(trackers: Iterable[Tracker]) -> None:
     for tracker in trackers:
         try:

@@ -32,7 +32,7 @@ from lptransformer.planning.plan import copies_remark
 from lptransformer.run_folder import checkpoint, history, layout, retention
 from lptransformer.run_folder.loss_plot import plot_losses
 from lptransformer.run_folder.metrics import Aggregator, MetricsRow, SavedReport, TraceReport, text_counts
-from lptransformer.run_folder.metrics_log import MetricsWriter, read_metrics, readable
+from lptransformer.run_folder.metrics_log import MetricsWriter, read_metrics
 from lptransformer.run_folder.trace import TraceWriter
 from lptransformer.training.progress import Progress
 
@@ -100,8 +100,9 @@ class Reporter:
         self.folder, self.may_commit = folder, engine.may_commit
         self.stages = [(plan.index, plan.first_block, plan.last_block) for plan in engine.stages]
         self.writer = MetricsWriter(folder, engine.update if resume else None, config.run.trackers)
-        self.losses = retention.losses_of(self.writer.kept, self.watched) if self.watched else {}
+        self.losses = retention.losses_of(self.writer.kept, self.watched)
         newest = next((row for row in reversed(self.writer.kept) if "stages" in row), None)
+        self.writer.kept = []  # of a long run they take much memory
         after, tokens, seconds = (newest["update"], newest["tokens"], newest["seconds"]) if newest else (0, 0, 0.0)
         # Where rows are lost their tokens still follow from the data: the head that sees most counts.
         fraction = max(engine.blueprint.head_fractions.get(plan.index, 1.0) for plan in engine.stages)
@@ -167,8 +168,11 @@ class Reporter:
                 self.trace.write(report)
                 continue
             for row in self.aggregator.add(report):
-                self.writer.write(row)
-                self.losses |= retention.losses_of([row], self.watched) if self.watched else {}
+                try:
+                    self.writer.write(row)
+                except OSError as error:
+                    raise TrainingError(f"the metrics in {self.folder} cannot be written: {error}") from error
+                self.losses |= retention.losses_of([row], self.watched)
                 if "evaluation" in row:
                     self.progress.evaluation(row)
                 else:
@@ -185,7 +189,7 @@ class Reporter:
         """Checkpoints that nothing keeps go. What cannot be removed is no reason to end."""
         if self.config.checkpoint.keep_last is not None:
             try:
-                retention.prune(self.folder, self.config.checkpoint, readable(self.folder)[0])
+                retention.prune(self.folder, self.config.checkpoint, self.losses)
             except (OSError, RunError) as error:
                 self.problem(f"checkpoints that are not kept could not be removed: {error}")
 
@@ -263,6 +267,9 @@ class Reporter:
         self.writer.close()
         with contextlib.suppress(TakenOverError):
             self.may_commit()
-            rows = read_metrics(self.folder)
-            if any("stages" in row for row in rows):
-                plot_losses(rows, self.folder / "loss.png", self.stages)
+            try:
+                rows = read_metrics(self.folder)
+                if any("stages" in row for row in rows):
+                    plot_losses(rows, self.folder / "loss.png", self.stages)
+            except Exception as error:  # a picture: the run is what it is
+                self.problem(f"loss.png could not be drawn: {error}")

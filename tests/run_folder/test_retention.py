@@ -35,7 +35,8 @@ ROWS = [
     ],
 )
 def test_what_is_kept(keep: dict[str, object], kept: list[int]) -> None:
-    why = retention.reasons([12, 2, 4, 6, 8, 10], CheckpointSection(**keep), ROWS)
+    options = CheckpointSection(**keep)
+    why = retention.reasons([12, 2, 4, 6, 8, 10], options, retention.losses_of(ROWS, options.keep_best))
     assert [update for update, reason in why.items() if reason] == kept
 
 
@@ -60,9 +61,9 @@ def test_frozen_weights_go_with_the_last_checkpoint_that_names_them(tmp_path: Pa
         save(update, frozen)
     names = sorted(str(frozen.file) for frozen in (first, second))
     assert sorted(path.name for path in (run / "checkpoints").glob("frozen-*")) == names
-    assert retention.prune(run, CheckpointSection(keep_last=2), []) == [10, 20]
+    assert retention.prune(run, CheckpointSection(keep_last=2), {}) == [10, 20]
     assert sorted(path.name for path in (run / "checkpoints").glob("frozen-*")) == names
-    assert retention.prune(run, CheckpointSection(keep_last=1), []) == [30]
+    assert retention.prune(run, CheckpointSection(keep_last=1), {}) == [30]
     assert [path.name for path in (run / "checkpoints").glob("frozen-*")] == [second.file]
     checkpoint.check(checkpoint.folder_of(run, 40))
 
@@ -76,7 +77,7 @@ def test_what_was_set_aside_keeps_its_frozen_weights_and_hinders_nobody(tmp_path
         checkpoint.finish(run, update, saved_stage.write(run, update, 0, 0, content))
     checkpoint.set_aside_newer(run, 20)
     (run / "checkpoints/.removed-step-00000010").mkdir()  # of a removal that was interrupted
-    assert retention.prune(run, CheckpointSection(keep_last=1), []) == [10]
+    assert retention.prune(run, CheckpointSection(keep_last=1), {}) == [10]
     assert len(list((run / "checkpoints").glob("frozen-*"))) == 2
     assert not list((run / "checkpoints").glob(".removed-*"))
 
@@ -159,4 +160,4 @@ def test_the_command_lists_verifies_and_prunes(
     assert "nothing is removed" in capsys.readouterr().err and checkpoint.complete_updates(run) == [30]
     assert call(monkeypatch, str(tmp_path)) == 2
     with pytest.raises(RunError, match="is no run folder"):
-        retention.options(tmp_path, [])
+        retention.options(tmp_path, {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -148,6 +148,28 @@ def test_a_tracker_that_does_not_open_ends_no_run(
     said = capsys.readouterr().err
     assert "warning: run.trackers: wandb does not open, and gets nothing: the service is down" in said
     assert len(read_metrics(tmp_path)) == 1
+
+
+def test_one_that_fails_gets_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = list[str]()
+
+    def failing(update: int, scalars: Any) -> None:
+        given.append("failing")
+        raise ConnectionError("the service has died")
+
+    def opened(one: Callable[..., Any]) -> trackers.TrackerRow:
+        return trackers.TrackerRow("wandb", lambda folder, resume_at: trackers.Tracker(one, lambda: None))
+
+    monkeypatch.setitem(TRACKERS, "wandb", opened(failing))
+    monkeypatch.setitem(TRACKERS, "tensorboard", opened(lambda update, scalars: given.append("whole")))
+    writer = MetricsWriter(tmp_path, trackers=["wandb", "tensorboard"])
+    for update in (1, 2):
+        writer.write({"update": update, "learning_rate": 0.1, "stages": []})
+    writer.close()
+    assert given == ["failing", "whole", "whole"] and len(read_metrics(tmp_path)) == 2
+    assert capsys.readouterr().err.count("warning: run.trackers: one takes nothing, and gets no more: the service") == 1
 
 
 def test_one_that_does_not_close_neither(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from distributed import Pool
@@ -11,9 +12,10 @@ from small_run import CONFIG, TEXT
 from tiers import slow
 
 from lptransformer.config.load import load
-from lptransformer.errors import ConfigError
-from lptransformer.run_folder import checkpoint
-from lptransformer.run_folder.metrics_log import read_metrics
+from lptransformer.errors import ConfigError, TrainingError
+from lptransformer.run_folder import checkpoint, metrics_log
+from lptransformer.run_folder.metrics_log import MetricsWriter, read_metrics
+from lptransformer.training import reporter
 from lptransformer.training.train import train
 
 
@@ -38,6 +40,38 @@ def test_a_run_without_progress_ends_at_an_evaluation(pool: Pool, tmp_path: Path
     assert [row["update"] for row in rows if "evaluation" in row] == [2, 4, 5, 6, 8]
     assert json.loads((run / "ended.json").read_text())["how"] == "finished"
     assert checkpoint.complete_updates(run) == [2, 7, 8], "the newest two, and the first of equals"
+
+
+def watched(folder: Path, broken: str) -> tuple[int, str]:
+    """Six updates, each saved and one kept, with a picture or metrics that cannot be written: how often the metrics
+    were read, and what is wrong."""
+    read, lines = list[Path](), metrics_log._lines
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics_log, "_lines", lambda path: read.append(path) or lines(path))
+        patch.setattr(*{"picture": (reporter, "plot_losses", fail), "metrics": (MetricsWriter, "write", fail)}[broken])
+        try:
+            train_run(folder, False, None, "train.steps=6", "checkpoint.every=1", "checkpoint.keep_last=1")
+        except TrainingError as error:
+            return len(read), str(error)
+    return len(read), ""
+
+
+def test_a_picture_ends_no_run_and_metrics_are_not_read_for_every_checkpoint(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    ((read, wrong),) = pool.run(1, watched, tmp_path, "picture")
+    run = tmp_path / "run"
+    assert read <= 4 and not wrong and json.loads((run / "ended.json").read_text())["how"] == "finished"
+    assert checkpoint.complete_updates(run) == [6] and not (run / "loss.png").exists()
+
+
+def test_metrics_that_cannot_be_written_end_the_run_with_a_line(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    ((_, wrong),) = pool.run(1, watched, tmp_path, "metrics")
+    assert wrong == f"the metrics in {tmp_path / 'run'} cannot be written: [Errno 28] No space left on device"
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,8 @@ _TAIL_BYTES = 2**16
 
 
 def check_folders(sweep: Sweep) -> None:
-    """Raises RunError for the first run whose folder holds a run with another configuration."""
+    """Raises RunError for the first run whose folder holds a run with another configuration, or one that has gone
+    beyond a rung (or the end) without a score there, which only training it again could give."""
     for run in sweep.runs:
         if not (run.folder / layout.CONFIG).is_file():
             continue
@@ -286,6 +287,12 @@ def check_folders(sweep: Sweep) -> None:
         if differences:
             raise RunError(
                 f"{run.folder} holds another run: {'; '.join(differences)}. Remove it, or give the sweep another dir"
+            )
+        known, ends = scores(run, sweep), [*(sweep.halving.updates if sweep.halving else ()), steps(run.config)]
+        if passed := [end for end in ends if end not in known and end < max(known, default=0)]:
+            raise RunError(
+                f"{run.folder} was scored after {max(known)} updates, and not after {passed[0]}: give halving.updates "
+                "and train.steps as they were, or the sweep another dir"
             )
 
 

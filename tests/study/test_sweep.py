@@ -239,6 +239,20 @@ def status() -> dict[str, Any]:
     return json.loads(Path("runs/s/status.json").read_text())
 
 
+def test_a_rung_that_finished_runs_have_passed_is_refused(pretend: list[list[str]]) -> None:
+    """They would have to be trained again, and what they have would be gone."""
+    grid = {"train.learning_rate": [0.001, 0.01, 0.02]}
+    run_sweep(read(write(grid=grid, halving={"updates": [10, 40]})), processes=4)
+    many = len(pretend)
+    with pytest.raises(
+        RunError, match=r"runs/s/.* was scored after 40 updates, and not after 15: give halving.updates"
+    ):
+        run_sweep(read(write(grid=grid, halving={"updates": [10, 15, 40]})), processes=4)
+    assert len(pretend) == many
+    run_sweep(read(write(grid=grid, halving={"updates": [10, 40]})), processes=4)
+    assert len(pretend) == many
+
+
 def test_a_sweep_from_start_to_end_and_again(pretend: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     found = read(write(grid={"train.learning_rate": [0.001, 0.01]}))
     run_sweep(found, processes=4)
